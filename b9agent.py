@@ -1,0 +1,3984 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""b9agent: makes a machine a node of a Beta9 cluster.  HEAD TO BE WRITTEN
+"""
+import sys
+
+if sys.version_info < (3, 8):
+    sys.stderr.write("b9agent.py needs Python 3.8 or newer; this is %s (%s)\n"
+                     % (sys.version.split()[0], sys.executable))
+    sys.exit(2)
+
+import collections
+import enum
+import http.client
+import io
+import json
+import os
+import re
+import select
+import signal
+import socket
+import stat
+import threading
+import time
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+                    Tuple)
+
+VERSION = "0.1.0"
+
+
+# ----------------------------------------------------------------------
+# 1. Errors, exit codes, redaction, clock                       no effects
+# ----------------------------------------------------------------------
+# Every failure a user can meet is an AgentError: what happened, what to do
+# about it, and the exit code that main() ends with.  Secrets are known to
+# one Redactor, and every line that leaves the process goes through it.
+
+
+class Exit(enum.IntEnum):
+    """Exit codes of every command.  2, 3, 4 and 6 are permanent: no service manager restarts on
+    them, because the same start would end the same way."""
+
+    OK = 0
+    USAGE = 2
+    TOKEN_REFUSED = 3
+    REQUEST_REFUSED = 4
+    UNREACHABLE = 5
+    LOCKED = 6
+    PRIVILEGE = 7
+    UNHEALTHY = 8
+    NO_SERVICE_MANAGER = 9
+    DEFECT = 70
+
+
+EXIT_MEANINGS = (
+    (Exit.OK, "done, or stopped by a signal"),
+    (Exit.USAGE, "usage or configuration: the message names the flag, variable or line"),
+    (Exit.TOKEN_REFUSED, "the gateway refused the token"),
+    (Exit.REQUEST_REFUSED, "the gateway refused the request: unknown pool, payload, "
+                           "no keepalive route"),
+    (Exit.UNREACHABLE, "gateway unreachable or unwell (`--once`); no agent running (`status`)"),
+    (Exit.LOCKED, "another instance owns the state folder, or the port"),
+    (Exit.PRIVILEGE, "more rights are needed (`service`): run it with sudo"),
+    (Exit.UNHEALTHY, "installed, but not healthy: the previous version was put back (`service`)"),
+    (Exit.NO_SERVICE_MANAGER, "files installed, but no service manager here (`service`)"),
+    (Exit.DEFECT, "a defect of ours: please report it"),
+)
+PERMANENT_EXITS = (Exit.USAGE, Exit.TOKEN_REFUSED, Exit.REQUEST_REFUSED, Exit.LOCKED)
+
+
+class AgentError(Exception):
+    """A failure with a message for a person: what happened, and a hint that mends it."""
+
+    exit_code = Exit.DEFECT
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.hint}" if self.hint else self.what
+
+
+class UsageError(AgentError):
+    """A flag, a variable, a line of the config file, or a file's permissions."""
+    exit_code = Exit.USAGE
+
+
+class LockedError(AgentError):
+    """Somebody else holds the state folder or the port."""
+    exit_code = Exit.LOCKED
+
+
+class GatewayError(AgentError):
+    """What a request to the gateway came to when it was not "ok"."""
+    exit_code = Exit.UNREACHABLE
+
+
+class TokenRefused(GatewayError):
+    """401 or 403: unknown, revoked, or another machine's token."""
+    exit_code = Exit.TOKEN_REFUSED
+
+
+class RequestRefused(GatewayError):
+    """The gateway understood the request and will never accept it: pool, capacity, payload."""
+    exit_code = Exit.REQUEST_REFUSED
+
+
+class NoKeepaliveRoute(RequestRefused):
+    """404 or 405: a gateway without the machine API's keepalive."""
+
+
+class MachineNotFound(GatewayError):
+    """The machine's time to live ran out, or it was never registered: register again."""
+
+
+class GatewayUnwell(GatewayError):
+    """It answered, but not usefully: 5xx, 429, a redirect, HTML, half a body."""
+
+    def __init__(self, what: str, hint: str = "", retry_after_s: Optional[float] = None) -> None:
+        super().__init__(what, hint)
+        self.retry_after_s = retry_after_s
+
+
+class GatewayUnreachable(GatewayError):
+    """No answer: name, connection, TLS, time limit."""
+
+
+class HttpFailure(Exception):
+    """No usable answer came back.  kind: dns, refused, network, timeout, tls, proxy, closed,
+    garbage, too_large."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+def mask(secret: Optional[str]) -> str:
+    """What may be shown of a secret.
+
+    >>> mask("abcdefghijklmnop"), mask("short"), mask(None)
+    ('…mnop', '…', '')
+    """
+    if not secret:
+        return ""
+    return "…" + secret[-4:] if len(secret) >= 12 else "…"
+
+
+# C0, DEL, C1, line and paragraph separators, and the marks that reorder text on a terminal.
+_UNPRINTABLE = {code: "\\x%02x" % code for code in (*range(0x20), *range(0x7F, 0xA0))}
+_UNPRINTABLE.update({code: "\\u%04x" % code
+                     for code in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))})
+_UNPRINTABLE.update({0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"})
+
+
+def printable(text: str) -> str:
+    """One line that a terminal or a log reader can be shown, whatever a peer sent.
+
+    >>> printable("a\\nb\\x1b[2J")
+    'a\\\\nb\\\\x1b[2J'
+    """
+    # A lone surrogate (from os.fsdecode or JSON "\ud800") cannot be written to a UTF-8 stream.
+    return text.translate(_UNPRINTABLE).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class Redactor:
+    """Replaces every known secret in a text by its mask.
+
+    _lock guards _secrets, which is replaced whole and never changed in place.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._secrets: Tuple[str, ...] = ()
+
+    def add(self, secret: Optional[str]) -> None:
+        """Secrets under four characters would blot out half of every line; they are not added."""
+        if not secret or len(secret) < 4:
+            return
+        with self._lock:
+            known = set(self._secrets) | {secret}
+            self._secrets = tuple(sorted(known, key=len, reverse=True))
+
+    def scrub(self, text: str) -> str:
+        for secret in self._secrets:
+            if secret in text:
+                text = text.replace(secret, mask(secret))
+        return text
+
+
+REDACTOR = Redactor()
+
+
+def now_s() -> float:
+    """Seconds on a clock that never steps and goes on while the machine sleeps.
+
+    Linux: CLOCK_BOOTTIME (CLOCK_MONOTONIC stands still in suspend).  macOS: CLOCK_MONOTONIC, which
+    counts sleep there, while time.monotonic() (mach_absolute_time) does not.
+    """
+    return time.clock_gettime(_STEADY_CLOCK)
+
+
+_STEADY_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+class Wake:
+    """An event to wait on that no step of the wall clock can stretch.
+
+    threading.Event.wait(timeout) sleeps until a wall-clock time before CPython 3.11 (bpo-41710):
+    a clock set back by a day would hold a keepalive for a day.  poll() on a pipe counts seconds.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._poll = select.poll()
+        self._poll.register(self._reader, select.POLLIN)
+
+    def set(self) -> None:
+        """Safe in a signal handler and from any thread; setting twice is setting once."""
+        try:
+            os.write(self._writer, b"!")
+        except BlockingIOError:
+            pass  # the pipe is full: it is set
+
+    def wait(self, timeout_s: float) -> bool:
+        """True if it was set, which also clears it; False after timeout_s."""
+        if not self._poll.poll(max(0.0, timeout_s) * 1000):
+            return False
+        try:
+            os.read(self._reader, 65536)
+        except BlockingIOError:
+            pass  # another waiter was faster
+        return True
+
+    def wait_for_ever(self) -> bool:
+        while not self.wait(3600.0):
+            pass
+        return True
+
+    def close(self) -> None:
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+# ----------------------------------------------------------------------
+# 2. Doors                                     files, programs, the network
+# ----------------------------------------------------------------------
+# Everything that touches the outside goes through one of these.  Each has a
+# limit on time and on size, and none of them raises what its caller does not
+# expect.
+
+
+def read_text(path: str, max_bytes: int = 1 << 20) -> Optional[str]:
+    """A small file's text, or None where there is none to read (/proc and /sys included)."""
+    try:
+        with open(path, "rb") as handle:
+            return handle.read(max_bytes).decode("utf-8", "replace")
+    except OSError:
+        return None
+
+
+def make_private_folder(path: str) -> None:
+    """Make a folder 0700; an existing one that others can enter is closed to them."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
+            os.chmod(path, 0o700)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path}: {error.strerror}",
+                         "Choose another with --state-dir, or mend its permissions") from error
+
+
+def write_atomic(path: str, text: str, mode: int = 0o600) -> None:
+    """Write a file whole or not at all: a reader sees the old text or the new, after a power cut
+    too.  Raises OSError, with nothing left behind."""
+    draft = f"{path}.{os.getpid()}.tmp"
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            os.fchmod(handle.fileno(), mode)
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        remove_file(draft)
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError:
+        pass  # some network file systems cannot sync a folder
+    finally:
+        os.close(folder)
+
+
+def remove_file(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def clean_environment() -> Dict[str, str]:
+    """The environment for a child: without our secrets and without systemd's notify socket, which
+    would let the child speak for us."""
+    return {name: value for name, value in os.environ.items()
+            if name not in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+            and not (name.startswith(("BETA9_", "B9AGENT_")) and name.endswith("TOKEN"))}
+
+
+class CommandResult(NamedTuple):
+    """exit_code is None where the program is missing, was killed, or ran past its limit."""
+    exit_code: Optional[int]
+    output: str
+    problem: str = ""
+
+
+def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -> CommandResult:
+    """Run a program to its end, its stdout and stderr together; never longer than limit_s.
+
+    A program stuck in the kernel (a hung driver) cannot be killed: it is left behind, not waited
+    for.
+    """
+    import subprocess  # 9 ms that a machine without such programs never pays
+    try:
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, env=dict(clean_environment(), LC_ALL="C"),
+                                 start_new_session=True, close_fds=True)
+    except OSError as error:
+        return CommandResult(None, "", f"{argv[0]}: {error.strerror}")
+    output, problem = _read_until(child.stdout.fileno(), now_s() + limit_s, max_bytes)
+    child.stdout.close()
+    try:
+        if problem:
+            os.killpg(child.pid, signal.SIGKILL)
+        code = child.wait(timeout=1.0)
+    except (OSError, subprocess.TimeoutExpired):
+        code, problem = None, problem or "did not end"
+    text = output.decode("utf-8", "replace")
+    return CommandResult(None if problem else code, text, problem and f"{argv[0]} {problem}")
+
+
+def _read_until(descriptor: int, until_s: float, max_bytes: int) -> Tuple[bytes, str]:
+    """(bytes, problem): all that comes until end of file, a deadline, or a size."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    collected = bytearray()
+    while True:
+        left_s = until_s - now_s()
+        if left_s <= 0 or not poll.poll(left_s * 1000):
+            return bytes(collected), "ran past its time limit"
+        chunk = os.read(descriptor, 65536)
+        if not chunk:
+            return bytes(collected), ""
+        collected += chunk
+        if len(collected) > max_bytes:
+            return bytes(collected[:max_bytes]), f"printed more than {max_bytes} bytes"
+
+
+class Endpoint(NamedTuple):
+    """Where an HTTP server is.  proxy: host, port and Proxy-Authorization value, or None."""
+    scheme: str
+    host: str
+    port: int
+    ca_file: Optional[str] = None
+    proxy: Optional[Tuple[str, int, str]] = None
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{host_port(self.host, self.port)}"
+
+
+def host_port(host: str, port: int) -> str:
+    """
+    >>> host_port("::1", 1994), host_port("gw", 80)
+    ('[::1]:1994', 'gw:80')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class HttpReply(NamedTuple):
+    """headers: names in lower case; of a repeated header the last value."""
+    status: int
+    headers: Dict[str, str]
+    body: bytes
+
+
+class _TimedSocket(io.RawIOBase):
+    """A connected socket with one deadline for everything that is read from it.
+
+    A socket's own timeout starts anew at every byte, so a peer that drips would hold us for ever.
+    http.client reads through makefile().
+    """
+
+    def __init__(self, sock: socket.socket, until_s: float) -> None:
+        super().__init__()
+        self._sock = sock
+        self._until_s = until_s
+
+    def allow(self, limit_s: float) -> None:
+        """A new deadline, from now."""
+        self._until_s = now_s() + limit_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._sock.settimeout(_left_s(self._until_s))
+        return self._sock.recv_into(buffer)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+
+def _left_s(until_s: float) -> float:
+    left_s = until_s - now_s()
+    if left_s <= 0:
+        raise socket.timeout("time limit reached")
+    return left_s
+
+
+def http_request(method: str, endpoint: Endpoint, path: str, headers: Dict[str, str],
+                 body: Optional[bytes], limit_s: float, max_bytes: int = 1 << 20) -> HttpReply:
+    """One request on a connection of its own, whole within limit_s (a name look-up apart).
+
+    Redirects are answers like any other: nothing is followed, so a token goes nowhere else.
+    Raises: HttpFailure.
+    """
+    until_s = now_s() + limit_s
+    absolute = endpoint.url if endpoint.proxy and endpoint.scheme == "http" else ""
+    head = [f"{method} {absolute}{path} HTTP/1.1"]
+    fields = {"Host": host_port(endpoint.host, endpoint.port), "Accept": "application/json",
+              "User-Agent": f"b9agent/{VERSION}", "Connection": "close", **headers}
+    if absolute and endpoint.proxy[2]:
+        fields["Proxy-Authorization"] = endpoint.proxy[2]
+    if body is not None:
+        fields["Content-Length"] = str(len(body))
+    head += [f"{name}: {value}" for name, value in fields.items()]
+    if any(char in line for line in head for char in "\r\n\0"):
+        raise HttpFailure("garbage", "a header or path with a line break was not sent")
+    message = "\r\n".join(head + ["", ""]).encode("utf-8") + (body or b"")
+    sock = None
+    try:
+        sock = _open_connection(endpoint, until_s)
+        sock.settimeout(_left_s(until_s))
+        sock.sendall(message)
+        return _read_reply(_TimedSocket(sock, until_s), method, max_bytes)
+    except HttpFailure:
+        raise
+    except socket.timeout as error:
+        raise HttpFailure("timeout", f"no answer within {limit_s:g} s") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _http_failure(error) from error
+    finally:
+        if sock is not None:
+            sock.close()
+
+
+def _http_failure(error: Exception) -> HttpFailure:
+    """The kind of an exception from sockets, TLS or http.client."""
+    import ssl
+    detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return HttpFailure("tls", f"certificate not accepted: {error.verify_message}")
+    if isinstance(error, ssl.SSLError):
+        return HttpFailure("tls", error.reason or detail)
+    if isinstance(error, ConnectionRefusedError):
+        return HttpFailure("refused", "connection refused")
+    # RemoteDisconnected is both a ConnectionResetError and a BadStatusLine.
+    if isinstance(error, (ConnectionError, http.client.IncompleteRead)):
+        return HttpFailure("closed", "the connection was closed before the answer was complete")
+    if isinstance(error, OSError):
+        return HttpFailure("network", detail)
+    return HttpFailure("garbage", f"not an HTTP answer ({type(error).__name__})")
+
+
+def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
+    """A connected socket, through the proxy's CONNECT and under TLS where that is asked for."""
+    target = endpoint.proxy[:2] if endpoint.proxy else (endpoint.host, endpoint.port)
+    sock = _connect(target[0], target[1], until_s)
+    try:
+        if endpoint.scheme == "http":
+            return sock
+        if endpoint.proxy:
+            _tunnel(sock, endpoint, until_s)
+        import ssl
+        try:
+            context = ssl.create_default_context(cafile=endpoint.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise HttpFailure("tls", f"cannot use {endpoint.ca_file}: {error}") from error
+        sock.settimeout(_left_s(until_s))
+        return context.wrap_socket(sock, server_hostname=endpoint.host)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _connect(host: str, port: int, until_s: float) -> socket.socket:
+    """Try every address of a name in turn; the time that is left is shared among them."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a host name"
+        raise HttpFailure("dns", f"cannot look up {host}: {reason}") from error
+    problem: Exception = HttpFailure("dns", f"{host} has no address")
+    for position, (family, kind, protocol, _, address) in enumerate(found):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(_left_s(until_s) / (len(found) - position))
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            problem = error
+    raise problem
+
+
+def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
+    target = host_port(endpoint.host, endpoint.port)
+    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+    if endpoint.proxy[2]:
+        head += f"Proxy-Authorization: {endpoint.proxy[2]}\r\n"
+    sock.settimeout(_left_s(until_s))
+    sock.sendall((head + "\r\n").encode("ascii"))
+    received = b""
+    while b"\r\n\r\n" not in received:
+        sock.settimeout(_left_s(until_s))
+        chunk = sock.recv(1)  # one byte at a time: what follows the head belongs to TLS
+        received += chunk
+        if not chunk or len(received) > 16384:
+            raise HttpFailure("proxy", "the proxy closed the connection")
+    status = received.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
+    if len(status) < 2 or not status[1].startswith("2"):
+        raise HttpFailure("proxy", f"the proxy answered {printable(' '.join(status[1:])[:80])}")
+
+
+def _read_reply(source: _TimedSocket, method: str, max_bytes: int) -> HttpReply:
+    response = http.client.HTTPResponse(source, method=method)
+    response.begin()
+    declared = response.length
+    body = response.read(max_bytes + 1)
+    if len(body) > max_bytes:
+        raise HttpFailure("too_large", f"an answer of more than {max_bytes} bytes")
+    if declared is not None and len(body) < declared:
+        raise HttpFailure("closed", "the answer was cut off")
+    names = {name.lower(): value for name, value in response.getheaders()}
+    return HttpReply(response.status, names, body)
+
+
+# ----------------------------------------------------------------------
+# 3. Settings                       reads the config file, the token file
+# ----------------------------------------------------------------------
+# One table.  The parser, --help, `config`, the config file's names and the
+# README's table come out of it.  Flags > environment > file > defaults.
+# Text becomes a value in one place per type, whatever the text came from.
+
+
+def parse_text(text: str) -> str:
+    if not text or printable(text) != text or text != text.strip():
+        raise ValueError("text without control characters or blanks around it")
+    return text
+
+
+def parse_secret(text: str) -> str:
+    if not text or not all(0x21 <= ord(char) <= 0x7E for char in text):
+        raise ValueError("one word of printable ASCII characters")
+    return text
+
+
+def parse_host(text: str) -> str:
+    """A host name, IPv4 or IPv6 address; `[::1]` loses its brackets."""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if "://" in text or "/" in text:
+        raise ValueError("a host name or an IP address alone, without scheme or path")
+    if bare.count(":") == 1:
+        raise ValueError("a host name or an IP address alone; the port is a setting of its own")
+    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,253}", bare) or bare.startswith("-"):
+        raise ValueError("a host name or an IP address")
+    return bare
+
+
+def parse_port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise ValueError("a port, 1 to 65535")
+    return int(text)
+
+
+def parse_listen_port(text: str) -> int:
+    return 0 if text == "0" else parse_port(text)
+
+
+def parse_switch(text: str) -> bool:
+    word = text.lower()
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("true or false")
+
+
+def parse_interval(text: str) -> float:
+    """Seconds.  The gateway forgets a machine after 300 s, so one lost keepalive must fit in."""
+    number = text[:-1] if text.endswith("s") else text
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", number) or not 1 <= float(number) <= 150:
+        raise ValueError("seconds, 1 to 150 (the gateway forgets a machine after 300)")
+    return float(number)
+
+
+def parse_machine_id(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{8}", text):
+        raise ValueError("8 hexadecimal digits, as `machine create` prints them")
+    return text.lower()
+
+
+def parse_hostname(text: str) -> str:
+    """What the gateway dials: a host as in a URL."""
+    return parse_host(text)
+
+
+def parse_cpu(text: str) -> int:
+    """Millicores, from cores ("8", "0.5") or millicores ("8000m").
+
+    >>> parse_cpu("8"), parse_cpu("0.5"), parse_cpu("1500m")
+    (8000, 500, 1500)
+    """
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(m?)", text)
+    millicores = 0 if not match else float(match.group(1)) * (1 if match.group(2) else 1000)
+    if millicores < 1 or millicores != int(millicores):
+        raise ValueError('cores ("8", "0.5") or millicores ("8000m")')
+    return int(millicores)
+
+
+_MEMORY_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes.
+
+    >>> parse_memory("16Gi") == 16 << 30, parse_memory("1.5Gi") == 3 << 29
+    (True, True)
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([KMGT]i)", text)
+    size = int(float(match.group(1)) * _MEMORY_UNITS[match.group(2)]) if match else 0
+    if size < 1 << 20:
+        raise ValueError('a size such as "16Gi" or "32768Mi", at least 1Mi')
+    return size
+
+
+def parse_count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,4}", text) or int(text) > 1024:
+        raise ValueError("a whole number, 0 to 1024")
+    return int(text)
+
+
+def parse_indexes(text: str) -> Tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,3}", word) for word in words):
+        raise ValueError("GPU indexes with commas between them, such as 0,1")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def parse_scheme(text: str) -> str:
+    if text not in ("http", "https"):
+        raise ValueError("http or https")
+    return text
+
+
+def parse_log_format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise ValueError("text or json")
+    return text
+
+
+def parse_path(text: str) -> str:
+    if not text or "\0" in text or printable(text) != text:
+        raise ValueError("a path")
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def parse_proxy(text: str) -> str:
+    """`http://[user:password@]host:port`, or `none`."""
+    if text != "none" and not re.fullmatch(r"http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?",
+                                       text):
+        raise ValueError("http://HOST:PORT of a proxy, or none")
+    return text
+
+
+class Setting(NamedTuple):
+    """A row.  path: place in the config file, None where a file cannot say it; also: a second
+    name there (the predecessors' flat form).  kind: metavar of the flag, "" for a switch.
+    default: as a user would write it, "" for none."""
+    key: str
+    flag: str
+    variable: str
+    path: Optional[str]
+    also: str
+    kind: str
+    parse: Callable[[str], Any]
+    default: str
+    secret: bool
+    help: str
+
+
+SETTINGS = tuple(Setting(*row) for row in (
+    ("token", "--token", "BETA9_TOKEN", "machine.token", "token", "TOKEN", parse_secret, "", True,
+     "machine token, from `machine create`; on a command line `ps` shows it to every user"),
+    ("token_file", "--token-file", "B9AGENT_TOKEN_FILE", "machine.token_file", "token_file",
+     "PATH", parse_path, "", False, "file, mode 0600, that holds the machine token"),
+    ("machine_id", "--machine-id", "BETA9_MACHINE_ID", "machine.id", "machine_id", "ID",
+     parse_machine_id, "", False, "8 hex digits; else the kept one, else made once and kept"),
+    ("hostname", "--hostname", "BETA9_HOSTNAME", "machine.hostname", "hostname", "HOST",
+     parse_hostname, "", False,
+     "what the gateway dials to reach this machine's k3s; default `machine-<machine id>`"),
+    ("provider_name", "--provider-name", "BETA9_PROVIDER_NAME", "machine.provider",
+     "provider_name", "NAME", parse_text, "generic", False, "provider the machine belongs to"),
+    ("pool_name", "--pool-name", "BETA9_POOL_NAME", "pool", "pool_name", "NAME", parse_text,
+     "external", False, "worker pool; it must exist in the gateway's configuration"),
+    ("gateway_host", "--gateway-host", "BETA9_GATEWAY_HOST", "gateway.host", "", "HOST",
+     parse_host, "localhost", False, "gateway's host name or address"),
+    ("gateway_port", "--gateway-port", "BETA9_GATEWAY_PORT", "gateway.port", "", "PORT",
+     parse_port, "1994", False, "gateway's HTTP port"),
+    ("gateway_scheme", "--gateway-scheme", "BETA9_GATEWAY_SCHEME", "gateway.scheme", "",
+     "SCHEME", parse_scheme, "http", False, "http or https"),
+    ("gateway_ca_file", "--gateway-ca-file", "B9AGENT_GATEWAY_CA_FILE", "gateway.ca_file", "",
+     "PATH", parse_path, "", False, "PEM file of the authority that signed an https gateway"),
+    ("gateway_proxy", "--gateway-proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "", "URL",
+     parse_proxy, "", True,
+     "proxy to the gateway, or `none`; default: https goes through the environment's, "
+     "http through none"),
+    ("k3s_token", "--k3s-token", "BETA9_K3S_TOKEN", "k3s.token", "k3s_token", "TOKEN",
+     parse_secret, "", True, "bearer token with which the gateway makes worker jobs on our k3s"),
+    ("keepalive_interval", "--keepalive-interval", "BETA9_KEEPALIVE_INTERVAL",
+     "keepalive_interval", "", "SECONDS", parse_interval, "60", False,
+     "seconds between keepalives, 1 to 150"),
+    ("max_cpu", "--max-cpu", "B9AGENT_MAX_CPU", "limits.cpu", "max_cpu", "CORES", parse_cpu, "",
+     False, "offer at most this much CPU, such as 4 or 3500m"),
+    ("max_memory", "--max-memory", "B9AGENT_MAX_MEMORY", "limits.memory", "max_memory", "SIZE",
+     parse_memory, "", False, "offer at most this much memory, such as 16Gi"),
+    ("max_gpus", "--max-gpus", "B9AGENT_MAX_GPUS", "limits.gpus", "max_gpus", "N", parse_count,
+     "", False, "offer at most this many GPUs"),
+    ("gpu_ids", "--gpu-ids", "B9AGENT_GPU_IDS", "limits.gpu_ids", "gpu_ids", "LIST",
+     parse_indexes, "", False, "offer only the GPUs with these indexes, such as 0,1"),
+    ("control_host", "--control-host", "B9AGENT_CONTROL_HOST", "control.host", "", "HOST",
+     parse_host, "127.0.0.1", False, "address the control API listens on"),
+    ("control_port", "--control-port", "B9AGENT_CONTROL_PORT", "control.port", "", "PORT",
+     parse_listen_port, "9999", False, "port of the control API; 0 takes a free one"),
+    ("log_format", "--log-format", "B9AGENT_LOG_FORMAT", "log.format", "", "FORMAT",
+     parse_log_format, "text", False, "text or json"),
+    ("debug", "--debug", "BETA9_DEBUG", "debug", "", "", parse_switch, "false", False,
+     "log every request and answer, without their secrets"),
+    ("state_dir", "--state-dir", "B9AGENT_HOME", None, "", "PATH", parse_path, "~/.b9agent",
+     False, "folder of everything the agent keeps"),
+    ("config", "--config", "B9AGENT_CONFIG", None, "", "PATH", parse_path, "", False,
+     "config file; default `config.yaml` in the state folder"),
+))
+SETTING_BY_KEY = {row.key: row for row in SETTINGS}
+Settings = collections.namedtuple("Settings", [row.key for row in SETTINGS])
+
+
+class Loaded(NamedTuple):
+    """origins: key -> "flag --x", "environment X", "FILE:LINE" or "default"."""
+    settings: Any
+    origins: Dict[str, str]
+    warnings: Tuple[str, ...]
+
+
+# -- the YAML subset ---------------------------------------------------
+# Mappings and lists in blocks or on one line, plain and quoted scalars, comments.  All scalars
+# stay text: the table's types decide, so that machine id 12345678 or 1e100000 is not a number.
+
+class Node(NamedTuple):
+    """value: text, {name: Node} or [Node]; plain: an unquoted scalar."""
+    value: Any
+    line: int
+    plain: bool = False
+
+
+class YamlError(Exception):
+    def __init__(self, line: int, what: str, expected: str) -> None:
+        super().__init__(f"{what}, expected {expected}")
+        self.line = line
+
+
+_YAML_REFUSED = {
+    "&": "an anchor (&)", "*": "an alias (*)", "!": "a tag (!)", "|": "a block of text (|)",
+    ">": "a folded block of text (>)", "%": "a directive (%)", "@": "the reserved character @",
+    "`": "the reserved character `", "?": "a complex key (?)",
+}
+_YAML_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", '"': '"', "\\": "\\", "/": "/",
+                 "a": "\a", "b": "\b", "e": "\x1b", "f": "\f", "v": "\v", " ": " "}
+_YAML_MAX_DEPTH = 8
+
+
+class _YamlLine(NamedTuple):
+    number: int
+    indent: int
+    text: str
+
+
+def parse_yaml(text: str) -> Node:
+    """The file as one Node, a mapping.  Raises: YamlError with the line."""
+    lines = _yaml_lines(text)
+    if not lines:
+        return Node({}, 1)
+    node, after = _yaml_block(lines, 0, lines[0].indent, 0)
+    if after < len(lines):
+        raise YamlError(lines[after].number, "this line is indented less than the first",
+                        "the same indentation for all names of one level")
+    if not isinstance(node.value, dict):
+        raise YamlError(node.line, "this is not a mapping", "lines of the form `name: value`")
+    return node
+
+
+def _yaml_lines(text: str) -> List[_YamlLine]:
+    """Lines that say something, their comments still on them."""
+    found = []
+    if text.startswith("\ufeff"):
+        text = text[1:]
+    for number, raw in enumerate(text.split("\n"), 1):
+        raw = raw[:-1] if raw.endswith("\r") else raw
+        bare = raw.strip(" ")
+        if not bare or bare.startswith("#"):
+            continue
+        if "\t" in raw[:len(raw) - len(raw.lstrip())]:
+            raise YamlError(number, "a tab in the indentation", "spaces")
+        _yaml_check_characters(raw, number)
+        if bare == "---" and not found and raw.startswith("---"):
+            continue
+        if bare.startswith(("--- ", "...")) or bare in ("---", "..."):
+            raise YamlError(number, f"a document marker ({bare[:3]})", "one document")
+        found.append(_YamlLine(number, len(raw) - len(raw.lstrip(" ")), bare))
+    return found
+
+
+def _yaml_check_characters(raw: str, number: int) -> None:
+    bad = next((char for char in raw if char != "\t" and printable(char) != char), None)
+    if bad is not None:
+        raise YamlError(number, f"the control character {printable(bad)}", "printable text")
+
+
+def _yaml_block(lines: List[_YamlLine], at: int, indent: int, depth: int) -> Tuple[Node, int]:
+    """(the block that starts at this line, position after it)."""
+    if depth > _YAML_MAX_DEPTH:
+        raise YamlError(lines[at].number, "too many levels", f"at most {_YAML_MAX_DEPTH}")
+    if lines[at].text == "-" or lines[at].text.startswith("- "):
+        return _yaml_list(lines, at, indent, depth)
+    return _yaml_mapping(lines, at, indent, depth)
+
+
+def _yaml_mapping(lines: List[_YamlLine], at: int, indent: int, depth: int) -> Tuple[Node, int]:
+    first, names = lines[at].number, {}
+    while at < len(lines) and lines[at].indent == indent:
+        line = lines[at]
+        name, rest = _yaml_name(line)
+        if name in names:
+            raise YamlError(line.number, f"`{name}` is given twice, first in line "
+                            f"{names[name].line}", "each name once")
+        node, at = _yaml_value(lines, at, rest, indent, depth)
+        names[name] = node._replace(line=line.number)
+    if at < len(lines) and lines[at].indent > indent:
+        raise YamlError(lines[at].number, "this line is indented more than the one it follows",
+                        f"{indent} spaces before it, or a value on the line above")
+    return Node(names, first), at
+
+
+def _yaml_name(line: _YamlLine) -> Tuple[str, str]:
+    """(name, what follows its colon)."""
+    if line.text[0] in "\"'":
+        scanner = _YamlScanner(line.text, line.number)
+        name = scanner.quoted()
+        rest = line.text[scanner.at:].lstrip(" ")
+        if not rest.startswith(":") or rest[1:2] not in ("", " "):
+            raise YamlError(line.number, "a quoted text alone", "`name: value`")
+        return name, rest[1:].strip(" ")
+    if line.text[0] in _YAML_REFUSED:
+        raise YamlError(line.number, f"{_YAML_REFUSED[line.text[0]]} is not supported",
+                        "`name: value`")
+    match = re.match(r"([^\s:#\[\]{},&*!|>%@`\"'-][^:#\[\]{},]*?) *:(?: +(.*))?$", line.text)
+    if not match:
+        raise YamlError(line.number, f"`{_shorten(line.text)}` has no name",
+                        "`name: value`, with a blank after the colon")
+    if match.group(1) == "<<":
+        raise YamlError(line.number, "a merge (<<) is not supported", "`name: value`")
+    return match.group(1), (match.group(2) or "").strip(" ")
+
+
+def _shorten(text: str) -> str:
+    """A glimpse of a line: no more of it than its name, since the rest may be a secret."""
+    name = text.split(":", 1)[0]
+    return printable(name[:12]) + ("…" if len(name) > 12 else "")
+
+
+def _yaml_value(lines: List[_YamlLine], at: int, rest: str, indent: int,
+                depth: int) -> Tuple[Node, int]:
+    """The value that begins after a colon or a dash: on this line, or as a block below it."""
+    line = lines[at]
+    if rest and not rest.startswith("#"):
+        scanner = _YamlScanner(rest, line.number)
+        node = scanner.value(depth + 1, in_flow=False)
+        scanner.expect_end()
+        return node, at + 1
+    below = lines[at + 1] if at + 1 < len(lines) else None
+    if below and (below.indent > indent or
+                  below.indent == indent and below.text.startswith("- ")
+                  and not line.text.startswith("- ")):
+        return _yaml_block(lines, at + 1, below.indent, depth + 1)
+    return Node("", line.number, True), at + 1
+
+
+def _yaml_list(lines: List[_YamlLine], at: int, indent: int, depth: int) -> Tuple[Node, int]:
+    first, items = lines[at].number, []
+    while at < len(lines) and lines[at].indent == indent and (
+            lines[at].text == "-" or lines[at].text.startswith("- ")):
+        rest = lines[at].text[1:].strip(" ")
+        if re.match(r"(-( |$)|[\w.]+:( |$))", rest):
+            raise YamlError(lines[at].number, "a mapping or a list right after a dash",
+                            "a plain value, or the block on lines of its own")
+        node, at = _yaml_value(lines, at, rest, indent, depth)
+        items.append(node)
+    if at < len(lines) and lines[at].indent > indent:
+        raise YamlError(lines[at].number, "this line is indented more than the list it follows",
+                        f"{indent} spaces before it")
+    return Node(items, first), at
+
+
+class _YamlScanner:
+    """What can stand on one line: a scalar, [a, b] or {a: b}."""
+
+    def __init__(self, text: str, line: int) -> None:
+        self.text = text
+        self.at = 0
+        self.line = line
+
+    def value(self, depth: int, in_flow: bool) -> Node:
+        if depth > _YAML_MAX_DEPTH:
+            raise YamlError(self.line, "too many levels", f"at most {_YAML_MAX_DEPTH}")
+        self._skip_blanks()
+        char = self.text[self.at:self.at + 1]
+        if char in ("'", '"') and char:
+            return Node(self.quoted(), self.line)
+        if char == "[":
+            return Node([node for _, node in self._items("]", depth)], self.line)
+        if char == "{":
+            return Node(self._flow_mapping(depth), self.line)
+        return Node(self._plain(in_flow), self.line, True)
+
+    def expect_end(self) -> None:
+        rest = self.text[self.at:]
+        if rest.strip(" ") and not re.match(r" +#", rest):
+            raise YamlError(self.line, "something after the end of the value",
+                            "a comment, or the end of the line")
+
+    def _skip_blanks(self) -> None:
+        while self.text[self.at:self.at + 1] == " ":
+            self.at += 1
+
+    def quoted(self) -> str:
+        mark, taken = self.text[self.at], []
+        self.at += 1
+        while self.at < len(self.text):
+            char = self.text[self.at]
+            self.at += 1
+            if char == mark and mark == "'" and self.text[self.at:self.at + 1] == "'":
+                self.at += 1
+            elif char == mark:
+                return "".join(taken)
+            elif char == "\\" and mark == '"':
+                char = self._escape()
+            taken.append(char)
+        raise YamlError(self.line, f"a text that begins with {mark} has no end",
+                        f"a second {mark} on the same line")
+
+    def _escape(self) -> str:
+        char = self.text[self.at:self.at + 1]
+        self.at += 1
+        if char in _YAML_ESCAPES and char:
+            return _YAML_ESCAPES[char]
+        match = re.compile(r"[0-9a-fA-F]{%d}" % {"x": 2, "u": 4, "U": 8}.get(char, 99)).match(
+            self.text, self.at)
+        if not match or int(match.group(), 16) > 0x10FFFF:
+            raise YamlError(self.line, f"the escape \\{char}", 'one of \\n \\t \\" \\\\ \\xNN \\uNNNN')
+        self.at = match.end()
+        return chr(int(match.group(), 16))
+
+    def _plain(self, in_flow: bool) -> str:
+        rest = self.text[self.at:]
+        if rest[:1] in _YAML_REFUSED:
+            raise YamlError(self.line, f"{_YAML_REFUSED[rest[0]]} is not supported",
+                            "a plain or quoted value")
+        if rest[:1] in ("]", "}", ",") or re.match(r"[-:]( |$)", rest):
+            raise YamlError(self.line, f"a value that begins with {rest[0]}",
+                            "quotes around it, or a plain value")
+        end = re.search(r" #| *$" if not in_flow else r" #|[\[\]{},]|:(?= |$)| *$", rest)
+        taken = rest[:end.start()].rstrip(" ")
+        if re.search(r":( |$)", taken):
+            raise YamlError(self.line, "a second `: ` on one line", "quotes around the value")
+        self.at += len(rest[:end.start()])
+        return taken
+
+    def _items(self, closing: str, depth: int) -> Iterator[Tuple[str, Node]]:
+        """(name, value) of each item up to the bracket that closes; the name is "" in a list."""
+        self.at += 1
+        while True:
+            self._skip_blanks()
+            if self.text[self.at:self.at + 1] == closing:
+                self.at += 1
+                return
+            name = self._flow_name() if closing == "}" else ""
+            yield name, self.value(depth + 1, in_flow=True)
+            self._skip_blanks()
+            if self.text[self.at:self.at + 1] == ",":
+                self.at += 1
+            elif self.text[self.at:self.at + 1] != closing:
+                raise YamlError(self.line, "a list or mapping that does not end on its line",
+                                f"`,` or `{closing}`")
+
+    def _flow_name(self) -> str:
+        name = self.value(_YAML_MAX_DEPTH, in_flow=True)
+        if not isinstance(name.value, str) or not name.value or self.text[self.at] != ":":
+            raise YamlError(self.line, "an item without a name", "{name: value, …}")
+        self.at += 1
+        return name.value
+
+    def _flow_mapping(self, depth: int) -> Dict[str, Node]:
+        names: Dict[str, Node] = {}
+        for name, node in self._items("}", depth):
+            if name in names:
+                raise YamlError(self.line, f"`{name}` is given twice", "each name once")
+            names[name] = node
+        return names
+
+
+def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
+    """A tree of text, lists of text and mappings as a file that parse_yaml reads back."""
+    out = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            out.append(f"{indent}{_yaml_scalar(name)}:\n{render_yaml(value, indent + '  ')}"
+                       if value else f"{indent}{_yaml_scalar(name)}: {{}}\n")
+        elif isinstance(value, list):
+            items = ", ".join(_yaml_scalar(item) for item in value)
+            out.append(f"{indent}{_yaml_scalar(name)}: [{items}]\n")
+        else:
+            out.append(f"{indent}{_yaml_scalar(name)}: {_yaml_scalar(value)}\n")
+    return "".join(out)
+
+
+def _yaml_scalar(text: str) -> str:
+    """Plain where no YAML reader could take it for anything but this text (or a plain number)."""
+    if re.fullmatch(r"([a-z][a-z_]*|0|[1-9][0-9]*)", text) and text not in (
+            "y", "n", "yes", "no", "on", "off", "true", "false", "null"):
+        return text
+    return json.dumps(text, ensure_ascii=True).replace("\x7f", "\\x7f")
+
+
+# -- from flags, variables and the file to values ----------------------
+
+class _Given(NamedTuple):
+    text: str
+    origin: str
+
+
+def load_settings(flags: Dict[str, str], environ: Dict[str, str]) -> Loaded:
+    """Every setting with where it came from.
+
+    flags: {key: text} as parse_arguments made them.
+    Raises: UsageError that names the flag, the variable, or the file and line.
+    """
+    given = {row.key: _Given(environ[row.variable], f"environment {row.variable}")
+             for row in SETTINGS if environ.get(row.variable)}
+    given.update({key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")
+                  for key, text in flags.items()})
+    state_dir = _value(SETTING_BY_KEY["state_dir"], given)
+    path = _value(SETTING_BY_KEY["config"], given) or os.path.join(state_dir, "config.yaml")
+    from_file = read_config(path, must_exist="config" in given)
+    given = {**from_file, **given}
+    values = {row.key: _value(row, given) for row in SETTINGS}
+    values["config"] = path
+    origins = {row.key: given[row.key].origin if row.key in given else "default"
+               for row in SETTINGS}
+    _apply_token_file(values, origins, flags, environ)
+    for key in ("token", "k3s_token"):
+        REDACTOR.add(values[key])
+    REDACTOR.add((values["gateway_proxy"] or "").rpartition("@")[0].rpartition("/")[2])
+    return Loaded(Settings(**values), origins, _warnings(flags))
+
+
+def _value(row: Setting, given: Dict[str, _Given]) -> Any:
+    text, origin = given.get(row.key, _Given(row.default, "default"))
+    if text == "" and origin == "default":
+        return None
+    try:
+        return row.parse(text)
+    except ValueError as error:
+        place = origin.split(" ", 1)[-1] if not origin.startswith("/") else f"{origin}: {row.path}"
+        shown = "this value" if row.secret else f"`{printable(text[:60])}`"
+        raise UsageError(f"{place}: {shown} cannot be used, expected {error}") from error
+
+
+def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
+    return tuple(f"{SETTING_BY_KEY[key].flag} on the command line is visible to every user in "
+                 f"`ps`: use {SETTING_BY_KEY[key].variable} or the config file"
+                 for key in flags if SETTING_BY_KEY[key].secret)
+
+
+def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str], flags: Dict[str, str],
+                      environ: Dict[str, str]) -> None:
+    """The token out of its file, unless a token was given where it counts at least as much."""
+    def rank(key: str) -> int:
+        return 3 if key in flags else 2 if environ.get(SETTING_BY_KEY[key].variable) else 1
+    path = values["token_file"]
+    if not path or (values["token"] and rank("token") >= rank("token_file")):
+        return
+    text = read_text(path, 65536)
+    if text is None:
+        raise UsageError(f"cannot read the token file {path}",
+                         f"It is set by {origins['token_file']}")
+    refuse_if_shared(path, "a token")
+    try:
+        values["token"] = parse_secret(text.strip())
+    except ValueError as error:
+        raise UsageError(f"{path}: this is not a token, expected {error}") from error
+    origins["token"] = f"file {path}"
+
+
+def refuse_if_shared(path: str, what: str) -> None:
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:
+        return
+    if mode & 0o077:
+        raise UsageError(f"{path} holds {what} and others may read it (mode {mode:04o})",
+                         f"Mend it with: chmod 600 {path}")
+
+
+def read_config(path: str, must_exist: bool = False) -> Dict[str, _Given]:
+    """{key: text and FILE:LINE} of a config file; nothing where there is none."""
+    tree = read_config_tree(path, must_exist)
+    known = {name: row for row in SETTINGS if row.path
+             for name in filter(None, (row.path, row.also))}
+    found: Dict[str, _Given] = {}
+    for name, node in _leaves(tree, "", known, path):
+        row = known[name]
+        text = _leaf_text(node, row, path)
+        if text is None:
+            continue
+        if row.key in found:
+            raise UsageError(f"{path}:{node.line}: `{name}` is given twice, first in line "
+                             f"{found[row.key].origin.rsplit(':', 1)[-1]}, expected it once")
+        found[row.key] = _Given(text, f"{path}:{node.line}")
+    if any(SETTING_BY_KEY[key].secret for key in found):
+        refuse_if_shared(path, "secrets")
+    return found
+
+
+def read_config_tree(path: str, must_exist: bool = False) -> Node:
+    try:
+        with open(path, "rb") as handle:
+            raw = handle.read(1 << 18)
+        return parse_yaml(raw.decode("utf-8"))
+    except FileNotFoundError as error:
+        if must_exist:
+            raise UsageError(f"there is no config file {path}",
+                             "Make one with `b9agent.py init`") from error
+        return Node({}, 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}",
+                         "Run as the user who owns it") from error
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise UsageError(f"{path}:{line}: bytes that are not UTF-8, expected text") from error
+    except YamlError as error:
+        raise UsageError(f"{path}:{error.line}: {error}") from error
+
+
+def _leaves(node: Node, prefix: str, known: Dict[str, Setting],
+            path: str) -> Iterator[Tuple[str, Node]]:
+    for name, child in node.value.items():
+        full = prefix + name
+        if full in known:
+            yield full, child
+        elif any(other.startswith(full + ".") for other in known):
+            if isinstance(child.value, dict):
+                yield from _leaves(child, full + ".", known, path)
+            elif child.value != "":
+                raise UsageError(f"{path}:{child.line}: `{full}` is a group, expected names "
+                                 "below it, indented")
+        else:
+            raise UsageError(f"{path}:{child.line}: unknown name `{printable(full)}`, "
+                             f"expected {_nearest(full, known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    import difflib
+    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    close = close or [other for other in known if other.endswith("." + name)]
+    return f"`{close[0]}`" if close else "one of the names that `b9agent.py config` lists"
+
+
+def _leaf_text(node: Node, row: Setting, path: str) -> Optional[str]:
+    """The text of a leaf; None where it is left empty or null, which is not setting it."""
+    if isinstance(node.value, list) and row.parse is parse_indexes:
+        if all(isinstance(item.value, str) for item in node.value):
+            return ",".join(item.value for item in node.value)
+    if not isinstance(node.value, str):
+        form = "a list" if isinstance(node.value, list) else "a group of names"
+        raise UsageError(f"{path}:{node.line}: `{row.path}` is {form}, expected one value")
+    if node.plain and node.value in ("", "~", "null", "Null", "NULL"):
+        return None
+    return node.value
+
+
+def save_config(path: str, values: Dict[str, Any]) -> Optional[str]:
+    """Merge settings into the config file: nested form, 0600, whole or not at all.
+
+    values: {key: text}; None removes one.  Returns the path of a copy of the old file where it
+    had comments, which the new one has not.
+    Raises: UsageError where the file cannot be read or written.
+    """
+    merged = {key: item.text for key, item in read_config(path).items()}
+    merged.update({key: str(value) for key, value in values.items() if value is not None})
+    tree: Dict[str, Any] = {}
+    for row in SETTINGS:
+        if row.path and row.key in merged and not (row.key in values and values[row.key] is None):
+            *groups, leaf = row.path.split(".")
+            place = tree
+            for group in groups:
+                place = place.setdefault(group, {})
+            text = merged[row.key]
+            place[leaf] = text.split(",") if row.parse is parse_indexes else text
+    old = read_text(path)
+    backup = None
+    try:
+        make_private_folder(os.path.dirname(path))
+        if old and re.search(r"(^|\s)#", old):
+            backup = path + ".old"
+            write_atomic(backup, old)
+        write_atomic(path, render_yaml(tree))
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}",
+                         "Nothing was changed") from error
+    return backup
+
+
+# -- the command line --------------------------------------------------
+
+class Option(NamedTuple):
+    """A flag that one command takes beside the settings.  metavar "" makes it a switch."""
+    flag: str
+    metavar: str
+    help: str
+
+    @property
+    def name(self) -> str:
+        return self.flag.lstrip("-")
+
+
+class Arguments(NamedTuple):
+    """words: what is no flag; flags: settings by key; options: by name, "" for switches."""
+    words: Tuple[str, ...]
+    flags: Dict[str, str]
+    options: Dict[str, str]
+
+
+def parse_arguments(argv: Sequence[str], options: Sequence[Option]) -> Arguments:
+    """`--flag value`, `--flag=value`, switches.  A value may begin with a dash, as one token in 64
+    does.  Raises: UsageError."""
+    table = {row.flag: row for row in SETTINGS}
+    table.update({option.flag: option for option in options})
+    words, flags, chosen = [], {}, {}
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-") or argument == "-":
+            words.append(argument)
+            continue
+        flag, equals, text = argument.partition("=")
+        row = table.get(flag)
+        if row is None:
+            raise UsageError(f"unknown flag {printable(flag)}, expected "
+                             f"{_nearest(flag, table)}", "See `b9agent.py --help`")
+        takes_value = row.kind if isinstance(row, Setting) else row.metavar
+        if takes_value and not equals:
+            if not rest or rest[0].partition("=")[0] in table:
+                raise UsageError(f"{flag} needs a value ({takes_value})")
+            text = rest.pop(0)
+        if takes_value and not text:
+            raise UsageError(f"{flag} has an empty value, expected {takes_value}")
+        if isinstance(row, Setting):
+            flags[row.key] = text if takes_value or equals else "true"
+        elif equals and not takes_value:
+            raise UsageError(f"{flag} takes no value")
+        else:
+            chosen[row.name] = text
+    return Arguments(tuple(words), flags, chosen)
+
+
+# ----------------------------------------------------------------------
+# 4. Log and snapshot                            stderr, STATE/agent.log
+# ----------------------------------------------------------------------
+# One line an event: time, level, event, key=value.  Every line is redacted
+# and has its control characters escaped before it goes anywhere.  What other
+# threads may know of the agent is one immutable Snapshot, replaced whole.
+
+_PRIORITIES = {"debug": 7, "info": 6, "notice": 5, "warning": 4, "error": 3}
+LOG_FILE_MAX_BYTES = 5 << 20
+
+
+def render_event(level: str, event: str, fields: Dict[str, Any], stamp: str, form: str) -> str:
+    """One line without its end.
+
+    >>> render_event("info", "ready", {"pool": "my gpu", "s": 1}, "T", "text")
+    'T info ready pool="my gpu" s=1'
+    """
+    if form == "json":
+        record = {"time": stamp, "level": level, "event": event}
+        record.update((name, value) for name, value in fields.items() if name not in record)
+        return json.dumps(record, default=str)
+    words = [stamp, level, event] if stamp else [level, event]
+    return " ".join(words + [f"{name}={_log_value(value)}" for name, value in fields.items()])
+
+
+def _log_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    text = printable(str(value))
+    return text if re.fullmatch(r'[^\s"=]+', text) else '"' + text.replace('"', "'") + '"'
+
+
+def utc_stamp(wall_s: Optional[float] = None) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(wall_s))
+
+
+class Log:
+    """_lock guards the file and its size; a full disk costs lines in the file, nothing else."""
+
+    def __init__(self, form: str = "text", minimum: str = "info", folder: Optional[str] = None,
+                 stream: Any = None) -> None:
+        self._lock = threading.Lock()
+        self._form = form
+        self._lowest = _PRIORITIES[minimum]
+        self._stream = stream or sys.stderr
+        self._journal = _is_journal(self._stream)
+        self._path = os.path.join(folder, "agent.log") if folder and not self._journal else None
+        self._file: Any = None
+
+    def __call__(self, level: str, event: str, **fields: Any) -> None:
+        if _PRIORITIES[level] > self._lowest:
+            return
+        fields = {name: value for name, value in fields.items() if value is not None}
+        stamp = "" if self._journal and self._form == "text" else utc_stamp()
+        line = REDACTOR.scrub(render_event(level, event, fields, stamp, self._form)) + "\n"
+        with self._lock:
+            try:
+                self._stream.write(f"<{_PRIORITIES[level]}>{line}" if self._journal else line)
+                self._stream.flush()
+            except (OSError, ValueError):
+                pass  # nobody reads our stderr any more: not a reason to stop
+            self._append(line)
+
+    def _append(self, line: str) -> None:
+        if not self._path:
+            return
+        try:
+            if self._file is None:
+                opener = lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o600)
+                self._file = open(self._path, "a", encoding="utf-8", opener=opener)
+            self._file.write(line)
+            self._file.flush()
+            if self._file.tell() > LOG_FILE_MAX_BYTES:
+                self.close()
+                os.replace(self._path, self._path + ".1")
+        except OSError:
+            self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError:
+                pass  # the disk is full: the last line is lost
+            self._file = None
+
+    def error(self, event: str, error: AgentError, level: str = "error", **fields: Any) -> None:
+        self(level, event, what=error.what, do=error.hint or None, **fields)
+
+
+def defect_place(error: BaseException) -> str:
+    """Where a defect was raised: function and line of the last frames, no values."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " > ".join(frames[-6:])
+
+
+def _is_journal(stream: Any) -> bool:
+    """systemd names the journal's socket in JOURNAL_STREAM as device:inode."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class State(enum.Enum):
+    """Membership, as DESIGN's state machine has it."""
+    STARTING = "starting"
+    REGISTERING = "registering"
+    REGISTERED = "registered"
+    READY = "ready"
+    UNREACHABLE = "unreachable"
+    EXPIRED = "expired"
+    REFUSED = "refused"
+    STOPPED = "stopped"
+
+
+class Snapshot(NamedTuple):
+    """What is known of the membership now.  Times: now_s() but last_ready_wall_s, which is for
+    people.  message: of the last failure, empty when ready."""
+    state: State = State.STARTING
+    since_s: float = 0.0
+    last_ready_s: Optional[float] = None
+    last_ready_wall_s: Optional[float] = None
+    registrations: int = 0
+    keepalives: int = 0
+    failures: int = 0
+    message: str = ""
+    metrics: Optional[Dict[str, Any]] = None
+
+
+# ----------------------------------------------------------------------
+# 5. Host metrics   reads /proc, cgroups; on macOS runs sysctl, vm_stat, netstat
+# ----------------------------------------------------------------------
+# What this process may use of the machine, and how busy that is: where a
+# cgroup limits us, the limit is our machine.  Parsers come first and are
+# pure; then one Host per platform with the same methods in the same order.
+# Nothing waits: CPU percent is the difference between two calls.
+
+
+class Capacity(NamedTuple):
+    """What this process may use, after CPU affinity and cgroup limits."""
+    cpu_millicores: Optional[int]
+    memory_bytes: Optional[int]
+
+
+class HostSample(NamedTuple):
+    """Percentages are shares of the capacity, 0 to 100.  The network counters run since boot and
+    are summed over the real interfaces."""
+    cpu_pct: Optional[float]
+    memory_pct: Optional[float]
+    memory_total_bytes: Optional[int]
+    memory_used_bytes: Optional[int]
+    disk_total_bytes: Optional[int]
+    disk_free_bytes: Optional[int]
+    net_received_bytes: Optional[int]
+    net_sent_bytes: Optional[int]
+
+
+class CpuReading(NamedTuple):
+    """Counters of busy and of idle time, in any one unit.  Only readings of one source compare."""
+    source: str
+    busy: Tuple[int, ...]
+    idle: Tuple[int, ...]
+
+
+# (total, used), (total, free) or (received, sent)
+BytesPair = Tuple[Optional[int], Optional[int]]
+_UNKNOWN: BytesPair = (None, None)
+
+
+def parse_int(word: str) -> Optional[int]:
+    """
+    >>> parse_int(" 42\\n"), parse_int("[N/A]"), parse_int("9" * 5000)
+    (42, None, None)
+    """
+    try:
+        return int(word) if len(word) <= 24 else None  # 2^64 has 20 digits
+    except ValueError:
+        return None
+
+
+def share_pct(part: Optional[float], whole: Optional[float]) -> Optional[float]:
+    """
+    >>> share_pct(1, 4), share_pct(5, 4), share_pct(1, 0), share_pct(None, 4)
+    (25.0, 100.0, None, None)
+    """
+    if part is None or whole is None or whole <= 0:
+        return None
+    return min(100.0, max(0.0, 100.0 * part / whole))
+
+
+def busy_pct(old: Optional[CpuReading], new: Optional[CpuReading],
+             wraps_at: Optional[int] = None) -> Optional[float]:
+    """None where no time passed.  wraps_at: where the counters start again from 0.
+
+    >>> busy_pct(CpuReading("", (10,), (50,)), CpuReading("", (20,), (80,)))
+    25.0
+    """
+    if old is None or new is None or old.source != new.source:
+        return None
+    # Linux lets idle and iowait go back a little (proc(5)): that is no time at all.
+    steps = [(after - before) % wraps_at if wraps_at else max(0, after - before)
+             for before, after in zip(old.busy + old.idle, new.busy + new.idle)]
+    return share_pct(sum(steps[:len(old.busy)]), sum(steps))
+
+
+def sum_traffic(rows: Iterable[Tuple[str, Optional[int], Optional[int]]],
+                virtual: Tuple[str, ...]) -> BytesPair:
+    """(received, sent) of the interfaces whose names do not begin like a virtual one's."""
+    real = [(received, sent) for name, received, sent in rows
+            if received is not None and sent is not None and not name.startswith(virtual)]
+    if not real:
+        return _UNKNOWN
+    return sum(received for received, _ in real), sum(sent for _, sent in real)
+
+
+def read_disk(path: str) -> BytesPair:
+    """(total, free to an ordinary user) of the file system that holds a path."""
+    try:
+        disk = os.statvfs(path)
+    except OSError:
+        return _UNKNOWN
+    return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+
+
+# Linux: text of /proc.  Sources: proc(5), psutil's _pslinux.py.
+
+# Their traffic passes a real interface as well and would count twice.
+_LINUX_VIRTUAL = ("lo", "veth", "br", "docker", "cni", "flannel", "cali", "cilium", "lxc", "lxd",
+                  "virbr", "vnet", "vxlan", "kube", "nodelocaldns", "bond", "team", "vlan", "ifb",
+                  "dummy", "tun", "tap", "tailscale", "wg", "zt", "sit", "gre", "ip6tnl")
+
+
+def parse_cpu_ticks(text: str, cpus: Sequence[int] = ()) -> Optional[CpuReading]:
+    """Ticks from /proc/stat, of the whole machine or summed over some CPUs.
+
+    Steal counts as busy.  guest and guest_nice are left out: user and nice contain them.
+    """
+    some = bool(cpus) and text.count("\ncpu") > len(cpus)
+    wanted = {f"cpu{number}" for number in cpus} if some else {"cpu"}
+    rows = []
+    for line in text.split("\n"):
+        name, _, rest = line.partition(" ")
+        if name in wanted:
+            # Kernels before 2.6.11 have seven columns; what they lack is 0.
+            rows.append([parse_int(word) for word in (rest.split() + ["0"] * 4)[:8]])
+    if not rows or any(len(row) < 8 or None in row for row in rows):
+        return None
+    user, nice, system, idle, iowait, irq, softirq, steal = [sum(column) for column in zip(*rows)]
+    return CpuReading(" ".join(sorted(wanted)), (user, nice, system, irq, softirq, steal),
+                      (idle, iowait))
+
+
+def parse_meminfo(text: str) -> Dict[str, int]:
+    """The lines of /proc/meminfo that are sizes, in bytes."""
+    fields = {}
+    for line in text.splitlines():
+        name, _, rest = line.partition(":")
+        words = rest.split()
+        if words[1:] == ["kB"]:
+            size = parse_int(words[0])
+            if size is not None:
+                fields[name] = size * 1024
+    return fields
+
+
+def memory_use(fields: Dict[str, int]) -> BytesPair:
+    """(total, used) of a machine from its meminfo; used is what no program could still get."""
+    total, free = fields.get("MemTotal"), fields.get("MemFree")
+    if total is None or free is None:
+        return total, None
+    # Before kernel 3.14 there is no MemAvailable, and some containers say 0: then near enough (the
+    # kernel also takes off its watermarks, about 1 %).
+    cache = fields.get("Active(file)", 0) + fields.get("Inactive(file)", 0)
+    reclaimable = cache + fields.get("SReclaimable", 0) if cache else fields.get("Cached", 0)
+    available = fields.get("MemAvailable") or free + reclaimable
+    if available > total:  # seen under LXC
+        available = free
+    return total, min(total, max(0, total - available))
+
+
+def parse_net_dev(text: str) -> BytesPair:
+    """(received, sent) from /proc/net/dev."""
+    rows = []
+    for line in text.splitlines():
+        name, _, rest = line.rpartition(":")  # a number may touch the colon; an alias has one too
+        words = rest.split()
+        if name and len(words) >= 9 and "." not in name:  # eth0.7 is a VLAN on eth0
+            rows.append((name.strip(), parse_int(words[0]), parse_int(words[8])))
+    return sum_traffic(rows, _LINUX_VIRTUAL)
+
+
+# Linux: cgroups.  Sources: cgroups(7), the kernel's cgroup-v1 and cgroup-v2 documents.
+
+
+class CgroupFiles(NamedTuple):
+    """Where a version of cgroups keeps what we ask for; reclaimable is a line of memory.stat."""
+    cpu_limit: Tuple[str, ...]
+    cpu_usage: str
+    memory_limit: str
+    memory_used: str
+    reclaimable: str
+
+
+CGROUP_V1 = CgroupFiles(("cpu.cfs_quota_us", "cpu.cfs_period_us"), "cpuacct.usage",
+                        "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+CGROUP_V2 = CgroupFiles(("cpu.max",), "cpu.stat", "memory.max", "memory.current", "inactive_file")
+
+
+class Cgroup(NamedTuple):
+    """mount: the folder where a hierarchy can be seen.  path: ours below it, "" or "/a/b"."""
+    files: CgroupFiles
+    mount: str
+    path: str
+
+    def levels(self) -> List[str]:
+        """"", "/a", "/a/b": each of them may set a limit, and the smallest one counts."""
+        parts = self.path.split("/")
+        return ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+class CgroupLimit(NamedTuple):
+    """level: the part of the path that sets the limit; None where the machine itself does."""
+    amount: Optional[int]
+    level: Optional[str]
+
+
+def parse_cgroup_paths(text: str) -> Dict[str, str]:
+    """/proc/self/cgroup as {controller: path}; the name of the v2 hierarchy is ""."""
+    rows = [line.split(":", 2) for line in text.splitlines()]
+    return {name: row[2] for row in rows if len(row) == 3 for name in row[1].split(",")}
+
+
+def parse_cgroup_mounts(text: str) -> List[Tuple[str, str, str]]:
+    """(controller, root, mount point) from /proc/self/mountinfo; v2 is controller ""."""
+    found = []
+    for line in text.split("\n"):
+        left, _, right = line.partition(" - ")
+        where, what = left.split(" "), right.split(" ")
+        if len(where) < 5 or what[0] not in ("cgroup", "cgroup2"):
+            continue
+        # A blank, a line break or a backslash in a name stands there as an octal number.
+        root, mount = [re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), name)
+                       for name in where[3:5]]
+        names = [""] if what[0] == "cgroup2" else what[-1].split(",")
+        found.extend((name, root, mount) for name in names)
+    return found
+
+
+def find_cgroup(controller: str, cgroup_text: str, mountinfo_text: str) -> Optional[Cgroup]:
+    """Our cgroup for a controller, from /proc/self/cgroup and /proc/self/mountinfo."""
+    paths = parse_cgroup_paths(cgroup_text)
+    key = controller if controller in paths else ""  # what v1 lists is governed by v1
+    mounts = [row[1:] for row in parse_cgroup_mounts(mountinfo_text) if row[0] == key]
+    if key not in paths or not mounts:
+        return None
+    files, path = CGROUP_V1 if key else CGROUP_V2, paths[key]
+    for root, mount in mounts:
+        above = root.rstrip("/")  # in a container this mount may begin further down
+        if ".." not in path.split("/") and (path + "/").startswith(above + "/"):
+            return Cgroup(files, mount, path[len(above):].rstrip("/"))
+    # The path is one that another namespace sees; where we are mounted is all that we see.
+    return Cgroup(files, mounts[0][1], "")
+
+
+def parse_cpu_limit(text: str) -> Optional[int]:
+    """Millicores from `quota period` in microseconds; None for no limit.
+
+    >>> parse_cpu_limit("250000 100000"), parse_cpu_limit("50000"), parse_cpu_limit("max 100000")
+    (2500, 500, None)
+    """
+    quota, period = [parse_int(word) for word in (text.split() + ["", "100000"])[:2]]
+    if not quota or not period or quota < 0 or period < 0:
+        return None
+    return max(1, quota * 1000 // period)
+
+
+def parse_memory_limit(text: str) -> Optional[int]:
+    """Bytes; None for no limit: `max`, or in v1 a number near 2^63 or 2^64."""
+    limit = parse_int(text)
+    return limit if limit is not None and 0 <= limit < 1 << 62 else None
+
+
+def parse_keyed(text: str) -> Dict[str, int]:
+    """cpu.stat and memory.stat: `name number` lines."""
+    rows = [line.split() for line in text.splitlines()]
+    pairs = [(row[0], parse_int(row[1])) for row in rows if len(row) == 2]
+    return {name: number for name, number in pairs if number is not None}
+
+
+def parse_cpu_usage_ns(text: str) -> Optional[int]:
+    """v2: usage_usec of cpu.stat; v1: the one number of cpuacct.usage, nanoseconds."""
+    usage_us = parse_keyed(text).get("usage_usec")
+    return parse_int(text) if usage_us is None else usage_us * 1000
+
+
+# macOS: output of its programs.  Sources: psutil's arch/osx, exelban/stats, Apple's vm_stat.
+
+_MACOS_VIRTUAL = ("lo", "utun", "awdl", "llw", "bridg", "gif", "stf", "anpi", "ap", "vmnet",
+                  "vmenet", "feth")
+
+
+def parse_vm_stat(text: str) -> Optional[int]:
+    """Bytes in use as Activity Monitor counts them: wired, compressed, and what programs hold.
+
+    File cache and purgeable memory are left out: `top` counts them, and so always looks full.
+    """
+    head = re.search(r"page size of ([0-9]{1,9}) bytes", text)
+    rows = [line.partition(":") for line in text.splitlines()]
+    pages = {name.strip('"'): parse_int(rest.strip().rstrip(".")) for name, _, rest in rows}
+    parts = [pages.get(name) for name in ("Pages wired down", "Pages occupied by compressor",
+                                          "Anonymous pages", "Pages purgeable")]
+    if not head or None in parts:
+        return None
+    wired, compressed, anonymous, purgeable = parts
+    return (wired + compressed + max(0, anonymous - purgeable)) * int(head.group(1))
+
+
+def parse_netstat(text: str) -> BytesPair:
+    """(received, sent) from `netstat -ibn`: only the <Link> rows, the others repeat them."""
+    rows = [line.split() for line in text.splitlines()]
+    # Counted from the right, because some rows have no address: Ibytes Opkts Oerrs Obytes Coll.
+    return sum_traffic(((row[0], parse_int(row[-5]), parse_int(row[-2])) for row in rows
+                        if len(row) >= 10 and row[2].startswith("<Link#")), _MACOS_VIRTUAL)
+
+
+class MachTicks:
+    """CPU ticks of all cores together, from the call that `top` uses.
+
+    Source: mach/host_info.h: HOST_CPU_LOAD_INFO is 3; user, system, idle, nice, each 32 bits.
+    """
+
+    def __init__(self, library: Any = None) -> None:
+        try:
+            import ctypes
+            self._library = library or ctypes.CDLL("/usr/lib/libSystem.B.dylib")
+            self._library.mach_host_self.restype = ctypes.c_uint32
+            self._host = self._library.mach_host_self()  # kept: each call adds a port reference
+        except (ImportError, OSError, AttributeError):
+            self._library = None
+
+    def read(self) -> Optional[CpuReading]:
+        if self._library is None:
+            return None
+        import ctypes
+        ticks, count = (ctypes.c_uint32 * 4)(), ctypes.c_uint32(4)
+        if self._library.host_statistics(ctypes.c_uint32(self._host), 3, ticks,
+                                         ctypes.byref(count)) != 0:
+            return None
+        user, system, idle, nice = ticks
+        return CpuReading("mach", (user, system, nice), (idle,))
+
+
+class Host:
+    """A platform that we cannot measure: every value is None.  One thread calls sample()."""
+
+    name = "unknown"
+    cpu_wraps_at: Optional[int] = None
+
+    def __init__(self) -> None:
+        self._last_cpu = self._read_cpu()
+
+    def sample(self, disk_path: str) -> HostSample:
+        """CPU percent covers the time since the last call, or since the start."""
+        earlier, self._last_cpu = self._last_cpu, self._read_cpu()
+        total, used = self._read_memory()
+        return HostSample(busy_pct(earlier, self._last_cpu, self.cpu_wraps_at),
+                          share_pct(used, total), total, used,
+                          *self._read_disk(disk_path), *self._read_network())
+
+    def capacity(self) -> Capacity:
+        return Capacity(None, None)
+
+    def _read_cpu(self) -> Optional[CpuReading]:
+        return None
+
+    def _read_memory(self) -> BytesPair:
+        return _UNKNOWN
+
+    def _read_disk(self, disk_path: str) -> BytesPair:
+        return _UNKNOWN
+
+    def _read_network(self) -> BytesPair:
+        return _UNKNOWN
+
+
+def read_affinity() -> Sequence[int]:
+    """The CPUs that this process may run on (cpusets included); () where unknown."""
+    try:
+        return tuple(os.sched_getaffinity(0))
+    except OSError:
+        return range(os.cpu_count() or 0)
+
+
+class LinuxHost(Host):
+    """root: the folder under which proc and sys lie.  clock_s must stand still while the machine
+    sleeps, as the CPU counters do: so monotonic(), not now_s()."""
+
+    name = "linux"
+
+    def __init__(self, root: str = "/", affinity: Callable[[], Sequence[int]] = read_affinity,
+                 clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._root = root.rstrip("/")
+        self._affinity = affinity
+        self._clock_s = clock_s
+        # Found once: we stay in our cgroup, and mountinfo may hold thousands of lines.  The limits
+        # themselves are read every time: `systemctl set-property` changes them.
+        texts = self._read("/proc/self/cgroup"), self._read("/proc/self/mountinfo")
+        self._cpu_group = find_cgroup("cpu", *texts)
+        self._memory_group = find_cgroup("memory", *texts)
+        # v1 may count CPU time in another hierarchy than the one that limits it.
+        split = self._cpu_group is not None and self._cpu_group.files is CGROUP_V1
+        self._usage_group = find_cgroup("cpuacct", *texts) if split else self._cpu_group
+        super().__init__()
+
+    def capacity(self) -> Capacity:
+        total, _ = memory_use(parse_meminfo(self._read("/proc/meminfo")))
+        return Capacity(self._cpu_limit().amount, self._memory_limit(total).amount)
+
+    def _read_cpu(self) -> Optional[CpuReading]:
+        limit = self._cpu_limit()
+        if limit.level is None:
+            return parse_cpu_ticks(self._read("/proc/stat"), self._affinity())
+        if self._usage_group is None:
+            return None
+        group = self._usage_group
+        used_ns = parse_cpu_usage_ns(self._read(group.mount + limit.level, group.files.cpu_usage))
+        if used_ns is None:
+            return None
+        granted_ns = int(self._clock_s() * limit.amount * 1000000)  # 1 millicore: 10^6 ns a second
+        return CpuReading(f"{limit.amount} {limit.level}", (used_ns,), (granted_ns - used_ns,))
+
+    def _read_memory(self) -> BytesPair:
+        total, used = memory_use(parse_meminfo(self._read("/proc/meminfo")))
+        limit = self._memory_limit(total)
+        if limit.level is None:
+            return total, used
+        files, folder = self._memory_group.files, self._memory_group.mount + limit.level
+        held = parse_int(self._read(folder, files.memory_used))
+        cache = parse_keyed(self._read(folder, "memory.stat")).get(files.reclaimable)
+        # The working set, as the kubelet counts it: file cache goes before anybody is killed.
+        return limit.amount, None if held is None or cache is None else max(0, held - cache)
+
+    def _read_disk(self, disk_path: str) -> BytesPair:
+        return read_disk(disk_path)
+
+    def _read_network(self) -> BytesPair:
+        return parse_net_dev(self._read("/proc/net/dev"))
+
+    def _read(self, folder: str, *name: str) -> str:
+        return read_text("/".join((self._root + folder, *name))) or ""
+
+    def _cpu_limit(self) -> CgroupLimit:
+        group = self._cpu_group
+        return self._tightest(len(self._affinity()) * 1000 or None, group,
+                              group.files.cpu_limit if group else (), parse_cpu_limit)
+
+    def _memory_limit(self, total_bytes: Optional[int]) -> CgroupLimit:
+        group = self._memory_group
+        return self._tightest(total_bytes, group, (group.files.memory_limit,) if group else (),
+                              parse_memory_limit)
+
+    def _tightest(self, machine: Optional[int], group: Optional[Cgroup], names: Sequence[str],
+                  parse: Callable[[str], Optional[int]]) -> CgroupLimit:
+        """The smallest limit from the root down; of equal ones the outer, which more share."""
+        tightest = CgroupLimit(machine, None)
+        for level in group.levels() if group else ():
+            texts = [self._read(group.mount + level, name) for name in names]
+            amount = parse(" ".join(texts)) if all(texts) else None
+            if amount is not None and (tightest.amount is None or amount < tightest.amount):
+                tightest = CgroupLimit(amount, level)
+        return tightest
+
+
+class MacHost(Host):
+    """run: the door for programs.  read_ticks: where CPU ticks come from.
+
+    There is no fallback to `top`: it takes a second, and the call behind MachTicks is public.
+    """
+
+    name = "macos"
+    cpu_wraps_at = 1 << 32  # 16 busy cores get there in a month
+
+    def __init__(self, run: Callable[..., CommandResult] = run_command,
+                 read_ticks: Optional[Callable[[], Optional[CpuReading]]] = None) -> None:
+        self._run = run
+        self._read_ticks = read_ticks or MachTicks().read
+        self._capacity = Capacity(None, None)
+        super().__init__()
+
+    def capacity(self) -> Capacity:
+        """Asked until both are known; neither changes while the machine runs."""
+        if None in self._capacity:
+            # One name at a time: an unknown one makes sysctl fail for all.
+            cores = parse_int(self._output("/usr/sbin/sysctl", "-n", "hw.logicalcpu"))
+            self._capacity = Capacity(
+                cores * 1000 if cores else None,
+                parse_int(self._output("/usr/sbin/sysctl", "-n", "hw.memsize")))
+        return self._capacity
+
+    def _read_cpu(self) -> Optional[CpuReading]:
+        return self._read_ticks()
+
+    def _read_memory(self) -> BytesPair:
+        return self.capacity().memory_bytes, parse_vm_stat(self._output("/usr/bin/vm_stat"))
+
+    def _read_disk(self, disk_path: str) -> BytesPair:
+        # "/" is the sealed system volume; what fills up is Data.  Python before 3.13 counts blocks
+        # in 32 bits here (gh-87804): right up to 16 TiB of APFS.
+        data = read_disk("/System/Volumes/Data") if disk_path == "/" else _UNKNOWN
+        return read_disk(disk_path) if data == _UNKNOWN else data
+
+    def _read_network(self) -> BytesPair:
+        return parse_netstat(self._output("/usr/sbin/netstat", "-ibn"))
+
+    def _output(self, *argv: str) -> str:
+        result = self._run(argv, 2.0)
+        return result.output if result.exit_code == 0 else ""
+
+
+def make_host() -> Host:
+    """The one choice by platform."""
+    if sys.platform.startswith("linux"):
+        return LinuxHost()
+    return MacHost() if sys.platform == "darwin" else Host()
+
+
+# ----------------------------------------------------------------------
+# 6. GPUs                                                  runs nvidia-smi
+# ----------------------------------------------------------------------
+# A list of GPUs, an empty list for a machine that has none, None where the
+# driver does not say: hung, failing, or a GPU that fell off the bus.
+
+
+class Gpu(NamedTuple):
+    """uuid and name are "" where the driver does not say.  index may change between boots."""
+    index: int
+    uuid: str
+    name: str
+    memory_total_bytes: Optional[int]
+    memory_used_bytes: Optional[int]
+    utilization_pct: Optional[float]
+
+
+NVIDIA_SMI_ARGUMENTS = ("--query-gpu=index,uuid,name,memory.total,memory.used,utilization.gpu",
+                        "--format=csv,noheader,nounits")
+
+
+def parse_nvidia_smi(text: str) -> List[Gpu]:
+    """The rows that are GPUs.  Sentences and rows of [Unknown Error] between them, which a failing
+    GPU leaves, are passed over; a value in brackets or `ERR!` is None."""
+    gpus = []
+    for line in text.splitlines():
+        words = [word.strip() for word in line.split(",")]
+        index = parse_int(words[0])
+        if len(words) < 6 or index is None or index < 0:
+            continue
+        total_mib, used_mib, busy = [parse_int((word.split() or [""])[0]) for word in words[-3:]]
+        gpus.append(Gpu(index, _smi_name(words[1]), _smi_name(",".join(words[2:-3])),
+                        None if total_mib is None else total_mib << 20,
+                        None if used_mib is None else used_mib << 20, share_pct(busy, 100)))
+    return gpus
+
+
+def _smi_name(word: str) -> str:
+    return "" if word.startswith("[") or word in ("N/A", "ERR!") else word
+
+
+def parse_nvidia_smi_answer(text: str) -> Optional[List[Gpu]]:
+    """[] only where no GPU is all that it says: a lost GPU brings that sentence and another one."""
+    gpus = parse_nvidia_smi(text)
+    return gpus if gpus or text.strip() == "No devices were found" else None
+
+
+class NvidiaSmi:
+    """Asks nvidia-smi, which hangs when the driver does and then cannot be killed.
+
+    Until such a child has ended no second one is started.  search_path: folders as in PATH, which
+    is also the default.  One thread calls sample().
+    """
+
+    def __init__(self, search_path: Optional[str] = None, limit_s: float = 5.0) -> None:
+        self._search_path = search_path
+        self._limit_s = limit_s
+        self._child: Any = None
+
+    def sample(self) -> Optional[List[Gpu]]:
+        """None: unknown.  []: no GPUs, because there is no such program or it says so."""
+        if self._child is not None and self._child.poll() is None:
+            return None
+        program = self._find()
+        if program is None:
+            return []
+        try:
+            self._child = self._start((program,) + NVIDIA_SMI_ARGUMENTS)
+        except OSError:
+            return None
+        with self._child.stdout as pipe:
+            output, problem = _read_until(pipe.fileno(), now_s() + self._limit_s, 1 << 20)
+        self._end(bool(problem))
+        return None if problem else parse_nvidia_smi_answer(output.decode("utf-8", "replace"))
+
+    def _find(self) -> Optional[str]:
+        """A look-up of our own: a try to start a missing program costs a fork."""
+        path = self._search_path
+        if path is None:
+            path = os.environ.get("PATH", os.defpath)
+        for folder in filter(None, path.split(":")):
+            program = os.path.join(folder, "nvidia-smi")
+            if os.access(program, os.X_OK) and os.path.isfile(program):
+                return program
+        return None
+
+    def _start(self, argv: Sequence[str]) -> Any:
+        """A child that sample() keeps: run_command() lets go of one that cannot be killed."""
+        import subprocess
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, env=dict(clean_environment(), LC_ALL="C"),
+                                start_new_session=True)
+
+    def _end(self, kill: bool) -> None:
+        import subprocess
+        try:
+            if kill:
+                os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait(timeout=1.0)
+        except (OSError, subprocess.TimeoutExpired):
+            pass  # the next sample() looks again
+
+
+def usable_gpus(gpus: Sequence[Gpu], gpu_ids: Optional[Sequence[int]],
+                max_gpus: Optional[int]) -> List[Gpu]:
+    """What the caps leave.  gpu_ids are indexes; None is no cap, an empty list is no GPU."""
+    chosen = [gpu for gpu in gpus if gpu_ids is None or gpu.index in gpu_ids]
+    return chosen if max_gpus is None else chosen[:max(0, max_gpus)]
+
+
+def free_gpus(gpus: Iterable[Gpu]) -> int:
+    """How many GPUs nobody uses: memory in use under 5 %, and under 1 GiB.
+
+    A GPU whose memory is unknown is not free, or the gateway would send work to a busy one.
+    """
+    return sum(1 for gpu in gpus
+               if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
+               and gpu.memory_used_bytes < min(gpu.memory_total_bytes * 0.05, 1 << 30))
+
+
+# ----------------------------------------------------------------------
+# 7. Gateway client and membership                    the gateway, nobody else
+# ----------------------------------------------------------------------
+# Two requests, and what every answer to them means.  The gateway says "you
+# are unknown" and "I am unwell" with the same status, so the body decides;
+# what is no clear "ok" is never taken for one.  Membership is one step
+# function that a thread calls, or a test with a clock of its own.
+
+REGISTER_LIMIT_S = 30.0
+KEEPALIVE_LIMIT_S = 10.0
+GATEWAY_TTL_S = 300
+RETRY_AFTER_MAX_S = 120.0  # the gateway forgets a machine after 300 s, whatever it asked for
+REFUSED_SOON_S = 600.0     # a 401 can be the gateway's own outage: ten minutes at the interval,
+REFUSED_LATER_S = 300.0    # then every five
+
+
+class Identity(NamedTuple):
+    """Who we say we are, in every request."""
+    machine_id: str
+    pool_name: str
+    provider_name: str
+    hostname: str
+    k3s_token: str
+
+
+def register_payload(identity: Identity, cpu_millicores: Optional[int],
+                     memory_bytes: Optional[int], gpu_count: int, private_ip: str) -> Dict[str, Any]:
+    """The gateway decodes into Go structs and refuses a number where a string is declared: cpu in
+    millicores with an m, memory in whole Mi, gpu_count a string.  `token` is the k3s token, never
+    the machine's.  An unknown capacity is said as the smallest that it accepts."""
+    return {"token": identity.k3s_token, "machine_id": identity.machine_id,
+            "hostname": identity.hostname, "provider_name": identity.provider_name,
+            "pool_name": identity.pool_name, "cpu": f"{cpu_millicores or 1000}m",
+            "memory": f"{(memory_bytes or 1 << 30) >> 20}Mi", "gpu_count": str(gpu_count),
+            "private_ip": private_ip}
+
+
+_METRICS = {  # name -> the Go type it is decoded into: an int must be written as one
+    "total_cpu_available": int, "total_memory_available": int, "total_disk_space_bytes": int,
+    "total_disk_free_bytes": int, "cpu_utilization_pct": float, "memory_utilization_pct": float,
+    "worker_count": int, "container_count": int, "free_gpu_count": int, "cache_usage_pct": float,
+    "cache_capacity": int, "cache_memory_usage": int, "cache_cpu_usage": float,
+}
+
+
+def metrics_payload(values: Dict[str, Any]) -> Dict[str, Any]:
+    """What is unknown is left out: `{}` is fine to the gateway, null is not."""
+    return {name: kind(round(values[name], 2)) if kind is float else kind(values[name])
+            for name, kind in _METRICS.items() if values.get(name) is not None}
+
+
+def keepalive_payload(identity: Identity, metrics: Dict[str, Any]) -> Dict[str, Any]:
+    return {"machine_id": identity.machine_id, "pool_name": identity.pool_name,
+            "provider_name": identity.provider_name, "agent_version": VERSION,
+            "metrics": metrics_payload(metrics)}
+
+
+def proxy_for(scheme: str, host: str, setting: Optional[str],
+              environ: Dict[str, str]) -> Optional[Tuple[str, int, str]]:
+    """(host, port, Proxy-Authorization or ""), or None for a direct connection.
+
+    The environment's proxy serves https only, where CONNECT keeps the token encrypted; over plain
+    http a proxy would read it, so there it must be set on purpose.
+    """
+    url = setting
+    if not url and scheme == "https":
+        named = next((environ[name] for name in ("https_proxy", "HTTPS_PROXY", "all_proxy",
+                                                 "ALL_PROXY") if environ.get(name)), "")
+        if named and not _no_proxy(host, environ.get("no_proxy") or environ.get("NO_PROXY") or ""):
+            url = named if "://" in named else "http://" + named
+    if not url or url == "none":
+        return None
+    match = re.fullmatch(r"https?://(?:([^@/]*)@)?(\[[^\]]+\]|[^:/@]+)(?::([0-9]{1,5}))?/?", url)
+    if not match or url.startswith("https:"):
+        raise UsageError(f"the proxy {url.rpartition('@')[2]} cannot be used",
+                         "Expected http://HOST:PORT in gateway.proxy or https_proxy")
+    credentials = ""
+    if match.group(1):
+        import base64
+        from urllib.parse import unquote
+        REDACTOR.add(match.group(1))
+        REDACTOR.add(match.group(1).partition(":")[2])
+        credentials = base64.b64encode(unquote(match.group(1)).encode()).decode()
+        REDACTOR.add(credentials)
+        credentials = "Basic " + credentials
+    return match.group(2).strip("[]"), int(match.group(3) or 80), credentials
+
+
+def _no_proxy(host: str, rule: str) -> bool:
+    """
+    >>> _no_proxy("gw.lan", ".lan, 10.0.0.1"), _no_proxy("gw.land", "lan"), _no_proxy("a", "*")
+    (True, False, True)
+    """
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return True
+    words = [word.strip().lstrip(".").lower() for word in rule.split(",") if word.strip()]
+    return any(word == "*" or host.lower() == word or host.lower().endswith("." + word)
+               for word in words)
+
+
+class GatewayClient:
+    """Register, keepalive and health.  Raises a GatewayError for everything but "ok"."""
+
+    def __init__(self, endpoint: Endpoint, token: str, pool_name: str, log: Log) -> None:
+        self._endpoint = endpoint
+        self._token = token
+        self._pool_name = pool_name
+        self._log = log
+
+    def register(self, payload: Dict[str, Any]) -> None:
+        """The answer's `config` can hold the cluster's passwords: it is dropped unread."""
+        answer = self._post("register", payload, REGISTER_LIMIT_S)
+        if "machine_state" not in answer and "config" not in answer:
+            raise self._unwell("it answered 200 without a machine state")
+
+    def keepalive(self, payload: Dict[str, Any]) -> None:
+        answer = self._post("keepalive", payload, KEEPALIVE_LIMIT_S)
+        if answer.get("status") != "ok":
+            raise self._unwell("it answered 200 without status ok")
+
+    def health(self) -> None:
+        reply = self._send("GET", "health", None, KEEPALIVE_LIMIT_S)
+        if reply.status != 200 or _json_object(reply.body).get("status") != "ok":
+            raise self._unwell(f"its health answer was {reply.status}")
+
+    def _post(self, name: str, payload: Dict[str, Any], limit_s: float) -> Dict[str, Any]:
+        reply = self._send("POST", name, json.dumps(payload).encode(), limit_s)
+        answer = _json_object(reply.body)
+        self._log("debug", "answer", request=name, status=reply.status, bytes=len(reply.body),
+                  keys=",".join(sorted(answer)) or None)
+        if reply.status == 200 and answer:
+            return answer
+        raise self._outcome(name, reply, answer)
+
+    def _send(self, method: str, name: str, body: Optional[bytes], limit_s: float) -> HttpReply:
+        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
+        self._log("debug", "request", request=name, url=self._endpoint.url,
+                  body=body and _without_token(body))
+        try:
+            return http_request(method, self._endpoint, f"/api/v1/{_ROUTES[name]}",
+                                headers if body else {}, body, limit_s)
+        except HttpFailure as failure:
+            raise self._failure(failure) from failure
+
+    def _failure(self, failure: HttpFailure) -> GatewayError:
+        url, port = self._endpoint.url, self._endpoint.port
+        if failure.kind in ("closed", "garbage", "too_large"):
+            return self._unwell(str(failure))
+        hint = _UNREACHABLE_HINTS.get(failure.kind, "Check the network, and gateway.host and "
+                                                    "gateway.port")
+        return GatewayUnreachable(f"gateway {url} unreachable: {failure}",
+                                  hint.format(port=port, host=self._endpoint.host))
+
+    def _unwell(self, what: str, retry_after_s: Optional[float] = None) -> GatewayUnwell:
+        return GatewayUnwell(f"gateway {self._endpoint.url} is unwell: {what}",
+                             "Is this the gateway's HTTP port, and what does its log say?",
+                             retry_after_s)
+
+    def _outcome(self, name: str, reply: HttpReply, answer: Dict[str, Any]) -> GatewayError:
+        """The contract's table of answers that are not "ok"."""
+        message = str(answer.get("message") or answer.get("error") or "")
+        said = printable(message[:200])
+        code = str(answer.get("error_code") or "")
+        pool, url = self._pool_name, self._endpoint.url
+        if reply.status in (401, 403):
+            return TokenRefused(f"gateway {url} refused the machine token ({reply.status}"
+                                f"{' ' + said if said else ''})",
+                                f"Get a new one with: beta9 machine create --pool {pool}, and set "
+                                "its machine id with it. A token from a cloud provider's "
+                                "provisioning works only once")
+        if code in ("machine_not_found", "machine_expired") or "machine not found" in message:
+            return MachineNotFound(f"gateway {url} does not know this machine (its time to live "
+                                   f"of {GATEWAY_TTL_S} s ran out)", "It registers again by itself")
+        if message == "Invalid pool name":
+            return RequestRefused(f"gateway {url} has no pool `{pool}`",
+                                  "Set pool (--pool-name) to one of its configuration's pools")
+        if reply.status in (404, 405) and name == "keepalive":
+            return NoKeepaliveRoute(f"gateway {url} has no keepalive route ({reply.status})",
+                                    "It is an upstream Beta9 gateway or another program: machines "
+                                    "become ready only on a gateway with POST "
+                                    "/api/v1/machine/keepalive")
+        if reply.status in (400, 404, 405, 413, 415, 422) or message.startswith("Invalid "):
+            return RequestRefused(f"gateway {url} refused the {name} request ({reply.status} "
+                                  f"{said or 'without a message'})",
+                                  "Check gateway.host and gateway.port; with --debug the log "
+                                  "shows what was sent")
+        if 300 <= reply.status < 400:
+            return self._unwell(f"it redirects ({reply.status}), which is not followed: the token "
+                                "would go with it. Set gateway.host, port and scheme to the target")
+        return self._unwell(f"it answered {reply.status} {said or 'without a message'}",
+                            _retry_after_s(reply.headers.get("retry-after", "")))
+
+
+_ROUTES = {"register": "machine/register", "keepalive": "machine/keepalive", "health": "health"}
+_UNREACHABLE_HINTS = {
+    "refused": "Is the gateway running, or the SSH tunnel up? For a tunnel: "
+               "ssh -N -L {port}:localhost:31994 USER@GATEWAY",
+    "dns": "Check gateway.host, or the machine's name server",
+    "tls": "Check gateway.scheme, and gateway.ca_file for an authority of your own",
+    "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
+    "timeout": "A firewall, or a tunnel that hangs? Try: curl -m 5 http://{host}:{port}/api/v1/health",
+}
+
+
+def _json_object(body: bytes) -> Dict[str, Any]:
+    """The body's JSON object, or {} for anything else."""
+    try:
+        value = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _without_token(body: bytes) -> str:
+    """A request body for the debug log.  The k3s token is in the Redactor as well."""
+    payload = _json_object(body)
+    if payload.get("token"):
+        payload["token"] = mask(payload["token"])
+    return json.dumps(payload)
+
+
+def _retry_after_s(text: str) -> Optional[float]:
+    """Seconds only: the form with a date would need our clocks to agree."""
+    return min(float(text), RETRY_AFTER_MAX_S) if re.fullmatch(r"[0-9]{1,6}", text) else None
+
+
+class Membership:
+    """The life of the machine on the gateway.
+
+    step() does what is due and says how long to wait for the next; run() calls it until stopped.
+    Only the thread in run() changes anything; others read `snapshot`, which is replaced whole.
+    send_register and send_keepalive raise GatewayError.
+    """
+
+    def __init__(self, send_register: Callable[[], None], send_keepalive: Callable[[], None],
+                 interval_s: float, log: Log, clock: Callable[[], float] = now_s,
+                 uniform: Optional[Callable[[float, float], float]] = None) -> None:
+        if uniform is None:
+            from random import uniform
+        self._send_register = send_register
+        self._send_keepalive = send_keepalive
+        self._interval_s = interval_s
+        self._log = log
+        self._clock = clock
+        self._uniform = uniform
+        self._must_register = True
+        self._failures_in_row = 0
+        self._refused_since_s: Optional[float] = None
+        self.snapshot = Snapshot(since_s=clock())
+
+    def _enter(self, state: State, **changes: Any) -> None:
+        old = self.snapshot
+        if state is not old.state:
+            changes["since_s"] = self._clock()
+        self.snapshot = old._replace(state=state, **changes)
+
+    def step(self) -> float:
+        """Register if that is due, then keepalive.  Returns seconds to the next step.
+
+        Raises: TokenRefused, RequestRefused as long as the machine has never been ready.
+        """
+        started_s = self._clock()
+        try:
+            if self._must_register:
+                self._enter(State.REGISTERING)
+                self._send_register()
+                self._must_register = False
+                self._enter(State.REGISTERED, registrations=self.snapshot.registrations + 1)
+                self._log("info", "registered")
+            self._send_keepalive()
+        except GatewayError as error:
+            return self._failed(error)
+        return self._succeeded(started_s)
+
+    def _succeeded(self, started_s: float) -> float:
+        if self.snapshot.state is not State.READY:
+            self._log("notice", "ready", after_failures=self._failures_in_row or None)
+        self._failures_in_row = 0
+        self._refused_since_s = None
+        self._enter(State.READY, message="", keepalives=self.snapshot.keepalives + 1,
+                    last_ready_s=self._clock(), last_ready_wall_s=time.time())
+        # Jitter, so that a thousand agents started together do not march in step; less the time
+        # that the requests took, so that the period is the interval.
+        took_s = self._clock() - started_s
+        return max(0.0, self._interval_s * self._uniform(0.9, 1.1) - took_s)
+
+    def _failed(self, error: GatewayError) -> float:
+        refused = isinstance(error, (TokenRefused, RequestRefused))
+        if refused and self.snapshot.keepalives == 0:
+            self._enter(State.REFUSED, message=str(error))
+            raise error
+        self._failures_in_row += 1
+        state = (State.REFUSED if refused else
+                 State.EXPIRED if isinstance(error, MachineNotFound) else State.UNREACHABLE)
+        self._enter(state, message=str(error), failures=self.snapshot.failures + 1)
+        if isinstance(error, MachineNotFound):
+            self._must_register = True
+        wait_s = self._retry_wait_s(error, refused)
+        # The 1st, 2nd, 4th, 8th … failure in a row: loud at once, and never a flood.
+        milestone = self._failures_in_row & (self._failures_in_row - 1) == 0
+        self._log.error(state.value, error,
+                        "error" if refused else "warning" if milestone else "debug",
+                        failures=self._failures_in_row, retry_s=round(wait_s, 1))
+        return wait_s
+
+    def _retry_wait_s(self, error: GatewayError, refused: bool) -> float:
+        now = self._clock()
+        if refused:
+            if self._refused_since_s is None:
+                self._refused_since_s = now
+            soon = now - self._refused_since_s < REFUSED_SOON_S
+            return (self._interval_s if soon else REFUSED_LATER_S) * self._uniform(0.9, 1.1)
+        if isinstance(error, MachineNotFound) and self._failures_in_row == 1:
+            return 0.0
+        # Full jitter from 1 s, doubled each time, capped at the interval.
+        ceiling_s = min(2.0 ** min(self._failures_in_row - 1, 10), self._interval_s, 60.0)
+        asked_s = getattr(error, "retry_after_s", None) or 0.0
+        return max(asked_s, self._uniform(0.0, ceiling_s))
+
+    def run(self, wake: Wake, stopping: Callable[[], bool], tick: Callable[[float], None]) -> None:
+        """Until stopping() is true.  wake: asks to look again, at once.  tick(seconds): "I am
+        alive, and will say so again within these seconds".
+
+        The wait is cut in slices, on a clock that counts suspend: after eight hours of sleep the
+        next slice finds the keepalive overdue.
+        """
+        due_s = self._clock()
+        while not stopping():
+            left_s = due_s - self._clock()
+            if left_s > 0:
+                tick(KEEPALIVE_LIMIT_S)
+                wake.wait(min(left_s, 5.0))
+                continue
+            tick(4 * REGISTER_LIMIT_S)  # two requests, and name look-ups that have no limit of ours
+            wait_s = self._safe_step()
+            due_s = self._clock() + wait_s
+        self._enter(State.STOPPED)
+
+    def _safe_step(self) -> float:
+        """A defect of ours costs one interval and a line in the log, not the machine."""
+        try:
+            return self.step()
+        except AgentError:
+            raise
+        except Exception as error:
+            self._log("error", "defect", what=f"{type(error).__name__}: {error}",
+                      where=defect_place(error))
+            return self._interval_s
+
+
+# ----------------------------------------------------------------------
+# 12. HTTP server core                          sockets it was told to open
+# ----------------------------------------------------------------------
+# A strict frame around the standard library's threading server, for the two
+# small servers in this file: routes in a table, every limit bounded, JSON
+# errors, one send per answer (two, without TCP_NODELAY, cost 44 ms each).
+
+HTTP_BODY_MAX_BYTES = 1 << 20
+HTTP_REQUEST_LIMIT_S = 10.0   # from the request line to the last byte of the body
+HTTP_IDLE_LIMIT_S = 60.0      # between requests on a kept connection
+HTTP_MAX_CONNECTIONS = 256
+
+
+class Request(NamedTuple):
+    """headers: as email.message.Message, names in any case.  caller: what authorize() returned."""
+    method: str
+    path: str
+    query: Dict[str, str]
+    headers: Any
+    body: bytes
+    caller: Any = None
+
+
+class Response(NamedTuple):
+    """body: a JSON value, or bytes with their content type."""
+    status: int
+    body: Any
+    content_type: str = "application/json"
+    headers: Tuple[Tuple[str, str], ...] = ()
+
+
+class Route(NamedTuple):
+    """open: needs no authorization."""
+    method: str
+    path: str
+    handler: Callable[[Request], Response]
+    open: bool
+    summary: str
+
+
+class HttpError(Exception):
+    """An answer that is not a success, from anywhere in a handler."""
+
+    def __init__(self, status: int, code: str, what: str, hint: str = "",
+                 headers: Tuple[Tuple[str, str], ...] = (), close: bool = False) -> None:
+        super().__init__(what)
+        self.status = status
+        self.code = code
+        self.what = what
+        self.hint = hint
+        self.headers = headers
+        self.close = close
+
+
+class Api:
+    """What a server serves.  Subclasses give routes, authorize() and the shape of an error."""
+
+    name = "api"
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.routes: Tuple[Route, ...] = ()
+
+    def check(self, headers: Any) -> None:
+        """Before anything else is looked at.  Raises: HttpError."""
+
+    def authorize(self, headers: Any) -> Any:
+        """Who calls.  Raises: HttpError."""
+        raise HttpError(401, "unauthorized", "no way to authorize is set up")
+
+    def error_body(self, error: HttpError) -> Dict[str, Any]:
+        return {"status": "error", "error": error.what, "error_code": error.code,
+                "suggestion": error.hint}
+
+    def route(self, method: str, path: str) -> Route:
+        found = [route for route in self.routes if route.path == path]
+        if not found:
+            raise HttpError(404, "not_found", f"there is no {printable(path[:100])} here")
+        wanted = "GET" if method == "HEAD" else method
+        for route in found:
+            if route.method == wanted:
+                return route
+        raise HttpError(405, "method_not_allowed", f"{path} does not take {printable(method[:16])}",
+                        headers=(("Allow", ", ".join(route.method for route in found)),))
+
+    def answer(self, method: str, target: str, headers: Any,
+               read_body: Callable[[], bytes]) -> Response:
+        """Route, then authority, then the body, so that a stranger's megabytes are not read."""
+        from urllib.parse import parse_qsl
+        self.check(headers)
+        path, _, query = target.partition("?")
+        route = self.route(method, path)
+        caller = None if route.open else self.authorize(headers)
+        body = read_body()
+        try:
+            values = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=32))
+        except ValueError as error:
+            raise HttpError(400, "bad_query", "more than 32 query fields") from error
+        return route.handler(Request(method, path, values, headers, body, caller))
+
+
+def request_body(handler: Any) -> bytes:
+    """The body of a request that http.server has read the head of.  Raises: HttpError."""
+    if handler.headers.get("Transfer-Encoding"):
+        raise HttpError(411, "length_required", "a chunked body", "Send a Content-Length",
+                        close=True)
+    lengths = handler.headers.get_all("Content-Length") or ["0"]
+    if len(set(lengths)) != 1 or not re.fullmatch(r"[0-9]{1,12}", lengths[0]):
+        raise HttpError(400, "bad_length", "a Content-Length that is no number", close=True)
+    length = int(lengths[0])
+    if length > HTTP_BODY_MAX_BYTES:
+        raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes",
+                        close=True)
+    body = handler.rfile.read(length)
+    if len(body) < length:
+        raise HttpError(400, "cut_off", "the body ended early", close=True)
+    return body
+
+
+def render_response(response: Response, head_only: bool, close: bool) -> bytes:
+    """Head and body in one piece."""
+    import http
+    body = response.body
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode("utf-8") + b"\n"
+    try:
+        reason = http.HTTPStatus(response.status).phrase
+    except ValueError:
+        reason = "Unknown"
+    lines = [f"HTTP/1.1 {response.status} {reason}", f"Content-Type: {response.content_type}",
+             f"Content-Length: {len(body)}", f"Date: {_http_date(int(time.time()))}",
+             "X-Content-Type-Options: nosniff", "Cache-Control: no-store",
+             *(f"{name}: {value}" for name, value in response.headers)]
+    if close:
+        lines.append("Connection: close")
+    return "\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if head_only else body)
+
+
+def _http_date(wall_s: int) -> str:
+    from email.utils import formatdate
+    return formatdate(wall_s, usegmt=True)
+
+
+def answer_one(handler: Any, api: Api) -> None:
+    """One request of an http.server handler, whatever happens in it."""
+    close = False
+    try:
+        response = api.answer(handler.command, handler.path, handler.headers,
+                              lambda: request_body(handler))
+    except HttpError as error:
+        # A body that was not read would be taken for the next request.
+        close = error.close or handler.headers.get("Content-Length", "0") != "0"
+        response = Response(error.status, api.error_body(error), headers=error.headers)
+    except (OSError, socket.timeout):
+        handler.close_connection = True  # the peer left, or was too slow
+        return
+    except Exception as error:
+        number = os.urandom(4).hex()
+        api.log("error", "defect", where=defect_place(error), id=number,
+                what=f"{type(error).__name__}: {error}", request=handler.path[:200])
+        failure = HttpError(500, "internal", f"a defect of ours, number {number} in the log")
+        response, close = Response(500, api.error_body(failure)), True
+    handler.close_connection = handler.close_connection or close
+    api.log("debug", "served", api=api.name, request=f"{handler.command} {handler.path[:200]}",
+            status=response.status)
+    handler.wfile.write(render_response(response, handler.command == "HEAD",
+                                        handler.close_connection))
+
+
+class ApiServer:
+    """A listening socket and its threads.  Raises OSError where the address is not to be had."""
+
+    def __init__(self, api: Api, host: str, port: int) -> None:
+        self._server = _make_server(api, host, port)
+        self.host, self.port = self._server.server_address[:2]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,),
+                                        name=api.name, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://{host_port(self.host, self.port)}"
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join(2.0)
+        self._server.server_close()
+
+
+def _make_server(api: Api, host: str, port: int) -> Any:
+    """http.server is imported, and its classes are made, only where something listens: they cost
+    7 ms that `--once` and the commands never pay."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def setup(self) -> None:
+            super().setup()
+            self.timed = _TimedSocket(self.connection, now_s() + HTTP_IDLE_LIMIT_S)
+            self.rfile = io.BufferedReader(self.timed)
+
+        def handle_one_request(self) -> None:
+            self.timed.allow(HTTP_IDLE_LIMIT_S)
+            try:
+                super().handle_one_request()
+            except OSError:
+                self.close_connection = True
+
+        def parse_request(self) -> bool:
+            self.timed.allow(HTTP_REQUEST_LIMIT_S)
+            return super().parse_request()
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("do_"):  # every method: the routes table decides
+                return lambda: answer_one(self, api)
+            raise AttributeError(name)
+
+        def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
+            error = HttpError(code, "bad_request", printable(str(message or "bad request")[:200]))
+            self.close_connection = True
+            self.wfile.write(render_response(Response(code, api.error_body(error)), False, True))
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass  # answer_one() logs what was served
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        daemon_threads = True
+        block_on_close = False
+        request_queue_size = 1024
+        places = threading.BoundedSemaphore(HTTP_MAX_CONNECTIONS)
+
+        def server_bind(self) -> None:
+            # HTTPServer.server_bind asks the name server for its own name, which can take seconds.
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind(self.server_address)
+            self.server_address = self.socket.getsockname()
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if self.places.acquire(blocking=False):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                self.places.release()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            error = sys.exc_info()[1]
+            if not isinstance(error, OSError):
+                api.log("error", "defect", where=defect_place(error), what=repr(error))
+
+    return Server((host, port), Handler)
+
+
+# ----------------------------------------------------------------------
+# 14. Control API                           127.0.0.1:9999, STATE/control.*
+# ----------------------------------------------------------------------
+# How the command line, the installer and other programs on this machine ask
+# the running agent.  All but /health want the token of control.token; the
+# Host header must be an address of ours, so that a web page in a browser
+# cannot reach it under a name of its own (DNS rebinding).
+
+
+def kept_secret(path: str) -> str:
+    """The token in a file of ours, made at first use, 0600.  Raises: UsageError."""
+    token = (read_text(path, 4096) or "").strip()
+    if not re.fullmatch(r"[0-9a-f]{64}", token):
+        token = os.urandom(32).hex()
+        try:
+            write_atomic(path, token + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}",
+                             "The state folder must be writable; choose one with --state-dir"
+                             ) from error
+    REDACTOR.add(token)
+    return token
+
+
+class ControlApi(Api):
+    """status(): the fields of GET /status, from the agent."""
+
+    name = "control"
+
+    def __init__(self, log: Log, token: str, status: Callable[[], Dict[str, Any]]) -> None:
+        super().__init__(log)
+        self._token = token
+        self._status = status
+        self.routes = (
+            Route("GET", "/health", self._health, True, "whether the agent lives"),
+            Route("GET", "/status", lambda request: Response(200, self._status()), False,
+                  "the agent, its membership, its figures"),
+        )
+
+    def check(self, headers: Any) -> None:
+        host = (headers.get("Host") or "").strip()
+        name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+        if name.lower() != "localhost" and not re.fullmatch(r"([[0-9].]+|\[[0-9a-fA-F:.%]+\])", name):
+            raise HttpError(421, "wrong_host", "the Host header must be an IP address or localhost",
+                            "Call this API by its address")
+
+    def authorize(self, headers: Any) -> str:
+        import hmac
+        given = (headers.get("Authorization") or "").encode("utf-8", "replace")
+        if not hmac.compare_digest(given, b"Bearer " + self._token.encode()):
+            raise HttpError(401, "unauthorized", "this needs the control token",
+                            "Send `Authorization: Bearer` with the text of control.token in the "
+                            "state folder", (("WWW-Authenticate", "Bearer"),))
+        return "control"
+
+    def _health(self, _request: Request) -> Response:
+        return Response(200, {"status": "ok", "version": VERSION})
+
+
+def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
+    """GET /status of the agent that runs on this state folder.
+
+    Raises: GatewayUnreachable where none answers, UsageError where its files are not ours to read.
+    """
+    if os.path.isdir(state_dir) and not os.access(state_dir, os.R_OK | os.X_OK):
+        raise UsageError(f"the state folder {state_dir} belongs to another user",
+                         "Run this as that user, or with sudo")
+    nobody = GatewayUnreachable(f"no agent is running on {state_dir}",
+                                "Start one with `b9agent.py run`; its log says why one ended")
+    address = (read_text(os.path.join(state_dir, "control.addr"), 512) or "").strip()
+    token = (read_text(os.path.join(state_dir, "control.token"), 4096) or "").strip()
+    host, _, port = address.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not token:
+        raise nobody
+    REDACTOR.add(token)
+    try:
+        reply = http_request("GET", Endpoint("http", host.strip("[]"), int(port)), "/status",
+                             {"Authorization": f"Bearer {token}"}, None, limit_s)
+    except HttpFailure as failure:
+        raise nobody from failure
+    answer = _json_object(reply.body)
+    if reply.status != 200 or "version" not in answer:
+        raise GatewayUnreachable(f"{address} answered {reply.status}, and not as a b9agent does",
+                                 "Another program holds the control port; is the agent running?")
+    return answer
+
+
+# ----------------------------------------------------------------------
+# 17. Embedded gateway                     its port; SQLite at gateway.db
+# ----------------------------------------------------------------------
+# The machine API of a Beta9 gateway for a handful of machines, for `demo`
+# and for the tests: as strict about types as the real one, which decodes
+# into Go structs.  Unlike it, a token serves one machine id and no other,
+# and of a token only the SHA-256 is kept.
+
+PENDING_TTL_S = 3600
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS pools (name TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS machines (
+    machine_id TEXT PRIMARY KEY, pool_name TEXT NOT NULL, token_sha256 TEXT NOT NULL UNIQUE,
+    provider_name TEXT NOT NULL DEFAULT '', state TEXT NOT NULL, created_at REAL NOT NULL,
+    expires_at REAL NOT NULL, last_keepalive REAL, hostname TEXT NOT NULL DEFAULT '',
+    cpu TEXT NOT NULL DEFAULT '', memory TEXT NOT NULL DEFAULT '',
+    gpu_count TEXT NOT NULL DEFAULT '', private_ip TEXT NOT NULL DEFAULT '',
+    agent_version TEXT NOT NULL DEFAULT '', metrics TEXT NOT NULL DEFAULT '{}',
+    inference TEXT NOT NULL DEFAULT '{}');
+"""
+
+
+class Machine(NamedTuple):
+    """A row as others may see it.  ttl_s: seconds until the gateway forgets it, 0 once it has
+    (state is then "expired")."""
+    machine_id: str
+    pool_name: str
+    provider_name: str
+    state: str
+    ttl_s: int
+    created_at: float
+    last_keepalive: Optional[float]
+    hostname: str
+    cpu: str
+    memory: str
+    gpu_count: str
+    private_ip: str
+    agent_version: str
+    metrics: Dict[str, Any]
+    inference: Dict[str, Any]
+
+
+def _sha256(token: str) -> str:
+    import hashlib
+    return hashlib.sha256(token.encode("utf-8")).hexdigest()
+
+
+class MachineStore:
+    """Machines and pools in SQLite, in WAL mode: the command line writes beside a running gateway.
+
+    One connection is kept open for the life of the store, since closing the last one folds the
+    log into the database, with its syncs; each call has a connection of its own.
+    Raises: UsageError where the file is not a database of ours or cannot be written.
+    """
+
+    def __init__(self, path: str, wall_clock: Callable[[], float] = time.time,
+                 must_exist: bool = False) -> None:
+        if must_exist and not os.path.exists(path):
+            raise UsageError(f"there is no gateway database at {path}",
+                             "`b9agent.py gateway` and `machine create` make one; --db names it")
+        self._path = path
+        self._wall_clock = wall_clock
+        make_private_folder(os.path.dirname(os.path.abspath(path)))
+        import sqlite3
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
+            os.chmod(path, 0o600)
+            self._kept = self._connect()
+            self._kept.execute("PRAGMA journal_mode=WAL")
+            self._kept.executescript(_SCHEMA)
+        except (sqlite3.Error, OSError) as error:
+            raise UsageError(f"cannot use the gateway database {path}: {error}",
+                             "Name another file with --db") from error
+
+    def _connect(self) -> Any:
+        import sqlite3
+        connection = sqlite3.connect(self._path, timeout=5.0, isolation_level=None,
+                                     check_same_thread=False)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.row_factory = sqlite3.Row
+        return connection
+
+    def _run(self, sql: str, values: Sequence[Any] = ()) -> List[Any]:
+        connection = self._connect()
+        try:
+            return connection.execute(sql, values).fetchall()
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        self._kept.close()
+
+    def create_machine(self, pool_name: str) -> Tuple[str, str]:
+        """(machine id, token).  The pool is made if it is new."""
+        import base64
+        machine_id = os.urandom(4).hex()
+        token = "-"
+        while token.startswith("-"):  # kinder to command lines than the real one
+            token = base64.urlsafe_b64encode(os.urandom(48)).decode("ascii")
+        now = self._wall_clock()
+        self._run("INSERT OR IGNORE INTO pools VALUES (?)", (pool_name,))
+        self._run("INSERT INTO machines (machine_id, pool_name, token_sha256, state, created_at, "
+                  "expires_at) VALUES (?, ?, ?, 'pending', ?, ?)",
+                  (machine_id, pool_name, _sha256(token), now, now + PENDING_TTL_S))
+        return machine_id, token
+
+    def machine_of_token(self, token: str) -> Optional[str]:
+        rows = self._run("SELECT machine_id FROM machines WHERE token_sha256 = ?",
+                         (_sha256(token),))
+        return rows[0]["machine_id"] if rows else None
+
+    def has_pool(self, name: str) -> bool:
+        return bool(self._run("SELECT 1 FROM pools WHERE name = ?", (name,)))
+
+    def register(self, fields: Dict[str, Any]) -> None:
+        self._run("UPDATE machines SET state = 'registered', pool_name = :pool_name, "
+                  "provider_name = :provider_name, hostname = :hostname, cpu = :cpu, "
+                  "memory = :memory, gpu_count = :gpu_count, private_ip = :private_ip, "
+                  "expires_at = :expires_at WHERE machine_id = :machine_id",
+                  {**fields, "expires_at": self._wall_clock() + GATEWAY_TTL_S})
+
+    def keepalive(self, fields: Dict[str, Any]) -> bool:
+        """False where the machine's time ran out, or it is in another pool or provider."""
+        now = self._wall_clock()
+        return bool(self._kept_update(
+            "UPDATE machines SET state = 'ready', last_keepalive = :now, expires_at = :expires_at, "
+            "agent_version = :agent_version, metrics = :metrics, inference = :inference "
+            "WHERE machine_id = :machine_id AND pool_name = :pool_name AND expires_at > :now "
+            "AND provider_name IN (:provider_name, '')",
+            {**fields, "now": now, "expires_at": now + GATEWAY_TTL_S,
+             "metrics": json.dumps(fields["metrics"]),
+             "inference": json.dumps(fields["inference"] or {})}))
+
+    def _kept_update(self, sql: str, values: Dict[str, Any]) -> int:
+        connection = self._connect()
+        try:
+            return connection.execute(sql, values).rowcount
+        finally:
+            connection.close()
+
+    def machines(self, pool_name: str = "", provider_name: str = "") -> List[Machine]:
+        now = self._wall_clock()
+        rows = self._run("SELECT * FROM machines WHERE ? IN (pool_name, '') "
+                         "AND ? IN (provider_name, '') ORDER BY created_at, machine_id",
+                         (pool_name, provider_name))
+        return [self._machine(dict(row), now) for row in rows]
+
+    @staticmethod
+    def _machine(row: Dict[str, Any], now: float) -> Machine:
+        row["ttl_s"] = max(0, round(row["expires_at"] - now))
+        row["state"] = row["state"] if row["expires_at"] > now else "expired"
+        row["metrics"] = json.loads(row["metrics"])
+        row["inference"] = json.loads(row["inference"])
+        return Machine(**{name: row[name] for name in Machine._fields})
+
+
+_GO_INT = "int"  # a JSON number without fraction or exponent that fits 64 bits
+_REGISTER_TYPES = {name: str for name in (
+    "token", "machine_id", "hostname", "provider_name", "pool_name", "cpu", "memory", "gpu_count",
+    "private_ip")}
+_KEEPALIVE_TYPES = {
+    "machine_id": str, "provider_name": str, "pool_name": str, "agent_version": str,
+    "metrics": {name: float if kind is float else _GO_INT for name, kind in _METRICS.items()},
+    "inference": {"status": str, "ip": str, "port": _GO_INT, "models": [str]},
+}
+
+
+def decode_go(value: Any, kind: Any) -> Any:
+    """A JSON value as Go's encoding/json decodes it into a declared type: names in any case, null
+    leaves the zero value (None for an object), unknown names ignored.  Raises: ValueError."""
+    if isinstance(kind, dict):
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ValueError("an object")
+        folded = {name.lower(): item for name, item in value.items()}
+        return {name: decode_go(folded.get(name), inner) for name, inner in kind.items()}
+    if isinstance(kind, list):
+        if not isinstance(value, (list, type(None))):
+            raise ValueError("an array")
+        return [decode_go(item, kind[0]) for item in value or []]
+    if value is None:
+        return "" if kind is str else 0
+    fits = (isinstance(value, str) if kind is str else
+            isinstance(value, int) and not isinstance(value, bool) and -2**63 <= value < 2**63
+            if kind is _GO_INT else
+            isinstance(value, (int, float)) and not isinstance(value, bool))
+    if not fits:
+        raise ValueError(f"a {kind if kind is _GO_INT else kind.__name__}")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+class GatewayApi(Api):
+    """The machine API.  on_change(machine id, state, metrics) is told of every transition."""
+
+    name = "gateway"
+
+    def __init__(self, log: Log, store: MachineStore,
+                 on_change: Optional[Callable[[str, str, Dict[str, Any]], None]] = None) -> None:
+        super().__init__(log)
+        self._store = store
+        self._on_change = on_change or (lambda machine_id, state, metrics: None)
+        base = "/api/v1/"
+        self.routes = (
+            Route("GET", base + "health", self._health, True, "whether the database answers"),
+            Route("POST", base + "machine/register", self._register, False, "a machine joins"),
+            Route("POST", base + "machine/keepalive", self._keepalive, False, "it lives, metrics"),
+            Route("GET", base + "machine/list", self._list, False, "machines that are ready"),
+            Route("GET", base + "machine/config", self._config, False, "remote config: none here"),
+        )
+
+    def error_body(self, error: HttpError) -> Dict[str, Any]:
+        body = {"message": error.what}
+        if error.code == "machine_not_found":
+            body.update(error_code=error.code, suggestion=error.hint)
+        return body
+
+    def authorize(self, headers: Any) -> str:
+        """The machine id that the token belongs to."""
+        given = headers.get("Authorization") or ""
+        machine_id = None
+        if given.startswith("Bearer "):
+            machine_id = self._store.machine_of_token(given[len("Bearer "):])
+        if machine_id is None:
+            raise HttpError(401, "unauthorized", "Unauthorized")
+        return machine_id
+
+    def _health(self, _request: Request) -> Response:
+        self._store.has_pool("")
+        return Response(200, {"status": "ok"})
+
+    def _decode(self, request: Request, kinds: Dict[str, Any]) -> Dict[str, Any]:
+        """The body into declared types, for the machine that the token belongs to."""
+        if (request.headers.get_content_type() != "application/json"
+                or not request.headers.get("Content-Type")):
+            raise HttpError(400, "bad_request", "Invalid payload")
+        try:
+            value = json.loads(request.body.decode("utf-8"), parse_constant=_no_constant)
+            fields = decode_go(value, kinds)
+        except (ValueError, RecursionError) as error:
+            raise HttpError(400, "bad_request", "Invalid payload") from error
+        if fields is None:
+            raise HttpError(400, "bad_request", "Invalid payload")
+        return fields
+
+    def _bind(self, request: Request, fields: Dict[str, Any]) -> None:
+        if fields["machine_id"] != request.caller:
+            raise HttpError(403, "token_of_another_machine",
+                            "Invalid token: it belongs to another machine id")
+
+    def _register(self, request: Request) -> Response:
+        fields = self._decode(request, _REGISTER_TYPES)
+        self._bind(request, fields)
+        if not self._store.has_pool(fields["pool_name"]):
+            raise HttpError(500, "invalid_pool", "Invalid pool name")
+        for name, pattern, what in (("cpu", "[0-9]{1,9}m?", "Invalid machine cpu value"),
+                                    ("memory", "[0-9]{1,12}(Ki|Mi|Gi)",
+                                     "Invalid machine memory value"),
+                                    ("gpu_count", "[0-9]{1,6}", "Invalid gpu count")):
+            if not re.fullmatch(pattern, fields[name]):
+                raise HttpError(500, "invalid_value", what)
+        self._store.register(fields)
+        self.log("info", "machine_registered", machine=fields["machine_id"],
+                 pool=fields["pool_name"], cpu=fields["cpu"], memory=fields["memory"],
+                 gpus=fields["gpu_count"])
+        self._on_change(fields["machine_id"], "registered", {})
+        return Response(200, {"config": None, "machine_state": {
+            "machine_id": fields["machine_id"], "status": "registered",
+            "pool_name": fields["pool_name"], "ttl_seconds": GATEWAY_TTL_S}})
+
+    def _keepalive(self, request: Request) -> Response:
+        fields = self._decode(request, _KEEPALIVE_TYPES)
+        if not fields["machine_id"] or not fields["pool_name"]:
+            raise HttpError(400, "bad_request", "machine_id and pool_name are required")
+        self._bind(request, fields)
+        if fields["metrics"] is None:
+            raise HttpError(500, "no_metrics", "Failed to update keepalive: metrics missing")
+        fields["provider_name"] = fields["provider_name"] or "generic"
+        key = ":".join(("provider", "machine", fields["provider_name"], fields["pool_name"],
+                        fields["machine_id"]))
+        if not self._store.keepalive(fields):
+            raise HttpError(500, "machine_not_found", "Failed to update keepalive: failed to get "
+                            f"machine state <{key}>: machine not found", "Register the machine again")
+        self.log("debug", "machine_keepalive", machine=fields["machine_id"])
+        self._on_change(fields["machine_id"], "ready", fields["metrics"])
+        return Response(200, {"status": "ok", "machine_state": {
+            "machine_id": fields["machine_id"], "status": "ready",
+            "pool_name": fields["pool_name"], "last_keepalive": str(int(time.time())),
+            "last_worker_seen": "", "ttl_seconds": GATEWAY_TTL_S,
+            "agent_version": fields["agent_version"]}})
+
+    def _list(self, request: Request) -> Response:
+        found = self._store.machines(request.query.get("pool_name", ""),
+                                     request.query.get("provider_name", ""))
+        return Response(200, [machine_record(machine) for machine in found
+                              if machine.state == "ready"])
+
+    def _config(self, _request: Request) -> Response:
+        raise HttpError(500, "no_config", "Unable to create remote config")
+
+
+def machine_record(machine: Machine) -> Dict[str, Any]:
+    """The shape of GET /api/v1/machine/list, without the tokens that the real one shows."""
+    state = machine._asdict()
+    metrics = state.pop("metrics")
+    state["status"] = state.pop("state")
+    state["ttl_seconds"] = state.pop("ttl_s")
+    return {"state": dict(state), "metrics": metrics}
+
+
+def start_gateway(host: str, port: int, api: GatewayApi) -> ApiServer:
+    """Raises: LockedError where the address is not to be had."""
+    try:
+        server = ApiServer(api, host, port)
+    except OSError as error:
+        raise LockedError(f"cannot listen on {host_port(host, port)}: {error.strerror}",
+                          "Another program holds the port? Choose one with --port") from error
+    server.start()
+    return server
+
+
+# ----------------------------------------------------------------------
+# 19. Agent                          STATE/agent.lock, machine_id, control.*
+# ----------------------------------------------------------------------
+# The composition: what a running agent is made of, started in order and
+# stopped in reverse.  One agent per state folder, held by a lock that the
+# kernel drops when the process ends, however it ends.
+
+
+class StateLock:
+    """The state folder is ours.  Raises: LockedError with the pid of the one who has it."""
+
+    def __init__(self, state_dir: str) -> None:
+        import fcntl
+        make_private_folder(state_dir)
+        path = os.path.join(state_dir, "agent.lock")
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise UsageError(f"cannot write in the state folder {state_dir}: {error.strerror}",
+                             "Mend its permissions, or choose another with --state-dir") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(self._descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._descriptor)
+            raise LockedError(f"another agent holds {state_dir} (pid {printable(holder)})",
+                              "Stop it first, or give this one its own folder with --state-dir"
+                              ) from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._descriptor)
+
+
+def kept_machine_id(settings: Any, keep: bool) -> str:
+    """The machine id: set, or kept from an earlier run, or made now (and kept, if asked to).
+
+    Made once: a new id at every start would leave ghosts in the pool.
+    """
+    if settings.machine_id:
+        return settings.machine_id
+    path = os.path.join(settings.state_dir, "machine_id")
+    kept = (read_text(path, 64) or "").strip()
+    if re.fullmatch("[0-9a-f]{8}", kept):
+        return kept
+    if kept:
+        raise UsageError(f"{path} does not hold 8 hexadecimal digits",
+                         "Put the machine's id there, or delete the file for a new one")
+    made = os.urandom(4).hex()
+    if keep:
+        try:
+            write_atomic(path, made + "\n", 0o644)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}",
+                             "The state folder must be writable") from error
+    return made
+
+
+def read_private_ip(gateway_host: str) -> str:
+    """This machine's address on the way to the gateway, a dotted quad.
+
+    Connecting a datagram socket chooses a route and sends nothing.  Through a tunnel the way to
+    the gateway is loopback: then the address of the default route counts (192.0.2.1 is reserved
+    for documents and never reached).
+    """
+    for target in (gateway_host, "192.0.2.1"):
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((target, 9))
+                address = probe.getsockname()[0]
+        except (OSError, UnicodeError):
+            continue
+        if not address.startswith("127."):
+            return address
+    return "127.0.0.1"
+
+
+def sd_notify(message: str) -> None:
+    """Tell systemd, where it listens.  Source: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(message.encode("utf-8"), address)
+    except OSError:
+        pass  # its supervisor is gone: nobody to tell
+
+
+def watchdog_interval_s() -> Optional[float]:
+    """How often systemd wants a sign of life; a third of what it allows.  None: it does not."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    pid = os.environ.get("WATCHDOG_PID", "")
+    if not re.fullmatch("[0-9]{1,15}", microseconds) or pid not in ("", str(os.getpid())):
+        return None
+    return max(0.1, int(microseconds) / 3e6)
+
+
+class Agent:
+    """A machine's agent.  Only construction decides what it is made of; run() is its life.
+
+    Raises (construction): UsageError.
+    """
+
+    def __init__(self, loaded: Loaded, log: Log, keep: bool = True) -> None:
+        settings = self.settings = loaded.settings
+        self._log = log
+        if not settings.token:
+            raise UsageError("there is no machine token", _NO_TOKEN_HINT)
+        machine_id = kept_machine_id(settings, keep)
+        self.identity = Identity(machine_id, settings.pool_name, settings.provider_name,
+                                 settings.hostname or f"machine-{machine_id}",
+                                 settings.k3s_token or "")
+        self.endpoint = Endpoint(
+            settings.gateway_scheme, settings.gateway_host, settings.gateway_port,
+            settings.gateway_ca_file, proxy_for(settings.gateway_scheme, settings.gateway_host,
+                                                settings.gateway_proxy, dict(os.environ)))
+        self._host = make_host()
+        self._nvidia = NvidiaSmi()
+        client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log)
+        self.send_register = lambda: client.register(self.register_payload())
+        self.send_keepalive = lambda: client.keepalive(self.keepalive_payload())
+        self.membership = Membership(self.send_register, self.send_keepalive,
+                                     settings.keepalive_interval, log)
+        self._started_s = now_s()
+        self._alive_until_s = now_s() + 60.0
+        self._metrics: Dict[str, Any] = {}
+        self._gpu_count: Optional[int] = None
+        self._wake_main, self._wake_membership = Wake(), Wake()
+        self._stopping = False
+        self._failure: Optional[AgentError] = None
+        self._control: Optional[ApiServer] = None
+
+    # -- what is said of this machine ----------------------------------
+
+    def _capped(self) -> Tuple[Optional[int], Optional[int]]:
+        """(CPU in millicores, memory in bytes) that are offered."""
+        capacity = self._host.capacity()
+        def least(*values: Optional[int]) -> Optional[int]:
+            known = [value for value in values if value is not None]
+            return min(known) if known else None
+        return (least(capacity.cpu_millicores, self.settings.max_cpu),
+                least(capacity.memory_bytes, self.settings.max_memory))
+
+    def _usable_gpus(self) -> Optional[List[Gpu]]:
+        gpus = self._nvidia.sample()
+        if gpus is None:
+            return None
+        return usable_gpus(gpus, self.settings.gpu_ids, self.settings.max_gpus)
+
+    def register_payload(self) -> Dict[str, Any]:
+        cpu_millicores, memory_bytes = self._capped()
+        gpus = self._usable_gpus()
+        return register_payload(self.identity, cpu_millicores, memory_bytes, len(gpus or ()),
+                                read_private_ip(self.settings.gateway_host))
+
+    def keepalive_payload(self) -> Dict[str, Any]:
+        cpu_millicores, memory_bytes = self._capped()
+        sample = self._host.sample(self.settings.state_dir)
+        gpus = self._usable_gpus()
+        self._gpu_count = None if gpus is None else len(gpus)
+        self._metrics = {
+            "total_cpu_available": cpu_millicores,
+            "total_memory_available": None if memory_bytes is None else memory_bytes >> 20,
+            "total_disk_space_bytes": sample.disk_total_bytes,
+            "total_disk_free_bytes": sample.disk_free_bytes,
+            "cpu_utilization_pct": sample.cpu_pct, "memory_utilization_pct": sample.memory_pct,
+            "free_gpu_count": None if gpus is None else free_gpus(gpus),
+            # This agent starts no workers and has no cache of its own: true zeros.
+            "worker_count": 0, "container_count": 0, "cache_usage_pct": 0.0, "cache_capacity": 0,
+            "cache_memory_usage": 0, "cache_cpu_usage": 0.0}
+        return keepalive_payload(self.identity, self._metrics)
+
+    def status(self) -> Dict[str, Any]:
+        """The fields of GET /status: the predecessor's names, and ours."""
+        snapshot, metrics = self.membership.snapshot, self._metrics
+        ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
+        return {
+            "status": snapshot.state.value, "machine_id": self.identity.machine_id,
+            "pool": self.identity.pool_name, "uptime_seconds": round(now_s() - self._started_s, 1),
+            "cpu_percent": metrics.get("cpu_utilization_pct"),
+            "memory_percent": metrics.get("memory_utilization_pct"),
+            "gpu_count": self._gpu_count, "state": snapshot.state.value,
+            "message": REDACTOR.scrub(snapshot.message), "version": VERSION, "pid": os.getpid(),
+            "gateway": self.endpoint.url, "hostname": self.identity.hostname,
+            "provider": self.identity.provider_name,
+            "state_seconds": round(now_s() - snapshot.since_s, 1),
+            "last_keepalive": snapshot.last_ready_wall_s and utc_stamp(snapshot.last_ready_wall_s),
+            "last_keepalive_seconds_ago": ago_s, "keepalives": snapshot.keepalives,
+            "registrations": snapshot.registrations, "failures": snapshot.failures,
+            "metrics": metrics_payload(metrics)}
+
+    # -- its life -------------------------------------------------------
+
+    def stop(self) -> None:
+        """From a signal handler or another thread: end run()."""
+        self._stopping = True
+        self._wake_main.set()
+        self._wake_membership.set()
+
+    def run(self) -> None:
+        """Until stop(), or until the gateway refuses the machine.  Raises: TokenRefused,
+        RequestRefused."""
+        lock = StateLock(self.settings.state_dir)
+        try:
+            self._start_control()
+            thread = threading.Thread(target=self._run_membership, name="membership", daemon=True)
+            sd_notify("READY=1\nSTATUS=starting")
+            self._log("info", "started", version=VERSION, machine=self.identity.machine_id,
+                      pool=self.identity.pool_name, gateway=self.endpoint.url,
+                      state_dir=self.settings.state_dir, pid=os.getpid())
+            thread.start()
+            self._watch(watchdog_interval_s())
+            sd_notify("STOPPING=1")
+            thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
+        finally:
+            self._stop_control()
+            lock.release()
+        if self._failure is not None:
+            raise self._failure
+        self._log("info", "stopped", keepalives=self.membership.snapshot.keepalives)
+
+    def _run_membership(self) -> None:
+        try:
+            self.membership.run(self._wake_membership, lambda: self._stopping, self._tick)
+        except AgentError as error:
+            self._failure = error
+        finally:
+            self.stop()
+
+    def _tick(self, within_s: float) -> None:
+        self._alive_until_s = now_s() + within_s
+        self._wake_main.set()
+
+    def _watch(self, watchdog_s: Optional[float]) -> None:
+        """The main thread: signals arrive here, systemd hears from here."""
+        said = None
+        while not self._stopping:
+            state = self.membership.snapshot.state
+            if state is not said:
+                sd_notify(f"STATUS={state.value}: machine {self.identity.machine_id}, pool "
+                          f"{self.identity.pool_name}, {self.endpoint.url}")
+                said = state
+            if watchdog_s and now_s() < self._alive_until_s:
+                sd_notify("WATCHDOG=1")
+            self._wake_main.wait(watchdog_s or 3600.0)
+
+    def _start_control(self) -> None:
+        """A port that is taken costs the control API, never the keepalive."""
+        settings = self.settings
+        address_file = os.path.join(settings.state_dir, "control.addr")
+        remove_file(address_file)
+        token = kept_secret(os.path.join(settings.state_dir, "control.token"))
+        try:
+            server = ApiServer(ControlApi(self._log, token, self.status), settings.control_host,
+                               settings.control_port)
+        except OSError as error:
+            self._log("error", "no_control_api", what=f"cannot listen on "
+                      f"{host_port(settings.control_host, settings.control_port)}: "
+                      f"{error.strerror}", do="The machine is kept alive without it; free the "
+                      "port, or set control.port (0 takes a free one)")
+            return
+        server.start()
+        self._control = server
+        try:
+            write_atomic(address_file, host_port(server.host, server.port) + "\n")
+        except OSError as error:
+            self._log("error", "no_control_addr", what=f"{address_file}: {error.strerror}")
+        self._log("info", "listening", api="control", url=server.url)
+
+    def _stop_control(self) -> None:
+        if self._control is not None:
+            remove_file(os.path.join(self.settings.state_dir, "control.addr"))
+            self._control.stop()
+
+
+_NO_TOKEN_HINT = ("Set BETA9_TOKEN, or run `b9agent.py init`; a token comes from `beta9 machine "
+                  "create --pool POOL` on the gateway, or from `b9agent.py machine create`. To "
+                  "look around without one: `b9agent.py demo`")
+
+
+# ----------------------------------------------------------------------
+# 21. Commands                                         stdout, exit code
+# ----------------------------------------------------------------------
+# One row a command; help, parsing and the README's list come from the rows.
+# Results go to stdout, the log and errors to stderr; exit codes are made
+# here and nowhere else.
+
+
+class Command(NamedTuple):
+    """words: what the user types.  settings: the keys its --help shows, () for all."""
+    words: str
+    run: Callable[[Loaded, Dict[str, str]], int]
+    options: Tuple[Option, ...]
+    settings: Tuple[str, ...]
+    help: str
+
+
+def say(text: str = "") -> None:
+    """A line of a command's result."""
+    sys.stdout.write(REDACTOR.scrub(text) + "\n")
+    sys.stdout.flush()
+
+
+def say_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_log(settings: Any, folder: Optional[str] = None, minimum: str = "info") -> Log:
+    return Log(settings.log_format, "debug" if settings.debug else minimum, folder)
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
+    """Columns padded to their widest cell.
+
+    >>> table_lines([("ID", "STATE"), ("1", "ready")])
+    ['ID  STATE', '1   ready']
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+            for row in rows]
+
+
+# -- run ----------------------------------------------------------------
+
+def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
+    if "dry-run" in options:
+        return dry_run(loaded)
+    if "once" in options:
+        return run_once(loaded)
+    waits = os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc")
+    while True:
+        try:
+            return run_agent(loaded)
+        except AgentError as error:
+            if not waits or error.exit_code not in PERMANENT_EXITS:
+                raise
+            # These two restart whatever ends, at once and for ever: wait for a new config instead.
+            if not wait_for_new_config(loaded.settings, error):
+                return Exit.OK
+            loaded = load_settings({}, dict(os.environ))
+
+
+def run_agent(loaded: Loaded) -> int:
+    log = make_log(loaded.settings, loaded.settings.state_dir)
+    make_private_folder(loaded.settings.state_dir)
+    agent = Agent(loaded, log)
+    for warning in loaded.warnings:
+        log("warning", "setting", what=warning)
+    on_stop_signals(lambda: agent.stop())
+    try:
+        agent.run()
+    finally:
+        log.close()
+    return Exit.OK
+
+
+def on_stop_signals(stop: Callable[[], None]) -> None:
+    """SIGTERM, SIGINT and SIGHUP end the process in order; an ignored one (nohup) stays so."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: stop())
+
+
+def wait_for_new_config(settings: Any, error: AgentError) -> bool:
+    """True once the config file or the token file changed; False when told to stop."""
+    log, wake, told = make_log(settings, settings.state_dir), Wake(), []
+    log.error("waiting", error, until=f"{settings.config} changes")
+    on_stop_signals(lambda: (told.append(True), wake.set()))
+
+    def stamps() -> List[Any]:
+        found = []
+        for path in (settings.config, settings.token_file):
+            try:
+                found.append(os.stat(path).st_mtime_ns if path else None)
+            except OSError:
+                found.append(None)
+        return found
+    before = stamps()
+    while not told and stamps() == before:
+        wake.wait(2.0)
+    log.close()
+    return not told
+
+
+def run_once(loaded: Loaded) -> int:
+    """Register, one keepalive, exit code; both must succeed."""
+    settings = loaded.settings
+    log = make_log(settings)
+    for warning in loaded.warnings:
+        log("warning", "setting", what=warning)
+    if not settings.token:
+        raise UsageError("there is no machine token", _NO_TOKEN_HINT)
+    lock = StateLock(settings.state_dir)
+    try:
+        agent = Agent(loaded, log)
+        agent.send_register()
+        log("info", "registered", machine=agent.identity.machine_id,
+            pool=agent.identity.pool_name, gateway=agent.endpoint.url)
+        agent.send_keepalive()
+        log("info", "ready", machine=agent.identity.machine_id)
+    finally:
+        lock.release()
+    return Exit.OK
+
+
+def dry_run(loaded: Loaded) -> int:
+    """Print both payloads, without their secrets; send nothing, write nothing."""
+    settings = loaded.settings
+    agent = Agent(loaded._replace(settings=settings._replace(token=settings.token or "-")),
+                  make_log(settings), keep=False)
+    register = agent.register_payload()
+    register["token"] = mask(register["token"])
+    say_json({"gateway": agent.endpoint.url, "token": mask(settings.token) or None,
+              "register": register, "keepalive": agent.keepalive_payload()})
+    return Exit.OK
+
+
+# -- init, config -------------------------------------------------------
+
+INIT_OPTIONS = (
+    Option("--gateway", "HOST[:PORT]", "the gateway"),
+    Option("--port", "PORT", "the gateway's port"),
+    Option("--pool", "POOL", "the worker pool"),
+    Option("-y", "", "ask nothing: flags, what the file has, defaults"),
+)
+
+
+def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Write the config file, then try the gateway and say what was found."""
+    settings = loaded.settings
+    wanted = init_values(loaded, options)
+    silent = "y" in options or all(key in wanted for key in ("gateway_host", "token", "pool_name"))
+    if not silent and not sys.stdin.isatty():
+        raise UsageError("init has nobody to ask: its input is not a terminal",
+                         "Give --gateway HOST[:PORT] --token TOKEN --pool POOL, or -y")
+    known = {key: item.text for key, item in read_config(settings.config).items()}
+    wanted.setdefault("machine_id", known.get("machine_id") or kept_machine_id(settings, False))
+    tailnet = "" if settings.hostname else read_tailnet_address()
+    if not silent:
+        ask_settings(wanted, settings, tailnet)
+    elif tailnet:
+        wanted.setdefault("hostname", tailnet)
+    for key, text in wanted.items():
+        _value(SETTING_BY_KEY[key], {key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")})
+    make_private_folder(settings.state_dir)
+    backup = save_config(settings.config, wanted)
+    say(f"wrote {settings.config} (0600)" + (f"; the old one, with its comments, is {backup}"
+                                             if backup else ""))
+    written = load_settings({"config": settings.config, "state_dir": settings.state_dir}, {})
+    say(f"machine {written.settings.machine_id}, pool {written.settings.pool_name}, "
+        f"token {mask(written.settings.token) or 'none yet'}"
+        + (f", hostname {written.settings.hostname}" if written.settings.hostname else ""))
+    report_health(written)
+    return Exit.OK
+
+
+def init_values(loaded: Loaded, options: Dict[str, str]) -> Dict[str, str]:
+    """{key: text} that flags and variables ask for; init's short forms are flags as well."""
+    wanted = {}
+    for row in SETTINGS:
+        origin = loaded.origins[row.key]
+        if row.path and origin.startswith(("flag ", "environment ")):
+            value = getattr(loaded.settings, row.key)
+            wanted[row.key] = setting_text(row, value)
+    if "gateway" in options:
+        host, port = split_gateway(options["gateway"])
+        wanted["gateway_host"] = host
+        if port:
+            wanted["gateway_port"] = port
+    if "port" in options:
+        wanted["gateway_port"] = options["port"]
+    if "pool" in options:
+        wanted["pool_name"] = options["pool"]
+    return wanted
+
+
+def split_gateway(text: str) -> Tuple[str, str]:
+    """
+    >>> split_gateway("gw:1994"), split_gateway("gw"), split_gateway("[::1]:80")
+    (('gw', '1994'), ('gw', ''), ('::1', '80'))
+    """
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:/]+)(?::([0-9]{1,5}))?", text)
+    try:
+        if not match:
+            raise ValueError("HOST or HOST:PORT, an IPv6 address in brackets")
+        host = parse_host(match.group(1))
+        return host, str(parse_port(match.group(2))) if match.group(2) else ""
+    except ValueError as error:
+        raise UsageError(f"--gateway: `{printable(text[:60])}` cannot be used, expected "
+                         f"{error}") from error
+
+
+def setting_text(row: Setting, value: Any) -> str:
+    """A value as it would be written in a flag or the file; parse(setting_text(v)) == v."""
+    if value is None:
+        return ""
+    if row.parse is parse_switch:
+        return "true" if value else "false"
+    if row.parse is parse_indexes:
+        return ",".join(str(index) for index in value)
+    if row.parse is parse_cpu:
+        return f"{value}m"
+    if row.parse is parse_memory:
+        return f"{value >> 10}Ki" if value % (1 << 20) else f"{value >> 20}Mi"
+    if row.parse is parse_interval:
+        return f"{value:g}"
+    return str(value)
+
+
+def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
+    """Ask for what no flag gave; Enter takes what stands in brackets."""
+    gateway = ask("Gateway host[:port]", host_port(settings.gateway_host, settings.gateway_port)
+                  ) if "gateway_host" not in wanted else ""
+    if gateway:
+        wanted["gateway_host"], port = split_gateway(gateway)
+        wanted["gateway_port"] = port or wanted.get("gateway_port") or str(settings.gateway_port)
+    if "pool_name" not in wanted:
+        wanted["pool_name"] = ask("Pool", settings.pool_name)
+    wanted["machine_id"] = ask("Machine id (from `machine create`)", wanted["machine_id"])
+    if "token" not in wanted:
+        import getpass
+        token = getpass.getpass(f"Token [{mask(settings.token) or 'none'}]: ").strip()
+        if token or settings.token:
+            wanted["token"] = token or settings.token
+    if "hostname" not in wanted:
+        hostname = ask("Hostname that the gateway can dial", settings.hostname or tailnet or
+                       f"machine-{wanted['machine_id']}")
+        wanted["hostname"] = hostname
+
+
+def ask(question: str, default: str) -> str:
+    sys.stdout.write(f"{question} [{default}]: ")
+    sys.stdout.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise UsageError("the input ended before every question was answered",
+                         "Nothing was written")
+    return line.strip() or default
+
+
+def read_tailnet_address() -> str:
+    """This machine's tailnet IPv4 address as the tailscale program says it, or ""."""
+    for program in ("tailscale", "/Applications/Tailscale.app/Contents/MacOS/Tailscale"):
+        result = run_command([program, "ip", "-4"], 3.0)
+        match = re.match(r"100\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$", result.output.strip())
+        if result.exit_code == 0 and match:
+            return match.group()
+    return ""
+
+
+def report_health(loaded: Loaded) -> None:
+    settings = loaded.settings
+    endpoint = Endpoint(settings.gateway_scheme, settings.gateway_host, settings.gateway_port,
+                        settings.gateway_ca_file,
+                        proxy_for(settings.gateway_scheme, settings.gateway_host,
+                                  settings.gateway_proxy, dict(os.environ)))
+    client = GatewayClient(endpoint, "", settings.pool_name, make_log(settings))
+    try:
+        client.health()
+        say(f"gateway {endpoint.url} is up")
+    except GatewayError as error:
+        say(str(error))
+    say("next: " + ("b9agent.py run" if settings.token else
+                    "get a token, then b9agent.py init again"))
+
+
+def command_config(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Every setting, its value and where it came from."""
+    if "markdown" in options:
+        say("\n".join(settings_markdown()))
+        return Exit.OK
+    if "exit-codes" in options:
+        say("\n".join(["| code | meaning |", "| --- | --- |",
+                       *(f"| {int(code)} | {text} |" for code, text in EXIT_MEANINGS)]))
+        return Exit.OK
+    shown = [(row, getattr(loaded.settings, row.key)) for row in SETTINGS]
+    texts = {row.key: mask(str(value)) if row.secret and value else setting_text(row, value)
+             for row, value in shown}
+    if "json" in options:
+        say_json({key: {"value": text or None, "origin": loaded.origins[key]}
+                  for key, text in texts.items()})
+        return Exit.OK
+    rows = [("SETTING", "VALUE", "FROM")]
+    rows += [(row.path or row.flag, texts[row.key] or "-", loaded.origins[row.key])
+             for row in SETTINGS]
+    say("\n".join(table_lines(rows)))
+    return Exit.OK
+
+
+def settings_markdown() -> List[str]:
+    """The README's table, from the table."""
+    lines = ["| in the file | flag | environment | default | what |", "| --- | --- | --- | --- | --- |"]
+    for row in SETTINGS:
+        place = f"`{row.path}`" + (f", `{row.also}`" if row.also not in ("", row.path) else "")
+        flag = f"`{row.flag}{' ' + row.kind if row.kind else ''}`"
+        default = f"`{row.default}`" if row.default else "–"
+        lines.append(f"| {place if row.path else '–'} | {flag} | `{row.variable}` | {default} "
+                     f"| {row.help} |")
+    return lines
+
+
+# -- status -------------------------------------------------------------
+
+def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
+    """The running agent; with --wait, once it is ready."""
+    limit_s = 0.0
+    if "wait" in options:
+        try:
+            limit_s = float(options["wait"])
+        except ValueError as error:
+            raise UsageError(f"--wait: `{printable(options['wait'])}` cannot be used, expected "
+                             "seconds") from error
+    until_s, wake = now_s() + limit_s, Wake()
+    while True:
+        try:
+            status, problem = read_agent_status(loaded.settings.state_dir), None
+        except GatewayUnreachable as error:
+            status, problem = {}, error
+        done = status.get("state") in ("ready", "refused") or now_s() >= until_s
+        if done and problem is not None:
+            raise problem
+        if done:
+            break
+        wake.wait(0.2)
+    if "json" in options:
+        say_json(status)
+    else:
+        say("\n".join(status_lines(status)))
+    return Exit.UNREACHABLE if limit_s and status["state"] != "ready" else Exit.OK
+
+
+def status_lines(status: Dict[str, Any]) -> List[str]:
+    def shown(value: Any, unit: str) -> str:
+        return "unknown" if value is None else f"{value}{unit}"
+    metrics = status.get("metrics") or {}
+    free_bytes = metrics.get("total_disk_free_bytes")
+    ago = status.get("last_keepalive_seconds_ago")
+    rows = [
+        ("state", f"{status['state']} for {status['state_seconds']:.0f} s"),
+        ("machine", f"{status['machine_id']}, pool {status['pool']}, provider "
+                    f"{status['provider']}, hostname {status['hostname']}"),
+        ("gateway", status["gateway"]),
+        ("keepalives", f"{status['keepalives']}, last "
+                       + ("never" if ago is None else f"{ago:.0f} s ago")
+                       + f"; {status['registrations']} registrations, {status['failures']} failures"),
+        ("host", f"cpu {shown(status['cpu_percent'], ' %')}, memory "
+                 f"{shown(status['memory_percent'], ' %')}, disk free "
+                 + ("unknown" if free_bytes is None else f"{free_bytes / 2**30:.1f} GiB")
+                 + f", GPUs {shown(status['gpu_count'], '')}, free "
+                   f"{shown(metrics.get('free_gpu_count'), '')}"),
+        ("agent", f"b9agent {status['version']}, pid {status['pid']}, up "
+                  f"{status['uptime_seconds']:.0f} s"),
+    ]
+    if status.get("message"):
+        rows.insert(1, ("message", printable(status["message"])))
+    return table_lines(rows)
+
+
+# -- gateway, machine, demo ---------------------------------------------
+
+DB_OPTION = Option("--db", "PATH", "its database; default gateway.db in the state folder")
+GATEWAY_OPTIONS = (
+    Option("--host", "HOST", "address to listen on; default 127.0.0.1"),
+    Option("--port", "PORT", "port to listen on; default 1994, 0 takes a free one"),
+    DB_OPTION,
+)
+MACHINE_OPTIONS = (DB_OPTION, Option("--pool", "POOL", "the worker pool"),
+                   Option("--json", "", "for programs"))
+
+
+def open_store(loaded: Loaded, options: Dict[str, str], must_exist: bool = False) -> MachineStore:
+    path = options.get("db") or os.path.join(loaded.settings.state_dir, "gateway.db")
+    return MachineStore(os.path.abspath(os.path.expanduser(path)), must_exist=must_exist)
+
+
+def command_gateway(loaded: Loaded, options: Dict[str, str]) -> int:
+    """The embedded gateway, until a signal ends it."""
+    try:
+        host = parse_host(options.get("host", "127.0.0.1"))
+        port = parse_listen_port(options.get("port", "1994"))
+    except ValueError as error:
+        raise UsageError(f"--host or --port cannot be used, expected {error}") from error
+    log, wake = make_log(loaded.settings), Wake()
+    store = open_store(loaded, options)
+    server = start_gateway(host, port, GatewayApi(log, store))
+    on_stop_signals(wake.set)
+    log("info", "listening", api="gateway", url=server.url)
+    wake.wait_for_ever()
+    server.stop()
+    store.close()
+    log("info", "stopped", api="gateway")
+    return Exit.OK
+
+
+def command_machine_create(loaded: Loaded, options: Dict[str, str]) -> int:
+    settings = loaded.settings
+    pool = options.get("pool") or settings.pool_name
+    try:
+        parse_text(pool)
+    except ValueError as error:
+        raise UsageError(f"--pool cannot be used, expected {error}") from error
+    store = open_store(loaded, options)
+    machine_id, token = store.create_machine(pool)
+    store.close()
+    if "json" in options:
+        say_json({"machine_id": machine_id, "token": token, "pool": pool,
+                  "pending_ttl_seconds": PENDING_TTL_S})
+        return Exit.OK
+    sys.stdout.write(  # not say(): this once the token is shown
+        f"machine id  {machine_id}\npool        {pool}\ntoken       {token}\n"
+        "The token is shown once; only its SHA-256 is kept. Within the hour, on the machine:\n\n"
+        f"  BETA9_TOKEN={token} python3 b9agent.py --machine-id {machine_id} --pool-name {pool} "
+        f"--gateway-host {settings.gateway_host} --gateway-port {settings.gateway_port}\n")
+    return Exit.OK
+
+
+def command_machine_list(loaded: Loaded, options: Dict[str, str]) -> int:
+    store = open_store(loaded, options, must_exist=True)
+    machines = store.machines(options.get("pool", ""))
+    store.close()
+    if "json" in options:
+        say_json([machine_record(machine) for machine in machines])
+        return Exit.OK
+    rows = [("MACHINE", "POOL", "STATE", "TTL", "HOSTNAME", "CPU", "MEMORY", "GPUS", "FREE",
+             "CPU %", "MEM %", "AGENT")]
+    for machine in machines:
+        metric = lambda name: str(machine.metrics.get(name, "-"))
+        rows.append((machine.machine_id, machine.pool_name, machine.state, f"{machine.ttl_s} s",
+                     machine.hostname or "-", machine.cpu or "-", machine.memory or "-",
+                     machine.gpu_count or "-", metric("free_gpu_count"),
+                     metric("cpu_utilization_pct"), metric("memory_utilization_pct"),
+                     machine.agent_version or "-"))
+    say("\n".join(table_lines(rows)) if machines else "no machines yet: b9agent.py machine create")
+    return Exit.OK
+
+
+DEMO_INTERVAL_S = 1.0
+
+
+def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
+    """An embedded gateway and an agent on free loopback ports, in a folder that goes at the end."""
+    import tempfile
+    wake = Wake()
+    on_stop_signals(wake.set)
+    with tempfile.TemporaryDirectory(prefix="b9agent-demo-") as folder:
+        store = MachineStore(os.path.join(folder, "gateway.db"))
+        say(f"b9agent {VERSION} demo: an embedded gateway and an agent, on loopback only")
+        begun_s, seen = now_s(), []
+
+        def show(machine_id: str, state: str, metrics: Dict[str, Any]) -> None:
+            seen.append(state)
+            say(f"{now_s() - begun_s:6.2f} s  {state:<11}"
+                + demo_detail(state, metrics, seen.count("ready")))
+            if "once" in options and seen.count("ready") == 2:
+                wake.set()
+        log = Log(loaded.settings.log_format, "debug" if loaded.settings.debug else "warning")
+        server = start_gateway("127.0.0.1", 0, GatewayApi(log, store, show))
+        machine_id, token = store.create_machine("demo")
+        REDACTOR.add(token)
+        say(f"gateway {server.url}, machine {machine_id}, pool demo, Ctrl-C ends it")
+        show(machine_id, "pending", {})
+        agent = demo_agent(loaded, log, folder, server, machine_id, token)
+        life = threading.Thread(target=agent.run, name="agent")
+        life.start()
+        finished = wake.wait(20.0) if "once" in options else wake.wait_for_ever()
+        agent.stop()
+        life.join()
+        server.stop()
+        store.close()
+    if not finished:
+        raise GatewayUnreachable("the demo's machine was not ready within 20 s",
+                                 "Look at what it does with: b9agent.py demo --debug")
+    say("ended: agent and gateway are stopped, and nothing is left behind")
+    return Exit.OK
+
+
+def demo_detail(state: str, metrics: Dict[str, Any], keepalives: int) -> str:
+    if state == "pending":
+        return "created on the gateway, its token issued"
+    if state == "registered":
+        return "the agent has registered it"
+    figures = [f"keepalive {keepalives}"]
+    for name, label, unit in (("cpu_utilization_pct", "cpu", " %"),
+                              ("memory_utilization_pct", "memory", " %"),
+                              ("free_gpu_count", "free GPUs", "")):
+        figures.append(f"{label} {metrics[name]}{unit}")
+    return ", ".join(figures)
+
+
+def demo_agent(loaded: Loaded, log: Log, folder: str, server: ApiServer, machine_id: str,
+               token: str) -> Agent:
+    """Nothing of the user's settings: the demo must not reach a gateway of theirs."""
+    defaults = load_settings({"config": os.devnull, "state_dir": folder}, {}).settings
+    settings = defaults._replace(
+        token=token, machine_id=machine_id, pool_name="demo", gateway_host="127.0.0.1",
+        gateway_port=server.port, control_port=0, keepalive_interval=DEMO_INTERVAL_S)
+    return Agent(loaded._replace(settings=settings), log)
+
+
+# -- the table and main --------------------------------------------------
+
+def command_version(_loaded: Loaded, _options: Dict[str, str]) -> int:
+    say(f"b9agent {VERSION}, Python {sys.version.split()[0]}, {sys.platform}")
+    return Exit.OK
+
+
+_JSON = Option("--json", "", "for programs")
+COMMANDS = (
+    Command("run", command_run, (
+        Option("--once", "", "register, send one keepalive, and exit"),
+        Option("--dry-run", "", "print what would be sent, send nothing")), (),
+        "register this machine and keep it alive; the default"),
+    Command("init", command_init, INIT_OPTIONS, (), "write the config file"),
+    Command("config", command_config, (
+        _JSON, Option("--markdown", "", "the README's table of settings"),
+        Option("--exit-codes", "", "the README's table of exit codes")), (),
+        "show every setting and where it comes from"),
+    Command("status", command_status, (
+        _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),
+        ("state_dir",), "ask the running agent"),
+    Command("demo", command_demo, (
+        Option("--once", "", "end by itself after two keepalives"),), ("debug",),
+        "a gateway and an agent on this machine, to look at"),
+    Command("gateway", command_gateway, GATEWAY_OPTIONS, ("state_dir", "log_format", "debug"),
+            "an embedded gateway for a few machines"),
+    Command("machine create", command_machine_create, MACHINE_OPTIONS,
+            ("state_dir", "gateway_host", "gateway_port"),
+            "make a machine and its token on the embedded gateway"),
+    Command("machine list", command_machine_list, MACHINE_OPTIONS, ("state_dir",),
+            "the embedded gateway's machines and their time to live"),
+    Command("version", command_version, (), ("state_dir",), "print the version"),
+)
+COMMAND_BY_WORDS = {command.words: command for command in COMMANDS}
+
+
+def help_text(command: Optional[Command]) -> str:
+    """--help: of one command, or of all."""
+    if command is None:
+        lines = ["usage: b9agent.py [COMMAND] [FLAG …]", "", "commands:"]
+        lines += ["  " + line for line in table_lines([(c.words, c.help) for c in COMMANDS])]
+        options, rows = COMMAND_BY_WORDS["run"].options, SETTINGS
+    else:
+        lines = [f"usage: b9agent.py {command.words} [FLAG …]", "", command.help]
+        options = command.options
+        rows = [row for row in SETTINGS if not command.settings or row.key in command.settings]
+    table = [(f"{option.flag} {option.metavar}".rstrip(), option.help) for option in options]
+    for row in rows:
+        default = f" [{row.default}]" if row.default else ""
+        table.append((f"{row.flag} {row.kind}".rstrip(), f"{row.help}{default} ({row.variable})"))
+    lines += ["", "flags:"] + ["  " + line for line in table_lines(table)]
+    return "\n".join(lines)
+
+
+def find_command(argv: Sequence[str]) -> Tuple[Command, Arguments]:
+    """The command that is asked for, and what it is given."""
+    every = {option.flag: option for command in COMMANDS for option in command.options}
+    words = parse_arguments(argv, tuple(every.values())).words
+    for count in (2, 1):
+        command = COMMAND_BY_WORDS.get(" ".join(words[:count]))
+        if command and len(words) >= count:
+            break
+    else:
+        command = COMMAND_BY_WORDS["run"]
+        count = 0
+    if len(words) > count:
+        groups = sorted({name.split(" ")[0] for name in COMMAND_BY_WORDS} | set(COMMAND_BY_WORDS))
+        raise UsageError(f"unknown command `{printable(' '.join(words))[:60]}`, expected "
+                         f"{_nearest(' '.join(words), groups)}", "See `b9agent.py --help`")
+    return command, parse_arguments(argv, command.options)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The exit code of one command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a C locale must not end a run
+    try:
+        if any(word in ("-h", "--help", "help") for word in argv):
+            words = " ".join(word for word in argv if not word.startswith("-") and word != "help")
+            say(help_text(COMMAND_BY_WORDS.get(words)))
+            return Exit.OK
+        if argv == ["--version"]:
+            argv = ["version"]
+        command, arguments = find_command(argv)
+        loaded = load_settings(arguments.flags, dict(os.environ))
+        return int(command.run(loaded, arguments.options))
+    except AgentError as error:
+        sys.stderr.write(REDACTOR.scrub(f"b9agent: error: {error}\n"))
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return Exit.OK
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` closed it: nothing to tell
+        return Exit.OK
+    except Exception as error:
+        sys.stderr.write(REDACTOR.scrub(
+            f"b9agent: defect: {type(error).__name__}: {printable(str(error))} "
+            f"(at {defect_place(error)}, version {VERSION}). Please report this line\n"))
+        return int(Exit.DEFECT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
