@@ -1,6 +1,32 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""b9agent: makes a machine a node of a Beta9 cluster.  HEAD TO BE WRITTEN
+"""b9agent makes this machine a node of a Beta9 cluster: it registers it with the gateway and keeps it
+alive with true figures.  One file, the standard library of Python 3.8, Linux and macOS.
+
+What it does to this machine, all of it:
+
+files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
+          reads   STATE/config.yaml, a token file if one is set, /proc, /sys/fs/cgroup
+          writes  STATE/config.yaml 0600 (`init`), machine_id, agent.lock, agent.log (5 MiB and one
+                  old one; not under journald), control.token 0600, control.addr;
+                  gateway.db 0600 (`gateway`, `machine`); a temporary folder (`demo`), removed;
+                  `service install`: what `service install --dry-run` prints
+ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`
+hosts     the gateway that is configured, or the proxy set for it; nobody else.  The machine token
+          goes there and nowhere else, and no redirect is followed
+programs  nvidia-smi where it is installed; on macOS sysctl, vm_stat, netstat; `init` asks tailscale;
+          `service` runs systemctl, loginctl, useradd, launchctl or rc-service
+threads   main (signals, systemd), membership (the requests to the gateway), control (accepts) and
+          one for each of its connections
+
+To read it: sections stand in order, and each uses only names from above it.
+
+   1 errors, exit codes, redaction, clock      12 HTTP server core
+   2 doors: files, programs, the network       14 control API
+   3 settings: one table, YAML subset, flags   17 embedded gateway
+   4 log and snapshot                          19 agent: the composition
+   5 host metrics, 6 GPUs                      20 service installation
+   7 gateway client and membership             21 commands, main
 """
 import sys
 
@@ -11,7 +37,6 @@ if sys.version_info < (3, 8):
 
 import collections
 import enum
-import http.client
 import io
 import json
 import os
@@ -151,6 +176,8 @@ def mask(secret: Optional[str]) -> str:
 _UNPRINTABLE = {code: "\\x%02x" % code for code in (*range(0x20), *range(0x7F, 0xA0))}
 _UNPRINTABLE.update({code: "\\u%04x" % code
                      for code in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))})
+
+
 _UNPRINTABLE.update({0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"})
 
 
@@ -190,6 +217,7 @@ class Redactor:
 
 
 REDACTOR = Redactor()
+_STEADY_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def now_s() -> float:
@@ -199,9 +227,6 @@ def now_s() -> float:
     counts sleep there, while time.monotonic() (mach_absolute_time) does not.
     """
     return time.clock_gettime(_STEADY_CLOCK)
-
-
-_STEADY_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Wake:
@@ -273,6 +298,13 @@ def make_private_folder(path: str) -> None:
                          "Choose another with --state-dir, or mend its permissions") from error
 
 
+def remove_file(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
 def write_atomic(path: str, text: str, mode: int = 0o600) -> None:
     """Write a file whole or not at all: a reader sees the old text or the new, after a power cut
     too.  Raises OSError, with nothing left behind."""
@@ -297,13 +329,6 @@ def write_atomic(path: str, text: str, mode: int = 0o600) -> None:
         os.close(folder)
 
 
-def remove_file(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
-
-
 def clean_environment() -> Dict[str, str]:
     """The environment for a child: without our secrets and without systemd's notify socket, which
     would let the child speak for us."""
@@ -317,6 +342,23 @@ class CommandResult(NamedTuple):
     exit_code: Optional[int]
     output: str
     problem: str = ""
+
+
+def _read_until(descriptor: int, until_s: float, max_bytes: int) -> Tuple[bytes, str]:
+    """(bytes, problem): all that comes until end of file, a deadline, or a size."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    collected = bytearray()
+    while True:
+        left_s = until_s - now_s()
+        if left_s <= 0 or not poll.poll(left_s * 1000):
+            return bytes(collected), "ran past its time limit"
+        chunk = os.read(descriptor, 65536)
+        if not chunk:
+            return bytes(collected), ""
+        collected += chunk
+        if len(collected) > max_bytes:
+            return bytes(collected[:max_bytes]), f"printed more than {max_bytes} bytes"
 
 
 def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -> CommandResult:
@@ -344,21 +386,12 @@ def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -
     return CommandResult(None if problem else code, text, problem and f"{argv[0]} {problem}")
 
 
-def _read_until(descriptor: int, until_s: float, max_bytes: int) -> Tuple[bytes, str]:
-    """(bytes, problem): all that comes until end of file, a deadline, or a size."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    collected = bytearray()
-    while True:
-        left_s = until_s - now_s()
-        if left_s <= 0 or not poll.poll(left_s * 1000):
-            return bytes(collected), "ran past its time limit"
-        chunk = os.read(descriptor, 65536)
-        if not chunk:
-            return bytes(collected), ""
-        collected += chunk
-        if len(collected) > max_bytes:
-            return bytes(collected[:max_bytes]), f"printed more than {max_bytes} bytes"
+def host_port(host: str, port: int) -> str:
+    """
+    >>> host_port("::1", 1994), host_port("gw", 80)
+    ('[::1]:1994', 'gw:80')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Endpoint(NamedTuple):
@@ -374,14 +407,6 @@ class Endpoint(NamedTuple):
         return f"{self.scheme}://{host_port(self.host, self.port)}"
 
 
-def host_port(host: str, port: int) -> str:
-    """
-    >>> host_port("::1", 1994), host_port("gw", 80)
-    ('[::1]:1994', 'gw:80')
-    """
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 class HttpReply(NamedTuple):
     """headers: names in lower case; of a repeated header the last value."""
     status: int
@@ -389,11 +414,17 @@ class HttpReply(NamedTuple):
     body: bytes
 
 
+def _left_s(until_s: float) -> float:
+    left_s = until_s - now_s()
+    if left_s <= 0:
+        raise socket.timeout("time limit reached")
+    return left_s
+
+
 class _TimedSocket(io.RawIOBase):
     """A connected socket with one deadline for everything that is read from it.
 
     A socket's own timeout starts anew at every byte, so a peer that drips would hold us for ever.
-    http.client reads through makefile().
     """
 
     def __init__(self, sock: socket.socket, until_s: float) -> None:
@@ -412,97 +443,27 @@ class _TimedSocket(io.RawIOBase):
         self._sock.settimeout(_left_s(self._until_s))
         return self._sock.recv_into(buffer)
 
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-
-def _left_s(until_s: float) -> float:
-    left_s = until_s - now_s()
-    if left_s <= 0:
-        raise socket.timeout("time limit reached")
-    return left_s
-
-
-def http_request(method: str, endpoint: Endpoint, path: str, headers: Dict[str, str],
-                 body: Optional[bytes], limit_s: float, max_bytes: int = 1 << 20) -> HttpReply:
-    """One request on a connection of its own, whole within limit_s (a name look-up apart).
-
-    Redirects are answers like any other: nothing is followed, so a token goes nowhere else.
-    Raises: HttpFailure.
-    """
-    until_s = now_s() + limit_s
-    absolute = endpoint.url if endpoint.proxy and endpoint.scheme == "http" else ""
-    head = [f"{method} {absolute}{path} HTTP/1.1"]
-    fields = {"Host": host_port(endpoint.host, endpoint.port), "Accept": "application/json",
-              "User-Agent": f"b9agent/{VERSION}", "Connection": "close", **headers}
-    if absolute and endpoint.proxy[2]:
-        fields["Proxy-Authorization"] = endpoint.proxy[2]
-    if body is not None:
-        fields["Content-Length"] = str(len(body))
-    head += [f"{name}: {value}" for name, value in fields.items()]
-    if any(char in line for line in head for char in "\r\n\0"):
-        raise HttpFailure("garbage", "a header or path with a line break was not sent")
-    message = "\r\n".join(head + ["", ""]).encode("utf-8") + (body or b"")
-    sock = None
-    try:
-        sock = _open_connection(endpoint, until_s)
-        sock.settimeout(_left_s(until_s))
-        sock.sendall(message)
-        return _read_reply(_TimedSocket(sock, until_s), method, max_bytes)
-    except HttpFailure:
-        raise
-    except socket.timeout as error:
-        raise HttpFailure("timeout", f"no answer within {limit_s:g} s") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _http_failure(error) from error
-    finally:
-        if sock is not None:
-            sock.close()
-
 
 def _http_failure(error: Exception) -> HttpFailure:
-    """The kind of an exception from sockets, TLS or http.client."""
-    import ssl
+    """The kind of an exception from sockets or TLS."""
     detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if isinstance(error, ssl.SSLCertVerificationError):
+    ssl = sys.modules.get("ssl")
+    if ssl and isinstance(error, ssl.SSLCertVerificationError):
         return HttpFailure("tls", f"certificate not accepted: {error.verify_message}")
-    if isinstance(error, ssl.SSLError):
+    if ssl and isinstance(error, ssl.SSLError):
         return HttpFailure("tls", error.reason or detail)
     if isinstance(error, ConnectionRefusedError):
         return HttpFailure("refused", "connection refused")
-    # RemoteDisconnected is both a ConnectionResetError and a BadStatusLine.
-    if isinstance(error, (ConnectionError, http.client.IncompleteRead)):
+    if isinstance(error, ConnectionError):
         return HttpFailure("closed", "the connection was closed before the answer was complete")
-    if isinstance(error, OSError):
-        return HttpFailure("network", detail)
-    return HttpFailure("garbage", f"not an HTTP answer ({type(error).__name__})")
-
-
-def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
-    """A connected socket, through the proxy's CONNECT and under TLS where that is asked for."""
-    target = endpoint.proxy[:2] if endpoint.proxy else (endpoint.host, endpoint.port)
-    sock = _connect(target[0], target[1], until_s)
-    try:
-        if endpoint.scheme == "http":
-            return sock
-        if endpoint.proxy:
-            _tunnel(sock, endpoint, until_s)
-        import ssl
-        try:
-            context = ssl.create_default_context(cafile=endpoint.ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise HttpFailure("tls", f"cannot use {endpoint.ca_file}: {error}") from error
-        sock.settimeout(_left_s(until_s))
-        return context.wrap_socket(sock, server_hostname=endpoint.host)
-    except BaseException:
-        sock.close()
-        raise
+    return HttpFailure("network", detail)
 
 
 def _connect(host: str, port: int, until_s: float) -> socket.socket:
     """Try every address of a name in turn; the time that is left is shared among them."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # As bytes: for text, Python loads its tables of international names (1 ms).
+        found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not a host name"
         raise HttpFailure("dns", f"cannot look up {host}: {reason}") from error
@@ -539,17 +500,143 @@ def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
         raise HttpFailure("proxy", f"the proxy answered {printable(' '.join(status[1:])[:80])}")
 
 
-def _read_reply(source: _TimedSocket, method: str, max_bytes: int) -> HttpReply:
-    response = http.client.HTTPResponse(source, method=method)
-    response.begin()
-    declared = response.length
-    body = response.read(max_bytes + 1)
-    if len(body) > max_bytes:
+def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
+    """A connected socket, through the proxy's CONNECT and under TLS where that is asked for."""
+    target = endpoint.proxy[:2] if endpoint.proxy else (endpoint.host, endpoint.port)
+    sock = _connect(target[0], target[1], until_s)
+    try:
+        if endpoint.scheme == "http":
+            return sock
+        if endpoint.proxy:
+            _tunnel(sock, endpoint, until_s)
+        import ssl
+        try:
+            context = ssl.create_default_context(cafile=endpoint.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise HttpFailure("tls", f"cannot use {endpoint.ca_file}: {error}") from error
+        sock.settimeout(_left_s(until_s))
+        return context.wrap_socket(sock, server_hostname=endpoint.host)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
+    """A line with its end.  Raises: HttpFailure where the peer stops in the middle of it."""
+    line = stream.readline(left_bytes)
+    if not line.endswith(b"\n"):
+        if len(line) >= left_bytes:
+            raise HttpFailure("too_large", "an answer whose head is too long")
+        raise HttpFailure("closed", "the connection was closed before the answer was complete")
+    return line
+
+
+def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
+    """(status line, headers with names in lower case)."""
+    left_bytes, lines = 65536, []
+    while True:
+        line = _read_line(stream, left_bytes)
+        left_bytes -= len(line)
+        text = line.rstrip(b"\r\n").decode("latin-1")
+        if not text:
+            break
+        lines.append(text)
+    pairs = [line.partition(":") for line in lines[1:]]
+    if not lines or any(not colon or name != name.strip() for name, colon, _ in pairs):
+        raise HttpFailure("garbage", "not an HTTP answer")
+    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
+
+
+def _read_exactly(stream: io.BufferedReader, length: int, max_bytes: int) -> bytes:
+    if length > max_bytes:
         raise HttpFailure("too_large", f"an answer of more than {max_bytes} bytes")
-    if declared is not None and len(body) < declared:
+    body = stream.read(length)
+    if len(body) < length:
         raise HttpFailure("closed", "the answer was cut off")
-    names = {name.lower(): value for name, value in response.getheaders()}
-    return HttpReply(response.status, names, body)
+    return body
+
+
+def _read_chunks(stream: io.BufferedReader, max_bytes: int) -> bytes:
+    """A chunked body.  Source: RFC 9112, section 7.1."""
+    body = b""
+    while True:
+        size = _read_line(stream, 1024).split(b";")[0].strip()
+        if not re.fullmatch(b"[0-9a-fA-F]{1,8}", size):
+            raise HttpFailure("garbage", "a chunk without a length")
+        if int(size, 16) == 0:
+            while _read_line(stream, 65536).strip():
+                pass  # trailers
+            return body
+        body += _read_exactly(stream, int(size, 16), max_bytes - len(body))
+        if _read_line(stream, 3).strip():
+            raise HttpFailure("garbage", "a chunk longer than it says")
+
+
+def _read_reply(source: _TimedSocket, method: str, max_bytes: int) -> HttpReply:
+    """An answer to its last byte.  A head or a body that was cut off is a failure, never a short
+    answer (http.client takes half a head for a whole one, and costs 14 ms to import)."""
+    stream = io.BufferedReader(source)
+    status = 100
+    for _ in range(10):
+        first, headers = _read_head(stream)
+        match = re.fullmatch(r"HTTP/1\.[01] ([1-5][0-9]{2})( .*)?", first)
+        if not match:
+            raise HttpFailure("garbage", "not an HTTP answer")
+        status = int(match.group(1))
+        if status >= 200:
+            break
+    length = headers.get("content-length")
+    if status < 200 or length and (not re.fullmatch("[0-9]{1,15}", length)
+                                   or "transfer-encoding" in headers):
+        raise HttpFailure("garbage", "an answer without a clear end")
+    if method == "HEAD" or status in (204, 304):
+        body = b""
+    elif headers.get("transfer-encoding"):
+        body = _read_chunks(stream, max_bytes)
+    elif length:
+        body = _read_exactly(stream, int(length), max_bytes)
+    else:
+        body = stream.read(max_bytes + 1)
+        if len(body) > max_bytes:
+            raise HttpFailure("too_large", f"an answer of more than {max_bytes} bytes")
+    return HttpReply(status, headers, body)
+
+
+def http_request(method: str, endpoint: Endpoint, path: str, headers: Dict[str, str],
+                 body: Optional[bytes], limit_s: float, max_bytes: int = 1 << 20) -> HttpReply:
+    """One request on a connection of its own, whole within limit_s (a name look-up apart).
+
+    Redirects are answers like any other: nothing is followed, so a token goes nowhere else.
+    Raises: HttpFailure.
+    """
+    until_s = now_s() + limit_s
+    absolute = endpoint.url if endpoint.proxy and endpoint.scheme == "http" else ""
+    head = [f"{method} {absolute}{path} HTTP/1.1"]
+    fields = {"Host": host_port(endpoint.host, endpoint.port), "Accept": "application/json",
+              "User-Agent": f"b9agent/{VERSION}", "Connection": "close", **headers}
+    if absolute and endpoint.proxy[2]:
+        fields["Proxy-Authorization"] = endpoint.proxy[2]
+    if body is not None:
+        fields["Content-Length"] = str(len(body))
+    head += [f"{name}: {value}" for name, value in fields.items()]
+    if any(char in line for line in head for char in "\r\n\0"):
+        raise HttpFailure("garbage", "a header or path with a line break was not sent")
+    message = "\r\n".join(head + ["", ""]).encode("utf-8") + (body or b"")
+    sock = None
+    try:
+        sock = _open_connection(endpoint, until_s)
+        sock.settimeout(_left_s(until_s))
+        sock.sendall(message)
+        return _read_reply(_TimedSocket(sock, until_s), method, max_bytes)
+    except HttpFailure:
+        raise
+    except socket.timeout as error:
+        raise HttpFailure("timeout", f"no answer within {limit_s:g} s") from error
+    except OSError as error:
+        raise _http_failure(error) from error
+    finally:
+        if sock is not None:
+            sock.close()
 
 
 # ----------------------------------------------------------------------
@@ -773,6 +860,7 @@ class Loaded(NamedTuple):
 # Mappings and lists in blocks or on one line, plain and quoted scalars, comments.  All scalars
 # stay text: the table's types decide, so that machine id 12345678 or 1e100000 is not a number.
 
+
 class Node(NamedTuple):
     """value: text, {name: Node} or [Node]; plain: an unquoted scalar."""
     value: Any
@@ -801,19 +889,15 @@ class _YamlLine(NamedTuple):
     indent: int
     text: str
 
+    @property
+    def is_item(self) -> bool:
+        return self.text == "-" or self.text.startswith("- ")
 
-def parse_yaml(text: str) -> Node:
-    """The file as one Node, a mapping.  Raises: YamlError with the line."""
-    lines = _yaml_lines(text)
-    if not lines:
-        return Node({}, 1)
-    node, after = _yaml_block(lines, 0, lines[0].indent, 0)
-    if after < len(lines):
-        raise YamlError(lines[after].number, "this line is indented less than the first",
-                        "the same indentation for all names of one level")
-    if not isinstance(node.value, dict):
-        raise YamlError(node.line, "this is not a mapping", "lines of the form `name: value`")
-    return node
+
+def _yaml_check_characters(raw: str, number: int) -> None:
+    bad = next((char for char in raw if char != "\t" and printable(char) != char), None)
+    if bad is not None:
+        raise YamlError(number, f"the control character {printable(bad)}", "printable text")
 
 
 def _yaml_lines(text: str) -> List[_YamlLine]:
@@ -837,95 +921,10 @@ def _yaml_lines(text: str) -> List[_YamlLine]:
     return found
 
 
-def _yaml_check_characters(raw: str, number: int) -> None:
-    bad = next((char for char in raw if char != "\t" and printable(char) != char), None)
-    if bad is not None:
-        raise YamlError(number, f"the control character {printable(bad)}", "printable text")
-
-
-def _yaml_block(lines: List[_YamlLine], at: int, indent: int, depth: int) -> Tuple[Node, int]:
-    """(the block that starts at this line, position after it)."""
-    if depth > _YAML_MAX_DEPTH:
-        raise YamlError(lines[at].number, "too many levels", f"at most {_YAML_MAX_DEPTH}")
-    if lines[at].text == "-" or lines[at].text.startswith("- "):
-        return _yaml_list(lines, at, indent, depth)
-    return _yaml_mapping(lines, at, indent, depth)
-
-
-def _yaml_mapping(lines: List[_YamlLine], at: int, indent: int, depth: int) -> Tuple[Node, int]:
-    first, names = lines[at].number, {}
-    while at < len(lines) and lines[at].indent == indent:
-        line = lines[at]
-        name, rest = _yaml_name(line)
-        if name in names:
-            raise YamlError(line.number, f"`{name}` is given twice, first in line "
-                            f"{names[name].line}", "each name once")
-        node, at = _yaml_value(lines, at, rest, indent, depth)
-        names[name] = node._replace(line=line.number)
-    if at < len(lines) and lines[at].indent > indent:
-        raise YamlError(lines[at].number, "this line is indented more than the one it follows",
-                        f"{indent} spaces before it, or a value on the line above")
-    return Node(names, first), at
-
-
-def _yaml_name(line: _YamlLine) -> Tuple[str, str]:
-    """(name, what follows its colon)."""
-    if line.text[0] in "\"'":
-        scanner = _YamlScanner(line.text, line.number)
-        name = scanner.quoted()
-        rest = line.text[scanner.at:].lstrip(" ")
-        if not rest.startswith(":") or rest[1:2] not in ("", " "):
-            raise YamlError(line.number, "a quoted text alone", "`name: value`")
-        return name, rest[1:].strip(" ")
-    if line.text[0] in _YAML_REFUSED:
-        raise YamlError(line.number, f"{_YAML_REFUSED[line.text[0]]} is not supported",
-                        "`name: value`")
-    match = re.match(r"([^\s:#\[\]{},&*!|>%@`\"'-][^:#\[\]{},]*?) *:(?: +(.*))?$", line.text)
-    if not match:
-        raise YamlError(line.number, f"`{_shorten(line.text)}` has no name",
-                        "`name: value`, with a blank after the colon")
-    if match.group(1) == "<<":
-        raise YamlError(line.number, "a merge (<<) is not supported", "`name: value`")
-    return match.group(1), (match.group(2) or "").strip(" ")
-
-
 def _shorten(text: str) -> str:
     """A glimpse of a line: no more of it than its name, since the rest may be a secret."""
     name = text.split(":", 1)[0]
     return printable(name[:12]) + ("…" if len(name) > 12 else "")
-
-
-def _yaml_value(lines: List[_YamlLine], at: int, rest: str, indent: int,
-                depth: int) -> Tuple[Node, int]:
-    """The value that begins after a colon or a dash: on this line, or as a block below it."""
-    line = lines[at]
-    if rest and not rest.startswith("#"):
-        scanner = _YamlScanner(rest, line.number)
-        node = scanner.value(depth + 1, in_flow=False)
-        scanner.expect_end()
-        return node, at + 1
-    below = lines[at + 1] if at + 1 < len(lines) else None
-    if below and (below.indent > indent or
-                  below.indent == indent and below.text.startswith("- ")
-                  and not line.text.startswith("- ")):
-        return _yaml_block(lines, at + 1, below.indent, depth + 1)
-    return Node("", line.number, True), at + 1
-
-
-def _yaml_list(lines: List[_YamlLine], at: int, indent: int, depth: int) -> Tuple[Node, int]:
-    first, items = lines[at].number, []
-    while at < len(lines) and lines[at].indent == indent and (
-            lines[at].text == "-" or lines[at].text.startswith("- ")):
-        rest = lines[at].text[1:].strip(" ")
-        if re.match(r"(-( |$)|[\w.]+:( |$))", rest):
-            raise YamlError(lines[at].number, "a mapping or a list right after a dash",
-                            "a plain value, or the block on lines of its own")
-        node, at = _yaml_value(lines, at, rest, indent, depth)
-        items.append(node)
-    if at < len(lines) and lines[at].indent > indent:
-        raise YamlError(lines[at].number, "this line is indented more than the list it follows",
-                        f"{indent} spaces before it")
-    return Node(items, first), at
 
 
 class _YamlScanner:
@@ -1035,6 +1034,111 @@ class _YamlScanner:
         return names
 
 
+def _yaml_name(line: _YamlLine) -> Tuple[str, str]:
+    """(name, what follows its colon)."""
+    if line.text[0] in "\"'":
+        scanner = _YamlScanner(line.text, line.number)
+        name = scanner.quoted()
+        rest = line.text[scanner.at:].lstrip(" ")
+        if not rest.startswith(":") or rest[1:2] not in ("", " "):
+            raise YamlError(line.number, "a quoted text alone", "`name: value`")
+        return name, rest[1:].strip(" ")
+    if line.text[0] in _YAML_REFUSED:
+        raise YamlError(line.number, f"{_YAML_REFUSED[line.text[0]]} is not supported",
+                        "`name: value`")
+    match = re.match(r"([^\s:#\[\]{},&*!|>%@`\"'-][^:#\[\]{},]*?) *:(?: +(.*))?$", line.text)
+    if not match:
+        raise YamlError(line.number, f"`{_shorten(line.text)}` has no name",
+                        "`name: value`, with a blank after the colon")
+    if match.group(1) == "<<":
+        raise YamlError(line.number, "a merge (<<) is not supported", "`name: value`")
+    return match.group(1), (match.group(2) or "").strip(" ")
+
+
+class _YamlBlocks:
+    """Mappings and lists by their indentation: a cursor over the lines that say something."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = _yaml_lines(text)
+        self._at = 0
+
+    def document(self) -> Node:
+        if not self._lines:
+            return Node({}, 1)
+        node = self._block(0)
+        if self._at < len(self._lines):
+            raise YamlError(self._lines[self._at].number, "this line is indented less than the "
+                            "first", "the same indentation for all names of one level")
+        if not isinstance(node.value, dict):
+            raise YamlError(node.line, "this is not a mapping", "lines of the form `name: value`")
+        return node
+
+    def _block(self, depth: int) -> Node:
+        line = self._lines[self._at]
+        if depth > _YAML_MAX_DEPTH:
+            raise YamlError(line.number, "too many levels", f"at most {_YAML_MAX_DEPTH}")
+        return self._list(line, depth) if line.is_item else self._mapping(line, depth)
+
+    def _next_of(self, indent: int) -> Optional[_YamlLine]:
+        """The next line of a block with this indentation; None where the block ends."""
+        line = self._lines[self._at] if self._at < len(self._lines) else None
+        if line and line.indent > indent:
+            raise YamlError(line.number, "this line is indented more than the one it follows",
+                            f"{indent} spaces before it, or a value on the line above")
+        return line if line and line.indent == indent else None
+
+    def _mapping(self, first: _YamlLine, depth: int) -> Node:
+        names: Dict[str, Node] = {}
+        line: Optional[_YamlLine] = first
+        while line and not (line.is_item and names):
+            name, rest = _yaml_name(line)
+            if name in names:
+                raise YamlError(line.number, f"`{name}` is given twice, first in line "
+                                f"{names[name].line}", "each name once")
+            names[name] = self._value(line, rest, depth)._replace(line=line.number)
+            line = self._next_of(first.indent)
+        return Node(names, first.number)
+
+    def _list(self, first: _YamlLine, depth: int) -> Node:
+        items = []
+        line: Optional[_YamlLine] = first
+        while line and line.is_item:
+            rest = line.text[1:].strip(" ")
+            if re.match(r"(-( |$)|[\w.]+:( |$))", rest):
+                raise YamlError(line.number, "a mapping or a list right after a dash",
+                                "a plain value, or the block on lines of its own")
+            items.append(self._value(line, rest, depth))
+            line = self._next_of(first.indent)
+        return Node(items, first.number)
+
+    def _value(self, line: _YamlLine, rest: str, depth: int) -> Node:
+        """What begins after a colon or a dash: on this line, or as a block below it."""
+        self._at += 1
+        if rest and not rest.startswith("#"):
+            scanner = _YamlScanner(rest, line.number)
+            node = scanner.value(depth + 1, in_flow=False)
+            scanner.expect_end()
+            return node
+        below = self._lines[self._at] if self._at < len(self._lines) else None
+        if below and (below.indent > line.indent or below.indent == line.indent
+                      and below.is_item and not line.is_item):
+            return self._block(depth + 1)
+        return Node("", line.number, True)
+
+
+def parse_yaml(text: str) -> Node:
+    """The file as one Node, a mapping.  Raises: YamlError with the line."""
+    return _YamlBlocks(text).document()
+
+
+def _yaml_scalar(text: str) -> str:
+    """Plain where no YAML reader could take it for anything but this text (or a plain number)."""
+    if re.fullmatch(r"([a-z][a-z_]*|0|[1-9][0-9]*)", text) and text not in (
+            "y", "n", "yes", "no", "on", "off", "true", "false", "null"):
+        return text
+    return json.dumps(text, ensure_ascii=True).replace("\x7f", "\\x7f")
+
+
 def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
     """A tree of text, lists of text and mappings as a file that parse_yaml reads back."""
     out = []
@@ -1050,19 +1154,136 @@ def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
     return "".join(out)
 
 
-def _yaml_scalar(text: str) -> str:
-    """Plain where no YAML reader could take it for anything but this text (or a plain number)."""
-    if re.fullmatch(r"([a-z][a-z_]*|0|[1-9][0-9]*)", text) and text not in (
-            "y", "n", "yes", "no", "on", "off", "true", "false", "null"):
-        return text
-    return json.dumps(text, ensure_ascii=True).replace("\x7f", "\\x7f")
-
-
 # -- from flags, variables and the file to values ----------------------
 
 class _Given(NamedTuple):
     text: str
     origin: str
+
+
+def _value(row: Setting, given: Dict[str, _Given]) -> Any:
+    text, origin = given.get(row.key, _Given(row.default, "default"))
+    if text == "" and origin == "default":
+        return None
+    try:
+        return row.parse(text)
+    except ValueError as error:
+        place = origin.split(" ", 1)[-1] if not origin.startswith("/") else f"{origin}: {row.path}"
+        shown = "this value" if row.secret else f"`{printable(text[:60])}`"
+        raise UsageError(f"{place}: {shown} cannot be used, expected {error}") from error
+
+
+def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
+    return tuple(f"{SETTING_BY_KEY[key].flag} on the command line is visible to every user in "
+                 f"`ps`: use {SETTING_BY_KEY[key].variable} or the config file"
+                 for key in flags if SETTING_BY_KEY[key].secret)
+
+
+def refuse_if_shared(path: str, what: str) -> None:
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:
+        return
+    if mode & 0o077:
+        raise UsageError(f"{path} holds {what} and others may read it (mode {mode:04o})",
+                         f"Mend it with: chmod 600 {path}")
+
+
+def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str], flags: Dict[str, str],
+                      environ: Dict[str, str]) -> None:
+    """The token out of its file, unless a token was given where it counts at least as much."""
+    def rank(key: str) -> int:
+        return 3 if key in flags else 2 if environ.get(SETTING_BY_KEY[key].variable) else 1
+    path = values["token_file"]
+    if not path or (values["token"] and rank("token") >= rank("token_file")):
+        return
+    text = read_text(path, 65536)
+    if text is None:
+        raise UsageError(f"cannot read the token file {path}",
+                         f"It is set by {origins['token_file']}")
+    refuse_if_shared(path, "a token")
+    try:
+        values["token"] = parse_secret(text.strip())
+    except ValueError as error:
+        raise UsageError(f"{path}: this is not a token, expected {error}") from error
+    origins["token"] = f"file {path}"
+
+
+def read_config_tree(path: str, must_exist: bool = False) -> Node:
+    try:
+        with open(path, "rb") as handle:
+            raw = handle.read(1 << 18)
+        return parse_yaml(raw.decode("utf-8"))
+    except FileNotFoundError as error:
+        if must_exist:
+            raise UsageError(f"there is no config file {path}",
+                             "Make one with `b9agent.py init`") from error
+        return Node({}, 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}",
+                         "Run as the user who owns it") from error
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise UsageError(f"{path}:{line}: bytes that are not UTF-8, expected text") from error
+    except YamlError as error:
+        raise UsageError(f"{path}:{error.line}: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    import difflib
+    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    close = close or [other for other in known if other.endswith("." + name)]
+    return f"`{close[0]}`" if close else "one of the names that `b9agent.py config` lists"
+
+
+def _leaves(node: Node, prefix: str, known: Dict[str, Setting],
+            path: str) -> Iterator[Tuple[str, Node]]:
+    for name, child in node.value.items():
+        full = prefix + name
+        if full in known:
+            yield full, child
+        elif any(other.startswith(full + ".") for other in known):
+            if isinstance(child.value, dict):
+                yield from _leaves(child, full + ".", known, path)
+            elif child.value != "":
+                raise UsageError(f"{path}:{child.line}: `{full}` is a group, expected names "
+                                 "below it, indented")
+        else:
+            raise UsageError(f"{path}:{child.line}: unknown name `{printable(full)}`, "
+                             f"expected {_nearest(full, known)}")
+
+
+def _leaf_text(node: Node, row: Setting, path: str) -> Optional[str]:
+    """The text of a leaf; None where it is left empty or null, which is not setting it."""
+    if isinstance(node.value, list) and row.parse is parse_indexes:
+        if all(isinstance(item.value, str) for item in node.value):
+            return ",".join(item.value for item in node.value)
+    if not isinstance(node.value, str):
+        form = "a list" if isinstance(node.value, list) else "a group of names"
+        raise UsageError(f"{path}:{node.line}: `{row.path}` is {form}, expected one value")
+    if node.plain and node.value in ("", "~", "null", "Null", "NULL"):
+        return None
+    return node.value
+
+
+def read_config(path: str, must_exist: bool = False) -> Dict[str, _Given]:
+    """{key: text and FILE:LINE} of a config file; nothing where there is none."""
+    tree = read_config_tree(path, must_exist)
+    known = {name: row for row in SETTINGS if row.path
+             for name in filter(None, (row.path, row.also))}
+    found: Dict[str, _Given] = {}
+    for name, node in _leaves(tree, "", known, path):
+        row = known[name]
+        text = _leaf_text(node, row, path)
+        if text is None:
+            continue
+        if row.key in found:
+            raise UsageError(f"{path}:{node.line}: `{name}` is given twice, first in line "
+                             f"{found[row.key].origin.rsplit(':', 1)[-1]}, expected it once")
+        found[row.key] = _Given(text, f"{path}:{node.line}")
+    if any(SETTING_BY_KEY[key].secret for key in found):
+        refuse_if_shared(path, "secrets")
+    return found
 
 
 def load_settings(flags: Dict[str, str], environ: Dict[str, str]) -> Loaded:
@@ -1088,131 +1309,6 @@ def load_settings(flags: Dict[str, str], environ: Dict[str, str]) -> Loaded:
         REDACTOR.add(values[key])
     REDACTOR.add((values["gateway_proxy"] or "").rpartition("@")[0].rpartition("/")[2])
     return Loaded(Settings(**values), origins, _warnings(flags))
-
-
-def _value(row: Setting, given: Dict[str, _Given]) -> Any:
-    text, origin = given.get(row.key, _Given(row.default, "default"))
-    if text == "" and origin == "default":
-        return None
-    try:
-        return row.parse(text)
-    except ValueError as error:
-        place = origin.split(" ", 1)[-1] if not origin.startswith("/") else f"{origin}: {row.path}"
-        shown = "this value" if row.secret else f"`{printable(text[:60])}`"
-        raise UsageError(f"{place}: {shown} cannot be used, expected {error}") from error
-
-
-def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
-    return tuple(f"{SETTING_BY_KEY[key].flag} on the command line is visible to every user in "
-                 f"`ps`: use {SETTING_BY_KEY[key].variable} or the config file"
-                 for key in flags if SETTING_BY_KEY[key].secret)
-
-
-def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str], flags: Dict[str, str],
-                      environ: Dict[str, str]) -> None:
-    """The token out of its file, unless a token was given where it counts at least as much."""
-    def rank(key: str) -> int:
-        return 3 if key in flags else 2 if environ.get(SETTING_BY_KEY[key].variable) else 1
-    path = values["token_file"]
-    if not path or (values["token"] and rank("token") >= rank("token_file")):
-        return
-    text = read_text(path, 65536)
-    if text is None:
-        raise UsageError(f"cannot read the token file {path}",
-                         f"It is set by {origins['token_file']}")
-    refuse_if_shared(path, "a token")
-    try:
-        values["token"] = parse_secret(text.strip())
-    except ValueError as error:
-        raise UsageError(f"{path}: this is not a token, expected {error}") from error
-    origins["token"] = f"file {path}"
-
-
-def refuse_if_shared(path: str, what: str) -> None:
-    try:
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-    except OSError:
-        return
-    if mode & 0o077:
-        raise UsageError(f"{path} holds {what} and others may read it (mode {mode:04o})",
-                         f"Mend it with: chmod 600 {path}")
-
-
-def read_config(path: str, must_exist: bool = False) -> Dict[str, _Given]:
-    """{key: text and FILE:LINE} of a config file; nothing where there is none."""
-    tree = read_config_tree(path, must_exist)
-    known = {name: row for row in SETTINGS if row.path
-             for name in filter(None, (row.path, row.also))}
-    found: Dict[str, _Given] = {}
-    for name, node in _leaves(tree, "", known, path):
-        row = known[name]
-        text = _leaf_text(node, row, path)
-        if text is None:
-            continue
-        if row.key in found:
-            raise UsageError(f"{path}:{node.line}: `{name}` is given twice, first in line "
-                             f"{found[row.key].origin.rsplit(':', 1)[-1]}, expected it once")
-        found[row.key] = _Given(text, f"{path}:{node.line}")
-    if any(SETTING_BY_KEY[key].secret for key in found):
-        refuse_if_shared(path, "secrets")
-    return found
-
-
-def read_config_tree(path: str, must_exist: bool = False) -> Node:
-    try:
-        with open(path, "rb") as handle:
-            raw = handle.read(1 << 18)
-        return parse_yaml(raw.decode("utf-8"))
-    except FileNotFoundError as error:
-        if must_exist:
-            raise UsageError(f"there is no config file {path}",
-                             "Make one with `b9agent.py init`") from error
-        return Node({}, 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}",
-                         "Run as the user who owns it") from error
-    except UnicodeDecodeError as error:
-        line = raw[:error.start].count(b"\n") + 1
-        raise UsageError(f"{path}:{line}: bytes that are not UTF-8, expected text") from error
-    except YamlError as error:
-        raise UsageError(f"{path}:{error.line}: {error}") from error
-
-
-def _leaves(node: Node, prefix: str, known: Dict[str, Setting],
-            path: str) -> Iterator[Tuple[str, Node]]:
-    for name, child in node.value.items():
-        full = prefix + name
-        if full in known:
-            yield full, child
-        elif any(other.startswith(full + ".") for other in known):
-            if isinstance(child.value, dict):
-                yield from _leaves(child, full + ".", known, path)
-            elif child.value != "":
-                raise UsageError(f"{path}:{child.line}: `{full}` is a group, expected names "
-                                 "below it, indented")
-        else:
-            raise UsageError(f"{path}:{child.line}: unknown name `{printable(full)}`, "
-                             f"expected {_nearest(full, known)}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    import difflib
-    close = difflib.get_close_matches(name, list(known), 1, 0.6)
-    close = close or [other for other in known if other.endswith("." + name)]
-    return f"`{close[0]}`" if close else "one of the names that `b9agent.py config` lists"
-
-
-def _leaf_text(node: Node, row: Setting, path: str) -> Optional[str]:
-    """The text of a leaf; None where it is left empty or null, which is not setting it."""
-    if isinstance(node.value, list) and row.parse is parse_indexes:
-        if all(isinstance(item.value, str) for item in node.value):
-            return ",".join(item.value for item in node.value)
-    if not isinstance(node.value, str):
-        form = "a list" if isinstance(node.value, list) else "a group of names"
-        raise UsageError(f"{path}:{node.line}: `{row.path}` is {form}, expected one value")
-    if node.plain and node.value in ("", "~", "null", "Null", "NULL"):
-        return None
-    return node.value
 
 
 def save_config(path: str, values: Dict[str, Any]) -> Optional[str]:
@@ -1311,6 +1407,13 @@ _PRIORITIES = {"debug": 7, "info": 6, "notice": 5, "warning": 4, "error": 3}
 LOG_FILE_MAX_BYTES = 5 << 20
 
 
+def _log_value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    text = printable(str(value))
+    return text if re.fullmatch(r'[^\s"=]+', text) else '"' + text.replace('"', "'") + '"'
+
+
 def render_event(level: str, event: str, fields: Dict[str, Any], stamp: str, form: str) -> str:
     """One line without its end.
 
@@ -1325,15 +1428,17 @@ def render_event(level: str, event: str, fields: Dict[str, Any], stamp: str, for
     return " ".join(words + [f"{name}={_log_value(value)}" for name, value in fields.items()])
 
 
-def _log_value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}".rstrip("0").rstrip(".")
-    text = printable(str(value))
-    return text if re.fullmatch(r'[^\s"=]+', text) else '"' + text.replace('"', "'") + '"'
-
-
 def utc_stamp(wall_s: Optional[float] = None) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(wall_s))
+
+
+def _is_journal(stream: Any) -> bool:
+    """systemd names the journal's socket in JOURNAL_STREAM as device:inode."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class Log:
@@ -1397,15 +1502,6 @@ def defect_place(error: BaseException) -> str:
         frames.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
         trace = trace.tb_next
     return " > ".join(frames[-6:])
-
-
-def _is_journal(stream: Any) -> bool:
-    """systemd names the journal's socket in JOURNAL_STREAM as device:inode."""
-    try:
-        status = os.fstat(stream.fileno())
-    except (OSError, ValueError, AttributeError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 class State(enum.Enum):
@@ -1544,15 +1640,17 @@ def parse_cpu_ticks(text: str, cpus: Sequence[int] = ()) -> Optional[CpuReading]
     """
     some = bool(cpus) and text.count("\ncpu") > len(cpus)
     wanted = {f"cpu{number}" for number in cpus} if some else {"cpu"}
-    rows = []
+    rows = {}
     for line in text.split("\n"):
         name, _, rest = line.partition(" ")
-        if name in wanted:
+        if name in wanted and name not in rows:
             # Kernels before 2.6.11 have seven columns; what they lack is 0.
-            rows.append([parse_int(word) for word in (rest.split() + ["0"] * 4)[:8]])
-    if not rows or any(len(row) < 8 or None in row for row in rows):
+            rows[name] = [parse_int(word) for word in (rest.split() + ["0"] * 4)[:8]]
+            if len(rows) == len(wanted):
+                break
+    if not rows or any(len(row) < 8 or None in row for row in rows.values()):
         return None
-    user, nice, system, idle, iowait, irq, softirq, steal = [sum(column) for column in zip(*rows)]
+    user, nice, system, idle, iowait, irq, softirq, steal = map(sum, zip(*rows.values()))
     return CpuReading(" ".join(sorted(wanted)), (user, nice, system, irq, softirq, steal),
                       (idle, iowait))
 
@@ -1675,7 +1773,7 @@ def parse_cpu_limit(text: str) -> Optional[int]:
     >>> parse_cpu_limit("250000 100000"), parse_cpu_limit("50000"), parse_cpu_limit("max 100000")
     (2500, 500, None)
     """
-    quota, period = [parse_int(word) for word in (text.split() + ["", "100000"])[:2]]
+    quota, period = [parse_int(word) for word in (text.split() + ["100000", ""])[:2]]
     if not quota or not period or quota < 0 or period < 0:
         return None
     return max(1, quota * 1000 // period)
@@ -2108,6 +2206,18 @@ def keepalive_payload(identity: Identity, metrics: Dict[str, Any]) -> Dict[str, 
             "metrics": metrics_payload(metrics)}
 
 
+def _no_proxy(host: str, rule: str) -> bool:
+    """
+    >>> _no_proxy("gw.lan", ".lan, 10.0.0.1"), _no_proxy("gw.land", "lan"), _no_proxy("a", "*")
+    (True, False, True)
+    """
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return True
+    words = [word.strip().lstrip(".").lower() for word in rule.split(",") if word.strip()]
+    return any(word == "*" or host.lower() == word or host.lower().endswith("." + word)
+               for word in words)
+
+
 def proxy_for(scheme: str, host: str, setting: Optional[str],
               environ: Dict[str, str]) -> Optional[Tuple[str, int, str]]:
     """(host, port, Proxy-Authorization or ""), or None for a direct connection.
@@ -2139,16 +2249,37 @@ def proxy_for(scheme: str, host: str, setting: Optional[str],
     return match.group(2).strip("[]"), int(match.group(3) or 80), credentials
 
 
-def _no_proxy(host: str, rule: str) -> bool:
-    """
-    >>> _no_proxy("gw.lan", ".lan, 10.0.0.1"), _no_proxy("gw.land", "lan"), _no_proxy("a", "*")
-    (True, False, True)
-    """
-    if host in ("localhost", "::1") or host.startswith("127."):
-        return True
-    words = [word.strip().lstrip(".").lower() for word in rule.split(",") if word.strip()]
-    return any(word == "*" or host.lower() == word or host.lower().endswith("." + word)
-               for word in words)
+_ROUTES = {"register": "machine/register", "keepalive": "machine/keepalive", "health": "health"}
+_UNREACHABLE_HINTS = {
+    "refused": "Is the gateway running, or the SSH tunnel up? For a tunnel: "
+               "ssh -N -L {port}:localhost:31994 USER@GATEWAY",
+    "dns": "Check gateway.host, or the machine's name server",
+    "tls": "Check gateway.scheme, and gateway.ca_file for an authority of your own",
+    "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
+    "timeout": "A firewall, or a tunnel that hangs? Try: curl -m 5 http://{host}:{port}/api/v1/health",
+}
+
+
+def _json_object(body: bytes) -> Dict[str, Any]:
+    """The body's JSON object, or {} for anything else."""
+    try:
+        value = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _without_token(body: bytes) -> str:
+    """A request body for the debug log.  The k3s token is in the Redactor as well."""
+    payload = _json_object(body)
+    if payload.get("token"):
+        payload["token"] = mask(payload["token"])
+    return json.dumps(payload)
+
+
+def _retry_after_s(text: str) -> Optional[float]:
+    """Seconds only: the form with a date would need our clocks to agree."""
+    return min(float(text), RETRY_AFTER_MAX_S) if re.fullmatch(r"[0-9]{1,6}", text) else None
 
 
 class GatewayClient:
@@ -2242,39 +2373,6 @@ class GatewayClient:
                                 "would go with it. Set gateway.host, port and scheme to the target")
         return self._unwell(f"it answered {reply.status} {said or 'without a message'}",
                             _retry_after_s(reply.headers.get("retry-after", "")))
-
-
-_ROUTES = {"register": "machine/register", "keepalive": "machine/keepalive", "health": "health"}
-_UNREACHABLE_HINTS = {
-    "refused": "Is the gateway running, or the SSH tunnel up? For a tunnel: "
-               "ssh -N -L {port}:localhost:31994 USER@GATEWAY",
-    "dns": "Check gateway.host, or the machine's name server",
-    "tls": "Check gateway.scheme, and gateway.ca_file for an authority of your own",
-    "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
-    "timeout": "A firewall, or a tunnel that hangs? Try: curl -m 5 http://{host}:{port}/api/v1/health",
-}
-
-
-def _json_object(body: bytes) -> Dict[str, Any]:
-    """The body's JSON object, or {} for anything else."""
-    try:
-        value = json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _without_token(body: bytes) -> str:
-    """A request body for the debug log.  The k3s token is in the Redactor as well."""
-    payload = _json_object(body)
-    if payload.get("token"):
-        payload["token"] = mask(payload["token"])
-    return json.dumps(payload)
-
-
-def _retry_after_s(text: str) -> Optional[float]:
-    """Seconds only: the form with a date would need our clocks to agree."""
-    return min(float(text), RETRY_AFTER_MAX_S) if re.fullmatch(r"[0-9]{1,6}", text) else None
 
 
 class Membership:
@@ -2520,6 +2618,11 @@ def request_body(handler: Any) -> bytes:
     return body
 
 
+def _http_date(wall_s: int) -> str:
+    from email.utils import formatdate
+    return formatdate(wall_s, usegmt=True)
+
+
 def render_response(response: Response, head_only: bool, close: bool) -> bytes:
     """Head and body in one piece."""
     import http
@@ -2537,11 +2640,6 @@ def render_response(response: Response, head_only: bool, close: bool) -> bytes:
     if close:
         lines.append("Connection: close")
     return "\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if head_only else body)
-
-
-def _http_date(wall_s: int) -> str:
-    from email.utils import formatdate
-    return formatdate(wall_s, usegmt=True)
 
 
 def answer_one(handler: Any, api: Api) -> None:
@@ -2568,28 +2666,6 @@ def answer_one(handler: Any, api: Api) -> None:
             status=response.status)
     handler.wfile.write(render_response(response, handler.command == "HEAD",
                                         handler.close_connection))
-
-
-class ApiServer:
-    """A listening socket and its threads.  Raises OSError where the address is not to be had."""
-
-    def __init__(self, api: Api, host: str, port: int) -> None:
-        self._server = _make_server(api, host, port)
-        self.host, self.port = self._server.server_address[:2]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,),
-                                        name=api.name, daemon=True)
-
-    @property
-    def url(self) -> str:
-        return f"http://{host_port(self.host, self.port)}"
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._thread.join(2.0)
-        self._server.server_close()
 
 
 def _make_server(api: Api, host: str, port: int) -> Any:
@@ -2663,6 +2739,28 @@ def _make_server(api: Api, host: str, port: int) -> Any:
     return Server((host, port), Handler)
 
 
+class ApiServer:
+    """A listening socket and its threads.  Raises OSError where the address is not to be had."""
+
+    def __init__(self, api: Api, host: str, port: int) -> None:
+        self._server = _make_server(api, host, port)
+        self.host, self.port = self._server.server_address[:2]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.5,),
+                                        name=api.name, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://{host_port(self.host, self.port)}"
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join(2.0)
+        self._server.server_close()
+
+
 # ----------------------------------------------------------------------
 # 14. Control API                           127.0.0.1:9999, STATE/control.*
 # ----------------------------------------------------------------------
@@ -2705,7 +2803,7 @@ class ControlApi(Api):
     def check(self, headers: Any) -> None:
         host = (headers.get("Host") or "").strip()
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
-        if name.lower() != "localhost" and not re.fullmatch(r"([[0-9].]+|\[[0-9a-fA-F:.%]+\])", name):
+        if name.lower() != "localhost" and not re.fullmatch(r"([0-9.]+|\[[0-9a-fA-F:.%]+\])", name):
             raise HttpError(421, "wrong_host", "the Host header must be an IP address or localhost",
                             "Call this API by its address")
 
@@ -2946,6 +3044,15 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def machine_record(machine: Machine) -> Dict[str, Any]:
+    """The shape of GET /api/v1/machine/list, without the tokens that the real one shows."""
+    state = machine._asdict()
+    metrics = state.pop("metrics")
+    state["status"] = state.pop("state")
+    state["ttl_seconds"] = state.pop("ttl_s")
+    return {"state": dict(state), "metrics": metrics}
+
+
 class GatewayApi(Api):
     """The machine API.  on_change(machine id, state, metrics) is told of every transition."""
 
@@ -3055,15 +3162,6 @@ class GatewayApi(Api):
         raise HttpError(500, "no_config", "Unable to create remote config")
 
 
-def machine_record(machine: Machine) -> Dict[str, Any]:
-    """The shape of GET /api/v1/machine/list, without the tokens that the real one shows."""
-    state = machine._asdict()
-    metrics = state.pop("metrics")
-    state["status"] = state.pop("state")
-    state["ttl_seconds"] = state.pop("ttl_s")
-    return {"state": dict(state), "metrics": metrics}
-
-
 def start_gateway(host: str, port: int, api: GatewayApi) -> ApiServer:
     """Raises: LockedError where the address is not to be had."""
     try:
@@ -3153,6 +3251,13 @@ def read_private_ip(gateway_host: str) -> str:
     return "127.0.0.1"
 
 
+def nearest_folder(path: str) -> str:
+    """The path, or what exists above it: the file system where it will be made."""
+    while not os.path.isdir(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def sd_notify(message: str) -> None:
     """Tell systemd, where it listens.  Source: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -3174,6 +3279,11 @@ def watchdog_interval_s() -> Optional[float]:
     if not re.fullmatch("[0-9]{1,15}", microseconds) or pid not in ("", str(os.getpid())):
         return None
     return max(0.1, int(microseconds) / 3e6)
+
+
+_NO_TOKEN_HINT = ("Set BETA9_TOKEN, or run `b9agent.py init`; a token comes from `beta9 machine "
+                  "create --pool POOL` on the gateway, or from `b9agent.py machine create`. To "
+                  "look around without one: `b9agent.py demo`")
 
 
 class Agent:
@@ -3236,7 +3346,7 @@ class Agent:
 
     def keepalive_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()
-        sample = self._host.sample(self.settings.state_dir)
+        sample = self._host.sample(nearest_folder(self.settings.state_dir))
         gpus = self._usable_gpus()
         self._gpu_count = None if gpus is None else len(gpus)
         self._metrics = {
@@ -3253,7 +3363,7 @@ class Agent:
 
     def status(self) -> Dict[str, Any]:
         """The fields of GET /status: the predecessor's names, and ours."""
-        snapshot, metrics = self.membership.snapshot, self._metrics
+        snapshot, metrics = self.membership.snapshot, metrics_payload(self._metrics)
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
         return {
             "status": snapshot.state.value, "machine_id": self.identity.machine_id,
@@ -3268,7 +3378,7 @@ class Agent:
             "last_keepalive": snapshot.last_ready_wall_s and utc_stamp(snapshot.last_ready_wall_s),
             "last_keepalive_seconds_ago": ago_s, "keepalives": snapshot.keepalives,
             "registrations": snapshot.registrations, "failures": snapshot.failures,
-            "metrics": metrics_payload(metrics)}
+            "metrics": metrics}
 
     # -- its life -------------------------------------------------------
 
@@ -3354,11 +3464,6 @@ class Agent:
             self._control.stop()
 
 
-_NO_TOKEN_HINT = ("Set BETA9_TOKEN, or run `b9agent.py init`; a token comes from `beta9 machine "
-                  "create --pool POOL` on the gateway, or from `b9agent.py machine create`. To "
-                  "look around without one: `b9agent.py demo`")
-
-
 # ----------------------------------------------------------------------
 # 21. Commands                                         stdout, exit code
 # ----------------------------------------------------------------------
@@ -3403,22 +3508,11 @@ def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
 
 # -- run ----------------------------------------------------------------
 
-def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
-    if "dry-run" in options:
-        return dry_run(loaded)
-    if "once" in options:
-        return run_once(loaded)
-    waits = os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc")
-    while True:
-        try:
-            return run_agent(loaded)
-        except AgentError as error:
-            if not waits or error.exit_code not in PERMANENT_EXITS:
-                raise
-            # These two restart whatever ends, at once and for ever: wait for a new config instead.
-            if not wait_for_new_config(loaded.settings, error):
-                return Exit.OK
-            loaded = load_settings({}, dict(os.environ))
+def on_stop_signals(stop: Callable[[], None]) -> None:
+    """SIGTERM, SIGINT and SIGHUP end the process in order; an ignored one (nohup) stays so."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: stop())
 
 
 def run_agent(loaded: Loaded) -> int:
@@ -3433,13 +3527,6 @@ def run_agent(loaded: Loaded) -> int:
     finally:
         log.close()
     return Exit.OK
-
-
-def on_stop_signals(stop: Callable[[], None]) -> None:
-    """SIGTERM, SIGINT and SIGHUP end the process in order; an ignored one (nohup) stays so."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda _number, _frame: stop())
 
 
 def wait_for_new_config(settings: Any, error: AgentError) -> bool:
@@ -3496,6 +3583,24 @@ def dry_run(loaded: Loaded) -> int:
     return Exit.OK
 
 
+def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
+    if "dry-run" in options:
+        return dry_run(loaded)
+    if "once" in options:
+        return run_once(loaded)
+    waits = os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc")
+    while True:
+        try:
+            return run_agent(loaded)
+        except AgentError as error:
+            if not waits or error.exit_code not in PERMANENT_EXITS:
+                raise
+            # These two restart whatever ends, at once and for ever: wait for a new config instead.
+            if not wait_for_new_config(loaded.settings, error):
+                return Exit.OK
+            loaded = load_settings({}, dict(os.environ))
+
+
 # -- init, config -------------------------------------------------------
 
 INIT_OPTIONS = (
@@ -3504,55 +3609,6 @@ INIT_OPTIONS = (
     Option("--pool", "POOL", "the worker pool"),
     Option("-y", "", "ask nothing: flags, what the file has, defaults"),
 )
-
-
-def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
-    """Write the config file, then try the gateway and say what was found."""
-    settings = loaded.settings
-    wanted = init_values(loaded, options)
-    silent = "y" in options or all(key in wanted for key in ("gateway_host", "token", "pool_name"))
-    if not silent and not sys.stdin.isatty():
-        raise UsageError("init has nobody to ask: its input is not a terminal",
-                         "Give --gateway HOST[:PORT] --token TOKEN --pool POOL, or -y")
-    known = {key: item.text for key, item in read_config(settings.config).items()}
-    wanted.setdefault("machine_id", known.get("machine_id") or kept_machine_id(settings, False))
-    tailnet = "" if settings.hostname else read_tailnet_address()
-    if not silent:
-        ask_settings(wanted, settings, tailnet)
-    elif tailnet:
-        wanted.setdefault("hostname", tailnet)
-    for key, text in wanted.items():
-        _value(SETTING_BY_KEY[key], {key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")})
-    make_private_folder(settings.state_dir)
-    backup = save_config(settings.config, wanted)
-    say(f"wrote {settings.config} (0600)" + (f"; the old one, with its comments, is {backup}"
-                                             if backup else ""))
-    written = load_settings({"config": settings.config, "state_dir": settings.state_dir}, {})
-    say(f"machine {written.settings.machine_id}, pool {written.settings.pool_name}, "
-        f"token {mask(written.settings.token) or 'none yet'}"
-        + (f", hostname {written.settings.hostname}" if written.settings.hostname else ""))
-    report_health(written)
-    return Exit.OK
-
-
-def init_values(loaded: Loaded, options: Dict[str, str]) -> Dict[str, str]:
-    """{key: text} that flags and variables ask for; init's short forms are flags as well."""
-    wanted = {}
-    for row in SETTINGS:
-        origin = loaded.origins[row.key]
-        if row.path and origin.startswith(("flag ", "environment ")):
-            value = getattr(loaded.settings, row.key)
-            wanted[row.key] = setting_text(row, value)
-    if "gateway" in options:
-        host, port = split_gateway(options["gateway"])
-        wanted["gateway_host"] = host
-        if port:
-            wanted["gateway_port"] = port
-    if "port" in options:
-        wanted["gateway_port"] = options["port"]
-    if "pool" in options:
-        wanted["pool_name"] = options["pool"]
-    return wanted
 
 
 def split_gateway(text: str) -> Tuple[str, str]:
@@ -3588,6 +3644,36 @@ def setting_text(row: Setting, value: Any) -> str:
     return str(value)
 
 
+def init_values(loaded: Loaded, options: Dict[str, str]) -> Dict[str, str]:
+    """{key: text} that flags and variables ask for; init's short forms are flags as well."""
+    wanted = {}
+    for row in SETTINGS:
+        origin = loaded.origins[row.key]
+        if row.path and origin.startswith(("flag ", "environment ")):
+            value = getattr(loaded.settings, row.key)
+            wanted[row.key] = setting_text(row, value)
+    if "gateway" in options:
+        host, port = split_gateway(options["gateway"])
+        wanted["gateway_host"] = host
+        if port:
+            wanted["gateway_port"] = port
+    if "port" in options:
+        wanted["gateway_port"] = options["port"]
+    if "pool" in options:
+        wanted["pool_name"] = options["pool"]
+    return wanted
+
+
+def ask(question: str, default: str) -> str:
+    sys.stdout.write(f"{question} [{default}]: ")
+    sys.stdout.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise UsageError("the input ended before every question was answered",
+                         "Nothing was written")
+    return line.strip() or default
+
+
 def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
     """Ask for what no flag gave; Enter takes what stands in brackets."""
     gateway = ask("Gateway host[:port]", host_port(settings.gateway_host, settings.gateway_port)
@@ -3607,16 +3693,6 @@ def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
         hostname = ask("Hostname that the gateway can dial", settings.hostname or tailnet or
                        f"machine-{wanted['machine_id']}")
         wanted["hostname"] = hostname
-
-
-def ask(question: str, default: str) -> str:
-    sys.stdout.write(f"{question} [{default}]: ")
-    sys.stdout.flush()
-    line = sys.stdin.readline()
-    if not line:
-        raise UsageError("the input ended before every question was answered",
-                         "Nothing was written")
-    return line.strip() or default
 
 
 def read_tailnet_address() -> str:
@@ -3645,6 +3721,47 @@ def report_health(loaded: Loaded) -> None:
                     "get a token, then b9agent.py init again"))
 
 
+def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Write the config file, then try the gateway and say what was found."""
+    settings = loaded.settings
+    wanted = init_values(loaded, options)
+    silent = "y" in options or all(key in wanted for key in ("gateway_host", "token", "pool_name"))
+    if not silent and not sys.stdin.isatty():
+        raise UsageError("init has nobody to ask: its input is not a terminal",
+                         "Give --gateway HOST[:PORT] --token TOKEN --pool POOL, or -y")
+    known = {key: item.text for key, item in read_config(settings.config).items()}
+    wanted.setdefault("machine_id", known.get("machine_id") or kept_machine_id(settings, False))
+    tailnet = "" if settings.hostname else read_tailnet_address()
+    if not silent:
+        ask_settings(wanted, settings, tailnet)
+    elif tailnet:
+        wanted.setdefault("hostname", tailnet)
+    for key, text in wanted.items():
+        _value(SETTING_BY_KEY[key], {key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")})
+    make_private_folder(settings.state_dir)
+    backup = save_config(settings.config, wanted)
+    say(f"wrote {settings.config} (0600)" + (f"; the old one, with its comments, is {backup}"
+                                             if backup else ""))
+    written = load_settings({"config": settings.config, "state_dir": settings.state_dir}, {})
+    say(f"machine {written.settings.machine_id}, pool {written.settings.pool_name}, "
+        f"token {mask(written.settings.token) or 'none yet'}"
+        + (f", hostname {written.settings.hostname}" if written.settings.hostname else ""))
+    report_health(written)
+    return Exit.OK
+
+
+def settings_markdown() -> List[str]:
+    """The README's table, from the table."""
+    lines = ["| in the file | flag | environment | default | what |", "| --- | --- | --- | --- | --- |"]
+    for row in SETTINGS:
+        place = f"`{row.path}`" + (f", `{row.also}`" if row.also not in ("", row.path) else "")
+        flag = f"`{row.flag}{' ' + row.kind if row.kind else ''}`"
+        default = f"`{row.default}`" if row.default else "–"
+        lines.append(f"| {place if row.path else '–'} | {flag} | `{row.variable}` | {default} "
+                     f"| {row.help} |")
+    return lines
+
+
 def command_config(loaded: Loaded, options: Dict[str, str]) -> int:
     """Every setting, its value and where it came from."""
     if "markdown" in options:
@@ -3668,19 +3785,34 @@ def command_config(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
-def settings_markdown() -> List[str]:
-    """The README's table, from the table."""
-    lines = ["| in the file | flag | environment | default | what |", "| --- | --- | --- | --- | --- |"]
-    for row in SETTINGS:
-        place = f"`{row.path}`" + (f", `{row.also}`" if row.also not in ("", row.path) else "")
-        flag = f"`{row.flag}{' ' + row.kind if row.kind else ''}`"
-        default = f"`{row.default}`" if row.default else "–"
-        lines.append(f"| {place if row.path else '–'} | {flag} | `{row.variable}` | {default} "
-                     f"| {row.help} |")
-    return lines
-
-
 # -- status -------------------------------------------------------------
+
+def status_lines(status: Dict[str, Any]) -> List[str]:
+    def shown(value: Any, unit: str) -> str:
+        return "unknown" if value is None else f"{value}{unit}"
+    metrics = status.get("metrics") or {}
+    free_bytes = metrics.get("total_disk_free_bytes")
+    ago = status.get("last_keepalive_seconds_ago")
+    rows = [
+        ("state", f"{status['state']} for {status['state_seconds']:.0f} s"),
+        ("machine", f"{status['machine_id']}, pool {status['pool']}, provider "
+                    f"{status['provider']}, hostname {status['hostname']}"),
+        ("gateway", status["gateway"]),
+        ("keepalives", f"{status['keepalives']}, last "
+                       + ("never" if ago is None else f"{ago:.0f} s ago")
+                       + f"; {status['registrations']} registrations, {status['failures']} failures"),
+        ("host", f"cpu {shown(status['cpu_percent'], ' %')}, memory "
+                 f"{shown(status['memory_percent'], ' %')}, disk free "
+                 + ("unknown" if free_bytes is None else f"{free_bytes / 2**30:.1f} GiB")
+                 + f", GPUs {shown(status['gpu_count'], '')}, free "
+                   f"{shown(metrics.get('free_gpu_count'), '')}"),
+        ("agent", f"b9agent {status['version']}, pid {status['pid']}, up "
+                  f"{status['uptime_seconds']:.0f} s"),
+    ]
+    if status.get("message"):
+        rows.insert(1, ("message", printable(status["message"])))
+    return table_lines(rows)
+
 
 def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
     """The running agent; with --wait, once it is ready."""
@@ -3708,33 +3840,6 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
     else:
         say("\n".join(status_lines(status)))
     return Exit.UNREACHABLE if limit_s and status["state"] != "ready" else Exit.OK
-
-
-def status_lines(status: Dict[str, Any]) -> List[str]:
-    def shown(value: Any, unit: str) -> str:
-        return "unknown" if value is None else f"{value}{unit}"
-    metrics = status.get("metrics") or {}
-    free_bytes = metrics.get("total_disk_free_bytes")
-    ago = status.get("last_keepalive_seconds_ago")
-    rows = [
-        ("state", f"{status['state']} for {status['state_seconds']:.0f} s"),
-        ("machine", f"{status['machine_id']}, pool {status['pool']}, provider "
-                    f"{status['provider']}, hostname {status['hostname']}"),
-        ("gateway", status["gateway"]),
-        ("keepalives", f"{status['keepalives']}, last "
-                       + ("never" if ago is None else f"{ago:.0f} s ago")
-                       + f"; {status['registrations']} registrations, {status['failures']} failures"),
-        ("host", f"cpu {shown(status['cpu_percent'], ' %')}, memory "
-                 f"{shown(status['memory_percent'], ' %')}, disk free "
-                 + ("unknown" if free_bytes is None else f"{free_bytes / 2**30:.1f} GiB")
-                 + f", GPUs {shown(status['gpu_count'], '')}, free "
-                   f"{shown(metrics.get('free_gpu_count'), '')}"),
-        ("agent", f"b9agent {status['version']}, pid {status['pid']}, up "
-                  f"{status['uptime_seconds']:.0f} s"),
-    ]
-    if status.get("message"):
-        rows.insert(1, ("message", printable(status["message"])))
-    return table_lines(rows)
 
 
 # -- gateway, machine, demo ---------------------------------------------
@@ -3818,6 +3923,29 @@ def command_machine_list(loaded: Loaded, options: Dict[str, str]) -> int:
 DEMO_INTERVAL_S = 1.0
 
 
+def demo_detail(state: str, metrics: Dict[str, Any], keepalives: int) -> str:
+    if state == "pending":
+        return "created on the gateway, its token issued"
+    if state == "registered":
+        return "the agent has registered it"
+    figures = [f"keepalive {keepalives}"]
+    for name, label, unit in (("cpu_utilization_pct", "cpu", " %"),
+                              ("memory_utilization_pct", "memory", " %"),
+                              ("free_gpu_count", "free GPUs", "")):
+        figures.append(f"{label} {metrics[name]}{unit}")
+    return ", ".join(figures)
+
+
+def demo_agent(loaded: Loaded, log: Log, folder: str, server: ApiServer, machine_id: str,
+               token: str) -> Agent:
+    """Nothing of the user's settings: the demo must not reach a gateway of theirs."""
+    defaults = load_settings({"config": os.devnull, "state_dir": folder}, {}).settings
+    settings = defaults._replace(
+        token=token, machine_id=machine_id, pool_name="demo", gateway_host="127.0.0.1",
+        gateway_port=server.port, control_port=0, keepalive_interval=DEMO_INTERVAL_S)
+    return Agent(loaded._replace(settings=settings), log)
+
+
 def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
     """An embedded gateway and an agent on free loopback ports, in a folder that goes at the end."""
     import tempfile
@@ -3853,29 +3981,6 @@ def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
                                  "Look at what it does with: b9agent.py demo --debug")
     say("ended: agent and gateway are stopped, and nothing is left behind")
     return Exit.OK
-
-
-def demo_detail(state: str, metrics: Dict[str, Any], keepalives: int) -> str:
-    if state == "pending":
-        return "created on the gateway, its token issued"
-    if state == "registered":
-        return "the agent has registered it"
-    figures = [f"keepalive {keepalives}"]
-    for name, label, unit in (("cpu_utilization_pct", "cpu", " %"),
-                              ("memory_utilization_pct", "memory", " %"),
-                              ("free_gpu_count", "free GPUs", "")):
-        figures.append(f"{label} {metrics[name]}{unit}")
-    return ", ".join(figures)
-
-
-def demo_agent(loaded: Loaded, log: Log, folder: str, server: ApiServer, machine_id: str,
-               token: str) -> Agent:
-    """Nothing of the user's settings: the demo must not reach a gateway of theirs."""
-    defaults = load_settings({"config": os.devnull, "state_dir": folder}, {}).settings
-    settings = defaults._replace(
-        token=token, machine_id=machine_id, pool_name="demo", gateway_host="127.0.0.1",
-        gateway_port=server.port, control_port=0, keepalive_interval=DEMO_INTERVAL_S)
-    return Agent(loaded._replace(settings=settings), log)
 
 
 # -- the table and main --------------------------------------------------

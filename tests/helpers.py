@@ -1,0 +1,210 @@
+"""What the tests share: processes with watched output, conditions with a deadline, an environment
+of one's own.  Standard library only, and 3.8: the interpreter matrix runs this with pytest alone."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+AGENT = os.path.join(ROOT, "b9agent.py")
+
+# Long enough for a loaded machine, and waited for only by a test that fails.
+PATIENCE_S = 40.0
+
+
+def wait_until(condition, what, within_s=PATIENCE_S):
+    """The first true value of condition(), which looks at something observable.
+
+    Raises: AssertionError that says `what` did not come true.
+    """
+    until = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < until, "not within %g s: %s" % (within_s, what)
+        time.sleep(0.01)
+
+
+def environment(home, **extra):
+    """The environment of a process under test: none of the caller's settings, proxies or units.
+
+    home: also its TMPDIR's parent, so that what it leaves behind is found.
+    """
+    kept = {name: os.environ[name] for name in ("PATH", "TMPDIR", "B9TESTS_RUN", "LD_LIBRARY_PATH")
+            if name in os.environ}
+    kept.update(HOME=str(home), LANG="C.UTF-8", PYTHONDONTWRITEBYTECODE="1")
+    kept.update({name: str(value) for name, value in extra.items() if value is not None})
+    return kept
+
+
+def agent_command(*arguments):
+    return [sys.executable, AGENT, *map(str, arguments)]
+
+
+class Finished:
+    """What a program that ended has said."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self):
+        return "exit %s\n--- stdout\n%s\n--- stderr\n%s" % (self.code, self.out, self.err)
+
+
+def run_agent(home, *arguments, stdin=None, within_s=PATIENCE_S, cwd=None, **extra):
+    """Run `python3 b9agent.py …` to its end.  Raises: AssertionError where it does not end."""
+    child = subprocess.Popen(agent_command(*arguments), env=environment(home, **extra),
+                             stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
+                             start_new_session=True)
+    try:
+        out, err = child.communicate(None if stdin is None else stdin.encode(), timeout=within_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        out, err = child.communicate()
+        raise AssertionError("%s did not end within %g s\n%s" % (
+            arguments, within_s, Finished(None, out.decode(), err.decode())))
+    return Finished(child.returncode, out.decode("utf-8"), err.decode("utf-8"))
+
+
+class Program:
+    """A process whose lines are collected as they come.  A context manager: it is ended, by pid,
+    with everything it started, when the block is left."""
+
+    def __init__(self, command, env, cwd=None):
+        self._changed = threading.Condition()
+        self._lines = {"out": [], "err": []}
+        self._open = 2
+        self.process = subprocess.Popen(command, env=env, cwd=cwd, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        start_new_session=True)
+        self._threads = [threading.Thread(target=self._collect, args=(name, stream), daemon=True)
+                         for name, stream in (("out", self.process.stdout),
+                                              ("err", self.process.stderr))]
+        for thread in self._threads:
+            thread.start()
+
+    def _collect(self, name, stream):
+        with stream:
+            for raw in stream:
+                with self._changed:
+                    self._lines[name].append(raw.decode("utf-8", "replace").rstrip("\n"))
+                    self._changed.notify_all()
+        with self._changed:
+            self._open -= 1
+            self._changed.notify_all()
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def lines(self, name="err"):
+        with self._changed:
+            return list(self._lines[name])
+
+    def text(self):
+        return "\n".join(self.lines("out") + self.lines("err"))
+
+    def wait_line(self, pattern, name="err", within_s=PATIENCE_S, after=0):
+        """(match, number of the line) of the first line from `after` on that has the pattern."""
+        until = time.monotonic() + within_s
+        seen = after
+        with self._changed:
+            while True:
+                while seen < len(self._lines[name]):
+                    match = re.search(pattern, self._lines[name][seen])
+                    if match:
+                        return match, seen
+                    seen += 1
+                left = until - time.monotonic()
+                assert left > 0, "no line with %r within %g s in:\n%s" % (
+                    pattern, within_s, "\n".join(self._lines[name]))
+                assert self._open, "it ended without a line with %r:\n%s" % (
+                    pattern, "\n".join(self._lines["out"] + self._lines["err"]))
+                self._changed.wait(left)
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, within_s=PATIENCE_S):
+        """Its exit status, once its output is read to the end as well."""
+        try:
+            code = self.process.wait(timeout=within_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError("it did not end within %g s:\n%s" % (within_s, self.text()))
+        for thread in self._threads:
+            thread.join(within_s)
+        return code
+
+    def stop(self):
+        """SIGTERM, then its exit status."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except OSError:
+            pass  # it ended, and so did all it started
+        self.process.wait()
+        for thread in self._threads:
+            thread.join(PATIENCE_S)
+
+
+class StallMeter:
+    """How long this machine kept a thread that was due from running: the slack of a test that
+    holds a time which somebody else promised.  Use as a context manager around it."""
+
+    def __init__(self):
+        self.worst_s = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._measure, daemon=True)
+
+    def _measure(self):
+        last = time.monotonic()
+        while not self._stop.wait(0.02):
+            now = time.monotonic()
+            self.worst_s = max(self.worst_s, now - last - 0.02)
+            last = now
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+
+def tree(folder):
+    """{path below folder: mode and type}, symbolic links not followed."""
+    found = {}
+    for top, folders, files in os.walk(str(folder)):
+        for name in folders + files:
+            path = os.path.join(top, name)
+            found[os.path.relpath(path, str(folder))] = os.lstat(path).st_mode
+    return found
+
+
+def files_with(folder, secret):
+    """Paths below a folder whose bytes have the secret in them."""
+    found = []
+    for top, _, files in os.walk(str(folder)):
+        for name in files:
+            path = os.path.join(top, name)
+            try:
+                with open(path, "rb") as handle:
+                    if secret.encode() in handle.read():
+                        found.append(path)
+            except OSError:
+                pass  # gone in between, or a socket
+    return found
