@@ -288,14 +288,20 @@ def read_text(path: str, max_bytes: int = 1 << 20) -> Optional[str]:
 
 
 def make_private_folder(path: str) -> None:
-    """Make a folder 0700; an existing one that others can enter is closed to them."""
+    """Make a folder 0700, and its parents.  An existing one stays as it is, for it may be shared on
+    purpose; but where others can write they could put files of theirs in place of ours.
+
+    Raises: UsageError.
+    """
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
-            os.chmod(path, 0o700)
+        others_write = stat.S_IMODE(os.stat(path).st_mode) & 0o022
     except OSError as error:
         raise UsageError(f"cannot make the folder {path}: {error.strerror}",
                          "Choose another with --state-dir, or mend its permissions") from error
+    if others_write:
+        raise UsageError(f"other users may write in the folder {path}",
+                         f"Choose a folder of your own, or close this one: chmod 700 {path}")
 
 
 def remove_file(path: str) -> None:
@@ -1189,6 +1195,25 @@ def refuse_if_shared(path: str, what: str) -> None:
                          f"Mend it with: chmod 600 {path}")
 
 
+def _given_here(flags: Dict[str, str], environ: Dict[str, str]) -> Dict[str, _Given]:
+    """What flags and variables say; flags win."""
+    given = {row.key: _Given(environ[row.variable], f"environment {row.variable}")
+             for row in SETTINGS if environ.get(row.variable)}
+    given.update({key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")
+                  for key, text in flags.items()})
+    return given
+
+
+def _config_path(given: Dict[str, _Given]) -> str:
+    state_dir = _value(SETTING_BY_KEY["state_dir"], given)
+    return _value(SETTING_BY_KEY["config"], given) or os.path.join(state_dir, "config.yaml")
+
+
+def config_path(flags: Dict[str, str], environ: Dict[str, str]) -> str:
+    """Where the config file is, without reading it."""
+    return _config_path(_given_here(flags, environ))
+
+
 def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str], flags: Dict[str, str],
                       environ: Dict[str, str]) -> None:
     """The token out of its file, unless a token was given where it counts at least as much."""
@@ -1292,12 +1317,8 @@ def load_settings(flags: Dict[str, str], environ: Dict[str, str]) -> Loaded:
     flags: {key: text} as parse_arguments made them.
     Raises: UsageError that names the flag, the variable, or the file and line.
     """
-    given = {row.key: _Given(environ[row.variable], f"environment {row.variable}")
-             for row in SETTINGS if environ.get(row.variable)}
-    given.update({key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")
-                  for key, text in flags.items()})
-    state_dir = _value(SETTING_BY_KEY["state_dir"], given)
-    path = _value(SETTING_BY_KEY["config"], given) or os.path.join(state_dir, "config.yaml")
+    given = _given_here(flags, environ)
+    path = _config_path(given)
     from_file = read_config(path, must_exist="config" in given)
     given = {**from_file, **given}
     values = {row.key: _value(row, given) for row in SETTINGS}
@@ -1657,15 +1678,8 @@ def parse_cpu_ticks(text: str, cpus: Sequence[int] = ()) -> Optional[CpuReading]
 
 def parse_meminfo(text: str) -> Dict[str, int]:
     """The lines of /proc/meminfo that are sizes, in bytes."""
-    fields = {}
-    for line in text.splitlines():
-        name, _, rest = line.partition(":")
-        words = rest.split()
-        if words[1:] == ["kB"]:
-            size = parse_int(words[0])
-            if size is not None:
-                fields[name] = size * 1024
-    return fields
+    rows = re.findall(r"^([^\s:]+): *([0-9]{1,15}) kB", text, re.MULTILINE)
+    return {name: int(size_kib) * 1024 for name, size_kib in rows}
 
 
 def memory_use(fields: Dict[str, int]) -> BytesPair:
@@ -1909,7 +1923,8 @@ class LinuxHost(Host):
         self._clock_s = clock_s
         # Found once: we stay in our cgroup, and mountinfo may hold thousands of lines.  The limits
         # themselves are read every time: `systemctl set-property` changes them.
-        texts = self._read("/proc/self/cgroup"), self._read("/proc/self/mountinfo")
+        texts = [read_text(f"{self._root}/proc/self/{name}") or ""
+                 for name in ("cgroup", "mountinfo")]
         self._cpu_group = find_cgroup("cpu", *texts)
         self._memory_group = find_cgroup("memory", *texts)
         # v1 may count CPU time in another hierarchy than the one that limits it.
@@ -1952,7 +1967,8 @@ class LinuxHost(Host):
         return parse_net_dev(self._read("/proc/net/dev"))
 
     def _read(self, folder: str, *name: str) -> str:
-        return read_text("/".join((self._root + folder, *name))) or ""
+        # Room for 800 interfaces; from 128 KiB on malloc maps memory, and a read takes twice as long.
+        return read_text("/".join((self._root + folder, *name)), 100000) or ""
 
     def _cpu_limit(self) -> CgroupLimit:
         group = self._cpu_group
@@ -2050,6 +2066,10 @@ NVIDIA_SMI_ARGUMENTS = ("--query-gpu=index,uuid,name,memory.total,memory.used,ut
                         "--format=csv,noheader,nounits")
 
 
+def _smi_name(word: str) -> str:
+    return "" if word.startswith("[") or word in ("N/A", "ERR!") else word
+
+
 def parse_nvidia_smi(text: str) -> List[Gpu]:
     """The rows that are GPUs.  Sentences and rows of [Unknown Error] between them, which a failing
     GPU leaves, are passed over; a value in brackets or `ERR!` is None."""
@@ -2064,10 +2084,6 @@ def parse_nvidia_smi(text: str) -> List[Gpu]:
                         None if total_mib is None else total_mib << 20,
                         None if used_mib is None else used_mib << 20, share_pct(busy, 100)))
     return gpus
-
-
-def _smi_name(word: str) -> str:
-    return "" if word.startswith("[") or word in ("N/A", "ERR!") else word
 
 
 def parse_nvidia_smi_answer(text: str) -> Optional[List[Gpu]]:
@@ -2597,7 +2613,11 @@ class Api:
             values = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=32))
         except ValueError as error:
             raise HttpError(400, "bad_query", "more than 32 query fields") from error
-        return route.handler(Request(method, path, values, headers, body, caller))
+        try:
+            return route.handler(Request(method, path, values, headers, body, caller))
+        except AgentError as error:
+            self.log.error("failed", error, request=path)
+            raise HttpError(500, "failed", error.what, error.hint) from error
 
 
 def request_body(handler: Any) -> bytes:
@@ -2895,6 +2915,11 @@ def _sha256(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
 
 
+class StoreError(AgentError):
+    """The database cannot be asked: disk full, damaged, locked for too long."""
+    exit_code = Exit.USAGE
+
+
 class MachineStore:
     """Machines and pools in SQLite, in WAL mode: the command line writes beside a running gateway.
 
@@ -2910,9 +2935,9 @@ class MachineStore:
                              "`b9agent.py gateway` and `machine create` make one; --db names it")
         self._path = path
         self._wall_clock = wall_clock
-        make_private_folder(os.path.dirname(os.path.abspath(path)))
         import sqlite3
         try:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
             os.chmod(path, 0o600)
             self._kept = self._connect()
@@ -2930,12 +2955,22 @@ class MachineStore:
         connection.row_factory = sqlite3.Row
         return connection
 
-    def _run(self, sql: str, values: Sequence[Any] = ()) -> List[Any]:
-        connection = self._connect()
+    def _execute(self, sql: str, values: Any) -> Tuple[List[Any], int]:
+        """(rows, how many were changed).  Raises: AgentError where the database cannot be asked."""
+        import sqlite3
         try:
-            return connection.execute(sql, values).fetchall()
-        finally:
-            connection.close()
+            connection = self._connect()
+            try:
+                cursor = connection.execute(sql, values)
+                return cursor.fetchall(), cursor.rowcount
+            finally:
+                connection.close()
+        except sqlite3.Error as error:
+            raise StoreError(f"the gateway database {self._path} cannot be used: {error}",
+                             "Is the disk full, or the file damaged?") from error
+
+    def _run(self, sql: str, values: Any = ()) -> List[Any]:
+        return self._execute(sql, values)[0]
 
     def close(self) -> None:
         self._kept.close()
@@ -2972,21 +3007,14 @@ class MachineStore:
     def keepalive(self, fields: Dict[str, Any]) -> bool:
         """False where the machine's time ran out, or it is in another pool or provider."""
         now = self._wall_clock()
-        return bool(self._kept_update(
+        return bool(self._execute(
             "UPDATE machines SET state = 'ready', last_keepalive = :now, expires_at = :expires_at, "
             "agent_version = :agent_version, metrics = :metrics, inference = :inference "
             "WHERE machine_id = :machine_id AND pool_name = :pool_name AND expires_at > :now "
             "AND provider_name IN (:provider_name, '')",
             {**fields, "now": now, "expires_at": now + GATEWAY_TTL_S,
              "metrics": json.dumps(fields["metrics"]),
-             "inference": json.dumps(fields["inference"] or {})}))
-
-    def _kept_update(self, sql: str, values: Dict[str, Any]) -> int:
-        connection = self._connect()
-        try:
-            return connection.execute(sql, values).rowcount
-        finally:
-            connection.close()
+             "inference": json.dumps(fields["inference"] or {})})[1])
 
     def machines(self, pool_name: str = "", provider_name: str = "") -> List[Machine]:
         now = self._wall_clock()
@@ -3089,7 +3117,10 @@ class GatewayApi(Api):
         return machine_id
 
     def _health(self, _request: Request) -> Response:
-        self._store.has_pool("")
+        try:
+            self._store.has_pool("")
+        except StoreError as error:
+            return Response(500, {"status": "not ok", "error": error.what})
         return Response(200, {"status": "ok"})
 
     def _decode(self, request: Request, kinds: Dict[str, Any]) -> Dict[str, Any]:
@@ -3318,6 +3349,7 @@ class Agent:
         self._gpu_count: Optional[int] = None
         self._wake_main, self._wake_membership = Wake(), Wake()
         self._stopping = False
+        self._told: Optional[State] = None
         self._failure: Optional[AgentError] = None
         self._control: Optional[ApiServer] = None
 
@@ -3420,17 +3452,17 @@ class Agent:
 
     def _tick(self, within_s: float) -> None:
         self._alive_until_s = now_s() + within_s
-        self._wake_main.set()
+        if self.membership.snapshot.state is not self._told:
+            self._wake_main.set()
 
     def _watch(self, watchdog_s: Optional[float]) -> None:
         """The main thread: signals arrive here, systemd hears from here."""
-        said = None
         while not self._stopping:
             state = self.membership.snapshot.state
-            if state is not said:
+            if state is not self._told:
+                self._told = state
                 sd_notify(f"STATUS={state.value}: machine {self.identity.machine_id}, pool "
                           f"{self.identity.pool_name}, {self.endpoint.url}")
-                said = state
             if watchdog_s and now_s() < self._alive_until_s:
                 sd_notify("WATCHDOG=1")
             self._wake_main.wait(watchdog_s or 3600.0)
@@ -3583,6 +3615,83 @@ def dry_run(loaded: Loaded) -> int:
     return Exit.OK
 
 
+def on_stop_signals(stop: Callable[[], None]) -> None:
+    """SIGTERM, SIGINT and SIGHUP end the process in order; an ignored one (nohup) stays so."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: stop())
+
+
+def wait_for_new_config(path: str, error: AgentError) -> bool:
+    """True once the config file is another one; False when told to stop.
+
+    launchd and OpenRC restart whatever ends, at once and for ever, where systemd can be told which
+    exit codes are permanent: under them the agent waits instead.
+    """
+    log, wake, told = Log(), Wake(), []
+    log.error("waiting", error, until=f"{path} changes")
+    on_stop_signals(lambda: (told.append(True), wake.set()))
+
+    def stamp() -> Optional[int]:
+        try:
+            return os.stat(path).st_mtime_ns
+        except OSError:
+            return None
+    before = stamp()
+    while not told and stamp() == before:
+        wake.wait(2.0)
+    return not told
+
+
+def run_agent(loaded: Loaded) -> int:
+    import faulthandler
+    faulthandler.enable()  # a hang that the watchdog ends leaves its stacks in the journal
+    make_private_folder(loaded.settings.state_dir)
+    log = make_log(loaded.settings, loaded.settings.state_dir)
+    agent = Agent(loaded, log)
+    for warning in loaded.warnings:
+        log("warning", "setting", what=warning)
+    on_stop_signals(agent.stop)
+    try:
+        agent.run()
+    finally:
+        log.close()
+    return Exit.OK
+
+
+def run_once(loaded: Loaded) -> int:
+    """Register, one keepalive, exit code; both must succeed."""
+    settings = loaded.settings
+    log = make_log(settings)
+    for warning in loaded.warnings:
+        log("warning", "setting", what=warning)
+    if not settings.token:
+        raise UsageError("there is no machine token", _NO_TOKEN_HINT)
+    lock = StateLock(settings.state_dir)
+    try:
+        agent = Agent(loaded, log)
+        agent.send_register()
+        log("info", "registered", machine=agent.identity.machine_id,
+            pool=agent.identity.pool_name, gateway=agent.endpoint.url)
+        agent.send_keepalive()
+        log("info", "ready", machine=agent.identity.machine_id)
+    finally:
+        lock.release()
+    return Exit.OK
+
+
+def dry_run(loaded: Loaded) -> int:
+    """Print both payloads, without their secrets; send nothing, write nothing."""
+    settings = loaded.settings
+    agent = Agent(loaded._replace(settings=settings._replace(token=settings.token or "-")),
+                  make_log(settings), keep=False)
+    register = agent.register_payload()
+    register["token"] = mask(register["token"])
+    say_json({"gateway": agent.endpoint.url, "token": mask(settings.token) or None,
+              "register": register, "keepalive": agent.keepalive_payload()})
+    return Exit.OK
+
+
 def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
     if "dry-run" in options:
         return dry_run(loaded)
@@ -3599,6 +3708,12 @@ def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
             if not wait_for_new_config(loaded.settings, error):
                 return Exit.OK
             loaded = load_settings({}, dict(os.environ))
+
+
+def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
+    if "dry-run" in options:
+        return dry_run(loaded)
+    return run_once(loaded) if "once" in options else run_agent(loaded)
 
 
 # -- init, config -------------------------------------------------------
@@ -4055,6 +4170,21 @@ def find_command(argv: Sequence[str]) -> Tuple[Command, Arguments]:
     return command, parse_arguments(argv, command.options)
 
 
+def run_command_line(argv: Sequence[str]) -> int:
+    command, arguments = find_command(argv)
+    patient = (command.run is command_run and not arguments.options
+               and os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc"))
+    while True:
+        try:
+            loaded = load_settings(arguments.flags, dict(os.environ))
+            return command.run(loaded, arguments.options)
+        except AgentError as error:
+            if not patient or error.exit_code not in PERMANENT_EXITS:
+                raise
+            if not wait_for_new_config(config_path(arguments.flags, dict(os.environ)), error):
+                return Exit.OK
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The exit code of one command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -4067,9 +4197,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return Exit.OK
         if argv == ["--version"]:
             argv = ["version"]
-        command, arguments = find_command(argv)
-        loaded = load_settings(arguments.flags, dict(os.environ))
-        return int(command.run(loaded, arguments.options))
+        return int(run_command_line(argv))
     except AgentError as error:
         sys.stderr.write(REDACTOR.scrub(f"b9agent: error: {error}\n"))
         return int(error.exit_code)

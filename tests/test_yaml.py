@@ -1,6 +1,7 @@
 """The YAML subset as properties, with PyYAML as the oracle: what the agent writes it reads, and
 whatever it accepts means the same to another YAML reader.  (The exact messages of single files are in
 test_settings.py, which the interpreter matrix runs without hypothesis and PyYAML.)"""
+import itertools
 import re
 
 import pytest
@@ -25,9 +26,9 @@ def plain(node):
 
 
 def oracle(text):
-    """What PyYAML reads, every scalar as text; an empty file is an empty mapping."""
+    """What PyYAML reads, every scalar as text; an empty document is an empty mapping."""
     value = yaml.load(text, yaml.BaseLoader)
-    return {} if value is None else value
+    return {} if value in (None, "") else value
 
 
 def check(text):
@@ -79,8 +80,8 @@ _PIECES = ["a", "b1", "gpu", ":", ": ", " : ", "- ", "-", "#", " #", " ", "  ", 
            "\x85", "\u00a0", "\ufeff"]
 pieces = st.lists(st.sampled_from(_PIECES), max_size=8).map("".join)
 piece_lines = st.lists(
-    st.tuples(st.sampled_from(["", "", " ", "  ", "    ", "\t"]), pieces).map("".join),
-    max_size=6).map("\n".join)
+    st.tuples(st.sampled_from(["", "", " ", "  ", "\t"]), st.sampled_from(["", "a: ", "b: ", "c:", "- "]),
+              pieces).map("".join), max_size=4).map("\n".join)
 
 # Documents of the subset, and such as are one edit away from it.
 _words = st.sampled_from(["a", "b", "pool", "gpu 1", "x-y", "http://h:1/p", "a#b", "a:b", "'q'", '"q"',
@@ -135,6 +136,22 @@ def test_any_text_at_all_is_read_as_pyyaml_reads_it_or_refused(text):
 def test_a_file_cut_anywhere_is_read_as_pyyaml_reads_it_or_refused(tree, data):
     text = b9agent.render_yaml(tree)
     check(text[:data.draw(st.integers(0, len(text)))])
+
+
+# Every value of up to three of these, alone, in a list, in a mapping, in quotes: no luck needed.
+_TOKENS = ["a", " ", ":", ",", "#", "-", "?", "[", "]", "{", "}", "'", '"', "\\", "\t", "&", "|", "1", "."]
+
+
+@pytest.mark.parametrize("before, after", [
+    ("a: ", ""), ("a:", ""), ("", ": a"), ("- ", ""), ("a:\n- ", ""), ("a: [", "]"), ("a: {", "}"),
+    ("a: [b, ", "]"), ("a: {b: ", "}"), ("a: {b: c, ", "}"), ("a: '", "'"), ('a: "', '"'), ("a: [", ""),
+    ("a: {", ""), ("a: {b: [", "]}"), ("a: b", "")], ids=repr)
+def test_every_short_value_is_read_as_pyyaml_reads_it_or_refused(before, after):
+    accepted = 0
+    for count in range(4):
+        for tokens in itertools.product(_TOKENS, repeat=count):
+            accepted += check(before + "".join(tokens) + after) is not None
+    assert accepted or before in ("- ", "a: [", "a: {")
 
 
 NESTED = """\
