@@ -1967,7 +1967,7 @@ class LinuxHost(Host):
         return parse_net_dev(self._read("/proc/net/dev"))
 
     def _read(self, folder: str, *name: str) -> str:
-        # Room for 800 interfaces; from 128 KiB on malloc maps memory, and a read takes twice as long.
+        # Room for 800 interfaces.  From 128 KiB on malloc maps memory: a read takes twice as long.
         return read_text("/".join((self._root + folder, *name)), 100000) or ""
 
     def _cpu_limit(self) -> CgroupLimit:
@@ -4134,6 +4134,15 @@ COMMANDS = (
 COMMAND_BY_WORDS = {command.words: command for command in COMMANDS}
 
 
+def wrapped_lines(rows: Sequence[Tuple[str, str]], columns: int = 100) -> List[str]:
+    """Two columns, the second wrapped."""
+    import textwrap
+    indent = max(len(left) for left, _ in rows) + 4
+    return [line for left, right in rows for line in textwrap.wrap(
+        right, columns, initial_indent=f"  {left}".ljust(indent), subsequent_indent=" " * indent,
+        break_long_words=False, break_on_hyphens=False)]
+
+
 def help_text(command: Optional[Command]) -> str:
     """--help: of one command, or of all."""
     if command is None:
@@ -4148,8 +4157,7 @@ def help_text(command: Optional[Command]) -> str:
     for row in rows:
         default = f" [{row.default}]" if row.default else ""
         table.append((f"{row.flag} {row.kind}".rstrip(), f"{row.help}{default} ({row.variable})"))
-    lines += ["", "flags:"] + ["  " + line for line in table_lines(table)]
-    return "\n".join(lines)
+    return "\n".join(lines + ["", "flags:"] + wrapped_lines(table))
 
 
 def find_command(argv: Sequence[str]) -> Tuple[Command, Arguments]:
@@ -4164,9 +4172,11 @@ def find_command(argv: Sequence[str]) -> Tuple[Command, Arguments]:
         command = COMMAND_BY_WORDS["run"]
         count = 0
     if len(words) > count:
-        groups = sorted({name.split(" ")[0] for name in COMMAND_BY_WORDS} | set(COMMAND_BY_WORDS))
-        raise UsageError(f"unknown command `{printable(' '.join(words))[:60]}`, expected "
-                         f"{_nearest(' '.join(words), groups)}", "See `b9agent.py --help`")
+        typed = " ".join(words)
+        longer = [name for name in COMMAND_BY_WORDS if name.startswith(words[0] + " ")]
+        expected = "one of: " + ", ".join(longer) if longer else _nearest(typed, COMMAND_BY_WORDS)
+        raise UsageError(f"unknown command `{printable(typed)[:60]}`, expected {expected}",
+                         "See `b9agent.py --help`")
     return command, parse_arguments(argv, command.options)
 
 
