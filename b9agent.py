@@ -280,11 +280,19 @@ class Wake:
 
 def read_text(path: str, max_bytes: int = 1 << 20) -> Optional[str]:
     """A small file's text, or None where there is none to read (/proc and /sys included)."""
+    pieces, left = [], max_bytes
     try:
-        with open(path, "rb") as handle:
-            return handle.read(max_bytes).decode("utf-8", "replace")
+        with open(path, "rb", buffering=0) as handle:
+            while left > 0:
+                # Small pieces: for a megabyte malloc maps memory, twice the cost of a /proc file.
+                piece = handle.read(min(left, 16384))
+                if not piece:
+                    break
+                pieces.append(piece)
+                left -= len(piece)
     except OSError:
         return None
+    return b"".join(pieces).decode("utf-8", "replace")
 
 
 def make_private_folder(path: str) -> None:
@@ -901,28 +909,31 @@ class _YamlLine(NamedTuple):
 
 
 def _yaml_check_characters(raw: str, number: int) -> None:
-    bad = next((char for char in raw if char != "\t" and printable(char) != char), None)
+    bad = next((char for char in raw if printable(char) != char and char != "\t"
+                or char in "\ufeff\ufffe\uffff"), None)
     if bad is not None:
-        raise YamlError(number, f"the control character {printable(bad)}", "printable text")
+        raise YamlError(number, f"the control character {ascii(bad)[1:-1]}", "printable text")
+    if len(raw) > 8192:
+        raise YamlError(number, "a line of more than 8192 characters", "a shorter one")
+    if "\t" in raw and not raw.lstrip(" ").startswith("#"):
+        raise YamlError(number, "a tab", 'spaces, or \\t between double quotes')
 
 
 def _yaml_lines(text: str) -> List[_YamlLine]:
     """Lines that say something, their comments still on them."""
-    found = []
-    if text.startswith("\ufeff"):
-        text = text[1:]
-    for number, raw in enumerate(text.split("\n"), 1):
+    found: List[_YamlLine] = []
+    marked = False
+    for number, raw in enumerate(text[text.startswith("\ufeff"):].split("\n"), 1):
         raw = raw[:-1] if raw.endswith("\r") else raw
+        _yaml_check_characters(raw, number)
         bare = raw.strip(" ")
         if not bare or bare.startswith("#"):
             continue
-        if "\t" in raw[:len(raw) - len(raw.lstrip())]:
-            raise YamlError(number, "a tab in the indentation", "spaces")
-        _yaml_check_characters(raw, number)
-        if bare == "---" and not found and raw.startswith("---"):
+        if re.match(r"(---|\.\.\.)( |$)", raw):
+            if found or marked or not re.fullmatch("--- *(#.*)?", raw):
+                raise YamlError(number, f"a document marker ({raw[:3]})", "one document")
+            marked = True
             continue
-        if bare.startswith(("--- ", "...")) or bare in ("---", "..."):
-            raise YamlError(number, f"a document marker ({bare[:3]})", "one document")
         found.append(_YamlLine(number, len(raw) - len(raw.lstrip(" ")), bare))
     return found
 
@@ -987,55 +998,58 @@ class _YamlScanner:
             return _YAML_ESCAPES[char]
         match = re.compile(r"[0-9a-fA-F]{%d}" % {"x": 2, "u": 4, "U": 8}.get(char, 99)).match(
             self.text, self.at)
-        if not match or int(match.group(), 16) > 0x10FFFF:
+        code = int(match.group(), 16) if match else -1
+        if not match or code > 0x10FFFF or 0xD800 <= code < 0xE000:
             raise YamlError(self.line, f"the escape \\{char}", 'one of \\n \\t \\" \\\\ \\xNN \\uNNNN')
         self.at = match.end()
-        return chr(int(match.group(), 16))
+        return chr(code)
 
     def _plain(self, in_flow: bool) -> str:
+        """Unquoted text.  On one line with brackets it is held to what no reader takes otherwise."""
         rest = self.text[self.at:]
         if rest[:1] in _YAML_REFUSED:
             raise YamlError(self.line, f"{_YAML_REFUSED[rest[0]]} is not supported",
                             "a plain or quoted value")
-        if rest[:1] in ("]", "}", ",") or re.match(r"[-:]( |$)", rest):
-            raise YamlError(self.line, f"a value that begins with {rest[0]}",
-                            "quotes around it, or a plain value")
-        end = re.search(r" #| *$" if not in_flow else r" #|[\[\]{},]|:(?= |$)| *$", rest)
-        taken = rest[:end.start()].rstrip(" ")
-        if re.search(r":( |$)", taken):
-            raise YamlError(self.line, "a second `: ` on one line", "quotes around the value")
-        self.at += len(rest[:end.start()])
-        return taken
+        match = re.match(r"[^][{},:#?\\\"'-][^][{},:#?\\\"']*" if in_flow else
+                         r"(?:[^][{},#:-]|[:-](?=[^ ]))(?:[^ :#]|(?<! )#|:(?=[^ ])| (?! *(?:#|$)))*",
+                         rest)
+        if not match:
+            raise YamlError(self.line, f"a value that begins with `{rest[:1]}`" if rest else
+                            "no value", "a plain value, or quotes around it")
+        self.at += match.end()
+        return match.group().rstrip(" ")
 
     def _items(self, closing: str, depth: int) -> Iterator[Tuple[str, Node]]:
         """(name, value) of each item up to the bracket that closes; the name is "" in a list."""
         self.at += 1
-        while True:
-            self._skip_blanks()
-            if self.text[self.at:self.at + 1] == closing:
-                self.at += 1
-                return
+        self._skip_blanks()
+        while self.text[self.at:self.at + 1] != closing:
             name = self._flow_name() if closing == "}" else ""
             yield name, self.value(depth + 1, in_flow=True)
             self._skip_blanks()
-            if self.text[self.at:self.at + 1] == ",":
-                self.at += 1
-            elif self.text[self.at:self.at + 1] != closing:
+            after = self.text[self.at:self.at + 1]
+            if after not in (",", closing) or not after:
                 raise YamlError(self.line, "a list or mapping that does not end on its line",
-                                f"`,` or `{closing}`")
+                                f"`,` or `{closing}`, or quotes around the value")
+            self.at += after == ","
+            self._skip_blanks()
+        self.at += 1
 
     def _flow_name(self) -> str:
-        name = self.value(_YAML_MAX_DEPTH, in_flow=True)
-        if not isinstance(name.value, str) or not name.value or self.text[self.at] != ":":
-            raise YamlError(self.line, "an item without a name", "{name: value, …}")
-        self.at += 1
-        return name.value
+        quoted = self.text[self.at:self.at + 1] in ("'", '"')
+        name = self.quoted() if quoted else self._plain(in_flow=True)
+        self._skip_blanks()
+        if not name or self.text[self.at:self.at + 2] != ": ":
+            raise YamlError(self.line, "an item without a name", "{name: value}, with a blank "
+                            "after the colon")
+        self.at += 2
+        return name
 
     def _flow_mapping(self, depth: int) -> Dict[str, Node]:
         names: Dict[str, Node] = {}
         for name, node in self._items("}", depth):
             if name in names:
-                raise YamlError(self.line, f"`{name}` is given twice", "each name once")
+                raise YamlError(self.line, f"`{printable(name)}` is given twice", "each name once")
             names[name] = node
         return names
 
@@ -1044,21 +1058,18 @@ def _yaml_name(line: _YamlLine) -> Tuple[str, str]:
     """(name, what follows its colon)."""
     if line.text[0] in "\"'":
         scanner = _YamlScanner(line.text, line.number)
-        name = scanner.quoted()
-        rest = line.text[scanner.at:].lstrip(" ")
-        if not rest.startswith(":") or rest[1:2] not in ("", " "):
-            raise YamlError(line.number, "a quoted text alone", "`name: value`")
-        return name, rest[1:].strip(" ")
-    if line.text[0] in _YAML_REFUSED:
-        raise YamlError(line.number, f"{_YAML_REFUSED[line.text[0]]} is not supported",
-                        "`name: value`")
-    match = re.match(r"([^\s:#\[\]{},&*!|>%@`\"'-][^:#\[\]{},]*?) *:(?: +(.*))?$", line.text)
-    if not match:
-        raise YamlError(line.number, f"`{_shorten(line.text)}` has no name",
+        name, rest = scanner.quoted(), line.text[scanner.at:].lstrip(" ")
+        match = re.fullmatch(r":(?: +(.*))?", rest)
+    else:
+        if line.text[0] in _YAML_REFUSED:
+            raise YamlError(line.number, f"{_YAML_REFUSED[line.text[0]]} is not supported",
+                            "`name: value`")
+        match = re.fullmatch(r"([\w.](?:[\w. /-]*[\w./-])?) *:(?: +(.*))?", line.text)
+        name = match.group(1) if match else ""
+    if not match or len(name) > 512:
+        raise YamlError(line.number, f"`{_shorten(line.text)}` is no name with a value",
                         "`name: value`, with a blank after the colon")
-    if match.group(1) == "<<":
-        raise YamlError(line.number, "a merge (<<) is not supported", "`name: value`")
-    return match.group(1), (match.group(2) or "").strip(" ")
+    return name, (match.groups()[-1] or "").strip(" ")
 
 
 class _YamlBlocks:
@@ -1142,7 +1153,9 @@ def _yaml_scalar(text: str) -> str:
     if re.fullmatch(r"([a-z][a-z_]*|0|[1-9][0-9]*)", text) and text not in (
             "y", "n", "yes", "no", "on", "off", "true", "false", "null"):
         return text
-    return json.dumps(text, ensure_ascii=True).replace("\x7f", "\\x7f")
+    # JSON writes what is beyond 16 bits as two escapes, which YAML does not join again.
+    return '"' + "".join(json.dumps(char)[1:-1] if char in '"\\' else char
+                         if " " <= char <= "~" else f"\\U{ord(char):08x}" for char in text) + '"'
 
 
 def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
@@ -1877,14 +1890,23 @@ class Host:
 
     def __init__(self) -> None:
         self._last_cpu = self._read_cpu()
+        self._sampled = False
 
     def sample(self, disk_path: str) -> HostSample:
         """CPU percent covers the time since the last call, or since the start."""
-        earlier, self._last_cpu = self._last_cpu, self._read_cpu()
         total, used = self._read_memory()
-        return HostSample(busy_pct(earlier, self._last_cpu, self.cpu_wraps_at),
-                          share_pct(used, total), total, used,
+        return HostSample(self._sample_cpu(), share_pct(used, total), total, used,
                           *self._read_disk(disk_path), *self._read_network())
+
+    def _sample_cpu(self) -> Optional[float]:
+        earlier, now = self._last_cpu, self._read_cpu()
+        pct = busy_pct(earlier, now, self.cpu_wraps_at)
+        if pct is None and not self._sampled and earlier and now and earlier.source == now.source:
+            # `--once` is over before the counters tick: then the mean since boot.
+            start = CpuReading(now.source, (0,) * len(now.busy), (0,) * len(now.idle))
+            pct = busy_pct(start, now)
+        self._last_cpu, self._sampled = now, True
+        return pct
 
     def capacity(self) -> Capacity:
         return Capacity(None, None)
@@ -1968,7 +1990,7 @@ class LinuxHost(Host):
 
     def _read(self, folder: str, *name: str) -> str:
         # Room for 800 interfaces.  From 128 KiB on malloc maps memory: a read takes twice as long.
-        return read_text("/".join((self._root + folder, *name)), 100000) or ""
+        return read_text("/".join((self._root + folder, *name))) or ""
 
     def _cpu_limit(self) -> CgroupLimit:
         group = self._cpu_group
@@ -2662,17 +2684,37 @@ def render_response(response: Response, head_only: bool, close: bool) -> bytes:
     return "\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if head_only else body)
 
 
+def drop_body(handler: Any) -> bool:
+    """Read away a body that nobody asked for.  False where the connection cannot be used again.
+
+    Closing on unread bytes makes the kernel reset the connection, and the answer may be lost.
+    """
+    length = handler.headers.get("Content-Length", "0")
+    if not re.fullmatch("[0-9]{1,7}", length) or int(length) > HTTP_BODY_MAX_BYTES:
+        return False
+    left = int(length)
+    while left > 0:
+        taken = len(handler.rfile.read(min(left, 65536)))
+        if not taken:
+            return False
+        left -= taken
+    return True
+
+
 def answer_one(handler: Any, api: Api) -> None:
     """One request of an http.server handler, whatever happens in it."""
-    close = False
+    taken: List[bool] = []
+
+    def read_body() -> bytes:
+        taken.append(True)
+        return request_body(handler)
     try:
-        response = api.answer(handler.command, handler.path, handler.headers,
-                              lambda: request_body(handler))
-    except HttpError as error:
-        # A body that was not read would be taken for the next request.
-        close = error.close or handler.headers.get("Content-Length", "0") != "0"
-        response = Response(error.status, api.error_body(error), headers=error.headers)
-    except (OSError, socket.timeout):
+        try:
+            response = api.answer(handler.command, handler.path, handler.headers, read_body)
+        except HttpError as error:
+            response = Response(error.status, api.error_body(error), headers=error.headers)
+            handler.close_connection |= error.close or not (taken or drop_body(handler))
+    except OSError:
         handler.close_connection = True  # the peer left, or was too slow
         return
     except Exception as error:
@@ -2680,18 +2722,17 @@ def answer_one(handler: Any, api: Api) -> None:
         api.log("error", "defect", where=defect_place(error), id=number,
                 what=f"{type(error).__name__}: {error}", request=handler.path[:200])
         failure = HttpError(500, "internal", f"a defect of ours, number {number} in the log")
-        response, close = Response(500, api.error_body(failure)), True
-    handler.close_connection = handler.close_connection or close
+        response, handler.close_connection = Response(500, api.error_body(failure)), True
     api.log("debug", "served", api=api.name, request=f"{handler.command} {handler.path[:200]}",
             status=response.status)
     handler.wfile.write(render_response(response, handler.command == "HEAD",
                                         handler.close_connection))
 
 
-def _make_server(api: Api, host: str, port: int) -> Any:
-    """http.server is imported, and its classes are made, only where something listens: they cost
-    7 ms that `--once` and the commands never pay."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+def _make_handler(api: Api) -> Any:
+    """http.server is imported, and its classes are made, only where something listens: it takes
+    20 ms that `--once` and the commands never pay."""
+    from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -2726,6 +2767,12 @@ def _make_server(api: Api, host: str, port: int) -> Any:
         def log_message(self, format: str, *args: Any) -> None:
             pass  # answer_one() logs what was served
 
+    return Handler
+
+
+def _make_server(api: Api, host: str, port: int) -> Any:
+    from http.server import ThreadingHTTPServer
+
     class Server(ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         daemon_threads = True
@@ -2756,7 +2803,7 @@ def _make_server(api: Api, host: str, port: int) -> Any:
             if not isinstance(error, OSError):
                 api.log("error", "defect", where=defect_place(error), what=repr(error))
 
-    return Server((host, port), Handler)
+    return Server((host, port), _make_handler(api))
 
 
 class ApiServer:
@@ -3312,22 +3359,15 @@ def watchdog_interval_s() -> Optional[float]:
     return max(0.1, int(microseconds) / 3e6)
 
 
-_NO_TOKEN_HINT = ("Set BETA9_TOKEN, or run `b9agent.py init`; a token comes from `beta9 machine "
-                  "create --pool POOL` on the gateway, or from `b9agent.py machine create`. To "
-                  "look around without one: `b9agent.py demo`")
-
-
 class Agent:
     """A machine's agent.  Only construction decides what it is made of; run() is its life.
 
-    Raises (construction): UsageError.
+    Raises (construction): UsageError.  keep: whether a new machine id may be written.
     """
 
     def __init__(self, loaded: Loaded, log: Log, keep: bool = True) -> None:
         settings = self.settings = loaded.settings
         self._log = log
-        if not settings.token:
-            raise UsageError("there is no machine token", _NO_TOKEN_HINT)
         machine_id = kept_machine_id(settings, keep)
         self.identity = Identity(machine_id, settings.pool_name, settings.provider_name,
                                  settings.hostname or f"machine-{machine_id}",
@@ -3421,9 +3461,8 @@ class Agent:
         self._wake_membership.set()
 
     def run(self) -> None:
-        """Until stop(), or until the gateway refuses the machine.  Raises: TokenRefused,
-        RequestRefused."""
-        lock = StateLock(self.settings.state_dir)
+        """Until stop(), or until the gateway refuses the machine.  The caller holds the state
+        folder's lock.  Raises: TokenRefused, RequestRefused."""
         try:
             self._start_control()
             thread = threading.Thread(target=self._run_membership, name="membership", daemon=True)
@@ -3437,7 +3476,6 @@ class Agent:
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
         finally:
             self._stop_control()
-            lock.release()
         if self._failure is not None:
             raise self._failure
         self._log("info", "stopped", keepalives=self.membership.snapshot.keepalives)
@@ -3547,39 +3585,14 @@ def on_stop_signals(stop: Callable[[], None]) -> None:
             signal.signal(number, lambda _number, _frame: stop())
 
 
-def run_agent(loaded: Loaded) -> int:
-    log = make_log(loaded.settings, loaded.settings.state_dir)
-    make_private_folder(loaded.settings.state_dir)
-    agent = Agent(loaded, log)
-    for warning in loaded.warnings:
-        log("warning", "setting", what=warning)
-    on_stop_signals(lambda: agent.stop())
-    try:
-        agent.run()
-    finally:
-        log.close()
-    return Exit.OK
+_NO_TOKEN_HINT = ("Set BETA9_TOKEN, or run `b9agent.py init`; a token comes from `beta9 machine "
+                  "create --pool POOL` on the gateway, or from `b9agent.py machine create`. To "
+                  "look around without one: `b9agent.py demo`")
 
 
-def wait_for_new_config(settings: Any, error: AgentError) -> bool:
-    """True once the config file or the token file changed; False when told to stop."""
-    log, wake, told = make_log(settings, settings.state_dir), Wake(), []
-    log.error("waiting", error, until=f"{settings.config} changes")
-    on_stop_signals(lambda: (told.append(True), wake.set()))
-
-    def stamps() -> List[Any]:
-        found = []
-        for path in (settings.config, settings.token_file):
-            try:
-                found.append(os.stat(path).st_mtime_ns if path else None)
-            except OSError:
-                found.append(None)
-        return found
-    before = stamps()
-    while not told and stamps() == before:
-        wake.wait(2.0)
-    log.close()
-    return not told
+def require_token(settings: Any) -> None:
+    if not settings.token:
+        raise UsageError("there is no machine token", _NO_TOKEN_HINT)
 
 
 def run_once(loaded: Loaded) -> int:
@@ -3588,8 +3601,7 @@ def run_once(loaded: Loaded) -> int:
     log = make_log(settings)
     for warning in loaded.warnings:
         log("warning", "setting", what=warning)
-    if not settings.token:
-        raise UsageError("there is no machine token", _NO_TOKEN_HINT)
+    require_token(settings)
     lock = StateLock(settings.state_dir)
     try:
         agent = Agent(loaded, log)
@@ -3613,13 +3625,6 @@ def dry_run(loaded: Loaded) -> int:
     say_json({"gateway": agent.endpoint.url, "token": mask(settings.token) or None,
               "register": register, "keepalive": agent.keepalive_payload()})
     return Exit.OK
-
-
-def on_stop_signals(stop: Callable[[], None]) -> None:
-    """SIGTERM, SIGINT and SIGHUP end the process in order; an ignored one (nohup) stays so."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda _number, _frame: stop())
 
 
 def wait_for_new_config(path: str, error: AgentError) -> bool:
@@ -3646,68 +3651,19 @@ def wait_for_new_config(path: str, error: AgentError) -> bool:
 def run_agent(loaded: Loaded) -> int:
     import faulthandler
     faulthandler.enable()  # a hang that the watchdog ends leaves its stacks in the journal
-    make_private_folder(loaded.settings.state_dir)
+    require_token(loaded.settings)
+    lock = StateLock(loaded.settings.state_dir)
     log = make_log(loaded.settings, loaded.settings.state_dir)
-    agent = Agent(loaded, log)
-    for warning in loaded.warnings:
-        log("warning", "setting", what=warning)
-    on_stop_signals(agent.stop)
     try:
+        agent = Agent(loaded, log)
+        for warning in loaded.warnings:
+            log("warning", "setting", what=warning)
+        on_stop_signals(agent.stop)
         agent.run()
     finally:
         log.close()
-    return Exit.OK
-
-
-def run_once(loaded: Loaded) -> int:
-    """Register, one keepalive, exit code; both must succeed."""
-    settings = loaded.settings
-    log = make_log(settings)
-    for warning in loaded.warnings:
-        log("warning", "setting", what=warning)
-    if not settings.token:
-        raise UsageError("there is no machine token", _NO_TOKEN_HINT)
-    lock = StateLock(settings.state_dir)
-    try:
-        agent = Agent(loaded, log)
-        agent.send_register()
-        log("info", "registered", machine=agent.identity.machine_id,
-            pool=agent.identity.pool_name, gateway=agent.endpoint.url)
-        agent.send_keepalive()
-        log("info", "ready", machine=agent.identity.machine_id)
-    finally:
         lock.release()
     return Exit.OK
-
-
-def dry_run(loaded: Loaded) -> int:
-    """Print both payloads, without their secrets; send nothing, write nothing."""
-    settings = loaded.settings
-    agent = Agent(loaded._replace(settings=settings._replace(token=settings.token or "-")),
-                  make_log(settings), keep=False)
-    register = agent.register_payload()
-    register["token"] = mask(register["token"])
-    say_json({"gateway": agent.endpoint.url, "token": mask(settings.token) or None,
-              "register": register, "keepalive": agent.keepalive_payload()})
-    return Exit.OK
-
-
-def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
-    if "dry-run" in options:
-        return dry_run(loaded)
-    if "once" in options:
-        return run_once(loaded)
-    waits = os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc")
-    while True:
-        try:
-            return run_agent(loaded)
-        except AgentError as error:
-            if not waits or error.exit_code not in PERMANENT_EXITS:
-                raise
-            # These two restart whatever ends, at once and for ever: wait for a new config instead.
-            if not wait_for_new_config(loaded.settings, error):
-                return Exit.OK
-            loaded = load_settings({}, dict(os.environ))
 
 
 def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
@@ -4061,6 +4017,14 @@ def demo_agent(loaded: Loaded, log: Log, folder: str, server: ApiServer, machine
     return Agent(loaded._replace(settings=settings), log)
 
 
+def run_demo_agent(agent: Agent, failures: List[AgentError], wake: Wake) -> None:
+    try:
+        agent.run()
+    except AgentError as error:
+        failures.append(error)
+        wake.set()
+
+
 def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
     """An embedded gateway and an agent on free loopback ports, in a folder that goes at the end."""
     import tempfile
@@ -4084,13 +4048,16 @@ def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
         say(f"gateway {server.url}, machine {machine_id}, pool demo, Ctrl-C ends it")
         show(machine_id, "pending", {})
         agent = demo_agent(loaded, log, folder, server, machine_id, token)
-        life = threading.Thread(target=agent.run, name="agent")
+        failures: List[AgentError] = []
+        life = threading.Thread(target=run_demo_agent, args=(agent, failures, wake), name="agent")
         life.start()
         finished = wake.wait(20.0) if "once" in options else wake.wait_for_ever()
         agent.stop()
         life.join()
         server.stop()
         store.close()
+    if failures:
+        raise failures[0]
     if not finished:
         raise GatewayUnreachable("the demo's machine was not ready within 20 s",
                                  "Look at what it does with: b9agent.py demo --debug")
@@ -4198,8 +4165,10 @@ def run_command_line(argv: Sequence[str]) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The exit code of one command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a C locale must not end a run
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with it closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a C locale must not end a run
     try:
         if any(word in ("-h", "--help", "help") for word in argv):
             words = " ".join(word for word in argv if not word.startswith("-") and word != "help")

@@ -352,11 +352,17 @@ FAULTS = {
     "redirect_303": Fault(_send(lambda gateway, request: gateway.redirect(303)), UNWELL),
     "redirect_307": Fault(_send(lambda gateway, request: gateway.redirect(307)), UNWELL),
     "redirect_308": Fault(_send(lambda gateway, request: gateway.redirect(308)), UNWELL),
+    "tiny_chunks": Fault(_send(lambda gateway, request: chunked(
+        dict(ok_body(request), config={"padding": "z" * 40000}), 1)), "ok"),
     "status_600": Fault(answer(600, {"status": "ok", "machine_state": {}}), UNWELL),
     # These are no faults: answers that differ from the usual one and are as good.
     "ok_continue": Fault(_send(lambda gateway, request: b"HTTP/1.1 100 Continue\r\n\r\n"
                                + answer(200, ok_body(request))), "ok"),
     "ok_chunked": Fault(_send(lambda gateway, request: chunked(ok_body(request))), "ok"),
+    "ok_early_hints": Fault(_send(lambda gateway, request: b"HTTP/1.1 103 Early Hints\r\nLink: </x>"
+                                  b"\r\n\r\n" + answer(200, ok_body(request))), "ok"),
+    "ok_bare_newlines": Fault(_send(lambda gateway, request: answer(
+        200, ok_body(request)).replace(b"\r\n", b"\n")), "ok"),
     "ok_until_close": Fault(_send(lambda gateway, request: b"HTTP/1.0 200 OK\r\n\r\n"
                                   + json.dumps(ok_body(request)).encode()), "ok"),
     "ok_without_state": Fault(answer(200, {"status": "ok", "config": None}), "ok"),
@@ -365,9 +371,9 @@ FAULTS = {
 }
 
 
-def chunked(body):
+def chunked(body, size=7):
     raw = json.dumps(body).encode()
-    pieces = [raw[at:at + 7] for at in range(0, len(raw), 7)] + [b""]
+    pieces = [raw[at:at + size] for at in range(0, len(raw), size)] + [b""]
     return (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
             + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces))
 

@@ -386,6 +386,13 @@ def test_the_smallest_limit_on_the_way_to_the_root_counts(tmp_path):
     assert linux(tmp_path).capacity() == Capacity(500, 4 * MIB)
 
 
+def test_of_equal_limits_the_outer_one_counts_because_its_siblings_use_it_too(tmp_path):
+    in_v2(tmp_path, {"a/memory.max": str(8 * MIB), "a/memory.current": str(6 * MIB),
+                     "a/memory.stat": "inactive_file 0\n", "a/b/memory.max": str(8 * MIB),
+                     "a/b/memory.current": str(1 * MIB), "a/b/memory.stat": "inactive_file 0\n"})
+    assert linux(tmp_path).sample("/").memory_used_bytes == 6 * MIB
+
+
 def test_limits_above_the_machine_are_none(tmp_path):
     in_v2(tmp_path, {"a/b/cpu.max": "800000 100000\n", "a/b/memory.max": str(2 * GIB)})
     assert linux(tmp_path).capacity() == Capacity(2000, GIB)

@@ -143,7 +143,7 @@ _TOKENS = ["a", " ", ":", ",", "#", "-", "?", "[", "]", "{", "}", "'", '"', "\\"
 
 
 @pytest.mark.parametrize("before, after", [
-    ("a: ", ""), ("a:", ""), ("", ": a"), ("- ", ""), ("a:\n- ", ""), ("a: [", "]"), ("a: {", "}"),
+    ("a: ", ""), ("a:", ""), ("", ": a"), ("a:\n- ", ""), ("a: [", "]"), ("a: {", "}"),
     ("a: [b, ", "]"), ("a: {b: ", "}"), ("a: {b: c, ", "}"), ("a: '", "'"), ('a: "', '"'), ("a: [", ""),
     ("a: {", ""), ("a: {b: [", "]}"), ("a: b", "")], ids=repr)
 def test_every_short_value_is_read_as_pyyaml_reads_it_or_refused(before, after):
@@ -151,7 +151,7 @@ def test_every_short_value_is_read_as_pyyaml_reads_it_or_refused(before, after):
     for count in range(4):
         for tokens in itertools.product(_TOKENS, repeat=count):
             accepted += check(before + "".join(tokens) + after) is not None
-    assert accepted or before in ("- ", "a: [", "a: {")
+    assert accepted
 
 
 NESTED = """\
