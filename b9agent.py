@@ -891,7 +891,7 @@ class YamlError(Exception):
 _YAML_REFUSED = {
     "&": "an anchor (&)", "*": "an alias (*)", "!": "a tag (!)", "|": "a block of text (|)",
     ">": "a folded block of text (>)", "%": "a directive (%)", "@": "the reserved character @",
-    "`": "the reserved character `", "?": "a complex key (?)",
+    "`": "the reserved character `", "?": "a complex key (?)", "<": "a merge (<<)",
 }
 _YAML_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", '"': '"', "\\": "\\", "/": "/",
                  "a": "\a", "b": "\b", "e": "\x1b", "f": "\f", "v": "\v", " ": " "}
@@ -969,7 +969,7 @@ class _YamlScanner:
         rest = self.text[self.at:]
         if rest.strip(" ") and not re.match(r" +#", rest):
             raise YamlError(self.line, "something after the end of the value",
-                            "a comment, or the end of the line")
+                            "quotes around it all, a comment, or the end of the line")
 
     def _skip_blanks(self) -> None:
         while self.text[self.at:self.at + 1] == " ":
@@ -1024,16 +1024,23 @@ class _YamlScanner:
         self.at += 1
         self._skip_blanks()
         while self.text[self.at:self.at + 1] != closing:
+            self._refuse_end(closing)
             name = self._flow_name() if closing == "}" else ""
             yield name, self.value(depth + 1, in_flow=True)
             self._skip_blanks()
-            after = self.text[self.at:self.at + 1]
-            if after not in (",", closing) or not after:
-                raise YamlError(self.line, "a list or mapping that does not end on its line",
+            self._refuse_end(closing)
+            after = self.text[self.at]
+            if after not in (",", closing):
+                raise YamlError(self.line, f"`{after}` after a value",
                                 f"`,` or `{closing}`, or quotes around the value")
             self.at += after == ","
             self._skip_blanks()
         self.at += 1
+
+    def _refuse_end(self, closing: str) -> None:
+        if self.at >= len(self.text):
+            raise YamlError(self.line, "a list or mapping that does not end on its line",
+                            f"`{closing}`")
 
     def _flow_name(self) -> str:
         quoted = self.text[self.at:self.at + 1] in ("'", '"')
@@ -1247,10 +1254,16 @@ def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str], flags: Di
     origins["token"] = f"file {path}"
 
 
+CONFIG_MAX_BYTES = 1 << 18
+
+
 def read_config_tree(path: str, must_exist: bool = False) -> Node:
     try:
         with open(path, "rb") as handle:
-            raw = handle.read(1 << 18)
+            raw = handle.read(CONFIG_MAX_BYTES + 1)
+        if len(raw) > CONFIG_MAX_BYTES:
+            raise UsageError(f"{path} has more than {CONFIG_MAX_BYTES} bytes, which no config "
+                             "file needs", "Is it the right file?")
         return parse_yaml(raw.decode("utf-8"))
     except FileNotFoundError as error:
         if must_exist:
@@ -1324,15 +1337,17 @@ def read_config(path: str, must_exist: bool = False) -> Dict[str, _Given]:
     return found
 
 
-def load_settings(flags: Dict[str, str], environ: Dict[str, str]) -> Loaded:
+def load_settings(flags: Dict[str, str], environ: Dict[str, str],
+                  must_exist: bool = True) -> Loaded:
     """Every setting with where it came from.
 
-    flags: {key: text} as parse_arguments made them.
+    flags: {key: text} as parse_arguments made them.  must_exist: a config file that is asked for
+    by name, that is.
     Raises: UsageError that names the flag, the variable, or the file and line.
     """
     given = _given_here(flags, environ)
     path = _config_path(given)
-    from_file = read_config(path, must_exist="config" in given)
+    from_file = read_config(path, must_exist=must_exist and "config" in given)
     given = {**from_file, **given}
     values = {row.key: _value(row, given) for row in SETTINGS}
     values["config"] = path
@@ -2448,7 +2463,7 @@ class Membership:
 
         Raises: TokenRefused, RequestRefused as long as the machine has never been ready.
         """
-        started_s = self._clock()
+        started_s, only_keepalive = self._clock(), not self._must_register
         try:
             if self._must_register:
                 self._enter(State.REGISTERING)
@@ -2458,7 +2473,7 @@ class Membership:
                 self._log("info", "registered")
             self._send_keepalive()
         except GatewayError as error:
-            return self._failed(error)
+            return self._failed(error, only_keepalive)
         return self._succeeded(started_s)
 
     def _succeeded(self, started_s: float) -> float:
@@ -2473,7 +2488,7 @@ class Membership:
         took_s = self._clock() - started_s
         return max(0.0, self._interval_s * self._uniform(0.9, 1.1) - took_s)
 
-    def _failed(self, error: GatewayError) -> float:
+    def _failed(self, error: GatewayError, only_keepalive: bool) -> float:
         refused = isinstance(error, (TokenRefused, RequestRefused))
         if refused and self.snapshot.keepalives == 0:
             self._enter(State.REFUSED, message=str(error))
@@ -2484,7 +2499,10 @@ class Membership:
         self._enter(state, message=str(error), failures=self.snapshot.failures + 1)
         if isinstance(error, MachineNotFound):
             self._must_register = True
-        wait_s = self._retry_wait_s(error, refused)
+        # To register is due at once; unless it was just done, or a confused gateway would make us
+        # spin.
+        at_once = isinstance(error, MachineNotFound) and only_keepalive
+        wait_s = 0.0 if at_once else self._retry_wait_s(error, refused)
         # The 1st, 2nd, 4th, 8th … failure in a row: loud at once, and never a flood.
         milestone = self._failures_in_row & (self._failures_in_row - 1) == 0
         self._log.error(state.value, error,
@@ -2499,8 +2517,6 @@ class Membership:
                 self._refused_since_s = now
             soon = now - self._refused_since_s < REFUSED_SOON_S
             return (self._interval_s if soon else REFUSED_LATER_S) * self._uniform(0.9, 1.1)
-        if isinstance(error, MachineNotFound) and self._failures_in_row == 1:
-            return 0.0
         # Full jitter from 1 s, doubled each time, capped at the interval.
         ceiling_s = min(2.0 ** min(self._failures_in_row - 1, 10), self._interval_s, 60.0)
         asked_s = getattr(error, "retry_after_s", None) or 0.0
@@ -2581,14 +2597,13 @@ class HttpError(Exception):
     """An answer that is not a success, from anywhere in a handler."""
 
     def __init__(self, status: int, code: str, what: str, hint: str = "",
-                 headers: Tuple[Tuple[str, str], ...] = (), close: bool = False) -> None:
+                 headers: Tuple[Tuple[str, str], ...] = ()) -> None:
         super().__init__(what)
         self.status = status
         self.code = code
         self.what = what
         self.hint = hint
         self.headers = headers
-        self.close = close
 
 
 class Api:
@@ -2645,18 +2660,16 @@ class Api:
 def request_body(handler: Any) -> bytes:
     """The body of a request that http.server has read the head of.  Raises: HttpError."""
     if handler.headers.get("Transfer-Encoding"):
-        raise HttpError(411, "length_required", "a chunked body", "Send a Content-Length",
-                        close=True)
+        raise HttpError(411, "length_required", "a chunked body", "Send a Content-Length")
     lengths = handler.headers.get_all("Content-Length") or ["0"]
     if len(set(lengths)) != 1 or not re.fullmatch(r"[0-9]{1,12}", lengths[0]):
-        raise HttpError(400, "bad_length", "a Content-Length that is no number", close=True)
+        raise HttpError(400, "bad_length", "a Content-Length that is no number")
     length = int(lengths[0])
     if length > HTTP_BODY_MAX_BYTES:
-        raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes",
-                        close=True)
+        raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
     body = handler.rfile.read(length)
     if len(body) < length:
-        raise HttpError(400, "cut_off", "the body ended early", close=True)
+        raise HttpError(400, "cut_off", "the body ended early")
     return body
 
 
@@ -2684,36 +2697,36 @@ def render_response(response: Response, head_only: bool, close: bool) -> bytes:
     return "\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if head_only else body)
 
 
-def drop_body(handler: Any) -> bool:
-    """Read away a body that nobody asked for.  False where the connection cannot be used again.
+def drop_body(handler: Any) -> None:
+    """Read away, for two seconds, a body that was answered without being read.
 
     Closing on unread bytes makes the kernel reset the connection, and the answer may be lost.
     """
-    length = handler.headers.get("Content-Length", "0")
-    if not re.fullmatch("[0-9]{1,7}", length) or int(length) > HTTP_BODY_MAX_BYTES:
-        return False
-    left = int(length)
-    while left > 0:
-        taken = len(handler.rfile.read(min(left, 65536)))
-        if not taken:
-            return False
-        left -= taken
-    return True
+    handler.timed.allow(2.0)
+    left = HTTP_BODY_MAX_BYTES
+    try:
+        handler.connection.shutdown(socket.SHUT_WR)
+        while left > 0:
+            taken = len(handler.rfile.read1(65536))
+            left -= taken or left
+    except OSError:
+        pass  # it is closed next in any case
 
 
 def answer_one(handler: Any, api: Api) -> None:
     """One request of an http.server handler, whatever happens in it."""
-    taken: List[bool] = []
+    unread = (handler.headers.get("Content-Length", "0") != "0"
+              or "Transfer-Encoding" in handler.headers)
 
     def read_body() -> bytes:
-        taken.append(True)
-        return request_body(handler)
+        nonlocal unread
+        body = request_body(handler)
+        unread = False
+        return body
     try:
-        try:
-            response = api.answer(handler.command, handler.path, handler.headers, read_body)
-        except HttpError as error:
-            response = Response(error.status, api.error_body(error), headers=error.headers)
-            handler.close_connection |= error.close or not (taken or drop_body(handler))
+        response = api.answer(handler.command, handler.path, handler.headers, read_body)
+    except HttpError as error:
+        response = Response(error.status, api.error_body(error), headers=error.headers)
     except OSError:
         handler.close_connection = True  # the peer left, or was too slow
         return
@@ -2723,10 +2736,13 @@ def answer_one(handler: Any, api: Api) -> None:
                 what=f"{type(error).__name__}: {error}", request=handler.path[:200])
         failure = HttpError(500, "internal", f"a defect of ours, number {number} in the log")
         response, handler.close_connection = Response(500, api.error_body(failure)), True
+    handler.close_connection |= unread
     api.log("debug", "served", api=api.name, request=f"{handler.command} {handler.path[:200]}",
             status=response.status)
     handler.wfile.write(render_response(response, handler.command == "HEAD",
                                         handler.close_connection))
+    if unread:
+        drop_body(handler)
 
 
 def _make_handler(api: Api) -> Any:
@@ -3109,10 +3125,12 @@ def decode_go(value: Any, kind: Any) -> Any:
     fits = (isinstance(value, str) if kind is str else
             isinstance(value, int) and not isinstance(value, bool) and -2**63 <= value < 2**63
             if kind is _GO_INT else
-            isinstance(value, (int, float)) and not isinstance(value, bool))
+            isinstance(value, (int, float)) and not isinstance(value, bool)
+            and abs(value) < 1.8e308)
     if not fits:
         raise ValueError(f"a {kind if kind is _GO_INT else kind.__name__}")
-    return value
+    # Half of a surrogate pair is no text; Go puts U+FFFD in its place.
+    return re.sub("[\ud800-\udfff]", "\ufffd", value) if kind is str else value
 
 
 def _no_constant(name: str) -> None:
@@ -4153,7 +4171,8 @@ def run_command_line(argv: Sequence[str]) -> int:
                and os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc"))
     while True:
         try:
-            loaded = load_settings(arguments.flags, dict(os.environ))
+            loaded = load_settings(arguments.flags, dict(os.environ),
+                                   must_exist=command.run is not command_init)
             return command.run(loaded, arguments.options)
         except AgentError as error:
             if not patient or error.exit_code not in PERMANENT_EXITS:

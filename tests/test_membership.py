@@ -32,8 +32,7 @@ class Life:
         self.stream = io.StringIO()
         self.membership = b9agent.Membership(
             lambda: self._answer("register"), lambda: self._answer("keepalive"), interval_s,
-            b9agent.Log(debug=False, stream=self.stream) if LOG_BY_SWITCH else
-            b9agent.Log("text", "info", None, self.stream), lambda: self.now_s, self._uniform)
+            b9agent.Log(stream=self.stream), lambda: self.now_s, self._uniform)
 
     def _uniform(self, low, high):
         assert low <= high
@@ -62,9 +61,6 @@ class Life:
 
     def names(self):
         return [name for name, _, _ in self.sent]
-
-
-LOG_BY_SWITCH = b9agent.Log.__init__.__code__.co_varnames[2] == "debug"
 
 
 # -- the way to ready ----------------------------------------------------
