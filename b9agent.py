@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""b9agent makes this machine a node of a Beta9 cluster: it registers it with the gateway and keeps it
-alive with true figures.  One file, the standard library of Python 3.8, Linux and macOS.
+"""b9agent makes this machine a node of a Beta9 cluster: it registers it with the gateway and keeps
+it alive with true figures.  One file, the standard library of Python 3.8, Linux and macOS.
 
 What it does to this machine, all of it:
 
@@ -14,8 +14,8 @@ files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
 ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`
 hosts     the gateway that is configured, or the proxy set for it; nobody else.  The machine token
           goes there and nowhere else, and no redirect is followed
-programs  nvidia-smi where it is installed; on macOS sysctl, vm_stat, netstat; `init` asks tailscale;
-          `service` runs systemctl, loginctl, useradd, launchctl or rc-service
+programs  nvidia-smi where it is installed; on macOS sysctl, vm_stat, netstat; `init` asks
+          tailscale; `service` runs systemctl, loginctl, useradd, launchctl or rc-service
 threads   main (signals, systemd), membership (the requests to the gateway), control (accepts) and
           one for each of its connections
 
@@ -35,11 +35,16 @@ if sys.version_info < (3, 8):
                      % (sys.version.split()[0], sys.executable))
     sys.exit(2)
 
+import os
+
+if os.name != "posix":
+    sys.stderr.write("b9agent.py runs on Linux and macOS; on Windows, run it inside WSL\n")
+    sys.exit(2)
+
 import collections
 import enum
 import io
 import json
-import os
 import re
 import select
 import signal
@@ -383,9 +388,9 @@ def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -
     """
     import subprocess  # 9 ms that a machine without such programs never pays
     try:
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT, env=dict(clean_environment(), LC_ALL="C"),
-                                 start_new_session=True, close_fds=True)
+        child = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=dict(clean_environment(), LC_ALL="C"), start_new_session=True)
     except OSError as error:
         return CommandResult(None, "", f"{argv[0]}: {error.strerror}")
     output, problem = _read_until(child.stdout.fileno(), now_s() + limit_s, max_bytes)
@@ -785,8 +790,8 @@ def parse_path(text: str) -> str:
 
 def parse_proxy(text: str) -> str:
     """`http://[user:password@]host:port`, or `none`."""
-    if text != "none" and not re.fullmatch(r"http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?",
-                                       text):
+    pattern = r"http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?"
+    if text != "none" and not re.fullmatch(pattern, text):
         raise ValueError("http://HOST:PORT of a proxy, or none")
     return text
 
@@ -896,6 +901,9 @@ _YAML_REFUSED = {
 _YAML_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", '"': '"', "\\": "\\", "/": "/",
                  "a": "\a", "b": "\b", "e": "\x1b", "f": "\f", "v": "\v", " ": " "}
 _YAML_MAX_DEPTH = 8
+_YAML_FLOW_PLAIN = r"""[^][{},:#?\\"'-][^][{},:#?\\"']*"""
+_YAML_PLAIN = (r"(?:[^][{},#:-]|[:-](?=[^ ]))"                        # the first character
+               r"(?:[^ :#]|(?<! )#|:(?=[^ ])| (?! *(?:#|$)))*")       # ` #` and `: ` end it
 
 
 class _YamlLine(NamedTuple):
@@ -1000,19 +1008,18 @@ class _YamlScanner:
             self.text, self.at)
         code = int(match.group(), 16) if match else -1
         if not match or code > 0x10FFFF or 0xD800 <= code < 0xE000:
-            raise YamlError(self.line, f"the escape \\{char}", 'one of \\n \\t \\" \\\\ \\xNN \\uNNNN')
+            raise YamlError(self.line, f"the escape \\{char}",
+                            'one of \\n \\t \\" \\\\ \\xNN \\uNNNN')
         self.at = match.end()
         return chr(code)
 
     def _plain(self, in_flow: bool) -> str:
-        """Unquoted text.  On one line with brackets it is held to what no reader takes otherwise."""
+        """Unquoted text.  Between brackets it is held to what no reader takes otherwise."""
         rest = self.text[self.at:]
         if rest[:1] in _YAML_REFUSED:
             raise YamlError(self.line, f"{_YAML_REFUSED[rest[0]]} is not supported",
                             "a plain or quoted value")
-        match = re.match(r"[^][{},:#?\\\"'-][^][{},:#?\\\"']*" if in_flow else
-                         r"(?:[^][{},#:-]|[:-](?=[^ ]))(?:[^ :#]|(?<! )#|:(?=[^ ])| (?! *(?:#|$)))*",
-                         rest)
+        match = re.match(_YAML_FLOW_PLAIN if in_flow else _YAML_PLAIN, rest)
         if not match:
             raise YamlError(self.line, f"a value that begins with `{rest[:1]}`" if rest else
                             "no value", "a plain value, or quotes around it")
@@ -2227,8 +2234,9 @@ class Identity(NamedTuple):
     k3s_token: str
 
 
-def register_payload(identity: Identity, cpu_millicores: Optional[int],
-                     memory_bytes: Optional[int], gpu_count: int, private_ip: str) -> Dict[str, Any]:
+def register_payload(
+        identity: Identity, cpu_millicores: Optional[int], memory_bytes: Optional[int],
+        gpu_count: int, private_ip: str) -> Dict[str, Any]:
     """The gateway decodes into Go structs and refuses a number where a string is declared: cpu in
     millicores with an m, memory in whole Mi, gpu_count a string.  `token` is the k3s token, never
     the machine's.  An unknown capacity is said as the smallest that it accepts."""
@@ -2309,7 +2317,8 @@ _UNREACHABLE_HINTS = {
     "dns": "Check gateway.host, or the machine's name server",
     "tls": "Check gateway.scheme, and gateway.ca_file for an authority of your own",
     "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
-    "timeout": "A firewall, or a tunnel that hangs? Try: curl -m 5 http://{host}:{port}/api/v1/health",
+    "timeout": "A firewall, or a tunnel that hangs? Try: "
+               "curl -m 5 http://{host}:{port}/api/v1/health",
 }
 
 
@@ -3239,7 +3248,8 @@ class GatewayApi(Api):
                         fields["machine_id"]))
         if not self._store.keepalive(fields):
             raise HttpError(500, "machine_not_found", "Failed to update keepalive: failed to get "
-                            f"machine state <{key}>: machine not found", "Register the machine again")
+                            f"machine state <{key}>: machine not found",
+                            "Register the machine again")
         self.log("debug", "machine_keepalive", machine=fields["machine_id"])
         self._on_change(fields["machine_id"], "ready", fields["metrics"])
         return Response(200, {"status": "ok", "machine_state": {
@@ -3297,8 +3307,11 @@ class StateLock:
             raise LockedError(f"another agent holds {state_dir} (pid {printable(holder)})",
                               "Stop it first, or give this one its own folder with --state-dir"
                               ) from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError:
+            pass  # the disk is full: the lock holds all the same, only its message will not say who
 
     def release(self) -> None:
         os.close(self._descriptor)
@@ -3528,22 +3541,20 @@ class Agent:
         settings = self.settings
         address_file = os.path.join(settings.state_dir, "control.addr")
         remove_file(address_file)
-        token = kept_secret(os.path.join(settings.state_dir, "control.token"))
         try:
+            token = kept_secret(os.path.join(settings.state_dir, "control.token"))
             server = ApiServer(ControlApi(self._log, token, self.status), settings.control_host,
                                settings.control_port)
-        except OSError as error:
-            self._log("error", "no_control_api", what=f"cannot listen on "
-                      f"{host_port(settings.control_host, settings.control_port)}: "
-                      f"{error.strerror}", do="The machine is kept alive without it; free the "
-                      "port, or set control.port (0 takes a free one)")
-            return
-        server.start()
-        self._control = server
-        try:
+            server.start()
+            self._control = server
             write_atomic(address_file, host_port(server.host, server.port) + "\n")
-        except OSError as error:
-            self._log("error", "no_control_addr", what=f"{address_file}: {error.strerror}")
+        except (AgentError, OSError) as error:
+            self._log("error", "no_control_api", where=host_port(settings.control_host,
+                                                                 settings.control_port),
+                      what=getattr(error, "strerror", None) or error,
+                      do="The machine is kept alive without it. A taken port? Free it, or set "
+                         "control.port (0 takes a free one)")
+            return
         self._log("info", "listening", api="control", url=server.url)
 
     def _stop_control(self) -> None:
@@ -3663,6 +3674,7 @@ def wait_for_new_config(path: str, error: AgentError) -> bool:
     before = stamp()
     while not told and stamp() == before:
         wake.wait(2.0)
+    wake.close()
     return not told
 
 
@@ -3841,7 +3853,8 @@ def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
 
 def settings_markdown() -> List[str]:
     """The README's table, from the table."""
-    lines = ["| in the file | flag | environment | default | what |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| in the file | flag | environment | default | what |",
+             "| --- | --- | --- | --- | --- |"]
     for row in SETTINGS:
         place = f"`{row.path}`" + (f", `{row.also}`" if row.also not in ("", row.path) else "")
         flag = f"`{row.flag}{' ' + row.kind if row.kind else ''}`"
@@ -3889,7 +3902,8 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
         ("gateway", status["gateway"]),
         ("keepalives", f"{status['keepalives']}, last "
                        + ("never" if ago is None else f"{ago:.0f} s ago")
-                       + f"; {status['registrations']} registrations, {status['failures']} failures"),
+                       + f"; {status['registrations']} registrations, "
+                         f"{status['failures']} failures"),
         ("host", f"cpu {shown(status['cpu_percent'], ' %')}, memory "
                  f"{shown(status['memory_percent'], ' %')}, disk free "
                  + ("unknown" if free_bytes is None else f"{free_bytes / 2**30:.1f} GiB")
@@ -3960,6 +3974,9 @@ def command_gateway(loaded: Loaded, options: Dict[str, str]) -> int:
     server = start_gateway(host, port, GatewayApi(log, store))
     on_stop_signals(wake.set)
     log("info", "listening", api="gateway", url=server.url)
+    if host not in ("localhost", "::1") and not host.startswith("127."):
+        log("warning", "plain_http", what="tokens travel unencrypted to this address",
+            do="Let machines reach it through a tailnet or an SSH tunnel")
     wake.wait_for_ever()
     server.stop()
     store.close()
@@ -3981,10 +3998,12 @@ def command_machine_create(loaded: Loaded, options: Dict[str, str]) -> int:
         say_json({"machine_id": machine_id, "token": token, "pool": pool,
                   "pending_ttl_seconds": PENDING_TTL_S})
         return Exit.OK
+    import shlex
     sys.stdout.write(  # not say(): this once the token is shown
         f"machine id  {machine_id}\npool        {pool}\ntoken       {token}\n"
         "The token is shown once; only its SHA-256 is kept. Within the hour, on the machine:\n\n"
-        f"  BETA9_TOKEN={token} python3 b9agent.py --machine-id {machine_id} --pool-name {pool} "
+        f"  BETA9_TOKEN={token} python3 b9agent.py --machine-id {machine_id} "
+        f"--pool-name {shlex.quote(pool)} "
         f"--gateway-host {settings.gateway_host} --gateway-port {settings.gateway_port}\n")
     return Exit.OK
 

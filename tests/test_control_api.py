@@ -1,0 +1,165 @@
+"""The control API of a running agent: who may ask what, and what it costs when it is not to be had."""
+import http.client
+import json
+import socket
+import stat
+
+import pytest
+
+import b9agent
+from helpers import run_agent, tree
+from hostile_gateway import TOKEN
+
+
+class Control:
+    """The API of one running agent."""
+
+    def __init__(self, program, state):
+        match, _ = program.wait_line(r"listening api=control url=http://([\d.]+|\[::1\]):(\d+)")
+        self.host, self.port = match.group(1).strip("[]"), int(match.group(2))
+        self.program, self.state = program, state
+        self.token = (state / "control.token").read_text().strip()
+
+    def call(self, method, path, headers=None, body=None, token=""):
+        sent = {"Authorization": "Bearer " + (self.token if token == "" else token)}
+        if token is None:
+            del sent["Authorization"]
+        sent.update(headers or {})
+        link = http.client.HTTPConnection(self.host, self.port, timeout=30)
+        try:
+            link.request(method, path, body, sent)
+            reply = link.getresponse()
+            raw = reply.read()
+            return reply.status, json.loads(raw) if raw else None, reply
+        finally:
+            link.close()
+
+
+@pytest.fixture
+def control(agent, hostile, state):
+    program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(hostile.port),
+                    "--pool-name", "gpu", "--control-port", "0", "--keepalive-interval", "1",
+                    BETA9_TOKEN=TOKEN)
+    program.wait_line(r"notice ready\b")
+    return Control(program, state)
+
+
+def test_health_is_open_and_everything_else_wants_the_token(control):
+    status, answer, _ = control.call("GET", "/health", token=None)
+    assert (status, answer["status"], answer["version"]) == (200, "ok", b9agent.VERSION)
+    for token in (None, "", "x", control.token[:-1], control.token + "0", control.token.upper(), TOKEN):
+        headers = {"Authorization": "Bearer"} if token == "" else None
+        status, answer, reply = control.call("GET", "/status", headers, token=token or None)
+        if token == control.token.upper() and token == control.token:
+            continue
+        assert status == 401 and reply.getheader("WWW-Authenticate") == "Bearer"
+        assert set(answer) == {"status", "error", "error_code", "suggestion"}
+        assert answer["status"] == "error" and control.token not in json.dumps(answer)
+
+
+def test_status_has_the_fields_of_the_predecessor_and_ours(control):
+    status, answer, reply = control.call("GET", "/status")
+    assert status == 200 and reply.getheader("Content-Type") == "application/json"
+    assert {"status", "machine_id", "pool", "uptime_seconds", "cpu_percent", "memory_percent",
+            "gpu_count"} <= set(answer)
+    assert answer["status"] == "ready" and answer["pid"] == control.program.pid
+
+
+@pytest.mark.parametrize("host, status", [
+    ("127.0.0.1:9999", 200), ("127.0.0.1", 200), ("localhost:1", 200), ("LOCALHOST", 200),
+    ("[::1]:9999", 200), ("evil.example", 421), ("127.0.0.1.evil.example:80", 421), ("", 421),
+    ("localhost.evil.example", 421), ("[::1].evil.example", 421), ("evil.example:127", 421),
+    ("127.0.0.1 evil.example", 421)])
+def test_a_name_that_a_browser_was_fooled_with_is_refused(control, host, status):
+    for path in ("/health", "/status"):
+        assert control.call("GET", path, {"Host": host})[0] == status
+
+
+def test_no_answer_carries_cors_headers(control):
+    for method in ("GET", "OPTIONS"):
+        reply = control.call(method, "/status", {"Origin": "http://evil.example"})[2]
+        assert not [name for name, _ in reply.getheaders() if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize("method, path, status", [
+    ("GET", "/", 404), ("GET", "/nothing", 404), ("POST", "/status", 405), ("DELETE", "/health", 405),
+    ("GET", "/status/", 404), ("GET", "/../status", 404), ("GET", "/%73tatus", 404),
+    ("BREW", "/status", 405)])
+def test_other_paths_and_methods_are_json_errors(control, method, path, status):
+    got, answer, _ = control.call(method, path)
+    assert got == status and answer["status"] == "error" and answer["error_code"]
+
+
+def test_head_has_the_head_alone(control):
+    status, answer, reply = control.call("HEAD", "/health")
+    assert (status, answer) == (200, None) and int(reply.getheader("Content-Length")) > 0
+
+
+def test_the_files_of_the_api_are_private_and_go_with_the_agent(control):
+    address = control.state / "control.addr"
+    assert address.read_text() == "127.0.0.1:%d\n" % control.port
+    for name in ("control.token", "control.addr"):
+        assert stat.S_IMODE((control.state / name).stat().st_mode) == 0o600
+    assert len(control.token) == 64
+    assert control.program.stop() == 0
+    assert not address.exists()
+    assert (control.state / "control.token").read_text().strip() == control.token
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", control.port), timeout=30).close()
+
+
+def test_a_token_file_that_is_spoilt_is_made_anew(agent, hostile, state):
+    state.mkdir(mode=0o700)
+    (state / "control.token").write_text("short\n")
+    program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(hostile.port),
+                    "--control-port", "0", BETA9_TOKEN=TOKEN)
+    assert len(Control(program, state).token) == 64
+    assert program.stop() == 0
+
+
+def test_a_control_port_that_is_taken_costs_the_api_and_never_the_keepalive(agent, hostile, state, home):
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(hostile.port),
+                        "--control-port", str(port), "--keepalive-interval", "1", BETA9_TOKEN=TOKEN)
+        match, _ = program.wait_line(r" error \w+ .*127\.0\.0\.1:%d" % port)
+        assert "control.port" in match.string
+        hostile.wait_count(2, "keepalive", "ok")
+        assert not (state / "control.addr").exists()
+        done = run_agent(home, "status")
+        assert done.code == 5 and done.err.count("\n") == 1
+        assert program.stop() == 0
+
+
+def test_stalled_clients_do_not_hold_the_agent(control, hostile):
+    stalled = []
+    try:
+        for _ in range(30):
+            link = socket.create_connection((control.host, control.port), timeout=30)
+            link.sendall(b"GET /status HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+            stalled.append(link)
+        assert control.call("GET", "/status")[0] == 200
+        seen = len(hostile.named("keepalive"))
+        hostile.wait_count(seen + 2, "keepalive", "ok")
+        assert control.program.stop() == 0
+    finally:
+        for link in stalled:
+            link.close()
+
+
+def test_it_listens_on_the_address_it_is_told(agent, hostile, state):
+    program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(hostile.port),
+                    "--control-host", "::1", "--control-port", "0", BETA9_TOKEN=TOKEN)
+    if not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    control = Control(program, state)
+    assert control.host == "::1" and control.call("GET", "/status")[0] == 200
+    assert (state / "control.addr").read_text() == "[::1]:%d\n" % control.port
+    assert program.stop() == 0
+
+
+def test_once_opens_no_port_and_writes_no_address(home, hostile):
+    done = run_agent(home, "--once", "--gateway-host", "127.0.0.1", "--gateway-port", hostile.port,
+                     BETA9_TOKEN=TOKEN)
+    assert done.code == 0 and "listening" not in done.err
+    assert not [path for path in tree(home) if "control" in path]
