@@ -2347,8 +2347,10 @@ def _retry_after_s(text: str) -> Optional[float]:
 class GatewayClient:
     """Register, keepalive and health.  Raises a GatewayError for everything but "ok"."""
 
-    def __init__(self, endpoint: Endpoint, token: str, pool_name: str, log: Log) -> None:
+    def __init__(self, endpoint: Endpoint, token: str, pool_name: str, log: Log,
+                 keepalive_limit_s: float = KEEPALIVE_LIMIT_S) -> None:
         self._endpoint = endpoint
+        self._keepalive_limit_s = keepalive_limit_s
         self._token = token
         self._pool_name = pool_name
         self._log = log
@@ -2360,7 +2362,7 @@ class GatewayClient:
             raise self._unwell("it answered 200 without a machine state")
 
     def keepalive(self, payload: Dict[str, Any]) -> None:
-        answer = self._post("keepalive", payload, KEEPALIVE_LIMIT_S)
+        answer = self._post("keepalive", payload, self._keepalive_limit_s)
         if answer.get("status") != "ok":
             raise self._unwell("it answered 200 without status ok")
 
@@ -2437,6 +2439,11 @@ class GatewayClient:
                             _retry_after_s(reply.headers.get("retry-after", "")))
 
 
+def random_between(low: float, high: float) -> float:
+    from random import uniform  # `--once` never waits, and never pays for it
+    return uniform(low, high)
+
+
 class Membership:
     """The life of the machine on the gateway.
 
@@ -2447,9 +2454,7 @@ class Membership:
 
     def __init__(self, send_register: Callable[[], None], send_keepalive: Callable[[], None],
                  interval_s: float, log: Log, clock: Callable[[], float] = now_s,
-                 uniform: Optional[Callable[[float, float], float]] = None) -> None:
-        if uniform is None:
-            from random import uniform
+                 uniform: Callable[[float, float], float] = random_between) -> None:
         self._send_register = send_register
         self._send_keepalive = send_keepalive
         self._interval_s = interval_s
@@ -3409,7 +3414,9 @@ class Agent:
                                                 settings.gateway_proxy, dict(os.environ)))
         self._host = make_host()
         self._nvidia = NvidiaSmi()
-        client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log)
+        client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
+                               # A request that hangs costs one interval at most.
+                               min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
         self.send_register = lambda: client.register(self.register_payload())
         self.send_keepalive = lambda: client.keepalive(self.keepalive_payload())
         self.membership = Membership(self.send_register, self.send_keepalive,
@@ -3561,6 +3568,543 @@ class Agent:
         if self._control is not None:
             remove_file(os.path.join(self.settings.state_dir, "control.addr"))
             self._control.stop()
+
+
+# ----------------------------------------------------------------------
+# 20. Service installation           files as listed below; the service manager
+# ----------------------------------------------------------------------
+# `service install` copies this file, writes a service definition, starts it
+# and believes in it only after the running agent has answered.  Every change
+# goes through Steps, so a dry run prints them all and a failure undoes them.
+# systemd, launchd and OpenRC have one class each, with the same methods.
+
+SYSTEM_STATE = "/var/lib/b9agent"
+HEALTH_LIMIT_S, STEADY_S = 30.0, 5.0
+CODE_MAX_BYTES = 8 << 20
+_LAUNCHER_MARK = "# b9agent's launcher, written by `b9agent service install`"
+_MAIN_FILE = "import sys, b9agent\nsys.exit(b9agent.main())\n"
+_KEPT_BY_PURGE = (".ollama", ".cache", "models")
+_HANDED_ON = ("BETA9_TOKEN", "https_proxy", "no_proxy")
+
+_SCOPE_OPTIONS = (
+    Option("--system", "", "a service of the machine; needs root"),
+    Option("--user", "", "a service of the user who runs this"),
+    Option("--dry-run", "", "print every step, change nothing"),
+    Option("--quiet", "", "say only what went wrong"),
+)
+SERVICE_OPTIONS = _SCOPE_OPTIONS + (
+    Option("--gateway", "ADDRESS", "the gateway: HOST[:PORT], or a URL"),
+    Option("--pool", "POOL", "the worker pool"),
+    Option("--run-as", "USER", "whose rights the service has; default: who calls sudo, "
+                               "else a new system user b9agent"),
+    Option("--no-service", "", "install the files, no service"),
+    Option("--no-start", "", "install everything, start nothing"),
+    Option("--offline", "", "do not wait for the gateway"),
+    Option("--yes", "", "ask nothing"),
+    Option("--rollback", "", "put the previous version back"),
+    Option("--print", "MANAGER", "print the definition for systemd, launchd or openrc, and end"),
+    Option("--environment-stdin", "", "read NAME=VALUE lines of " + ", ".join(_HANDED_ON)
+           + " from standard input: sudo drops variables, and arguments show in `ps`"),
+)
+SERVICE_UNINSTALL_OPTIONS = _SCOPE_OPTIONS + (
+    Option("--purge", "", "remove configuration, token and state as well; never models"),)
+SERVICE_STATUS_OPTIONS = _SCOPE_OPTIONS[:2]
+
+
+class PrivilegeError(AgentError):
+    """A machine's service is root's to change."""
+    exit_code = Exit.PRIVILEGE
+
+
+class UnhealthyError(AgentError):
+    """The service did not come up as it should."""
+    exit_code = Exit.UNHEALTHY
+
+
+# -- where everything lies ----------------------------------------------
+
+class Account(NamedTuple):
+    """Whose rights the service has.  uid, gid: None for a user yet to be made."""
+    name: str
+    uid: Optional[int]
+    gid: Optional[int]
+    home: str
+
+
+class Place(NamedTuple):
+    """One installation.  definition: the service's file, "" where there is no manager."""
+    manager: str
+    scope: str
+    account: Account
+    python: str
+    code: str
+    launcher: str
+    definition: str
+    state: str
+
+    @property
+    def config(self) -> str:
+        return os.path.join(self.state, "config.yaml")
+
+    @property
+    def command(self) -> Tuple[str, ...]:
+        return (self.python, "-I", "-u", self.code, "run")
+
+
+def make_place(manager: str, scope: str, account: Account, python: str,
+               data_home: str = "") -> Place:
+    """Raises: UsageError for a path that a service definition cannot hold."""
+    home, system = account.home, scope == "system"
+    definition = {
+        ("systemd", "system"): "/usr/local/lib/systemd/system/b9agent.service",
+        ("systemd", "user"): home + "/.local/share/systemd/user/b9agent.service",
+        ("launchd", "system"): "/Library/LaunchDaemons/com.b9agent.plist",
+        ("launchd", "user"): home + "/Library/LaunchAgents/com.b9agent.plist",
+        ("openrc", "system"): "/etc/init.d/b9agent"}.get((manager, scope), "")
+    code = "/usr/local/lib/b9agent" if system else os.path.join(
+        data_home or home + "/.local/share", "b9agent")
+    place = Place(manager, scope, account, python, code,
+                  "/usr/local/bin/b9agent" if system else home + "/.local/bin/b9agent", definition,
+                  SYSTEM_STATE if system and manager != "launchd" else home + "/.b9agent")
+    for path in (python, place.code, place.state):
+        if not re.fullmatch(r"/[\w@+,./:=~ -]*", path):
+            raise UsageError(f"the path `{printable(path)}` has a character that no service "
+                             "definition holds", "Choose a Python and a home folder without it")
+    return place
+
+
+def _find_manager(scope: str) -> str:
+    import shutil
+    if sys.platform == "darwin":
+        return "launchd"
+    if os.path.isdir("/run/systemd/system") and shutil.which("systemctl"):
+        return "systemd"
+    if scope == "system" and os.path.isdir("/run/openrc") and shutil.which("rc-service"):
+        return "openrc"
+    return "none"
+
+
+def _find_account(wanted: str, manager: str) -> Account:
+    """The user of a system service: asked for, or the one it has, or who called sudo, or our own.
+
+    Root only where it is asked for.
+    """
+    import pwd
+    had = ""
+    try:
+        had = pwd.getpwuid(os.stat(SYSTEM_STATE).st_uid).pw_name if manager != "launchd" else "".join(
+            re.findall(r"<key>UserName</key>\s*<string>([^<]+)<",
+                       read_text("/Library/LaunchDaemons/com.b9agent.plist") or ""))
+    except (OSError, KeyError):
+        pass  # a first installation, or a user who is gone
+    ours = [name for name in (had, os.environ.get("SUDO_USER"), os.environ.get("DOAS_USER"))
+            if name and name != "root"]
+    name = wanted or (ours + ["b9agent"])[0]
+    try:
+        record = pwd.getpwnam(name)
+    except KeyError as error:
+        if name != "b9agent" or manager == "launchd":
+            raise UsageError(f"there is no user {printable(name)} to run the service as",
+                             "Name one with --run-as USER") from error
+        return Account(name, None, None, SYSTEM_STATE)
+    return Account(name, record.pw_uid, record.pw_gid, record.pw_dir.rstrip("/"))
+
+
+def find_place(options: Dict[str, str]) -> Place:
+    """The installation that the options speak of, present or to come."""
+    import pwd
+    if "user" in options and "system" in options:
+        raise UsageError("--user and --system exclude each other", "Give one of them")
+    me, wanted = os.geteuid(), options.get("run-as", "")
+    home, data_home = os.path.expanduser("~"), os.environ.get("XDG_DATA_HOME", "")
+    record = pwd.getpwuid(me)
+    account = Account(record.pw_name, me, record.pw_gid, home.rstrip("/"))
+    python = os.path.abspath(sys.executable or "/usr/bin/python3")
+    mine = make_place(_find_manager("user"), "user", account, python,
+                      data_home if os.path.isabs(data_home) else "")
+    has_own = me != 0 and (sys.platform == "darwin" or os.path.exists(mine.code))
+    if "user" not in options and ("system" in options or not has_own):
+        manager = _find_manager("system")
+        return make_place(manager, "system", _find_account(wanted, manager), python)
+    if wanted not in ("", record.pw_name):
+        raise UsageError("--user installs for the user who runs it", f"Run it as {wanted}")
+    if me == 0 and wanted != "root":
+        raise UsageError("--user is for ordinary users, and this is root",
+                         "Run it without sudo, or leave --user away")
+    return mine
+
+
+class _ActingAs:
+    """Root works in the service user's folders with that user's rights: a link planted there must
+    lead no further than the user could go."""
+
+    def __init__(self, account: Account) -> None:
+        self._account = account
+        self._groups: List[int] = []
+
+    def __enter__(self) -> None:
+        self._switch = os.geteuid() == 0 and self._account.uid not in (None, 0)
+        if self._switch:
+            self._groups = os.getgroups()
+            os.setgroups([self._account.gid])
+            os.setegid(self._account.gid)
+            os.seteuid(self._account.uid)
+
+    def __exit__(self, *_error: Any) -> None:
+        if self._switch:
+            os.seteuid(0)
+            os.setegid(0)
+            os.setgroups(self._groups)
+
+
+# -- service definitions, as text ---------------------------------------
+
+_UNIT_HEAD = """\
+# Written by `b9agent service install`. To change it: systemctl edit b9agent
+[Unit]
+Description=b9agent compute worker
+"""
+_UNIT_SERVICE = """\
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=@COMMAND@
+Environment="B9AGENT_HOME=@STATE@"
+EnvironmentFile=-@ENVIRONMENT@
+WatchdogSec=60
+TimeoutStopSec=90
+KillMode=mixed
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=@PERMANENT@
+OOMPolicy=continue
+TasksMax=infinity
+LimitNOFILE=65536:524288
+LimitMEMLOCK=infinity
+LimitCORE=0
+"""
+_UNIT_SYSTEM = """\
+User=@USER@
+StateDirectory=b9agent
+StateDirectoryMode=0700
+WorkingDirectory=@STATE@
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=full
+ProtectControlGroups=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+LockPersonality=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK AF_IB
+SystemCallArchitectures=native
+"""
+_OPENRC = """\
+#!/sbin/openrc-run
+# Written by `b9agent service install`. To change it: /etc/conf.d/b9agent
+name=b9agent
+description="b9agent compute worker"
+supervisor=supervise-daemon
+command="@PYTHON@"
+command_args="-I -u @CODE@ run"
+command_user="@USER@"
+directory="@STATE@"
+pidfile=/run/b9agent.pid
+output_log=/var/log/b9agent.log
+error_log=/var/log/b9agent.log
+respawn_delay=5
+respawn_max=0
+retry=TERM/90/KILL/5
+export B9AGENT_HOME="@STATE@" B9AGENT_SUPERVISOR=openrc HOME="@HOME@"
+
+depend() {
+	want net
+	after firewall
+}
+
+start_pre() {
+	checkpath -d -m 0700 -o "@USER@" "@STATE@"
+	checkpath -f -m 0640 -o "@USER@" "$output_log"
+}
+"""
+
+
+def _fill(template: str, place: Place) -> str:
+    quoted = ['"%s"' % word if " " in word else word for word in place.command]
+    environment = ("/etc/b9agent/agent.env" if place.scope == "system"
+                   else "%h/.config/b9agent/agent.env")
+    for mark, text in (("COMMAND", " ".join(quoted)), ("STATE", place.state),
+                       ("ENVIRONMENT", environment), ("USER", place.account.name),
+                       ("PYTHON", place.python), ("CODE", place.code),
+                       ("HOME", place.account.home),
+                       ("PERMANENT", " ".join(str(int(code)) for code in PERMANENT_EXITS))):
+        template = template.replace(f"@{mark}@", text)
+    return template
+
+
+def render_unit(place: Place, modprobe: str = "") -> str:
+    """modprobe: the path of nvidia-modprobe, which is setuid and so cannot help a service that has
+    NoNewPrivileges; systemd runs it before, with full rights."""
+    if place.scope == "user":
+        return _fill(_UNIT_HEAD + _UNIT_SERVICE + "\n[Install]\nWantedBy=default.target\n", place)
+    text = (_UNIT_HEAD + "Wants=network-online.target\n"
+            "After=network-online.target nvidia-persistenced.service\n" + _UNIT_SERVICE
+            + (f"ExecStartPre=-+{modprobe} -c 0 -u\n" if modprobe else "") + _UNIT_SYSTEM
+            + "\n[Install]\nWantedBy=multi-user.target\n")
+    if place.account.name == "root":
+        text = text.replace("CapabilityBoundingSet=\n", "")
+    return _fill(text, place)
+
+
+def launchd_log(place: Place) -> str:
+    return place.account.home + "/Library/Logs/b9agent/launchd.log"
+
+
+def render_plist(place: Place) -> str:
+    import plistlib
+    values = {
+        "Label": "com.b9agent",
+        "ProgramArguments": list(place.command),
+        "EnvironmentVariables": {
+            "B9AGENT_HOME": place.state, "B9AGENT_SUPERVISOR": "launchd",
+            "PATH": "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"},
+        "RunAtLoad": True, "KeepAlive": {"SuccessfulExit": False}, "ThrottleInterval": 15,
+        "ExitTimeOut": 60, "ProcessType": "Interactive",  # unset, macOS slows it down
+        "SoftResourceLimits": {"NumberOfFiles": 65536},
+        "StandardOutPath": launchd_log(place), "StandardErrorPath": launchd_log(place)}
+    if place.scope == "system":
+        values["UserName"] = place.account.name
+    else:
+        values["LimitLoadToSessionType"] = ["Aqua", "Background"]
+    return plistlib.dumps(values, sort_keys=False).decode("utf-8")
+
+
+def render_definition(place: Place) -> str:
+    import shutil
+    if place.manager == "launchd":
+        return render_plist(place)
+    if place.manager == "openrc":
+        return _fill(_OPENRC, place)
+    return render_unit(place, shutil.which("nvidia-modprobe") or "")
+
+
+def render_launcher(place: Place) -> str:
+    import shlex
+    return (f"#!/bin/sh\n{_LAUNCHER_MARK}\n"
+            f"[ -n \"${{B9AGENT_HOME:-}}\" ] || B9AGENT_HOME={shlex.quote(place.state)}\n"
+            "export B9AGENT_HOME\n"
+            f"exec {shlex.quote(place.python)} -I {shlex.quote(place.code)} \"$@\"\n")
+
+
+def _print_definition(manager: str, say: Callable[[str], None]) -> int:
+    """What the installer writes where the user is `b9agent` and the Python the system's."""
+    home = SYSTEM_STATE if manager != "launchd" else "/Users/b9agent"
+    place = make_place(manager, "system", Account("b9agent", None, None, home), "/usr/bin/python3")
+    texts = {"systemd": render_unit, "launchd": render_plist, "openrc": render_definition}
+    if manager not in texts:
+        raise UsageError(f"--print: `{printable(manager)}` cannot be used, expected systemd, "
+                         "launchd or openrc")
+    say(texts[manager](place).rstrip("\n"))
+    return Exit.OK
+
+
+# -- service managers ---------------------------------------------------
+
+class Process(NamedTuple):
+    """pid: None where the manager does not say; ended: the exit code of one that stays ended."""
+    pid: Optional[int] = None
+    ended: Optional[int] = None
+
+
+class NoManager:
+    """What each manager can do; here, nothing.  start() and the others raise UnhealthyError."""
+
+    logs = ""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def _call(self, *argv: str, limit_s: float = 30.0) -> CommandResult:
+        result = run_command(argv, limit_s)
+        if result.exit_code != 0:
+            said = printable(" ".join((result.problem or result.output).split())[-300:])
+            raise UnhealthyError(f"`{' '.join(argv)}` failed: {said or result.exit_code}")
+        return result
+
+    def prepare(self, _say: Callable[[str], None]) -> bool:
+        """Before anything is enabled.  False where the manager is not there after all."""
+        return False
+
+    def overriding(self) -> List[str]:
+        """Files of the operator's that come before ours."""
+        return []
+
+    def enable(self) -> None:
+        """Take up a changed definition; start it at every boot."""
+
+    def restart(self) -> None:
+        """Start it, or stop it and start it anew."""
+
+    def stop(self) -> None:
+        """Stop it, and leave it to start at the next boot."""
+
+    def disable(self) -> None:
+        """Stop it for good."""
+
+    def process(self) -> Process:
+        return Process()
+
+    def last_lines(self) -> str:
+        """The end of its log."""
+        return ""
+
+
+class Systemd(NoManager):
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        user = ("--user",) if place.scope == "user" else ()
+        self._systemctl = ("systemctl", *user)
+        self._journal = ("journalctl", *user, "-u", "b9agent")
+        self.logs = " ".join(self._journal + ("-f",))
+
+    def prepare(self, say: Callable[[str], None]) -> bool:
+        """A user's services need that user's manager, and end with the last session without
+        linger."""
+        if self.place.scope == "system":
+            return True
+        folder = f"/run/user/{self.place.account.uid}"
+        linger = run_command(["loginctl", "enable-linger", self.place.account.name], 20.0)
+        if linger.exit_code != 0:
+            say("warning: the service stops when you log out. To change that: sudo loginctl "
+                f"enable-linger {self.place.account.name}")
+        os.environ.setdefault("XDG_RUNTIME_DIR", folder)
+        until_s, wake = now_s() + 10.0, Wake()
+        while run_command([*self._systemctl, "show-environment"], 10.0).exit_code != 0:
+            if now_s() > until_s:
+                return False
+            wake.wait(0.2)
+        return True
+
+    def overriding(self) -> List[str]:
+        home = self.place.account.home
+        folders = (["/etc/systemd/system", "/run/systemd/system"] if self.place.scope == "system"
+                   else [home + "/.config/systemd/user", "/etc/systemd/user"])
+        return [path for folder in folders for path in (folder + "/b9agent.service",
+                                                        folder + "/b9agent.service.d")
+                if os.path.exists(path)]
+
+    def enable(self) -> None:
+        self._call(*self._systemctl, "daemon-reload")
+        self._call(*self._systemctl, "enable", "b9agent.service")
+
+    def restart(self) -> None:
+        self._call(*self._systemctl, "restart", "b9agent.service", limit_s=200.0)
+
+    def stop(self) -> None:
+        self._call(*self._systemctl, "stop", "b9agent.service", limit_s=120.0)
+
+    def disable(self) -> None:
+        run_command([*self._systemctl, "disable", "--now", "b9agent.service"], 120.0)
+
+    def process(self) -> Process:
+        shown = run_command([*self._systemctl, "show", "b9agent.service", "-p", "MainPID,"
+                             "ActiveState,ExecMainCode,ExecMainStatus"], 10.0).output
+        values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+        failed = values.get("ActiveState") == "failed" and values.get("ExecMainCode") == "1"
+        return Process(int(values.get("MainPID") or 0),
+                       int(values["ExecMainStatus"]) if failed else None)
+
+    def last_lines(self) -> str:
+        return run_command([*self._journal, "-n", "20", "--no-pager", "-o", "cat"], 10.0).output
+
+
+class Launchd(NoManager):
+    LABEL = "com.b9agent"
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self._domain = "system"
+        self.logs = f"tail -f {launchd_log(place)}"
+
+    def prepare(self, _say: Callable[[str], None]) -> bool:
+        """Over ssh there is no gui session: a launch agent then belongs in the user domain."""
+        if self.place.scope == "user":
+            gui = f"gui/{self.place.account.uid}"
+            there = run_command(["launchctl", "print", gui], 10.0).exit_code == 0
+            self._domain = gui if there else f"user/{self.place.account.uid}"
+        with _ActingAs(self.place.account):  # launchd would make the folder, but as root
+            os.makedirs(os.path.dirname(launchd_log(self.place)), exist_ok=True)
+        return True
+
+    @property
+    def _target(self) -> str:
+        return f"{self._domain}/{self.LABEL}"
+
+    def restart(self) -> None:
+        """bootstrap answers 5 while the old job is still going away."""
+        wake = Wake()
+        run_command(["launchctl", "bootout", self._target], 90.0)
+        self._call("launchctl", "enable", self._target)
+        for wait_s in (0, 1, 1, 2, 4, None):
+            result = run_command(["launchctl", "bootstrap", self._domain, self.place.definition],
+                                 30.0)
+            if result.exit_code != 5 or wait_s is None:
+                break
+            wake.wait(wait_s)
+        if result.exit_code != 0:
+            raise UnhealthyError(f"`launchctl bootstrap {self._domain}` failed: "
+                                 f"{printable(result.output.strip() or str(result.exit_code))}")
+        self._call("launchctl", "kickstart", self._target)
+        self._call("launchctl", "print", self._target)
+
+    def stop(self) -> None:
+        run_command(["launchctl", "bootout", self._target], 90.0)
+
+    def disable(self) -> None:
+        self.stop()
+
+    def process(self) -> Process:
+        shown = run_command(["launchctl", "print", self._target], 10.0).output
+        match = re.search(r"^\s*pid = ([0-9]+)$", shown, re.M)
+        return Process(int(match.group(1)) if match else 0)
+
+    def last_lines(self) -> str:
+        with _ActingAs(self.place.account):
+            return "\n".join((read_text(launchd_log(self.place)) or "").splitlines()[-20:])
+
+
+class OpenRc(NoManager):
+    logs = "tail -f /var/log/b9agent.log"
+
+    def prepare(self, _say: Callable[[str], None]) -> bool:
+        return True
+
+    def enable(self) -> None:
+        self._call("rc-update", "add", "b9agent", "default")
+
+    def restart(self) -> None:
+        self._call("rc-service", "b9agent", "restart", limit_s=200.0)
+
+    def stop(self) -> None:
+        self._call("rc-service", "b9agent", "stop", limit_s=120.0)
+
+    def disable(self) -> None:
+        run_command(["rc-service", "b9agent", "stop"], 120.0)
+        run_command(["rc-update", "del", "b9agent"], 30.0)
+
+    def process(self) -> Process:
+        """It knows its supervisor's pid alone; started or not is all that can be asked."""
+        return Process(None if run_command(["rc-service", "b9agent", "status"], 10.0).exit_code == 0
+                       else 0)
+
+    def last_lines(self) -> str:
+        return "\n".join((read_text("/var/log/b9agent.log") or "").splitlines()[-20:])
+
+
+MANAGERS = {"systemd": Systemd, "launchd": Launchd, "openrc": OpenRc, "none": NoManager}
 
 
 # ----------------------------------------------------------------------
@@ -4074,8 +4618,11 @@ def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
 
         def show(machine_id: str, state: str, metrics: Dict[str, Any]) -> None:
             seen.append(state)
-            say(f"{now_s() - begun_s:6.2f} s  {state:<11}"
-                + demo_detail(state, metrics, seen.count("ready")))
+            try:
+                say(f"{now_s() - begun_s:6.2f} s  {state:<11}"
+                    + demo_detail(state, metrics, seen.count("ready")))
+            except BrokenPipeError:
+                wake.set()  # nobody looks any more (`demo | head`)
             if "once" in options and seen.count("ready") == 2:
                 wake.set()
         log = Log(loaded.settings.log_format, "debug" if loaded.settings.debug else "warning")
@@ -4200,6 +4747,41 @@ def run_command_line(argv: Sequence[str]) -> int:
                 return Exit.OK
 
 
+def end_with(message: str, code: Exit) -> int:
+    try:
+        sys.stderr.write(REDACTOR.scrub(f"b9agent: {message}\n"))
+    except OSError:
+        pass  # nobody reads it; the exit code says it too
+    return int(code)
+
+
+def exit_code_of(argv: Sequence[str]) -> int:
+    """Every end of a run: a result, an error with a message, or a defect with a place."""
+    try:
+        if any(word in ("-h", "--help", "help") for word in argv):
+            words = " ".join(word for word in argv if not word.startswith("-") and word != "help")
+            say(help_text(COMMAND_BY_WORDS.get(words)))
+            return Exit.OK
+        return int(run_command_line(["version"] if list(argv) == ["--version"] else argv))
+    except AgentError as error:
+        return end_with(f"error: {error}", error.exit_code)
+    except (KeyboardInterrupt, BrokenPipeError):
+        return Exit.OK  # Ctrl-C, or `| head` has seen enough
+    except Exception as error:
+        return end_with(f"defect: {type(error).__name__}: {printable(str(error))} (at "
+                        f"{defect_place(error)}, version {VERSION}). Please report this line",
+                        Exit.DEFECT)
+
+
+def settle_streams() -> None:
+    """Leave no output unwritten: where nobody reads it any more, Python would end with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The exit code of one command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -4208,26 +4790,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a C locale must not end a run
     try:
-        if any(word in ("-h", "--help", "help") for word in argv):
-            words = " ".join(word for word in argv if not word.startswith("-") and word != "help")
-            say(help_text(COMMAND_BY_WORDS.get(words)))
-            return Exit.OK
-        if argv == ["--version"]:
-            argv = ["version"]
-        return int(run_command_line(argv))
-    except AgentError as error:
-        sys.stderr.write(REDACTOR.scrub(f"b9agent: error: {error}\n"))
-        return int(error.exit_code)
-    except KeyboardInterrupt:
-        return Exit.OK
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` closed it: nothing to tell
-        return Exit.OK
-    except Exception as error:
-        sys.stderr.write(REDACTOR.scrub(
-            f"b9agent: defect: {type(error).__name__}: {printable(str(error))} "
-            f"(at {defect_place(error)}, version {VERSION}). Please report this line\n"))
-        return int(Exit.DEFECT)
+        return exit_code_of(argv)
+    finally:
+        settle_streams()
 
 
 if __name__ == "__main__":
