@@ -659,225 +659,12 @@ def http_request(method: str, endpoint: Endpoint, path: str, headers: Dict[str, 
 
 
 # ----------------------------------------------------------------------
-# 3. Settings                       reads the config file, the token file
+# 3a. The YAML subset                                          no effects
 # ----------------------------------------------------------------------
-# One table.  The parser, --help, `config`, the config file's names and the
-# README's table come out of it.  Flags > environment > file > defaults.
-# Text becomes a value in one place per type, whatever the text came from.
-
-
-def parse_text(text: str) -> str:
-    if not text or printable(text) != text or text != text.strip():
-        raise ValueError("text without control characters or blanks around it")
-    return text
-
-
-def parse_secret(text: str) -> str:
-    if not text or not all(0x21 <= ord(char) <= 0x7E for char in text):
-        raise ValueError("one word of printable ASCII characters")
-    return text
-
-
-def parse_host(text: str) -> str:
-    """A host name, IPv4 or IPv6 address; `[::1]` loses its brackets."""
-    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if "://" in text or "/" in text:
-        raise ValueError("a host name or an IP address alone, without scheme or path")
-    if bare.count(":") == 1:
-        raise ValueError("a host name or an IP address alone; the port is a setting of its own")
-    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,253}", bare) or bare.startswith("-"):
-        raise ValueError("a host name or an IP address")
-    return bare
-
-
-def parse_port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
-        raise ValueError("a port, 1 to 65535")
-    return int(text)
-
-
-def parse_listen_port(text: str) -> int:
-    return 0 if text == "0" else parse_port(text)
-
-
-def parse_switch(text: str) -> bool:
-    word = text.lower()
-    if word in ("true", "yes", "on", "1"):
-        return True
-    if word in ("false", "no", "off", "0"):
-        return False
-    raise ValueError("true or false")
-
-
-def parse_interval(text: str) -> float:
-    """Seconds.  The gateway forgets a machine after 300 s, so one lost keepalive must fit in."""
-    number = text[:-1] if text.endswith("s") else text
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", number) or not 1 <= float(number) <= 150:
-        raise ValueError("seconds, 1 to 150 (the gateway forgets a machine after 300)")
-    return float(number)
-
-
-def parse_machine_id(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-fA-F]{8}", text):
-        raise ValueError("8 hexadecimal digits, as `machine create` prints them")
-    return text.lower()
-
-
-def parse_hostname(text: str) -> str:
-    """What the gateway dials: a host as in a URL."""
-    return parse_host(text)
-
-
-def parse_cpu(text: str) -> int:
-    """Millicores, from cores ("8", "0.5") or millicores ("8000m").
-
-    >>> parse_cpu("8"), parse_cpu("0.5"), parse_cpu("1500m")
-    (8000, 500, 1500)
-    """
-    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(m?)", text)
-    millicores = 0 if not match else float(match.group(1)) * (1 if match.group(2) else 1000)
-    if millicores < 1 or millicores != int(millicores):
-        raise ValueError('cores ("8", "0.5") or millicores ("8000m")')
-    return int(millicores)
-
-
-_MEMORY_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
-
-
-def parse_memory(text: str) -> int:
-    """Bytes.
-
-    >>> parse_memory("16Gi") == 16 << 30, parse_memory("1.5Gi") == 3 << 29
-    (True, True)
-    """
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([KMGT]i)", text)
-    size = int(float(match.group(1)) * _MEMORY_UNITS[match.group(2)]) if match else 0
-    if size < 1 << 20:
-        raise ValueError('a size such as "16Gi" or "32768Mi", at least 1Mi')
-    return size
-
-
-def parse_count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,4}", text) or int(text) > 1024:
-        raise ValueError("a whole number, 0 to 1024")
-    return int(text)
-
-
-def parse_indexes(text: str) -> Tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,3}", word) for word in words):
-        raise ValueError("GPU indexes with commas between them, such as 0,1")
-    return tuple(sorted({int(word) for word in words}))
-
-
-def parse_scheme(text: str) -> str:
-    if text not in ("http", "https"):
-        raise ValueError("http or https")
-    return text
-
-
-def parse_log_format(text: str) -> str:
-    if text not in ("text", "json"):
-        raise ValueError("text or json")
-    return text
-
-
-def parse_path(text: str) -> str:
-    if not text or "\0" in text or printable(text) != text:
-        raise ValueError("a path")
-    return os.path.abspath(os.path.expanduser(text))
-
-
-def parse_proxy(text: str) -> str:
-    """`http://[user:password@]host:port`, or `none`."""
-    pattern = r"http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?"
-    if text != "none" and not re.fullmatch(pattern, text):
-        raise ValueError("http://HOST:PORT of a proxy, or none")
-    return text
-
-
-class Setting(NamedTuple):
-    """A row.  path: place in the config file, None where a file cannot say it; also: a second
-    name there (the predecessors' flat form).  kind: metavar of the flag, "" for a switch.
-    default: as a user would write it, "" for none."""
-    key: str
-    flag: str
-    variable: str
-    path: Optional[str]
-    also: str
-    kind: str
-    parse: Callable[[str], Any]
-    default: str
-    secret: bool
-    help: str
-
-
-SETTINGS = tuple(Setting(*row) for row in (
-    ("token", "--token", "BETA9_TOKEN", "machine.token", "token", "TOKEN", parse_secret, "", True,
-     "machine token, from `machine create`; on a command line `ps` shows it to every user"),
-    ("token_file", "--token-file", "B9AGENT_TOKEN_FILE", "machine.token_file", "token_file",
-     "PATH", parse_path, "", False, "file, mode 0600, that holds the machine token"),
-    ("machine_id", "--machine-id", "BETA9_MACHINE_ID", "machine.id", "machine_id", "ID",
-     parse_machine_id, "", False, "8 hex digits; else the kept one, else made once and kept"),
-    ("hostname", "--hostname", "BETA9_HOSTNAME", "machine.hostname", "hostname", "HOST",
-     parse_hostname, "", False,
-     "what the gateway dials to reach this machine's k3s; default `machine-<machine id>`"),
-    ("provider_name", "--provider-name", "BETA9_PROVIDER_NAME", "machine.provider",
-     "provider_name", "NAME", parse_text, "generic", False, "provider the machine belongs to"),
-    ("pool_name", "--pool-name", "BETA9_POOL_NAME", "pool", "pool_name", "NAME", parse_text,
-     "external", False, "worker pool; it must exist in the gateway's configuration"),
-    ("gateway_host", "--gateway-host", "BETA9_GATEWAY_HOST", "gateway.host", "", "HOST",
-     parse_host, "localhost", False, "gateway's host name or address"),
-    ("gateway_port", "--gateway-port", "BETA9_GATEWAY_PORT", "gateway.port", "", "PORT",
-     parse_port, "1994", False, "gateway's HTTP port"),
-    ("gateway_scheme", "--gateway-scheme", "BETA9_GATEWAY_SCHEME", "gateway.scheme", "",
-     "SCHEME", parse_scheme, "http", False, "http or https"),
-    ("gateway_ca_file", "--gateway-ca-file", "B9AGENT_GATEWAY_CA_FILE", "gateway.ca_file", "",
-     "PATH", parse_path, "", False, "PEM file of the authority that signed an https gateway"),
-    ("gateway_proxy", "--gateway-proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "", "URL",
-     parse_proxy, "", True,
-     "proxy to the gateway, or `none`; default: https goes through the environment's, "
-     "http through none"),
-    ("k3s_token", "--k3s-token", "BETA9_K3S_TOKEN", "k3s.token", "k3s_token", "TOKEN",
-     parse_secret, "", True, "bearer token with which the gateway makes worker jobs on our k3s"),
-    ("keepalive_interval", "--keepalive-interval", "BETA9_KEEPALIVE_INTERVAL",
-     "keepalive_interval", "", "SECONDS", parse_interval, "60", False,
-     "seconds between keepalives, 1 to 150"),
-    ("max_cpu", "--max-cpu", "B9AGENT_MAX_CPU", "limits.cpu", "max_cpu", "CORES", parse_cpu, "",
-     False, "offer at most this much CPU, such as 4 or 3500m"),
-    ("max_memory", "--max-memory", "B9AGENT_MAX_MEMORY", "limits.memory", "max_memory", "SIZE",
-     parse_memory, "", False, "offer at most this much memory, such as 16Gi"),
-    ("max_gpus", "--max-gpus", "B9AGENT_MAX_GPUS", "limits.gpus", "max_gpus", "N", parse_count,
-     "", False, "offer at most this many GPUs"),
-    ("gpu_ids", "--gpu-ids", "B9AGENT_GPU_IDS", "limits.gpu_ids", "gpu_ids", "LIST",
-     parse_indexes, "", False, "offer only the GPUs with these indexes, such as 0,1"),
-    ("control_host", "--control-host", "B9AGENT_CONTROL_HOST", "control.host", "", "HOST",
-     parse_host, "127.0.0.1", False, "address the control API listens on"),
-    ("control_port", "--control-port", "B9AGENT_CONTROL_PORT", "control.port", "", "PORT",
-     parse_listen_port, "9999", False, "port of the control API; 0 takes a free one"),
-    ("log_format", "--log-format", "B9AGENT_LOG_FORMAT", "log.format", "", "FORMAT",
-     parse_log_format, "text", False, "text or json"),
-    ("debug", "--debug", "BETA9_DEBUG", "debug", "", "", parse_switch, "false", False,
-     "log every request and answer, without their secrets"),
-    ("state_dir", "--state-dir", "B9AGENT_HOME", None, "", "PATH", parse_path, "~/.b9agent",
-     False, "folder of everything the agent keeps"),
-    ("config", "--config", "B9AGENT_CONFIG", None, "", "PATH", parse_path, "", False,
-     "config file; default `config.yaml` in the state folder"),
-))
-SETTING_BY_KEY = {row.key: row for row in SETTINGS}
-Settings = collections.namedtuple("Settings", [row.key for row in SETTINGS])
-
-
-class Loaded(NamedTuple):
-    """origins: key -> "flag --x", "environment X", "FILE:LINE" or "default"."""
-    settings: Any
-    origins: Dict[str, str]
-    warnings: Tuple[str, ...]
-
-
-# -- the YAML subset ---------------------------------------------------
-# Mappings and lists in blocks or on one line, plain and quoted scalars, comments.  All scalars
-# stay text: the table's types decide, so that machine id 12345678 or 1e100000 is not a number.
+# Mappings and lists, in blocks or on one line, plain and quoted scalars,
+# comments.  All scalars stay text: the table of settings decides, so that
+# machine id 12345678 or 1e100000 is no number.  What is not supported is
+# refused by name and line, and what is accepted means the same to PyYAML.
 
 
 class Node(NamedTuple):
@@ -1187,6 +974,223 @@ def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
     return "".join(out)
 
 
+# ----------------------------------------------------------------------
+# 3b. Settings                      reads the config file, the token file
+# ----------------------------------------------------------------------
+# One table.  The parser, --help, `config`, the config file's names and the
+# README's table come out of it.  Flags > environment > file > defaults.
+# Text becomes a value in one place per type, whatever the text came from.
+
+
+def parse_text(text: str) -> str:
+    if not text or printable(text) != text or text != text.strip():
+        raise ValueError("text without control characters or blanks around it")
+    return text
+
+
+def parse_secret(text: str) -> str:
+    if not text or not all(0x21 <= ord(char) <= 0x7E for char in text):
+        raise ValueError("one word of printable ASCII characters")
+    return text
+
+
+def parse_host(text: str) -> str:
+    """A host name, IPv4 or IPv6 address; `[::1]` loses its brackets."""
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if "://" in text or "/" in text:
+        raise ValueError("a host name or an IP address alone, without scheme or path")
+    if bare.count(":") == 1:
+        raise ValueError("a host name or an IP address alone; the port is a setting of its own")
+    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,253}", bare) or bare.startswith("-"):
+        raise ValueError("a host name or an IP address")
+    return bare
+
+
+def parse_port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise ValueError("a port, 1 to 65535")
+    return int(text)
+
+
+def parse_listen_port(text: str) -> int:
+    return 0 if text == "0" else parse_port(text)
+
+
+def parse_switch(text: str) -> bool:
+    word = text.lower()
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("true or false")
+
+
+def parse_interval(text: str) -> float:
+    """Seconds.  The gateway forgets a machine after 300 s, so one lost keepalive must fit in."""
+    number = text[:-1] if text.endswith("s") else text
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", number) or not 1 <= float(number) <= 150:
+        raise ValueError("seconds, 1 to 150 (the gateway forgets a machine after 300)")
+    return float(number)
+
+
+def parse_machine_id(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{8}", text):
+        raise ValueError("8 hexadecimal digits, as `machine create` prints them")
+    return text.lower()
+
+
+def parse_hostname(text: str) -> str:
+    """What the gateway dials: a host as in a URL."""
+    return parse_host(text)
+
+
+def parse_cpu(text: str) -> int:
+    """Millicores, from cores ("8", "0.5") or millicores ("8000m").
+
+    >>> parse_cpu("8"), parse_cpu("0.5"), parse_cpu("1500m")
+    (8000, 500, 1500)
+    """
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(m?)", text)
+    millicores = 0 if not match else float(match.group(1)) * (1 if match.group(2) else 1000)
+    if millicores < 1 or millicores != int(millicores):
+        raise ValueError('cores ("8", "0.5") or millicores ("8000m")')
+    return int(millicores)
+
+
+_MEMORY_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes.
+
+    >>> parse_memory("16Gi") == 16 << 30, parse_memory("1.5Gi") == 3 << 29
+    (True, True)
+    """
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([KMGT]i)", text)
+    size = int(float(match.group(1)) * _MEMORY_UNITS[match.group(2)]) if match else 0
+    if size < 1 << 20:
+        raise ValueError('a size such as "16Gi" or "32768Mi", at least 1Mi')
+    return size
+
+
+def parse_count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,4}", text) or int(text) > 1024:
+        raise ValueError("a whole number, 0 to 1024")
+    return int(text)
+
+
+def parse_indexes(text: str) -> Tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,3}", word) for word in words):
+        raise ValueError("GPU indexes with commas between them, such as 0,1")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def parse_scheme(text: str) -> str:
+    if text not in ("http", "https"):
+        raise ValueError("http or https")
+    return text
+
+
+def parse_log_format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise ValueError("text or json")
+    return text
+
+
+def parse_path(text: str) -> str:
+    if not text or "\0" in text or printable(text) != text:
+        raise ValueError("a path")
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def parse_proxy(text: str) -> str:
+    """`http://[user:password@]host:port`, or `none`."""
+    pattern = r"http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?"
+    if text != "none" and not re.fullmatch(pattern, text):
+        raise ValueError("http://HOST:PORT of a proxy, or none")
+    return text
+
+
+class Setting(NamedTuple):
+    """A row.  path: place in the config file, None where a file cannot say it; also: a second
+    name there (the predecessors' flat form).  kind: metavar of the flag, "" for a switch.
+    default: as a user would write it, "" for none."""
+    key: str
+    flag: str
+    variable: str
+    path: Optional[str]
+    also: str
+    kind: str
+    parse: Callable[[str], Any]
+    default: str
+    secret: bool
+    help: str
+
+
+SETTINGS = tuple(Setting(*row) for row in (
+    ("token", "--token", "BETA9_TOKEN", "machine.token", "token", "TOKEN", parse_secret, "", True,
+     "machine token, from `machine create`; on a command line `ps` shows it to every user"),
+    ("token_file", "--token-file", "B9AGENT_TOKEN_FILE", "machine.token_file", "token_file",
+     "PATH", parse_path, "", False, "file, mode 0600, that holds the machine token"),
+    ("machine_id", "--machine-id", "BETA9_MACHINE_ID", "machine.id", "machine_id", "ID",
+     parse_machine_id, "", False, "8 hex digits; else the kept one, else made once and kept"),
+    ("hostname", "--hostname", "BETA9_HOSTNAME", "machine.hostname", "hostname", "HOST",
+     parse_hostname, "", False,
+     "what the gateway dials to reach this machine's k3s; default `machine-<machine id>`"),
+    ("provider_name", "--provider-name", "BETA9_PROVIDER_NAME", "machine.provider",
+     "provider_name", "NAME", parse_text, "generic", False, "provider the machine belongs to"),
+    ("pool_name", "--pool-name", "BETA9_POOL_NAME", "pool", "pool_name", "NAME", parse_text,
+     "external", False, "worker pool; it must exist in the gateway's configuration"),
+    ("gateway_host", "--gateway-host", "BETA9_GATEWAY_HOST", "gateway.host", "", "HOST",
+     parse_host, "localhost", False, "gateway's host name or address"),
+    ("gateway_port", "--gateway-port", "BETA9_GATEWAY_PORT", "gateway.port", "", "PORT",
+     parse_port, "1994", False, "gateway's HTTP port"),
+    ("gateway_scheme", "--gateway-scheme", "BETA9_GATEWAY_SCHEME", "gateway.scheme", "",
+     "SCHEME", parse_scheme, "http", False, "http or https"),
+    ("gateway_ca_file", "--gateway-ca-file", "B9AGENT_GATEWAY_CA_FILE", "gateway.ca_file", "",
+     "PATH", parse_path, "", False, "PEM file of the authority that signed an https gateway"),
+    ("gateway_proxy", "--gateway-proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "", "URL",
+     parse_proxy, "", True,
+     "proxy to the gateway, or `none`; default: https goes through the environment's, "
+     "http through none"),
+    ("k3s_token", "--k3s-token", "BETA9_K3S_TOKEN", "k3s.token", "k3s_token", "TOKEN",
+     parse_secret, "", True, "bearer token with which the gateway makes worker jobs on our k3s"),
+    ("keepalive_interval", "--keepalive-interval", "BETA9_KEEPALIVE_INTERVAL",
+     "keepalive_interval", "", "SECONDS", parse_interval, "60", False,
+     "seconds between keepalives, 1 to 150"),
+    ("max_cpu", "--max-cpu", "B9AGENT_MAX_CPU", "limits.cpu", "max_cpu", "CORES", parse_cpu, "",
+     False, "offer at most this much CPU, such as 4 or 3500m"),
+    ("max_memory", "--max-memory", "B9AGENT_MAX_MEMORY", "limits.memory", "max_memory", "SIZE",
+     parse_memory, "", False, "offer at most this much memory, such as 16Gi"),
+    ("max_gpus", "--max-gpus", "B9AGENT_MAX_GPUS", "limits.gpus", "max_gpus", "N", parse_count,
+     "", False, "offer at most this many GPUs"),
+    ("gpu_ids", "--gpu-ids", "B9AGENT_GPU_IDS", "limits.gpu_ids", "gpu_ids", "LIST",
+     parse_indexes, "", False, "offer only the GPUs with these indexes, such as 0,1"),
+    ("control_host", "--control-host", "B9AGENT_CONTROL_HOST", "control.host", "", "HOST",
+     parse_host, "127.0.0.1", False, "address the control API listens on"),
+    ("control_port", "--control-port", "B9AGENT_CONTROL_PORT", "control.port", "", "PORT",
+     parse_listen_port, "9999", False, "port of the control API; 0 takes a free one"),
+    ("log_format", "--log-format", "B9AGENT_LOG_FORMAT", "log.format", "", "FORMAT",
+     parse_log_format, "text", False, "text or json"),
+    ("debug", "--debug", "BETA9_DEBUG", "debug", "", "", parse_switch, "false", False,
+     "log every request and answer, without their secrets"),
+    ("state_dir", "--state-dir", "B9AGENT_HOME", None, "", "PATH", parse_path, "~/.b9agent",
+     False, "folder of everything the agent keeps"),
+    ("config", "--config", "B9AGENT_CONFIG", None, "", "PATH", parse_path, "", False,
+     "config file; default `config.yaml` in the state folder"),
+))
+SETTING_BY_KEY = {row.key: row for row in SETTINGS}
+Settings = collections.namedtuple("Settings", [row.key for row in SETTINGS])
+
+
+class Loaded(NamedTuple):
+    """origins: key -> "flag --x", "environment X", "FILE:LINE" or "default"."""
+    settings: Any
+    origins: Dict[str, str]
+    warnings: Tuple[str, ...]
+
+
 # -- from flags, variables and the file to values ----------------------
 
 class _Given(NamedTuple):
@@ -1450,6 +1454,59 @@ def parse_arguments(argv: Sequence[str], options: Sequence[Option]) -> Arguments
         else:
             chosen[row.name] = text
     return Arguments(tuple(words), flags, chosen)
+
+
+def setting_text(row: Setting, value: Any) -> str:
+    """A value as it would be written in a flag or the file; parse(setting_text(v)) == v."""
+    if value is None:
+        return ""
+    if row.parse is parse_switch:
+        return "true" if value else "false"
+    if row.parse is parse_indexes:
+        return ",".join(str(index) for index in value)
+    if row.parse is parse_cpu:
+        return f"{value}m"
+    if row.parse is parse_memory:
+        return f"{value >> 10}Ki" if value % (1 << 20) else f"{value >> 20}Mi"
+    if row.parse is parse_interval:
+        return f"{value:g}"
+    return str(value)
+
+
+def split_gateway(text: str) -> Tuple[str, str]:
+    """
+    >>> split_gateway("gw:1994"), split_gateway("gw"), split_gateway("[::1]:80")
+    (('gw', '1994'), ('gw', ''), ('::1', '80'))
+    """
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:/]+)(?::([0-9]{1,5}))?", text)
+    try:
+        if not match:
+            raise ValueError("HOST or HOST:PORT, an IPv6 address in brackets")
+        host = parse_host(match.group(1))
+        return host, str(parse_port(match.group(2))) if match.group(2) else ""
+    except ValueError as error:
+        raise UsageError(f"--gateway: `{printable(text[:60])}` cannot be used, expected "
+                         f"{error}") from error
+
+
+def init_values(loaded: Loaded, options: Dict[str, str]) -> Dict[str, str]:
+    """{key: text} that flags and variables ask for; init's short forms are flags as well."""
+    wanted = {}
+    for row in SETTINGS:
+        origin = loaded.origins[row.key]
+        if row.path and origin.startswith(("flag ", "environment ")):
+            value = getattr(loaded.settings, row.key)
+            wanted[row.key] = setting_text(row, value)
+    if "gateway" in options:
+        host, port = split_gateway(options["gateway"])
+        wanted["gateway_host"] = host
+        if port:
+            wanted["gateway_port"] = port
+    if "port" in options:
+        wanted["gateway_port"] = options["port"]
+    if "pool" in options:
+        wanted["pool_name"] = options["pool"]
+    return wanted
 
 
 # ----------------------------------------------------------------------
@@ -3914,74 +3971,78 @@ def _print_definition(manager: str, say: Callable[[str], None]) -> int:
 # -- service managers ---------------------------------------------------
 
 class Process(NamedTuple):
-    """pid: None where the manager does not say; ended: the exit code of one that stays ended."""
+    """pid: None where the manager does not say, 0 for none; ended: the exit code of one that stays
+    ended."""
     pid: Optional[int] = None
     ended: Optional[int] = None
 
 
-class NoManager:
-    """What each manager can do; here, nothing.  start() and the others raise UnhealthyError."""
+class Manager:
+    """What starts services here.  The base class is for machines that have none.
 
+    enable(): at every boot; restart(): now; disable(): neither.  Raises: UnhealthyError.
+    """
     logs = ""
+    enable_calls: Tuple[Tuple[str, ...], ...] = ()
+    disable_calls: Tuple[Tuple[str, ...], ...] = ()
+    restart_call: Tuple[str, ...] = ()
 
     def __init__(self, place: Place) -> None:
         self.place = place
 
-    def _call(self, *argv: str, limit_s: float = 30.0) -> CommandResult:
-        result = run_command(argv, limit_s)
+    def _call(self, *argv: str) -> None:
+        result = run_command(argv, 200.0)  # a stop may take 90 s
         if result.exit_code != 0:
             said = printable(" ".join((result.problem or result.output).split())[-300:])
             raise UnhealthyError(f"`{' '.join(argv)}` failed: {said or result.exit_code}")
-        return result
 
     def prepare(self, _say: Callable[[str], None]) -> bool:
-        """Before anything is enabled.  False where the manager is not there after all."""
-        return False
+        """What comes before all else.  False where the manager is not there after all."""
+        return type(self) is not Manager
 
     def overriding(self) -> List[str]:
         """Files of the operator's that come before ours."""
         return []
 
     def enable(self) -> None:
-        """Take up a changed definition; start it at every boot."""
+        for argv in self.enable_calls:
+            self._call(*argv)
 
     def restart(self) -> None:
-        """Start it, or stop it and start it anew."""
-
-    def stop(self) -> None:
-        """Stop it, and leave it to start at the next boot."""
+        self._call(*self.restart_call)
 
     def disable(self) -> None:
-        """Stop it for good."""
+        for argv in self.disable_calls:
+            run_command(argv, 200.0)
 
     def process(self) -> Process:
-        return Process()
+        return Process(0)
 
     def last_lines(self) -> str:
         """The end of its log."""
         return ""
 
 
-class Systemd(NoManager):
+class Systemd(Manager):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         user = ("--user",) if place.scope == "user" else ()
-        self._systemctl = ("systemctl", *user)
+        call = self._systemctl = ("systemctl", *user)
         self._journal = ("journalctl", *user, "-u", "b9agent")
         self.logs = " ".join(self._journal + ("-f",))
+        self.enable_calls = ((*call, "daemon-reload"), (*call, "enable", "b9agent.service"))
+        self.restart_call = (*call, "restart", "b9agent.service")
+        self.disable_calls = ((*call, "disable", "--now", "b9agent.service"),)
 
     def prepare(self, say: Callable[[str], None]) -> bool:
-        """A user's services need that user's manager, and end with the last session without
-        linger."""
+        """A user's services need that user's manager, which without linger ends at logout."""
         if self.place.scope == "system":
             return True
-        folder = f"/run/user/{self.place.account.uid}"
-        linger = run_command(["loginctl", "enable-linger", self.place.account.name], 20.0)
-        if linger.exit_code != 0:
+        account, until_s, wake = self.place.account, now_s() + 10.0, Wake()
+        if run_command(["loginctl", "enable-linger", account.name], 20.0).exit_code != 0:
             say("warning: the service stops when you log out. To change that: sudo loginctl "
-                f"enable-linger {self.place.account.name}")
-        os.environ.setdefault("XDG_RUNTIME_DIR", folder)
-        until_s, wake = now_s() + 10.0, Wake()
+                f"enable-linger {account.name}")
+        os.environ.setdefault("XDG_RUNTIME_DIR", f"/run/user/{account.uid}")
         while run_command([*self._systemctl, "show-environment"], 10.0).exit_code != 0:
             if now_s() > until_s:
                 return False
@@ -3989,25 +4050,11 @@ class Systemd(NoManager):
         return True
 
     def overriding(self) -> List[str]:
-        home = self.place.account.home
         folders = (["/etc/systemd/system", "/run/systemd/system"] if self.place.scope == "system"
-                   else [home + "/.config/systemd/user", "/etc/systemd/user"])
-        return [path for folder in folders for path in (folder + "/b9agent.service",
-                                                        folder + "/b9agent.service.d")
-                if os.path.exists(path)]
-
-    def enable(self) -> None:
-        self._call(*self._systemctl, "daemon-reload")
-        self._call(*self._systemctl, "enable", "b9agent.service")
-
-    def restart(self) -> None:
-        self._call(*self._systemctl, "restart", "b9agent.service", limit_s=200.0)
-
-    def stop(self) -> None:
-        self._call(*self._systemctl, "stop", "b9agent.service", limit_s=120.0)
-
-    def disable(self) -> None:
-        run_command([*self._systemctl, "disable", "--now", "b9agent.service"], 120.0)
+                   else [self.place.account.home + "/.config/systemd/user", "/etc/systemd/user"])
+        names = ("b9agent.service", "b9agent.service.d")
+        paths = [os.path.join(folder, name) for folder in folders for name in names]
+        return [path for path in paths if os.path.exists(path)]
 
     def process(self) -> Process:
         shown = run_command([*self._systemctl, "show", "b9agent.service", "-p", "MainPID,"
@@ -4021,50 +4068,36 @@ class Systemd(NoManager):
         return run_command([*self._journal, "-n", "20", "--no-pager", "-o", "cat"], 10.0).output
 
 
-class Launchd(NoManager):
-    LABEL = "com.b9agent"
-
+class Launchd(Manager):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
-        self._domain = "system"
         self.logs = f"tail -f {launchd_log(place)}"
+        gui, background = (f"{domain}/{place.account.uid}" for domain in ("gui", "user"))
+        # Over ssh there is no gui session: a launch agent then belongs in the user's domain.
+        self._domain = "system" if place.scope == "system" else (
+            gui if run_command(["launchctl", "print", gui], 10.0).exit_code == 0 else background)
+        self._target = self._domain + "/com.b9agent"
+        self.disable_calls = (("launchctl", "bootout", self._target),)
 
     def prepare(self, _say: Callable[[str], None]) -> bool:
-        """Over ssh there is no gui session: a launch agent then belongs in the user domain."""
-        if self.place.scope == "user":
-            gui = f"gui/{self.place.account.uid}"
-            there = run_command(["launchctl", "print", gui], 10.0).exit_code == 0
-            self._domain = gui if there else f"user/{self.place.account.uid}"
         with _ActingAs(self.place.account):  # launchd would make the folder, but as root
             os.makedirs(os.path.dirname(launchd_log(self.place)), exist_ok=True)
         return True
 
-    @property
-    def _target(self) -> str:
-        return f"{self._domain}/{self.LABEL}"
-
     def restart(self) -> None:
         """bootstrap answers 5 while the old job is still going away."""
         wake = Wake()
-        run_command(["launchctl", "bootout", self._target], 90.0)
+        self.disable()
         self._call("launchctl", "enable", self._target)
-        for wait_s in (0, 1, 1, 2, 4, None):
-            result = run_command(["launchctl", "bootstrap", self._domain, self.place.definition],
-                                 30.0)
-            if result.exit_code != 5 or wait_s is None:
-                break
+        for wait_s in (0.0, 1.0, 1.0, 2.0, 4.0):
             wake.wait(wait_s)
-        if result.exit_code != 0:
-            raise UnhealthyError(f"`launchctl bootstrap {self._domain}` failed: "
-                                 f"{printable(result.output.strip() or str(result.exit_code))}")
+            bootstrap = ("launchctl", "bootstrap", self._domain, self.place.definition)
+            if run_command(bootstrap, 30.0).exit_code == 0:
+                break
+        else:
+            self._call(*bootstrap)
         self._call("launchctl", "kickstart", self._target)
         self._call("launchctl", "print", self._target)
-
-    def stop(self) -> None:
-        run_command(["launchctl", "bootout", self._target], 90.0)
-
-    def disable(self) -> None:
-        self.stop()
 
     def process(self) -> Process:
         shown = run_command(["launchctl", "print", self._target], 10.0).output
@@ -4076,35 +4109,675 @@ class Launchd(NoManager):
             return "\n".join((read_text(launchd_log(self.place)) or "").splitlines()[-20:])
 
 
-class OpenRc(NoManager):
+class OpenRc(Manager):
     logs = "tail -f /var/log/b9agent.log"
-
-    def prepare(self, _say: Callable[[str], None]) -> bool:
-        return True
-
-    def enable(self) -> None:
-        self._call("rc-update", "add", "b9agent", "default")
-
-    def restart(self) -> None:
-        self._call("rc-service", "b9agent", "restart", limit_s=200.0)
-
-    def stop(self) -> None:
-        self._call("rc-service", "b9agent", "stop", limit_s=120.0)
-
-    def disable(self) -> None:
-        run_command(["rc-service", "b9agent", "stop"], 120.0)
-        run_command(["rc-update", "del", "b9agent"], 30.0)
+    enable_calls = (("rc-update", "add", "b9agent", "default"),)
+    restart_call = ("rc-service", "b9agent", "restart")
+    disable_calls = (("rc-service", "b9agent", "stop"), ("rc-update", "del", "b9agent"))
 
     def process(self) -> Process:
-        """It knows its supervisor's pid alone; started or not is all that can be asked."""
-        return Process(None if run_command(["rc-service", "b9agent", "status"], 10.0).exit_code == 0
-                       else 0)
+        """It knows its supervisor's pid alone: started or not is all that can be asked."""
+        started = run_command(["rc-service", "b9agent", "status"], 10.0).exit_code == 0
+        return Process(None if started else 0)
 
     def last_lines(self) -> str:
         return "\n".join((read_text("/var/log/b9agent.log") or "").splitlines()[-20:])
 
 
-MANAGERS = {"systemd": Systemd, "launchd": Launchd, "openrc": OpenRc, "none": NoManager}
+MANAGERS = {"systemd": Systemd, "launchd": Launchd, "openrc": OpenRc, "none": Manager}
+
+
+# -- changes, and whether the service is well -----------------------------
+
+def make_public_folder(path: str) -> None:
+    """A folder that everybody may read, whatever the umask; its missing parents as well."""
+    if not os.path.isdir(path):
+        make_public_folder(os.path.dirname(path))
+        os.mkdir(path)
+        os.chmod(path, 0o755)
+
+
+class Steps:
+    """Says each change and makes it, or in a dry run only says it.  undo() takes back what was
+    written."""
+
+    def __init__(self, say: Callable[[str], None], options: Dict[str, str]) -> None:
+        self.dry = "dry-run" in options
+        self._quiet = "quiet" in options and not self.dry
+        self._say = say
+        self._written: List[Tuple[str, Optional[str], int]] = []
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            self._say(text)
+
+    def do(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
+        self.say(("would " if self.dry else "") + what)
+        if not self.dry:
+            action(*arguments)
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> bool:
+        """True where there was something to change."""
+        old = read_text(path, CODE_MAX_BYTES)
+        if old == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
+            return False
+        self.do(f"write {path}", self._write, path, text, mode, old)
+        return True
+
+    def _write(self, path: str, text: str, mode: int, old: Optional[str]) -> None:
+        make_public_folder(os.path.dirname(path))
+        self._written.append((path, old, mode))
+        write_atomic(path, text, mode)
+
+    def undo(self) -> None:
+        for path, old, mode in reversed(self._written):
+            if old is None:
+                remove_file(path)
+            else:
+                write_atomic(path, old, mode)
+        self._written = []
+
+
+class Release(NamedTuple):
+    """What is to be installed."""
+    code: str
+    definition: str
+    version: str
+
+
+def version_of(code: str) -> str:
+    """
+    >>> version_of('x\\nVERSION = "1.2.3"\\n')
+    '1.2.3'
+    """
+    match = re.search(r'^VERSION = "([^"]+)"$', code, re.M)
+    return match.group(1) if match else "unknown"
+
+
+def _answer(place: Place, version: str, pid: Optional[int]) -> Tuple[Dict[str, Any], str]:
+    """(what the agent says of itself, what is wrong with that)."""
+    try:
+        with _ActingAs(place.account):
+            status = read_agent_status(place.state, 3.0)
+            mode = stat.S_IMODE(os.stat(place.config).st_mode)
+    except AgentError as error:
+        return {}, error.what
+    except OSError as error:
+        return {}, f"{place.config}: {error.strerror}"
+    if status["version"] != version:
+        return status, f"b9agent {printable(str(status['version']))} answers, not {version}"
+    if pid is not None and status.get("pid") != pid:
+        return status, f"process {status.get('pid')} answers, but the service is process {pid}"
+    return status, f"{place.config} has mode {mode:04o}, not 0600" if mode & 0o077 else ""
+
+
+def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any]:
+    """The status of an agent of this version that has stayed up for five seconds.
+
+    A gateway that does not answer is not the service's illness.
+    Raises: TokenRefused, RequestRefused, UnhealthyError.
+    """
+    wake, until_s = Wake(), now_s() + HEALTH_LIMIT_S
+    steady_pid, since_s = None, now_s()
+    while True:
+        process = manager.process()
+        status, problem = _answer(manager.place, version, process.pid)
+        if process.ended in PERMANENT_EXITS:
+            _raise_for(process.ended, version)
+        if status.get("pid") != steady_pid:
+            steady_pid, since_s = status.get("pid"), now_s()
+        settled = offline or status.get("state") in ("registered", "ready", "unreachable", "refused")
+        late, steady = now_s() > until_s, now_s() - since_s >= STEADY_S
+        if steady and not problem and (settled or late):
+            return status
+        if late:
+            if not status and manager.place.manager in ("launchd", "openrc"):
+                _raise_for(_try_once(manager.place), version)
+            raise UnhealthyError(problem or "it starts again and again")
+        wake.wait(0.25)
+
+
+def _try_once(place: Place) -> int:
+    """Why an agent waits that may not end, as under launchd: the exit code of one attempt."""
+    with _ActingAs(place.account):
+        result = run_command(["env", f"B9AGENT_HOME={place.state}", *place.command, "--once"], 120.0)
+    return result.exit_code or 0
+
+
+def _raise_for(exit_code: int, version: str) -> None:
+    what = f"b9agent {version} is installed, but the gateway refused "
+    if exit_code == Exit.TOKEN_REFUSED:
+        raise TokenRefused(what + "its token", "The service waits for a new one: make one with "
+                           "`machine create`, and run this again with it and its --machine-id")
+    if exit_code == Exit.REQUEST_REFUSED:
+        raise RequestRefused(what + "the machine", "The service's log says why; mend --pool or "
+                             "--gateway and run this again")
+    if exit_code in PERMANENT_EXITS:
+        raise UnhealthyError(f"the agent ended with exit code {exit_code}")
+
+
+def _port_holder(port: int) -> Tuple[Optional[int], str]:
+    """(pid, words for a person) of the program that listens on a port."""
+    shown = run_command(["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"], 10.0).output
+    match = re.search(r"^p([0-9]+)$(?:.*?)^c(.+)$", shown, re.M | re.S)
+    if match:
+        return int(match.group(1)), f"{printable(match.group(2))}, pid {match.group(1)}"
+    shown = run_command(["ss", "-Hltnp", f"sport = :{port}"], 10.0).output
+    match = re.search(r'\(\("([^"]+)",pid=([0-9]+)', shown)
+    if match:
+        return int(match.group(2)), f"{printable(match.group(1))}, pid {match.group(2)}"
+    return None, "another program"
+
+
+def check_port(place: Place, manager: Manager, host: str, port: int) -> None:
+    """Raises: LockedError where another program than our service listens on the control port."""
+    if port == 0:
+        return
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            return
+        except OSError as error:
+            import errno
+            if error.errno != errno.EADDRINUSE:
+                return  # not an address of this machine now, perhaps later: the agent will say
+    pid, holder = _port_holder(port)
+    if pid is not None and pid == manager.process().pid:
+        return
+    if not _answer(place, "", None)[0]:
+        raise LockedError(f"the control port {port} is held by {holder}", "Stop that, or choose "
+                          "another with --control-port PORT")
+
+
+# -- installing ----------------------------------------------------------
+
+def _create_user(name: str) -> None:
+    """A system user of ours, in the groups that own GPU devices."""
+    import grp
+    import shutil
+    groups = [row.gr_name for row in grp.getgrall() if row.gr_name in ("video", "render")]
+    shell = next((path for path in ("/usr/sbin/nologin", "/sbin/nologin") if os.path.exists(path)),
+                 "/bin/false")
+    if shutil.which("useradd"):
+        more = ["--groups", ",".join(groups)] if groups else []
+        calls = [["useradd", "--system", "--user-group", "--no-create-home", "--home-dir",
+                  SYSTEM_STATE, "--shell", shell, *more, name]]
+    else:  # busybox
+        calls = [["addgroup", "-S", name], ["adduser", "-S", "-D", "-H", "-h", SYSTEM_STATE, "-s",
+                                            shell, "-G", name, name]]
+        calls += [["addgroup", name, group] for group in groups]
+    for argv in calls:
+        result = run_command(argv, 60.0)
+        if result.exit_code != 0:
+            raise UsageError(f"cannot make the user {name}: "
+                             f"{printable((result.problem or result.output).strip())}",
+                             "Name an existing one with --run-as USER")
+
+
+def _make_state_folder(place: Place) -> None:
+    if place.state != SYSTEM_STATE:
+        with _ActingAs(place.account):
+            make_private_folder(place.state)
+        return
+    os.makedirs(os.path.dirname(place.state), exist_ok=True)
+    os.mkdir(place.state, 0o700)
+    os.chown(place.state, place.account.uid, place.account.gid)
+
+
+def _split_url(text: str) -> Tuple[Dict[str, str], str]:
+    """({setting: text} of a URL's scheme and its default port, the HOST[:PORT] in it)."""
+    scheme, marked, rest = text.rpartition("://")
+    if not marked:
+        return {}, text
+    if scheme not in ("http", "https"):
+        raise UsageError(f"--gateway: `{printable(text[:60])}` cannot be used, expected "
+                         "HOST[:PORT] or a URL of http or https")
+    return {"gateway_scheme": scheme, "gateway_port": "443" if scheme == "https" else "80"}, (
+        rest.rstrip("/"))
+
+
+def _handed_environment(options: Dict[str, str]) -> Dict[str, str]:
+    """The environment, with what sudo would have dropped from it."""
+    found = {name: value for name, value in os.environ.items()}
+    if "environment-stdin" in options:
+        for line in sys.stdin.read(65536).splitlines():
+            name, _, value = line.partition("=")
+            if name in _HANDED_ON:
+                found[name] = value
+    if os.environ.get("B9AGENT_TOKEN"):
+        found.setdefault("BETA9_TOKEN", os.environ["B9AGENT_TOKEN"])
+    REDACTOR.add(found.get("BETA9_TOKEN"))
+    return found
+
+
+def wanted_settings(loaded: Loaded, options: Dict[str, str],
+                    environ: Dict[str, str]) -> Dict[str, str]:
+    """{key: text} that this installation is told: a --config file, variables, flags."""
+    wanted = {}
+    if loaded.origins["config"].startswith("flag "):
+        wanted = {key: item.text for key, item in read_config(loaded.settings.config).items()}
+    if environ.get("BETA9_TOKEN"):
+        wanted["token"] = environ["BETA9_TOKEN"]
+    from_url, address = _split_url(options.get("gateway", ""))
+    wanted.update(from_url)
+    wanted.update(init_values(loaded, dict(options, gateway=address) if address else options))
+    if wanted.pop("token_file", ""):
+        wanted["token"] = loaded.settings.token
+    for key, text in wanted.items():
+        row = SETTING_BY_KEY[key]
+        _value(row, {key: _Given(text, f"flag {row.flag}")})
+    return wanted
+
+
+def _ask_token() -> str:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return ""  # nobody to ask
+    import getpass
+    return getpass.getpass("Machine token (it is not shown): ").strip()
+
+
+def _proxy_to_write(host: str, environ: Dict[str, str]) -> str:
+    """The environment's proxy for an https gateway: a service does not have that environment."""
+    if proxy_for("https", host, None, environ) is None:
+        return ""
+    url = next(environ[name] for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+               if environ.get(name))
+    return url if "://" in url else "http://" + url
+
+
+class Installation:
+    """One run of `service install`."""
+
+    def __init__(self, place: Place, options: Dict[str, str], steps: Steps) -> None:
+        self.place, self.steps = place, steps
+        self._options = options
+        kind = Manager if "no-service" in options else MANAGERS[place.manager]
+        self.manager = kind(place)
+        self._code = os.path.join(place.code, "b9agent.py")
+        self._record = os.path.join(place.code, "definition")
+        self._old_code = read_text(self._code, CODE_MAX_BYTES)
+        self._old_config: Optional[Tuple[Optional[str]]] = None
+        self._restarted = False
+
+    # -- before anything is changed ---------------------------------------
+
+    def release(self) -> Release:
+        """This file; or with --rollback the version before the installed one."""
+        if "rollback" not in self._options:
+            code = read_text(os.path.abspath(__file__), CODE_MAX_BYTES) or ""
+            return Release(code, render_definition(self.place), VERSION)
+        code = read_text(self._code + ".prev", CODE_MAX_BYTES)
+        if code is None:
+            raise UsageError(f"there is no previous version in {self.place.code}",
+                             "Nothing was changed")
+        definition = read_text(self._record + ".prev") or read_text(self._record)
+        return Release(code, definition or render_definition(self.place), version_of(code))
+
+    def known_settings(self) -> Dict[str, str]:
+        try:
+            with _ActingAs(self.place.account):
+                return {key: item.text for key, item in read_config(self.place.config).items()}
+        except UsageError:
+            if self.steps.dry and not os.access(self.place.state, os.R_OK):
+                self.steps.say(f"cannot look into {self.place.state}: that needs sudo")
+                return {"token": "?", "gateway_host": "?"}
+            raise
+
+    def changed_settings(self, known: Dict[str, str], wanted: Dict[str, str],
+                         environ: Dict[str, str]) -> Dict[str, str]:
+        """What must be written, so that the agent has a gateway and a token."""
+        merged = {**known, **wanted}
+        may_miss = self.steps.dry or "no-start" in self._options or "no-service" in self._options
+        if not may_miss and "gateway_host" not in merged:
+            raise UsageError("no gateway is known", "Say which with --gateway HOST[:PORT]. "
+                             "Nothing was changed")
+        if not may_miss and not {"token", "token_file"} & set(merged):
+            token = "" if "yes" in self._options else _ask_token()
+            if not token:
+                raise UsageError("there is no machine token", "Give one in B9AGENT_TOKEN or with "
+                                 "--token-file PATH; `beta9 machine create --pool POOL` makes one. "
+                                 "Nothing was changed")
+            wanted = dict(wanted, token=token)
+            _value(SETTING_BY_KEY["token"], {"token": _Given(token, "flag the token")})
+            REDACTOR.add(token)
+        if merged.get("gateway_scheme") == "https" and "gateway_proxy" not in merged:
+            proxy = _proxy_to_write(merged.get("gateway_host", ""), environ)
+            if proxy:
+                wanted = dict(wanted, gateway_proxy=proxy)
+        return {key: text for key, text in wanted.items() if known.get(key) != text}
+
+    def check(self, merged: Dict[str, str]) -> None:
+        """Raises: UsageError, LockedError; nothing is changed yet."""
+        place, launcher = self.place, read_text(self.place.launcher)
+        if launcher is not None and _LAUNCHER_MARK not in launcher:
+            raise UsageError(f"{place.launcher} is not one of ours", "Move it away, and run this "
+                             "again. Nothing was changed")
+        try:
+            owner = os.stat(place.state).st_uid
+        except OSError:
+            owner = place.account.uid
+        if owner != place.account.uid:
+            raise UsageError(f"{place.state} belongs to user {owner}, not to {place.account.name}",
+                             f"Say --run-as USER, or: chown -R {place.account.name} {place.state}. "
+                             "Nothing was changed")
+        for path in self.manager.overriding():
+            self.steps.say(f"note: {path} is yours and stays in force")
+        if "no-start" not in self._options and "no-service" not in self._options:
+            check_port(place, self.manager, merged.get("control_host") or "127.0.0.1",
+                       int(merged.get("control_port") or 9999))
+
+    def prepare(self, release: Release) -> None:
+        """User, folders, and a trial of the new file with that user's rights."""
+        if self.place.account.uid is None:
+            name = self.place.account.name
+            self.steps.do(f"create the system user {name}", _create_user, name)
+            if not self.steps.dry:
+                self.place = self.manager.place = self.place._replace(
+                    account=_find_account(name, self.place.manager))
+        if not os.path.isdir(self.place.state):
+            self.steps.do(f"make {self.place.state}", _make_state_folder, self.place)
+        self.steps.do(f"try b9agent {release.version} with {self.place.python} as "
+                      f"{self.place.account.name}", self._try, release)
+
+    def _try(self, release: Release) -> None:
+        draft = self._code + ".new"
+        try:
+            write_atomic(draft, release.code, 0o644)
+            with _ActingAs(self.place.account):
+                result = run_command([self.place.python, "-I", draft, "version"], 60.0)
+        finally:
+            remove_file(draft)
+        if result.exit_code != 0 or release.version not in result.output:
+            said = printable((result.problem or result.output).strip()[-300:])
+            raise UsageError(f"{self.place.python} cannot run b9agent {release.version} as "
+                             f"{self.place.account.name}: {said}",
+                             "Name another with --python PATH. Nothing was changed")
+
+    # -- changes ------------------------------------------------------------
+
+    def write(self, release: Release, settings: Dict[str, str]) -> bool:
+        """True where the running service has something to take up."""
+        place, steps = self.place, self.steps
+        changed = bool(settings)
+        if settings:
+            steps.do(f"set {', '.join(sorted(settings))} in {place.config}", self._save_config,
+                     settings)
+        if self._old_code not in (None, release.code):
+            steps.write(self._code + ".prev", self._old_code)
+        new_code = steps.write(self._code, release.code)
+        new_main = steps.write(os.path.join(place.code, "__main__.py"), _MAIN_FILE)
+        if new_code or new_main:
+            steps.do("compile it", self._compile)
+        steps.write(place.launcher, render_launcher(place), 0o755)
+        if "no-service" not in self._options and place.definition:
+            changed = self._write_definition(release.definition) or changed
+        return changed or new_code or new_main
+
+    def _save_config(self, settings: Dict[str, str]) -> None:
+        with _ActingAs(self.place.account):
+            self._old_config = (read_text(self.place.config),)
+            backup = save_config(self.place.config, settings)
+        if backup:
+            self.steps.say(f"note: the old file, with its comments, is {backup}")
+
+    def _compile(self) -> None:
+        """The service's user cannot write here, so its compiled form is made now."""
+        import py_compile
+        cached = py_compile.compile(self._code, doraise=True)
+        os.chmod(cached, 0o644)
+        os.chmod(os.path.dirname(cached), 0o755)
+
+    def _write_definition(self, text: str) -> bool:
+        """One that somebody changed is theirs.  What we wrote last is kept beside the code."""
+        record, target = read_text(self._record), read_text(self.place.definition)
+        if target is not None and target not in (record, text):
+            self.steps.say(f"note: {self.place.definition} was changed by hand and stays as it is")
+            return False
+        if record not in (None, text):
+            self.steps.write(self._record + ".prev", record)
+        self.steps.write(self._record, text)
+        mode = 0o755 if self.place.manager == "openrc" else 0o644
+        return self.steps.write(self.place.definition, text, mode)
+
+    def start(self, changed: bool) -> None:
+        """Enable it; restart it where something changed or nothing runs."""
+        import shutil
+        if shutil.which("restorecon"):
+            run_command(["restorecon", "-RF", self.place.code, self.place.launcher,
+                         self.place.definition], 30.0)
+        self.manager.enable()
+        if "no-start" in self._options:
+            return
+        if not changed and self.manager.process().pid != 0:
+            self.steps.say("nothing changed: the service keeps running")
+            return
+        self._restarted = True
+        self.manager.restart()
+
+    # -- when it went wrong ---------------------------------------------------
+
+    def take_back(self, error: BaseException) -> None:
+        """The previous version, running; or after a first installation a stopped service.
+
+        Raises: UnhealthyError, always.
+        """
+        what = str(error) or "interrupted"
+        if isinstance(error, OSError):
+            what = f"{error.filename or 'a file'}: {error.strerror}"
+        if self._restarted and self._old_code is None:
+            lines = self.manager.last_lines()
+            self.manager.disable()
+            self.steps.say(lines)
+            raise UnhealthyError(f"the service did not become healthy: {what}", "It is stopped, its "
+                                 "files stay; see the lines above, and run this again") from error
+        self.steps.undo()
+        if self._old_config is not None:
+            with _ActingAs(self.place.account):
+                if self._old_config[0] is None:
+                    remove_file(self.place.config)
+                else:
+                    write_atomic(self.place.config, self._old_config[0])
+        if not self._restarted:
+            raise UnhealthyError(f"not installed: {what}", "Nothing was changed") from error
+        self._compile()
+        self.steps.say(self.manager.last_lines())
+        old_version = version_of(self._old_code)
+        try:
+            self.manager.enable()
+            self.manager.restart()
+            await_health(self.manager, old_version, True)
+        except AgentError as second:
+            raise UnhealthyError(f"the new version was not healthy ({what}), and b9agent "
+                                 f"{old_version}, put back, is not either ({second})",
+                                 f"See: {self.manager.logs}") from error
+        raise UnhealthyError(f"the new version was not healthy: {what}",
+                             "Previous version restored") from error
+
+    def report(self, release: Release, status: Dict[str, Any]) -> None:
+        """Only after the health check: what is true now."""
+        state = status.get("state")
+        gateway = ("not checked (offline)" if "offline" in self._options else
+                   f"unreachable, retrying ({printable(str(status.get('message')))})"
+                   if state == "unreachable" else printable(str(state)))
+        self.steps.say(f"b9agent {release.version} installed and running (pid {status.get('pid')}, "
+                       f"user {self.place.account.name})\ngateway: {gateway}\n"
+                       f"logs: {self.manager.logs}     status: b9agent status     "
+                       "remove: b9agent service uninstall")
+
+    def run(self, loaded: Loaded) -> int:
+        environ = _handed_environment(self._options)
+        release = self.release()
+        known = self.known_settings()
+        wanted = {} if "rollback" in self._options else wanted_settings(loaded, self._options,
+                                                                        environ)
+        settings = self.changed_settings(known, wanted, environ)
+        self.check({**known, **settings})
+        self.prepare(release)
+        status: Dict[str, Any] = {}
+        try:
+            changed = self.write(release, settings)
+            ready = self._needs_manager() and (self.steps.dry or self.manager.prepare(
+                self.steps.say))
+            if ready and self.steps.dry:
+                self.steps.do(f"enable and restart the service ({self.place.manager}), and wait "
+                              "until it is healthy", self.start)
+            elif ready:
+                self.start(changed)
+                if "no-start" not in self._options:
+                    status = await_health(self.manager, release.version,
+                                          "offline" in self._options)
+        except GatewayError:
+            raise  # its token or pool was refused: that is no fault of the installation
+        except (AgentError, OSError, KeyboardInterrupt) as error:
+            self.take_back(error)
+        return self._finish(release, ready, status)
+
+    def _needs_manager(self) -> bool:
+        return "no-service" not in self._options and self.place.manager != "none"
+
+    def _finish(self, release: Release, ready: bool, status: Dict[str, Any]) -> int:
+        if self.steps.dry:
+            self.steps.say("nothing was changed")
+        elif status:
+            self.report(release, status)
+        elif ready:
+            self.steps.say(f"b9agent {release.version}: files installed, service NOT started. "
+                           "Run this again without --no-start to start it")
+        else:
+            self.steps.say(f"b9agent {release.version}: files installed, no service. In the "
+                           f"foreground: {self.place.launcher} run")
+            if "no-service" not in self._options:
+                return Exit.NO_SERVICE_MANAGER
+        return Exit.OK
+
+
+def _claim(place: Place, steps: Steps) -> None:
+    """Rights, and one installer at a time.  Raises: PrivilegeError, LockedError."""
+    if steps.dry:
+        return
+    if place.scope == "system" and os.geteuid() != 0:
+        raise PrivilegeError("the machine's service is root's to change",
+                             "Run this with sudo, or add --user for a service of your own")
+    import fcntl
+    make_public_folder(place.code)
+    descriptor = os.open(os.path.join(place.code, "install.lock"),
+                         os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except OSError as error:
+        raise LockedError(f"another installer is at work in {place.code}",
+                          "Wait until it has ended") from error
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # so that a change is taken back
+
+
+def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> int:
+    """Install or upgrade; with --rollback go back to the version before."""
+    if "print" in options:
+        return _print_definition(options["print"], say)
+    if loaded.origins["state_dir"].startswith("flag "):
+        raise UsageError("a service has its own state folder", "Leave --state-dir away")
+    place, steps = find_place(options), Steps(say, options)
+    _claim(place, steps)
+    try:
+        return Installation(place, options, steps).run(loaded)
+    except KeyboardInterrupt as error:
+        raise UnhealthyError("interrupted", "Nothing was changed") from error
+
+
+# -- uninstalling, status ---------------------------------------------------
+
+def _purge(folder: str) -> None:
+    """Everything in the state folder but models, which are nobody's to lose by the way."""
+    import shutil
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name in _KEPT_BY_PURGE:
+            continue
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
+def _remove_state(place: Place) -> None:
+    with _ActingAs(place.account):
+        _purge(place.state)
+    try:
+        os.rmdir(place.state)
+    except OSError:
+        pass  # models are in it
+
+
+def _remove_code(folder: str) -> None:
+    import shutil
+    for name in ("b9agent.py", "b9agent.py.prev", "__main__.py", "definition", "definition.prev",
+                 "install.lock"):
+        remove_file(os.path.join(folder, name))
+    shutil.rmtree(os.path.join(folder, "__pycache__"), ignore_errors=True)
+    try:
+        os.rmdir(folder)
+    except OSError:
+        pass  # something of the user's is in it
+
+
+def service_uninstall(_loaded: Loaded, options: Dict[str, str],
+                      say: Callable[[str], None]) -> int:
+    """Stop it and remove what was installed; configuration and state stay unless --purge."""
+    place, steps = find_place(options), Steps(say, options)
+    purge = "purge" in options and os.path.isdir(place.state)
+    if not os.path.isdir(place.code) and not purge:
+        steps.say(f"nothing is installed in {place.code}")
+        return Exit.OK
+    _claim(place, steps)
+    manager = MANAGERS[place.manager](place)
+    if place.definition and (steps.dry or manager.prepare(lambda _text: None)):
+        steps.do("stop and disable the service", manager.disable)
+    target = read_text(place.definition) if place.definition else None
+    if target is not None and target == read_text(os.path.join(place.code, "definition")):
+        steps.do(f"remove {place.definition}", remove_file, place.definition)
+        if place.manager == "systemd":
+            user = ["--user"] if place.scope == "user" else []
+            steps.do("tell systemd", run_command, ["systemctl", *user, "daemon-reload"], 30.0)
+    elif target is not None:
+        steps.say(f"note: {place.definition} was changed by hand and stays")
+    if _LAUNCHER_MARK in (read_text(place.launcher) or ""):
+        steps.do(f"remove {place.launcher}", remove_file, place.launcher)
+    steps.do(f"remove {place.code}", _remove_code, place.code)
+    if purge:
+        steps.do(f"remove {place.state}, but no models", _remove_state, place)
+    elif os.path.isdir(place.state):
+        steps.say(f"kept: {place.state}, with configuration and token (--purge removes it)")
+    if place.account.name == "b9agent" and place.account.uid is not None:
+        steps.say("kept: the system user b9agent (userdel b9agent)")
+    steps.say("nothing was changed" if steps.dry else "b9agent is uninstalled")
+    return Exit.OK
+
+
+def service_status(_loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> int:
+    """The service as its manager and the agent itself see it."""
+    place = find_place(options)
+    manager = MANAGERS[place.manager](place)
+    code = read_text(os.path.join(place.code, "b9agent.py"), CODE_MAX_BYTES)
+    say(f"files    {place.code}, " + (f"b9agent {version_of(code)}" if code else "not installed"))
+    if place.definition:
+        process = manager.process()
+        state = (f"ended with exit code {process.ended}" if process.ended is not None else
+                 "not running" if process.pid == 0 else
+                 f"running, pid {process.pid}" if process.pid else "running")
+        say(f"service  {state}; {place.definition}")
+    try:
+        with _ActingAs(place.account):
+            status = read_agent_status(place.state, 5.0)
+    except AgentError as error:
+        say(f"agent    {error.what}")
+        return Exit.UNREACHABLE
+    say(f"agent    b9agent {printable(str(status['version']))}, pid {status.get('pid')}, "
+        f"{printable(str(status.get('state')))}")
+    return Exit.OK
 
 
 # ----------------------------------------------------------------------
@@ -4254,59 +4927,6 @@ INIT_OPTIONS = (
     Option("--pool", "POOL", "the worker pool"),
     Option("-y", "", "ask nothing: flags, what the file has, defaults"),
 )
-
-
-def split_gateway(text: str) -> Tuple[str, str]:
-    """
-    >>> split_gateway("gw:1994"), split_gateway("gw"), split_gateway("[::1]:80")
-    (('gw', '1994'), ('gw', ''), ('::1', '80'))
-    """
-    match = re.fullmatch(r"(\[[^\]]*\]|[^:/]+)(?::([0-9]{1,5}))?", text)
-    try:
-        if not match:
-            raise ValueError("HOST or HOST:PORT, an IPv6 address in brackets")
-        host = parse_host(match.group(1))
-        return host, str(parse_port(match.group(2))) if match.group(2) else ""
-    except ValueError as error:
-        raise UsageError(f"--gateway: `{printable(text[:60])}` cannot be used, expected "
-                         f"{error}") from error
-
-
-def setting_text(row: Setting, value: Any) -> str:
-    """A value as it would be written in a flag or the file; parse(setting_text(v)) == v."""
-    if value is None:
-        return ""
-    if row.parse is parse_switch:
-        return "true" if value else "false"
-    if row.parse is parse_indexes:
-        return ",".join(str(index) for index in value)
-    if row.parse is parse_cpu:
-        return f"{value}m"
-    if row.parse is parse_memory:
-        return f"{value >> 10}Ki" if value % (1 << 20) else f"{value >> 20}Mi"
-    if row.parse is parse_interval:
-        return f"{value:g}"
-    return str(value)
-
-
-def init_values(loaded: Loaded, options: Dict[str, str]) -> Dict[str, str]:
-    """{key: text} that flags and variables ask for; init's short forms are flags as well."""
-    wanted = {}
-    for row in SETTINGS:
-        origin = loaded.origins[row.key]
-        if row.path and origin.startswith(("flag ", "environment ")):
-            value = getattr(loaded.settings, row.key)
-            wanted[row.key] = setting_text(row, value)
-    if "gateway" in options:
-        host, port = split_gateway(options["gateway"])
-        wanted["gateway_host"] = host
-        if port:
-            wanted["gateway_port"] = port
-    if "port" in options:
-        wanted["gateway_port"] = options["port"]
-    if "pool" in options:
-        wanted["pool_name"] = options["pool"]
-    return wanted
 
 
 def ask(question: str, default: str) -> str:
@@ -4656,6 +5276,10 @@ def command_version(_loaded: Loaded, _options: Dict[str, str]) -> int:
     return Exit.OK
 
 
+def service_command(run: Callable[..., int]) -> Callable[[Loaded, Dict[str, str]], int]:
+    return lambda loaded, options: run(loaded, options, say)
+
+
 _JSON = Option("--json", "", "for programs")
 COMMANDS = (
     Command("run", command_run, (
@@ -4680,6 +5304,12 @@ COMMANDS = (
             "make a machine and its token on the embedded gateway"),
     Command("machine list", command_machine_list, MACHINE_OPTIONS, ("state_dir",),
             "the embedded gateway's machines and their time to live"),
+    Command("service install", service_command(service_install), SERVICE_OPTIONS, (),
+            "install or upgrade it as a service, and wait until it is well"),
+    Command("service uninstall", service_command(service_uninstall), SERVICE_UNINSTALL_OPTIONS,
+            ("debug",), "stop and remove the service; configuration and state stay"),
+    Command("service status", service_command(service_status), SERVICE_STATUS_OPTIONS, ("debug",),
+            "the service, as its manager and the agent see it"),
     Command("version", command_version, (), ("state_dir",), "print the version"),
 )
 COMMAND_BY_WORDS = {command.words: command for command in COMMANDS}
