@@ -734,9 +734,9 @@ def _yaml_lines(text: str) -> List[_YamlLine]:
 
 
 def _shorten(text: str) -> str:
-    """A glimpse of a line: no more of it than its name, since the rest may be a secret."""
+    """A line for an error message: its name, or nothing of it, since it may be a secret."""
     name = text.split(":", 1)[0]
-    return printable(name[:12]) + ("…" if len(name) > 12 else "")
+    return f"`{name}`" if re.fullmatch("[a-z][a-z_. ]{0,24}", name) else "this line"
 
 
 class _YamlScanner:
@@ -868,7 +868,7 @@ def _yaml_name(line: _YamlLine) -> Tuple[str, str]:
         match = re.fullmatch(r"([\w.](?:[\w. /-]*[\w./-])?) *:(?: +(.*))?", line.text)
         name = match.group(1) if match else ""
     if not match or len(name) > 512:
-        raise YamlError(line.number, f"`{_shorten(line.text)}` is no name with a value",
+        raise YamlError(line.number, f"{_shorten(line.text)} is no name with a value",
                         "`name: value`, with a blank after the colon")
     return name, (match.groups()[-1] or "").strip(" ")
 
@@ -3632,8 +3632,8 @@ class Agent:
 # ----------------------------------------------------------------------
 # `service install` copies this file, writes a service definition, starts it
 # and believes in it only after the running agent has answered.  Every change
-# goes through Steps, so a dry run prints them all and a failure undoes them.
-# systemd, launchd and OpenRC have one class each, with the same methods.
+# goes through Steps, so that a dry run prints them all and a failure undoes
+# them.  systemd, launchd and OpenRC have one class each.
 
 SYSTEM_STATE = "/var/lib/b9agent"
 HEALTH_LIMIT_S, STEADY_S = 30.0, 5.0
@@ -3646,26 +3646,28 @@ _HANDED_ON = ("BETA9_TOKEN", "https_proxy", "no_proxy")
 _SCOPE_OPTIONS = (
     Option("--system", "", "a service of the machine; needs root"),
     Option("--user", "", "a service of the user who runs this"),
+    Option("--run-as", "USER", "whose rights the machine's service has; default: who calls sudo, "
+                               "else a new system user b9agent"),
+)
+_CHANGE_OPTIONS = _SCOPE_OPTIONS + (
     Option("--dry-run", "", "print every step, change nothing"),
     Option("--quiet", "", "say only what went wrong"),
 )
-SERVICE_OPTIONS = _SCOPE_OPTIONS + (
+SERVICE_OPTIONS = _CHANGE_OPTIONS + (
     Option("--gateway", "ADDRESS", "the gateway: HOST[:PORT], or a URL"),
     Option("--pool", "POOL", "the worker pool"),
-    Option("--run-as", "USER", "whose rights the service has; default: who calls sudo, "
-                               "else a new system user b9agent"),
     Option("--no-service", "", "install the files, no service"),
     Option("--no-start", "", "install everything, start nothing"),
     Option("--offline", "", "do not wait for the gateway"),
     Option("--yes", "", "ask nothing"),
     Option("--rollback", "", "put the previous version back"),
     Option("--print", "MANAGER", "print the definition for systemd, launchd or openrc, and end"),
-    Option("--environment-stdin", "", "read NAME=VALUE lines of " + ", ".join(_HANDED_ON)
-           + " from standard input: sudo drops variables, and arguments show in `ps`"),
+    Option("--environment-stdin", "", f"read NAME=VALUE lines of {', '.join(_HANDED_ON)} from "
+           "standard input: sudo drops variables, and arguments show in `ps`"),
 )
-SERVICE_UNINSTALL_OPTIONS = _SCOPE_OPTIONS + (
+SERVICE_UNINSTALL_OPTIONS = _CHANGE_OPTIONS + (
     Option("--purge", "", "remove configuration, token and state as well; never models"),)
-SERVICE_STATUS_OPTIONS = _SCOPE_OPTIONS[:2]
+SERVICE_STATUS_OPTIONS = _SCOPE_OPTIONS
 
 
 class PrivilegeError(AgentError):
@@ -3712,22 +3714,22 @@ def make_place(manager: str, scope: str, account: Account, python: str,
                data_home: str = "") -> Place:
     """Raises: UsageError for a path that a service definition cannot hold."""
     home, system = account.home, scope == "system"
+    code, launcher = "/usr/local/lib/b9agent", "/usr/local/bin/b9agent"
+    if not system:
+        code = os.path.join(data_home or home + "/.local/share", "b9agent")
+        launcher = home + "/.local/bin/b9agent"
     definition = {
         ("systemd", "system"): "/usr/local/lib/systemd/system/b9agent.service",
         ("systemd", "user"): home + "/.local/share/systemd/user/b9agent.service",
         ("launchd", "system"): "/Library/LaunchDaemons/com.b9agent.plist",
         ("launchd", "user"): home + "/Library/LaunchAgents/com.b9agent.plist",
         ("openrc", "system"): "/etc/init.d/b9agent"}.get((manager, scope), "")
-    code = "/usr/local/lib/b9agent" if system else os.path.join(
-        data_home or home + "/.local/share", "b9agent")
-    place = Place(manager, scope, account, python, code,
-                  "/usr/local/bin/b9agent" if system else home + "/.local/bin/b9agent", definition,
-                  SYSTEM_STATE if system and manager != "launchd" else home + "/.b9agent")
-    for path in (python, place.code, place.state):
+    state = SYSTEM_STATE if system and manager != "launchd" else home + "/.b9agent"
+    for path in (python, code, state):
         if not re.fullmatch(r"/[\w@+,./:=~ -]*", path):
             raise UsageError(f"the path `{printable(path)}` has a character that no service "
                              "definition holds", "Choose a Python and a home folder without it")
-    return place
+    return Place(manager, scope, account, python, code, launcher, definition, state)
 
 
 def _find_manager(scope: str) -> str:
@@ -3741,26 +3743,24 @@ def _find_manager(scope: str) -> str:
     return "none"
 
 
-def _find_account(wanted: str, manager: str) -> Account:
+def _find_account(wanted: str) -> Account:
     """The user of a system service: asked for, or the one it has, or who called sudo, or our own.
 
     Root only where it is asked for.
     """
     import pwd
-    had = ""
+    names = [wanted, os.environ.get("SUDO_USER"), os.environ.get("DOAS_USER")]
     try:
-        had = pwd.getpwuid(os.stat(SYSTEM_STATE).st_uid).pw_name if manager != "launchd" else "".join(
-            re.findall(r"<key>UserName</key>\s*<string>([^<]+)<",
-                       read_text("/Library/LaunchDaemons/com.b9agent.plist") or ""))
+        names.insert(1, pwd.getpwuid(os.stat(SYSTEM_STATE).st_uid).pw_name)
     except (OSError, KeyError):
         pass  # a first installation, or a user who is gone
-    ours = [name for name in (had, os.environ.get("SUDO_USER"), os.environ.get("DOAS_USER"))
-            if name and name != "root"]
-    name = wanted or (ours + ["b9agent"])[0]
+    if os.geteuid() != 0:  # a dry run: it would be who calls sudo
+        names.append(pwd.getpwuid(os.geteuid()).pw_name)
+    name = wanted or next((name for name in names if name and name != "root"), "b9agent")
     try:
         record = pwd.getpwnam(name)
     except KeyError as error:
-        if name != "b9agent" or manager == "launchd":
+        if name != "b9agent" or sys.platform == "darwin":
             raise UsageError(f"there is no user {printable(name)} to run the service as",
                              "Name one with --run-as USER") from error
         return Account(name, None, None, SYSTEM_STATE)
@@ -3772,20 +3772,18 @@ def find_place(options: Dict[str, str]) -> Place:
     import pwd
     if "user" in options and "system" in options:
         raise UsageError("--user and --system exclude each other", "Give one of them")
-    me, wanted = os.geteuid(), options.get("run-as", "")
-    home, data_home = os.path.expanduser("~"), os.environ.get("XDG_DATA_HOME", "")
-    record = pwd.getpwuid(me)
-    account = Account(record.pw_name, me, record.pw_gid, home.rstrip("/"))
+    me, wanted = pwd.getpwuid(os.geteuid()), options.get("run-as", "")
     python = os.path.abspath(sys.executable or "/usr/bin/python3")
-    mine = make_place(_find_manager("user"), "user", account, python,
-                      data_home if os.path.isabs(data_home) else "")
-    has_own = me != 0 and (sys.platform == "darwin" or os.path.exists(mine.code))
+    data_home = os.environ.get("XDG_DATA_HOME", "")
+    mine = make_place(_find_manager("user"), "user", Account(
+        me.pw_name, me.pw_uid, me.pw_gid, os.path.expanduser("~").rstrip("/")), python,
+        data_home if os.path.isabs(data_home) else "")
+    has_own = me.pw_uid != 0 and (sys.platform == "darwin" or os.path.exists(mine.code))
     if "user" not in options and ("system" in options or not has_own):
-        manager = _find_manager("system")
-        return make_place(manager, "system", _find_account(wanted, manager), python)
-    if wanted not in ("", record.pw_name):
+        return make_place(_find_manager("system"), "system", _find_account(wanted), python)
+    if wanted not in ("", me.pw_name):
         raise UsageError("--user installs for the user who runs it", f"Run it as {wanted}")
-    if me == 0 and wanted != "root":
+    if me.pw_uid == 0 and wanted != "root":
         raise UsageError("--user is for ordinary users, and this is root",
                          "Run it without sudo, or leave --user away")
     return mine
@@ -3795,17 +3793,17 @@ class _ActingAs:
     """Root works in the service user's folders with that user's rights: a link planted there must
     lead no further than the user could go."""
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, account: Optional[Account]) -> None:
         self._account = account
-        self._groups: List[int] = []
 
     def __enter__(self) -> None:
-        self._switch = os.geteuid() == 0 and self._account.uid not in (None, 0)
+        account = self._account
+        self._switch = os.geteuid() == 0 and account is not None and account.uid not in (None, 0)
         if self._switch:
             self._groups = os.getgroups()
-            os.setgroups([self._account.gid])
-            os.setegid(self._account.gid)
-            os.seteuid(self._account.uid)
+            os.setgroups([account.gid])
+            os.setegid(account.gid)
+            os.seteuid(account.uid)
 
     def __exit__(self, *_error: Any) -> None:
         if self._switch:
@@ -3998,7 +3996,7 @@ class Manager:
 
     def prepare(self, _say: Callable[[str], None]) -> bool:
         """What comes before all else.  False where the manager is not there after all."""
-        return type(self) is not Manager
+        return True
 
     def overriding(self) -> List[str]:
         """Files of the operator's that come before ours."""
@@ -4129,62 +4127,6 @@ MANAGERS = {"systemd": Systemd, "launchd": Launchd, "openrc": OpenRc, "none": Ma
 
 # -- changes, and whether the service is well -----------------------------
 
-def make_public_folder(path: str) -> None:
-    """A folder that everybody may read, whatever the umask; its missing parents as well."""
-    if not os.path.isdir(path):
-        make_public_folder(os.path.dirname(path))
-        os.mkdir(path)
-        os.chmod(path, 0o755)
-
-
-class Steps:
-    """Says each change and makes it, or in a dry run only says it.  undo() takes back what was
-    written."""
-
-    def __init__(self, say: Callable[[str], None], options: Dict[str, str]) -> None:
-        self.dry = "dry-run" in options
-        self._quiet = "quiet" in options and not self.dry
-        self._say = say
-        self._written: List[Tuple[str, Optional[str], int]] = []
-
-    def say(self, text: str) -> None:
-        if not self._quiet:
-            self._say(text)
-
-    def do(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
-        self.say(("would " if self.dry else "") + what)
-        if not self.dry:
-            action(*arguments)
-
-    def write(self, path: str, text: str, mode: int = 0o644) -> bool:
-        """True where there was something to change."""
-        old = read_text(path, CODE_MAX_BYTES)
-        if old == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
-            return False
-        self.do(f"write {path}", self._write, path, text, mode, old)
-        return True
-
-    def _write(self, path: str, text: str, mode: int, old: Optional[str]) -> None:
-        make_public_folder(os.path.dirname(path))
-        self._written.append((path, old, mode))
-        write_atomic(path, text, mode)
-
-    def undo(self) -> None:
-        for path, old, mode in reversed(self._written):
-            if old is None:
-                remove_file(path)
-            else:
-                write_atomic(path, old, mode)
-        self._written = []
-
-
-class Release(NamedTuple):
-    """What is to be installed."""
-    code: str
-    definition: str
-    version: str
-
-
 def version_of(code: str) -> str:
     """
     >>> version_of('x\\nVERSION = "1.2.3"\\n')
@@ -4194,21 +4136,92 @@ def version_of(code: str) -> str:
     return match.group(1) if match else "unknown"
 
 
+def make_public_folder(path: str) -> None:
+    """A folder that everybody may read, whatever the umask; its missing parents as well."""
+    if not os.path.isdir(path):
+        make_public_folder(os.path.dirname(path))
+        os.mkdir(path)
+        os.chmod(path, 0o755)
+
+
+class Steps:
+    """Says each change and makes it, or in a dry run only says it; undo() takes back what was
+    written."""
+
+    def __init__(self, say: Callable[[str], None], options: Dict[str, str]) -> None:
+        self.dry = "dry-run" in options
+        self.say = say if self.dry or "quiet" not in options else lambda _text: None
+        self._undo: List[Tuple[str, Optional[str], int, Optional[Account]]] = []
+
+    def do(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
+        self.say(("would " if self.dry else "") + what)
+        if not self.dry:
+            action(*arguments)
+
+    def will_write(self, path: str, mode: int, account: Optional[Account] = None) -> None:
+        self._undo.append((path, read_text(path, CODE_MAX_BYTES), mode, account))
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> bool:
+        """True where there was something to change."""
+        old = read_text(path, CODE_MAX_BYTES)
+        if old == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
+            return False
+        self.do(f"write {path}", self._write, path, text, mode)
+        return True
+
+    def _write(self, path: str, text: str, mode: int) -> None:
+        make_public_folder(os.path.dirname(path))
+        self.will_write(path, mode)
+        write_atomic(path, text, mode)
+
+    def undo(self) -> None:
+        for path, old, mode, account in reversed(self._undo):
+            with _ActingAs(account):
+                if old is None:
+                    remove_file(path)
+                else:
+                    write_atomic(path, old, mode)
+        self._undo = []
+
+
 def _answer(place: Place, version: str, pid: Optional[int]) -> Tuple[Dict[str, Any], str]:
     """(what the agent says of itself, what is wrong with that)."""
     try:
         with _ActingAs(place.account):
             status = read_agent_status(place.state, 3.0)
             mode = stat.S_IMODE(os.stat(place.config).st_mode)
-    except AgentError as error:
-        return {}, error.what
-    except OSError as error:
-        return {}, f"{place.config}: {error.strerror}"
+    except (AgentError, OSError) as error:
+        return {}, getattr(error, "what", "") or f"{place.config}: {error}"
     if status["version"] != version:
         return status, f"b9agent {printable(str(status['version']))} answers, not {version}"
     if pid is not None and status.get("pid") != pid:
         return status, f"process {status.get('pid')} answers, but the service is process {pid}"
     return status, f"{place.config} has mode {mode:04o}, not 0600" if mode & 0o077 else ""
+
+
+def _raise_refused(exit_code: Optional[int], version: str) -> None:
+    what = f"b9agent {version} is installed, but the gateway refused "
+    if exit_code == Exit.TOKEN_REFUSED:
+        raise TokenRefused(what + "its token", "Make one with `machine create`, and run this again "
+                           "with it and its --machine-id; the service waits for that")
+    if exit_code == Exit.REQUEST_REFUSED:
+        raise RequestRefused(what + "the machine", "The service's log says why; mend --pool or "
+                             "--gateway and run this again")
+    if exit_code in PERMANENT_EXITS:
+        raise UnhealthyError(f"the agent ended with exit code {exit_code}")
+
+
+def _run_as(place: Place, *argv: str) -> CommandResult:
+    """Run our own code as the service will: with its user's rights and its folders."""
+    with _ActingAs(place.account):
+        return run_command(["env", f"B9AGENT_HOME={place.state}", f"HOME={place.account.home}",
+                            *argv], 120.0)
+
+
+def _try_once(place: Place) -> Optional[int]:
+    """launchd and OpenRC keep an agent that may not end: why it waits, by one more attempt."""
+    waits = place.manager in ("launchd", "openrc")
+    return _run_as(place, *place.command, "--once").exit_code if waits else None
 
 
 def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any]:
@@ -4217,116 +4230,61 @@ def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any
     A gateway that does not answer is not the service's illness.
     Raises: TokenRefused, RequestRefused, UnhealthyError.
     """
-    wake, until_s = Wake(), now_s() + HEALTH_LIMIT_S
-    steady_pid, since_s = None, now_s()
+    wake, until_s, steady_pid, since_s = Wake(), now_s() + HEALTH_LIMIT_S, None, now_s()
     while True:
         process = manager.process()
         status, problem = _answer(manager.place, version, process.pid)
-        if process.ended in PERMANENT_EXITS:
-            _raise_for(process.ended, version)
+        _raise_refused(process.ended, version)
         if status.get("pid") != steady_pid:
             steady_pid, since_s = status.get("pid"), now_s()
-        settled = offline or status.get("state") in ("registered", "ready", "unreachable", "refused")
+        settled = offline or status.get("state") not in ("starting", "registering")
         late, steady = now_s() > until_s, now_s() - since_s >= STEADY_S
         if steady and not problem and (settled or late):
             return status
         if late:
-            if not status and manager.place.manager in ("launchd", "openrc"):
-                _raise_for(_try_once(manager.place), version)
+            _raise_refused(None if status else _try_once(manager.place), version)
             raise UnhealthyError(problem or "it starts again and again")
         wake.wait(0.25)
 
 
-def _try_once(place: Place) -> int:
-    """Why an agent waits that may not end, as under launchd: the exit code of one attempt."""
-    with _ActingAs(place.account):
-        result = run_command(["env", f"B9AGENT_HOME={place.state}", *place.command, "--once"], 120.0)
-    return result.exit_code or 0
-
-
-def _raise_for(exit_code: int, version: str) -> None:
-    what = f"b9agent {version} is installed, but the gateway refused "
-    if exit_code == Exit.TOKEN_REFUSED:
-        raise TokenRefused(what + "its token", "The service waits for a new one: make one with "
-                           "`machine create`, and run this again with it and its --machine-id")
-    if exit_code == Exit.REQUEST_REFUSED:
-        raise RequestRefused(what + "the machine", "The service's log says why; mend --pool or "
-                             "--gateway and run this again")
-    if exit_code in PERMANENT_EXITS:
-        raise UnhealthyError(f"the agent ended with exit code {exit_code}")
-
-
 def _port_holder(port: int) -> Tuple[Optional[int], str]:
     """(pid, words for a person) of the program that listens on a port."""
-    shown = run_command(["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"], 10.0).output
-    match = re.search(r"^p([0-9]+)$(?:.*?)^c(.+)$", shown, re.M | re.S)
-    if match:
-        return int(match.group(1)), f"{printable(match.group(2))}, pid {match.group(1)}"
-    shown = run_command(["ss", "-Hltnp", f"sport = :{port}"], 10.0).output
-    match = re.search(r'\(\("([^"]+)",pid=([0-9]+)', shown)
-    if match:
-        return int(match.group(2)), f"{printable(match.group(1))}, pid {match.group(2)}"
+    for argv, pattern in (
+            (["ss", "-Hltnp", f"sport = :{port}"], r'\(\("(?P<name>[^"]+)",pid=(?P<pid>[0-9]+)'),
+            (["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"],
+             r"(?m)^p(?P<pid>[0-9]+)\n(?:.*\n)*?c(?P<name>.+)$")):
+        match = re.search(pattern, run_command(argv, 10.0).output)
+        if match:
+            pid = int(match.group("pid"))
+            return pid, f"{printable(match.group('name'))}, pid {pid}"
     return None, "another program"
 
 
 def check_port(place: Place, manager: Manager, host: str, port: int) -> None:
     """Raises: LockedError where another program than our service listens on the control port."""
-    if port == 0:
-        return
+    import errno
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
             return
         except OSError as error:
-            import errno
             if error.errno != errno.EADDRINUSE:
-                return  # not an address of this machine now, perhaps later: the agent will say
+                return  # no address of this machine now, perhaps later: the agent will say
     pid, holder = _port_holder(port)
-    if pid is not None and pid == manager.process().pid:
-        return
-    if not _answer(place, "", None)[0]:
+    ours = pid is not None and pid == manager.process().pid
+    if not ours and not _answer(place, "", None)[0]:
         raise LockedError(f"the control port {port} is held by {holder}", "Stop that, or choose "
-                          "another with --control-port PORT")
+                          "another with --control-port PORT. Nothing was changed")
 
 
-# -- installing ----------------------------------------------------------
-
-def _create_user(name: str) -> None:
-    """A system user of ours, in the groups that own GPU devices."""
-    import grp
-    import shutil
-    groups = [row.gr_name for row in grp.getgrall() if row.gr_name in ("video", "render")]
-    shell = next((path for path in ("/usr/sbin/nologin", "/sbin/nologin") if os.path.exists(path)),
-                 "/bin/false")
-    if shutil.which("useradd"):
-        more = ["--groups", ",".join(groups)] if groups else []
-        calls = [["useradd", "--system", "--user-group", "--no-create-home", "--home-dir",
-                  SYSTEM_STATE, "--shell", shell, *more, name]]
-    else:  # busybox
-        calls = [["addgroup", "-S", name], ["adduser", "-S", "-D", "-H", "-h", SYSTEM_STATE, "-s",
-                                            shell, "-G", name, name]]
-        calls += [["addgroup", name, group] for group in groups]
-    for argv in calls:
-        result = run_command(argv, 60.0)
-        if result.exit_code != 0:
-            raise UsageError(f"cannot make the user {name}: "
-                             f"{printable((result.problem or result.output).strip())}",
-                             "Name an existing one with --run-as USER")
-
-
-def _make_state_folder(place: Place) -> None:
-    if place.state != SYSTEM_STATE:
-        with _ActingAs(place.account):
-            make_private_folder(place.state)
-        return
-    os.makedirs(os.path.dirname(place.state), exist_ok=True)
-    os.mkdir(place.state, 0o700)
-    os.chown(place.state, place.account.uid, place.account.gid)
-
+# -- what it is to be told -----------------------------------------------
 
 def _split_url(text: str) -> Tuple[Dict[str, str], str]:
-    """({setting: text} of a URL's scheme and its default port, the HOST[:PORT] in it)."""
+    """
+    >>> _split_url("https://gw/"), _split_url("gw:1994")
+    (({'gateway_scheme': 'https', 'gateway_port': '443'}, 'gw'), ({}, 'gw:1994'))
+    """
     scheme, marked, rest = text.rpartition("://")
     if not marked:
         return {}, text
@@ -4339,35 +4297,57 @@ def _split_url(text: str) -> Tuple[Dict[str, str], str]:
 
 def _handed_environment(options: Dict[str, str]) -> Dict[str, str]:
     """The environment, with what sudo would have dropped from it."""
-    found = {name: value for name, value in os.environ.items()}
+    found = dict(os.environ)
+    found.setdefault("BETA9_TOKEN", found.get("B9AGENT_TOKEN", ""))
     if "environment-stdin" in options:
-        for line in sys.stdin.read(65536).splitlines():
-            name, _, value = line.partition("=")
-            if name in _HANDED_ON:
-                found[name] = value
-    if os.environ.get("B9AGENT_TOKEN"):
-        found.setdefault("BETA9_TOKEN", os.environ["B9AGENT_TOKEN"])
-    REDACTOR.add(found.get("BETA9_TOKEN"))
+        lines = (line.partition("=") for line in sys.stdin.read(65536).splitlines())
+        found.update({name: value for name, _, value in lines if name in _HANDED_ON})
+    REDACTOR.add(found["BETA9_TOKEN"])
     return found
 
 
 def wanted_settings(loaded: Loaded, options: Dict[str, str],
                     environ: Dict[str, str]) -> Dict[str, str]:
-    """{key: text} that this installation is told: a --config file, variables, flags."""
+    """{key: text} that this installation is told: by a --config file, variables, flags."""
     wanted = {}
     if loaded.origins["config"].startswith("flag "):
         wanted = {key: item.text for key, item in read_config(loaded.settings.config).items()}
-    if environ.get("BETA9_TOKEN"):
+    if environ["BETA9_TOKEN"]:
         wanted["token"] = environ["BETA9_TOKEN"]
     from_url, address = _split_url(options.get("gateway", ""))
     wanted.update(from_url)
     wanted.update(init_values(loaded, dict(options, gateway=address) if address else options))
     if wanted.pop("token_file", ""):
         wanted["token"] = loaded.settings.token
+    return wanted
+
+
+def _complete(wanted: Dict[str, str], known: Dict[str, str], environ: Dict[str, str],
+              may_ask: bool, must: bool) -> Dict[str, str]:
+    """The wanted settings with a token, and the proxy that a service's environment has not.
+
+    Raises: UsageError where the agent would have no gateway or no token.
+    """
+    wanted, merged = dict(wanted), {**known, **wanted}
+    if must and "gateway_host" not in merged:
+        raise UsageError("no gateway is known", "Say which with --gateway HOST[:PORT]. Nothing was "
+                         "changed")
+    if must and not {"token", "token_file"} & set(merged):
+        wanted["token"] = _ask_token() if may_ask else ""
+        if not wanted["token"]:
+            raise UsageError("there is no machine token", "Give one in B9AGENT_TOKEN or with "
+                             "--token-file PATH; `beta9 machine create --pool POOL` makes one. "
+                             "Nothing was changed")
+    if merged.get("gateway_scheme") == "https" and "gateway_proxy" not in merged:
+        if proxy_for("https", merged.get("gateway_host", ""), None, environ):
+            url = next(environ[name] for name in ("https_proxy", "HTTPS_PROXY", "all_proxy",
+                                                  "ALL_PROXY") if environ.get(name))
+            wanted["gateway_proxy"] = url if "://" in url else "http://" + url
     for key, text in wanted.items():
         row = SETTING_BY_KEY[key]
         _value(row, {key: _Given(text, f"flag {row.flag}")})
-    return wanted
+    REDACTOR.add(wanted.get("token"))
+    return {key: text for key, text in wanted.items() if known.get(key) != text}
 
 
 def _ask_token() -> str:
@@ -4379,279 +4359,45 @@ def _ask_token() -> str:
     return getpass.getpass("Machine token (it is not shown): ").strip()
 
 
-def _proxy_to_write(host: str, environ: Dict[str, str]) -> str:
-    """The environment's proxy for an https gateway: a service does not have that environment."""
-    if proxy_for("https", host, None, environ) is None:
-        return ""
-    url = next(environ[name] for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
-               if environ.get(name))
-    return url if "://" in url else "http://" + url
+# -- installing ----------------------------------------------------------
+
+def _create_user(name: str) -> None:
+    """A system user of ours, in the groups that own GPU devices."""
+    import grp
+    import shutil
+    groups = [row.gr_name for row in grp.getgrall() if row.gr_name in ("video", "render")]
+    if shutil.which("useradd"):
+        calls = [["useradd", "--system", "--user-group", "--no-create-home", "--home-dir",
+                  SYSTEM_STATE, "--shell", "/usr/sbin/nologin", "--groups", ",".join(groups), name]]
+    else:  # busybox
+        calls = [["addgroup", "-S", name], ["adduser", "-S", "-D", "-H", "-h", SYSTEM_STATE, "-s",
+                                            "/sbin/nologin", "-G", name, name],
+                 *(["addgroup", name, group] for group in groups)]
+    for argv in calls:
+        result = run_command(argv, 60.0)
+        if result.exit_code != 0:
+            said = printable((result.problem or result.output).strip())
+            raise UsageError(f"cannot make the user {name}: {said}", "Name an existing one with "
+                             "--run-as USER")
 
 
-class Installation:
-    """One run of `service install`."""
+def _make_state_folder(place: Place) -> None:
+    if place.state == SYSTEM_STATE:
+        make_public_folder(os.path.dirname(place.state))
+        os.mkdir(place.state, 0o700)
+        os.chown(place.state, place.account.uid, place.account.gid)
+    else:
+        with _ActingAs(place.account):
+            make_private_folder(place.state)
 
-    def __init__(self, place: Place, options: Dict[str, str], steps: Steps) -> None:
-        self.place, self.steps = place, steps
-        self._options = options
-        kind = Manager if "no-service" in options else MANAGERS[place.manager]
-        self.manager = kind(place)
-        self._code = os.path.join(place.code, "b9agent.py")
-        self._record = os.path.join(place.code, "definition")
-        self._old_code = read_text(self._code, CODE_MAX_BYTES)
-        self._old_config: Optional[Tuple[Optional[str]]] = None
-        self._restarted = False
 
-    # -- before anything is changed ---------------------------------------
-
-    def release(self) -> Release:
-        """This file; or with --rollback the version before the installed one."""
-        if "rollback" not in self._options:
-            code = read_text(os.path.abspath(__file__), CODE_MAX_BYTES) or ""
-            return Release(code, render_definition(self.place), VERSION)
-        code = read_text(self._code + ".prev", CODE_MAX_BYTES)
-        if code is None:
-            raise UsageError(f"there is no previous version in {self.place.code}",
-                             "Nothing was changed")
-        definition = read_text(self._record + ".prev") or read_text(self._record)
-        return Release(code, definition or render_definition(self.place), version_of(code))
-
-    def known_settings(self) -> Dict[str, str]:
-        try:
-            with _ActingAs(self.place.account):
-                return {key: item.text for key, item in read_config(self.place.config).items()}
-        except UsageError:
-            if self.steps.dry and not os.access(self.place.state, os.R_OK):
-                self.steps.say(f"cannot look into {self.place.state}: that needs sudo")
-                return {"token": "?", "gateway_host": "?"}
-            raise
-
-    def changed_settings(self, known: Dict[str, str], wanted: Dict[str, str],
-                         environ: Dict[str, str]) -> Dict[str, str]:
-        """What must be written, so that the agent has a gateway and a token."""
-        merged = {**known, **wanted}
-        may_miss = self.steps.dry or "no-start" in self._options or "no-service" in self._options
-        if not may_miss and "gateway_host" not in merged:
-            raise UsageError("no gateway is known", "Say which with --gateway HOST[:PORT]. "
-                             "Nothing was changed")
-        if not may_miss and not {"token", "token_file"} & set(merged):
-            token = "" if "yes" in self._options else _ask_token()
-            if not token:
-                raise UsageError("there is no machine token", "Give one in B9AGENT_TOKEN or with "
-                                 "--token-file PATH; `beta9 machine create --pool POOL` makes one. "
-                                 "Nothing was changed")
-            wanted = dict(wanted, token=token)
-            _value(SETTING_BY_KEY["token"], {"token": _Given(token, "flag the token")})
-            REDACTOR.add(token)
-        if merged.get("gateway_scheme") == "https" and "gateway_proxy" not in merged:
-            proxy = _proxy_to_write(merged.get("gateway_host", ""), environ)
-            if proxy:
-                wanted = dict(wanted, gateway_proxy=proxy)
-        return {key: text for key, text in wanted.items() if known.get(key) != text}
-
-    def check(self, merged: Dict[str, str]) -> None:
-        """Raises: UsageError, LockedError; nothing is changed yet."""
-        place, launcher = self.place, read_text(self.place.launcher)
-        if launcher is not None and _LAUNCHER_MARK not in launcher:
-            raise UsageError(f"{place.launcher} is not one of ours", "Move it away, and run this "
-                             "again. Nothing was changed")
-        try:
-            owner = os.stat(place.state).st_uid
-        except OSError:
-            owner = place.account.uid
-        if owner != place.account.uid:
-            raise UsageError(f"{place.state} belongs to user {owner}, not to {place.account.name}",
-                             f"Say --run-as USER, or: chown -R {place.account.name} {place.state}. "
-                             "Nothing was changed")
-        for path in self.manager.overriding():
-            self.steps.say(f"note: {path} is yours and stays in force")
-        if "no-start" not in self._options and "no-service" not in self._options:
-            check_port(place, self.manager, merged.get("control_host") or "127.0.0.1",
-                       int(merged.get("control_port") or 9999))
-
-    def prepare(self, release: Release) -> None:
-        """User, folders, and a trial of the new file with that user's rights."""
-        if self.place.account.uid is None:
-            name = self.place.account.name
-            self.steps.do(f"create the system user {name}", _create_user, name)
-            if not self.steps.dry:
-                self.place = self.manager.place = self.place._replace(
-                    account=_find_account(name, self.place.manager))
-        if not os.path.isdir(self.place.state):
-            self.steps.do(f"make {self.place.state}", _make_state_folder, self.place)
-        self.steps.do(f"try b9agent {release.version} with {self.place.python} as "
-                      f"{self.place.account.name}", self._try, release)
-
-    def _try(self, release: Release) -> None:
-        draft = self._code + ".new"
-        try:
-            write_atomic(draft, release.code, 0o644)
-            with _ActingAs(self.place.account):
-                result = run_command([self.place.python, "-I", draft, "version"], 60.0)
-        finally:
-            remove_file(draft)
-        if result.exit_code != 0 or release.version not in result.output:
-            said = printable((result.problem or result.output).strip()[-300:])
-            raise UsageError(f"{self.place.python} cannot run b9agent {release.version} as "
-                             f"{self.place.account.name}: {said}",
-                             "Name another with --python PATH. Nothing was changed")
-
-    # -- changes ------------------------------------------------------------
-
-    def write(self, release: Release, settings: Dict[str, str]) -> bool:
-        """True where the running service has something to take up."""
-        place, steps = self.place, self.steps
-        changed = bool(settings)
-        if settings:
-            steps.do(f"set {', '.join(sorted(settings))} in {place.config}", self._save_config,
-                     settings)
-        if self._old_code not in (None, release.code):
-            steps.write(self._code + ".prev", self._old_code)
-        new_code = steps.write(self._code, release.code)
-        new_main = steps.write(os.path.join(place.code, "__main__.py"), _MAIN_FILE)
-        if new_code or new_main:
-            steps.do("compile it", self._compile)
-        steps.write(place.launcher, render_launcher(place), 0o755)
-        if "no-service" not in self._options and place.definition:
-            changed = self._write_definition(release.definition) or changed
-        return changed or new_code or new_main
-
-    def _save_config(self, settings: Dict[str, str]) -> None:
-        with _ActingAs(self.place.account):
-            self._old_config = (read_text(self.place.config),)
-            backup = save_config(self.place.config, settings)
-        if backup:
-            self.steps.say(f"note: the old file, with its comments, is {backup}")
-
-    def _compile(self) -> None:
-        """The service's user cannot write here, so its compiled form is made now."""
-        import py_compile
-        cached = py_compile.compile(self._code, doraise=True)
-        os.chmod(cached, 0o644)
-        os.chmod(os.path.dirname(cached), 0o755)
-
-    def _write_definition(self, text: str) -> bool:
-        """One that somebody changed is theirs.  What we wrote last is kept beside the code."""
-        record, target = read_text(self._record), read_text(self.place.definition)
-        if target is not None and target not in (record, text):
-            self.steps.say(f"note: {self.place.definition} was changed by hand and stays as it is")
-            return False
-        if record not in (None, text):
-            self.steps.write(self._record + ".prev", record)
-        self.steps.write(self._record, text)
-        mode = 0o755 if self.place.manager == "openrc" else 0o644
-        return self.steps.write(self.place.definition, text, mode)
-
-    def start(self, changed: bool) -> None:
-        """Enable it; restart it where something changed or nothing runs."""
-        import shutil
-        if shutil.which("restorecon"):
-            run_command(["restorecon", "-RF", self.place.code, self.place.launcher,
-                         self.place.definition], 30.0)
-        self.manager.enable()
-        if "no-start" in self._options:
-            return
-        if not changed and self.manager.process().pid != 0:
-            self.steps.say("nothing changed: the service keeps running")
-            return
-        self._restarted = True
-        self.manager.restart()
-
-    # -- when it went wrong ---------------------------------------------------
-
-    def take_back(self, error: BaseException) -> None:
-        """The previous version, running; or after a first installation a stopped service.
-
-        Raises: UnhealthyError, always.
-        """
-        what = str(error) or "interrupted"
-        if isinstance(error, OSError):
-            what = f"{error.filename or 'a file'}: {error.strerror}"
-        if self._restarted and self._old_code is None:
-            lines = self.manager.last_lines()
-            self.manager.disable()
-            self.steps.say(lines)
-            raise UnhealthyError(f"the service did not become healthy: {what}", "It is stopped, its "
-                                 "files stay; see the lines above, and run this again") from error
-        self.steps.undo()
-        if self._old_config is not None:
-            with _ActingAs(self.place.account):
-                if self._old_config[0] is None:
-                    remove_file(self.place.config)
-                else:
-                    write_atomic(self.place.config, self._old_config[0])
-        if not self._restarted:
-            raise UnhealthyError(f"not installed: {what}", "Nothing was changed") from error
-        self._compile()
-        self.steps.say(self.manager.last_lines())
-        old_version = version_of(self._old_code)
-        try:
-            self.manager.enable()
-            self.manager.restart()
-            await_health(self.manager, old_version, True)
-        except AgentError as second:
-            raise UnhealthyError(f"the new version was not healthy ({what}), and b9agent "
-                                 f"{old_version}, put back, is not either ({second})",
-                                 f"See: {self.manager.logs}") from error
-        raise UnhealthyError(f"the new version was not healthy: {what}",
-                             "Previous version restored") from error
-
-    def report(self, release: Release, status: Dict[str, Any]) -> None:
-        """Only after the health check: what is true now."""
-        state = status.get("state")
-        gateway = ("not checked (offline)" if "offline" in self._options else
-                   f"unreachable, retrying ({printable(str(status.get('message')))})"
-                   if state == "unreachable" else printable(str(state)))
-        self.steps.say(f"b9agent {release.version} installed and running (pid {status.get('pid')}, "
-                       f"user {self.place.account.name})\ngateway: {gateway}\n"
-                       f"logs: {self.manager.logs}     status: b9agent status     "
-                       "remove: b9agent service uninstall")
-
-    def run(self, loaded: Loaded) -> int:
-        environ = _handed_environment(self._options)
-        release = self.release()
-        known = self.known_settings()
-        wanted = {} if "rollback" in self._options else wanted_settings(loaded, self._options,
-                                                                        environ)
-        settings = self.changed_settings(known, wanted, environ)
-        self.check({**known, **settings})
-        self.prepare(release)
-        status: Dict[str, Any] = {}
-        try:
-            changed = self.write(release, settings)
-            ready = self._needs_manager() and (self.steps.dry or self.manager.prepare(
-                self.steps.say))
-            if ready and self.steps.dry:
-                self.steps.do(f"enable and restart the service ({self.place.manager}), and wait "
-                              "until it is healthy", self.start)
-            elif ready:
-                self.start(changed)
-                if "no-start" not in self._options:
-                    status = await_health(self.manager, release.version,
-                                          "offline" in self._options)
-        except GatewayError:
-            raise  # its token or pool was refused: that is no fault of the installation
-        except (AgentError, OSError, KeyboardInterrupt) as error:
-            self.take_back(error)
-        return self._finish(release, ready, status)
-
-    def _needs_manager(self) -> bool:
-        return "no-service" not in self._options and self.place.manager != "none"
-
-    def _finish(self, release: Release, ready: bool, status: Dict[str, Any]) -> int:
-        if self.steps.dry:
-            self.steps.say("nothing was changed")
-        elif status:
-            self.report(release, status)
-        elif ready:
-            self.steps.say(f"b9agent {release.version}: files installed, service NOT started. "
-                           "Run this again without --no-start to start it")
-        else:
-            self.steps.say(f"b9agent {release.version}: files installed, no service. In the "
-                           f"foreground: {self.place.launcher} run")
-            if "no-service" not in self._options:
-                return Exit.NO_SERVICE_MANAGER
-        return Exit.OK
+def _remove(path: str) -> None:
+    """A file, a link, or a folder with what is in it."""
+    import shutil
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        remove_file(path)
 
 
 def _claim(place: Place, steps: Steps) -> None:
@@ -4674,6 +4420,213 @@ def _claim(place: Place, steps: Steps) -> None:
         signal.signal(number, signal.default_int_handler)  # so that a change is taken back
 
 
+class Installation:
+    """One run of `service install`: code is what is installed, definition its service's text."""
+
+    def __init__(self, place: Place, options: Dict[str, str], steps: Steps) -> None:
+        self.place, self.steps, self._options = place, steps, options
+        self._serve = "no-service" not in options
+        self._start = self._serve and "no-start" not in options
+        self.manager = (MANAGERS[place.manager] if self._serve else Manager)(place)
+        self._code_file = os.path.join(place.code, "b9agent.py")
+        self._record = os.path.join(place.code, "definition")
+        self._old_code = read_text(self._code_file, CODE_MAX_BYTES)
+        self._restarted = False
+        self.code: Optional[str] = read_text(os.path.abspath(__file__), CODE_MAX_BYTES)
+        self.definition = render_definition(place)
+        if "rollback" in options:
+            self.code = read_text(self._code_file + ".prev", CODE_MAX_BYTES)
+            self.definition = (read_text(self._record + ".prev") or read_text(self._record)
+                               or self.definition)
+        if self.code is None:
+            raise UsageError(f"there is no previous version in {place.code}", "Nothing was changed")
+        self.version = version_of(self.code)
+
+    def run(self, loaded: Loaded) -> int:
+        environ, known, wanted = _handed_environment(self._options), self._known_settings(), {}
+        if "rollback" not in self._options:
+            wanted = wanted_settings(loaded, self._options, environ)
+        settings = _complete(wanted, known, environ, "yes" not in self._options,
+                             self._start and not self.steps.dry)
+        self._check({**known, **settings})
+        self._prepare()
+        status: Dict[str, Any] = {}
+        try:
+            changed = self._write(settings)
+            ready = self._serve and self.place.manager != "none"
+            ready = ready and (self.steps.dry or self.manager.prepare(self.steps.say))
+            if ready:
+                status = self._take_up(changed)
+        except GatewayError:
+            raise  # its token or pool was refused: that is no fault of the installation
+        except (AgentError, OSError, KeyboardInterrupt) as error:
+            self._take_back(error)
+        return self._report(ready, status)
+
+    def _known_settings(self) -> Dict[str, str]:
+        try:
+            with _ActingAs(self.place.account):
+                return {key: item.text for key, item in read_config(self.place.config).items()}
+        except UsageError:
+            if not self.steps.dry or os.access(self.place.state, os.R_OK):
+                raise
+            self.steps.say(f"cannot look into {self.place.state}: that needs sudo")
+            return {}
+
+    def _check(self, merged: Dict[str, str]) -> None:
+        """Raises: UsageError, LockedError.  Nothing is changed yet."""
+        place, launcher = self.place, read_text(self.place.launcher)
+        if launcher is not None and _LAUNCHER_MARK not in launcher:
+            raise UsageError(f"{place.launcher} is not one of ours", "Move it away, and run this "
+                             "again. Nothing was changed")
+        if os.path.isdir(place.state) and os.stat(place.state).st_uid != place.account.uid:
+            raise UsageError(f"{place.state} is not {place.account.name}'s", "Name its owner with "
+                             f"--run-as USER, or: chown -R {place.account.name} {place.state}. "
+                             "Nothing was changed")
+        for path in self.manager.overriding():
+            self.steps.say(f"note: {path} is yours and stays in force")
+        port = int(merged.get("control_port") or 9999)
+        if self._start and port:
+            check_port(place, self.manager, merged.get("control_host") or "127.0.0.1", port)
+
+    def _prepare(self) -> None:
+        """User, folders, and a trial of the new file with that user's rights."""
+        account, steps = self.place.account, self.steps
+        if account.uid is None:
+            steps.do(f"create the system user {account.name}", _create_user, account.name)
+            account = account if steps.dry else _find_account(account.name)
+            self.place = self.manager.place = self.place._replace(account=account)
+        if not os.path.isdir(self.place.state):
+            steps.do(f"make {self.place.state}", _make_state_folder, self.place)
+        steps.do(f"try b9agent {self.version} with {self.place.python} as {account.name}",
+                 self._try)
+
+    def _try(self) -> None:
+        draft = self._code_file + ".new"
+        try:
+            write_atomic(draft, self.code, 0o644)
+            result = _run_as(self.place, self.place.python, "-I", draft, "version")
+        finally:
+            remove_file(draft)
+        if result.exit_code != 0 or self.version not in result.output:
+            said = printable((result.problem or result.output).strip()[-300:])
+            raise UsageError(f"{self.place.python} cannot run b9agent {self.version} as "
+                             f"{self.place.account.name}: {said}", "Mend that, or name another "
+                             "Python with --python PATH. No service was touched")
+
+    def _write(self, settings: Dict[str, str]) -> bool:
+        """True where the running service has something to take up."""
+        place, steps = self.place, self.steps
+        if settings:
+            steps.do(f"set {', '.join(sorted(settings))} in {place.config}", self._save_config,
+                     settings)
+        if self._old_code not in (None, self.code):
+            steps.write(self._code_file + ".prev", self._old_code)
+        changed = steps.write(self._code_file, self.code)
+        changed = steps.write(os.path.join(place.code, "__main__.py"), _MAIN_FILE) or changed
+        if changed:
+            steps.do("compile it", self._compile)
+        steps.write(place.launcher, render_launcher(place), 0o755)
+        if self._serve and place.definition:
+            changed = self._write_definition() or changed
+        return changed or bool(settings)
+
+    def _save_config(self, settings: Dict[str, str]) -> None:
+        with _ActingAs(self.place.account):
+            self.steps.will_write(self.place.config, 0o600, self.place.account)
+            backup = save_config(self.place.config, settings)
+        if backup:
+            self.steps.say(f"note: the old file, with its comments, is {backup}")
+
+    def _compile(self) -> None:
+        """The service's user cannot write here, so the compiled form is made now."""
+        import py_compile
+        cached = py_compile.compile(self._code_file, doraise=True)
+        os.chmod(cached, 0o644)
+        os.chmod(os.path.dirname(cached), 0o755)
+
+    def _write_definition(self) -> bool:
+        """What we wrote last is kept beside the code: a file that differs from it was changed by
+        somebody, and is theirs."""
+        record, target = read_text(self._record), read_text(self.place.definition)
+        if target is not None and target not in (record, self.definition):
+            self.steps.say(f"note: {self.place.definition} was changed by hand and stays as it is")
+            return False
+        if record not in (None, self.definition):
+            self.steps.write(self._record + ".prev", record)
+        self.steps.write(self._record, self.definition)
+        mode = 0o755 if self.place.manager == "openrc" else 0o644
+        return self.steps.write(self.place.definition, self.definition, mode)
+
+    def _take_up(self, changed: bool) -> Dict[str, Any]:
+        """Enable the service; restart it where something changed or nothing runs; its status."""
+        import shutil
+        place, steps = self.place, self.steps
+        if shutil.which("restorecon"):  # SELinux
+            steps.do("restore file labels", run_command, [
+                "restorecon", "-RF", place.code, place.launcher, place.definition], 30.0)
+        steps.do(f"enable the service ({place.manager})", self.manager.enable)
+        if not self._start:
+            return {}
+        if not steps.dry and not changed and self.manager.process().pid != 0:
+            steps.say("nothing changed: the service keeps running")
+        else:
+            self._restarted = not steps.dry
+            steps.do("restart it, and wait until it is healthy", self.manager.restart)
+        return {} if steps.dry else await_health(self.manager, self.version,
+                                                 "offline" in self._options)
+
+    def _take_back(self, error: BaseException) -> None:
+        """The previous version, running; or after a first installation a stopped service.
+
+        Raises: UnhealthyError, always.
+        """
+        what = str(error) or "interrupted"
+        if self._restarted:
+            self.steps.say(self.manager.last_lines())
+        if self._restarted and self._old_code is None:
+            self.manager.disable()
+            raise UnhealthyError(f"the service did not become healthy: {what}", "It is stopped, "
+                                 "its files stay; see the lines above, and run this again"
+                                 ) from error
+        self.steps.undo()
+        if not self._restarted:
+            raise UnhealthyError(f"not installed: {what}", "Nothing was changed") from error
+        old_version = version_of(self._old_code)
+        try:
+            self._compile()
+            self.manager.enable()
+            self.manager.restart()
+            await_health(self.manager, old_version, True)
+        except AgentError as second:
+            raise UnhealthyError(f"the new version was not healthy ({what}), and b9agent "
+                                 f"{old_version}, put back, is not either ({second})",
+                                 f"See: {self.manager.logs}") from error
+        raise UnhealthyError(f"the new version was not healthy: {what}",
+                             "Previous version restored") from error
+
+    def _report(self, ready: bool, status: Dict[str, Any]) -> int:
+        """What is true now, and nothing more."""
+        say, state, done = self.steps.say, status.get("state"), f"b9agent {self.version}"
+        if self.steps.dry:
+            say("nothing was changed")
+        elif status:
+            gateway = ("not checked (offline)" if "offline" in self._options else
+                       f"unreachable, retrying ({printable(str(status.get('message')))})"
+                       if state == "unreachable" else printable(str(state)))
+            say(f"{done} installed and running (pid {status.get('pid')}, user "
+                f"{self.place.account.name})\ngateway: {gateway}\nlogs: {self.manager.logs}     "
+                "status: b9agent status     remove: b9agent service uninstall")
+        elif ready:
+            say(f"{done}: files installed, service NOT started. Run this again without --no-start "
+                "to start it")
+        else:
+            say(f"{done}: files installed, no service. In the foreground: "
+                f"{self.place.launcher} run")
+        missing = self._serve and not ready and not self.steps.dry
+        return Exit.NO_SERVICE_MANAGER if missing else Exit.OK
+
+
 def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> int:
     """Install or upgrade; with --rollback go back to the version before."""
     if "print" in options:
@@ -4685,43 +4638,20 @@ def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str]
     try:
         return Installation(place, options, steps).run(loaded)
     except KeyboardInterrupt as error:
-        raise UnhealthyError("interrupted", "Nothing was changed") from error
+        raise UnhealthyError("interrupted", "No service was touched") from error
+    finally:
+        if not steps.dry and not os.path.exists(os.path.join(place.code, "b9agent.py")):
+            _remove(place.code)
 
 
 # -- uninstalling, status ---------------------------------------------------
 
-def _purge(folder: str) -> None:
-    """Everything in the state folder but models, which are nobody's to lose by the way."""
-    import shutil
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        if name in _KEPT_BY_PURGE:
-            continue
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path)
-        else:
-            os.unlink(path)
-
-
 def _remove_state(place: Place) -> None:
     with _ActingAs(place.account):
-        _purge(place.state)
-    try:
+        for name in set(os.listdir(place.state)) - set(_KEPT_BY_PURGE):
+            _remove(os.path.join(place.state, name))
+    if not os.listdir(place.state):
         os.rmdir(place.state)
-    except OSError:
-        pass  # models are in it
-
-
-def _remove_code(folder: str) -> None:
-    import shutil
-    for name in ("b9agent.py", "b9agent.py.prev", "__main__.py", "definition", "definition.prev",
-                 "install.lock"):
-        remove_file(os.path.join(folder, name))
-    shutil.rmtree(os.path.join(folder, "__pycache__"), ignore_errors=True)
-    try:
-        os.rmdir(folder)
-    except OSError:
-        pass  # something of the user's is in it
 
 
 def service_uninstall(_loaded: Loaded, options: Dict[str, str],
@@ -4733,20 +4663,16 @@ def service_uninstall(_loaded: Loaded, options: Dict[str, str],
         steps.say(f"nothing is installed in {place.code}")
         return Exit.OK
     _claim(place, steps)
-    manager = MANAGERS[place.manager](place)
-    if place.definition and (steps.dry or manager.prepare(lambda _text: None)):
+    manager, definition = MANAGERS[place.manager](place), read_text(place.definition or os.devnull)
+    if definition and (steps.dry or manager.prepare(lambda _text: None)):
         steps.do("stop and disable the service", manager.disable)
-    target = read_text(place.definition) if place.definition else None
-    if target is not None and target == read_text(os.path.join(place.code, "definition")):
+    if definition and definition == read_text(os.path.join(place.code, "definition")):
         steps.do(f"remove {place.definition}", remove_file, place.definition)
-        if place.manager == "systemd":
-            user = ["--user"] if place.scope == "user" else []
-            steps.do("tell systemd", run_command, ["systemctl", *user, "daemon-reload"], 30.0)
-    elif target is not None:
+    elif definition:
         steps.say(f"note: {place.definition} was changed by hand and stays")
     if _LAUNCHER_MARK in (read_text(place.launcher) or ""):
         steps.do(f"remove {place.launcher}", remove_file, place.launcher)
-    steps.do(f"remove {place.code}", _remove_code, place.code)
+    steps.do(f"remove {place.code}", _remove, place.code)
     if purge:
         steps.do(f"remove {place.state}, but no models", _remove_state, place)
     elif os.path.isdir(place.state):
@@ -4760,14 +4686,12 @@ def service_uninstall(_loaded: Loaded, options: Dict[str, str],
 def service_status(_loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> int:
     """The service as its manager and the agent itself see it."""
     place = find_place(options)
-    manager = MANAGERS[place.manager](place)
     code = read_text(os.path.join(place.code, "b9agent.py"), CODE_MAX_BYTES)
     say(f"files    {place.code}, " + (f"b9agent {version_of(code)}" if code else "not installed"))
     if place.definition:
-        process = manager.process()
+        process = MANAGERS[place.manager](place).process()
         state = (f"ended with exit code {process.ended}" if process.ended is not None else
-                 "not running" if process.pid == 0 else
-                 f"running, pid {process.pid}" if process.pid else "running")
+                 "not running" if process.pid == 0 else f"running, pid {process.pid or 'unknown'}")
         say(f"service  {state}; {place.definition}")
     try:
         with _ActingAs(place.account):

@@ -29,11 +29,11 @@ TLS = os.path.join(HERE, "tls")
 class Wire:
     """A client with its log, at --debug."""
 
-    def __init__(self, endpoint, token=TOKEN):
+    def __init__(self, endpoint, token=TOKEN, keepalive_limit_s=10.0):
         b9agent.REDACTOR.add(token)
         self.stream = io.StringIO()
         self.log = b9agent.Log("text", "debug", stream=self.stream)
-        self.client = b9agent.GatewayClient(endpoint, token, "gpu", self.log)
+        self.client = b9agent.GatewayClient(endpoint, token, "gpu", self.log, keepalive_limit_s)
 
     def outcome(self, name):
         """("ok" or the class of the failure, the failure)."""
@@ -45,24 +45,20 @@ class Wire:
         return "ok", None
 
 
-def wire(gateway, token=TOKEN, **more):
+def wire(gateway, keepalive_limit_s=10.0, **more):
     return Wire(b9agent.Endpoint(more.pop("scheme", "http"), more.pop("host", "127.0.0.1"),
-                                 gateway.port, **more), token)
-
-
-@pytest.fixture
-def short_limits(monkeypatch):
-    monkeypatch.setattr(b9agent, "REGISTER_LIMIT_S", 1.0)
-    monkeypatch.setattr(b9agent, "KEEPALIVE_LIMIT_S", 1.0)
+                                 gateway.port, **more), keepalive_limit_s=keepalive_limit_s)
 
 
 # -- every answer --------------------------------------------------------
 
 @pytest.mark.parametrize("request_name", ["register", "keepalive"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_answer_comes_to_its_outcome(fault, request_name, hostile, short_limits):
+def test_every_answer_comes_to_its_outcome(fault, request_name, hostile, monkeypatch):
+    limit_s = 1.0 if FAULTS[fault].slow else 10.0
+    monkeypatch.setattr(b9agent, "REGISTER_LIMIT_S", limit_s)
     hostile.fault = fault
-    client = wire(hostile)
+    client = wire(hostile, limit_s)
     outcome, error = client.outcome(request_name)
     expected = FAULTS[fault].register if request_name == "register" else FAULTS[fault].outcome
     if fault == "status_not_ok" and request_name == "register":
@@ -152,15 +148,13 @@ def test_retry_after_reaches_the_outcome(hostile):
 # -- limits --------------------------------------------------------------
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if FAULTS[name].slow])
-@pytest.mark.parametrize("name, limit", [("register", "REGISTER_LIMIT_S"),
-                                         ("keepalive", "KEEPALIVE_LIMIT_S")])
-def test_a_peer_that_hangs_or_drips_costs_the_limit_and_no_more(fault, name, limit, hostile,
-                                                                monkeypatch):
-    monkeypatch.setattr(b9agent, limit, 0.7)
+@pytest.mark.parametrize("name", ["register", "keepalive"])
+def test_a_peer_that_hangs_or_drips_costs_the_limit_and_no_more(fault, name, hostile, monkeypatch):
+    monkeypatch.setattr(b9agent, "REGISTER_LIMIT_S", 0.7)
     hostile.fault = fault
     with StallMeter() as stall:
         began = time.monotonic()
-        outcome, error = wire(hostile).outcome(name)
+        outcome, error = wire(hostile, 0.7).outcome(name)
         took = time.monotonic() - began
     assert outcome == "GatewayUnreachable" and "no answer within 0.7 s" in str(error)
     assert 0.7 <= took < 0.7 + 0.5 + 3 * stall.worst_s
@@ -316,19 +310,19 @@ def test_https_with_an_authority_file_that_is_none(ca_file, secure):
     assert outcome == "GatewayUnreachable" and ca_file in str(error)
 
 
-def test_https_to_a_plain_gateway_and_plain_to_an_https_one(hostile, secure, short_limits):
+def test_https_to_a_plain_gateway_and_plain_to_an_https_one(secure):
     assert wire(secure).outcome("keepalive")[0] in ("GatewayUnwell", "GatewayUnreachable")
     assert secure.requests == []
     with HostileGateway() as plain:
-        outcome, _ = wire(plain, scheme="https").outcome("keepalive")
+        outcome, _ = wire(plain, 1.0, scheme="https").outcome("keepalive")
         assert outcome == "GatewayUnreachable"
         assert plain.requests == []
 
 
 @pytest.mark.parametrize("fault", ["hang", "drip", "close", "cut_body", "huge_body"])
-def test_limits_hold_under_tls_too(fault, secure, short_limits):
+def test_limits_hold_under_tls_too(fault, secure):
     secure.fault = fault
-    client = wire(secure, scheme="https", ca_file=os.path.join(TLS, "ca.pem"))
+    client = wire(secure, 1.0, scheme="https", ca_file=os.path.join(TLS, "ca.pem"))
     assert client.outcome("keepalive")[0] == FAULTS[fault].outcome
 
 

@@ -216,8 +216,8 @@ def test_every_type_refuses_something():
 
 BAD_FILES = [
     # (the file, its line, what is said after "FILE:LINE: ")
-    ("\tpool: gpu\n", 1, "a tab in the indentation, expected spaces"),
-    ("gateway:\n\thost: x\n", 2, "a tab in the indentation, expected spaces"),
+    ("\tpool: gpu\n", 1, "a tab, expected spaces, or \\t between double quotes"),
+    ("gateway:\n\thost: x\n", 2, "a tab, expected spaces, or \\t between double quotes"),
     ("pool: a\npool: b\n", 2, "`pool` is given twice, first in line 1, expected each name once"),
     ("machine:\n  id: 12345678\n\n  id: 1\n", 4,
      "`id` is given twice, first in line 2, expected each name once"),
@@ -245,18 +245,19 @@ BAD_FILES = [
     ("gateway:\n- a\n", 1, "`gateway` is a group, expected names below it, indented"),
     ("limits:\n  gpu_ids: [0, [1]]\n", 2, "`limits.gpu_ids` is a list, expected one value"),
     ("- a\n- b\n", 1, "this is not a mapping, expected lines of the form `name: value`"),
-    ("pool\n", 1, "`pool` has no name, expected `name: value`, with a blank after the colon"),
-    ("pool:gpu\n", 1, "`pool` has no name, expected `name: value`, with a blank after the colon"),
-    ("pool: a: b\n", 1, "a second `: ` on one line, expected quotes around the value"),
+    ("pool\n", 1, "`pool` is no name with a value, expected `name: value`, with a blank after the colon"),
+    ("pool:gpu\n", 1, "`pool` is no name with a value, expected `name: value`, with a blank after the colon"),
+    ("pool: a: b\n", 1, "something after the end of the value, expected quotes around it all, a comment, or "
+                         "the end of the line"),
     ("pool: 'a\n", 1, "a text that begins with ' has no end, expected a second ' on the same line"),
     ("pool: \"a\nb\"\n", 1, 'a text that begins with " has no end, expected a second " on the same '
                             "line"),
     ("pool: \"\\q\"\n", 1, 'the escape \\q, expected one of \\n \\t \\" \\\\ \\xNN \\uNNNN'),
-    ("pool: 'a' b\n", 1, "something after the end of the value, expected a comment, or the end of "
-                         "the line"),
+    ("pool: 'a' b\n", 1, "something after the end of the value, expected quotes around it all, a comment, or "
+                         "the end of the line"),
     ("limits:\n  gpu_ids: [0,\n    1]\n", 2,
-     "a list or mapping that does not end on its line, expected `,` or `]`"),
-    ("gateway: {host: a\n", 1, "a list or mapping that does not end on its line, expected `,` or `}`"),
+     "a list or mapping that does not end on its line, expected `]`"),
+    ("gateway: {host: a\n", 1, "a list or mapping that does not end on its line, expected `}`"),
     ("pool: a\n  b: c\n", 2, "this line is indented more than the one it follows, expected 0 spaces "
                              "before it, or a value on the line above"),
     ("gateway:\n  host: a\n port: 1\n", 3, "this line is indented more than the one it follows, "
@@ -271,7 +272,7 @@ BAD_FILES = [
                           "value"),
     ("pool: @x\n", 1, "the reserved character @ is not supported, expected a plain or quoted value"),
     ("pool: `x\n", 1, "the reserved character ` is not supported, expected a plain or quoted value"),
-    ("pool: - a\n", 1, "a value that begins with -, expected quotes around it, or a plain value"),
+    ("pool: - a\n", 1, "a value that begins with `-`, expected a plain value, or quotes around it"),
     ("? pool\n: a\n", 1, "a complex key (?) is not supported, expected `name: value`"),
     ("<<: x\n", 1, "a merge (<<) is not supported, expected `name: value`"),
     ("%YAML 1.1\npool: a\n", 1, "a directive (%) is not supported, expected `name: value`"),
