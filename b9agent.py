@@ -180,7 +180,8 @@ def mask(secret: Optional[str]) -> str:
 # C0, DEL, C1, line and paragraph separators, and the marks that reorder text on a terminal.
 _UNPRINTABLE = {code: "\\x%02x" % code for code in (*range(0x20), *range(0x7F, 0xA0))}
 _UNPRINTABLE.update({code: "\\u%04x" % code
-                     for code in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))})
+                     for code in (0x061C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F),
+                                  *range(0x2066, 0x206A))})
 
 
 _UNPRINTABLE.update({0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"})
@@ -308,11 +309,14 @@ def make_private_folder(path: str) -> None:
     """
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        others_write = stat.S_IMODE(os.stat(path).st_mode) & 0o022
+        status = os.stat(path)
     except OSError as error:
         raise UsageError(f"cannot make the folder {path}: {error.strerror}",
                          "Choose another with --state-dir, or mend its permissions") from error
-    if others_write:
+    if status.st_uid not in (0, os.geteuid()):
+        raise UsageError(f"the folder {path} belongs to another user",
+                         "Run this as that user, or choose a folder of your own")
+    if stat.S_IMODE(status.st_mode) & 0o022:
         raise UsageError(f"other users may write in the folder {path}",
                          f"Choose a folder of your own, or close this one: chmod 700 {path}")
 
@@ -349,18 +353,20 @@ def write_atomic(path: str, text: str, mode: int = 0o600) -> None:
 
 
 def clean_environment() -> Dict[str, str]:
-    """The environment for a child: without our secrets and without systemd's notify socket, which
+    """The environment for a child: without our secrets, and without systemd's notify socket, which
     would let the child speak for us."""
     return {name: value for name, value in os.environ.items()
             if name not in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
-            and not (name.startswith(("BETA9_", "B9AGENT_")) and name.endswith("TOKEN"))}
+            and not (name.startswith(("BETA9_", "B9AGENT_")) and name.endswith(("TOKEN", "PROXY")))}
 
 
 class CommandResult(NamedTuple):
-    """exit_code is None where the program is missing, was killed, or ran past its limit."""
+    """exit_code is None where the program is missing, was killed, or ran past its limit.  stuck:
+    the child, where not even SIGKILL ended it."""
     exit_code: Optional[int]
     output: str
     problem: str = ""
+    stuck: Any = None
 
 
 def _read_until(descriptor: int, until_s: float, max_bytes: int) -> Tuple[bytes, str]:
@@ -380,6 +386,16 @@ def _read_until(descriptor: int, until_s: float, max_bytes: int) -> Tuple[bytes,
             return bytes(collected[:max_bytes]), f"printed more than {max_bytes} bytes"
 
 
+def _kill(child: Any) -> None:
+    """End a child and all that it started; wait a second for it."""
+    import subprocess
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait(timeout=1.0)
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # stuck in the kernel, or gone already
+
+
 def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -> CommandResult:
     """Run a program to its end, its stdout and stderr together; never longer than limit_s.
 
@@ -393,16 +409,20 @@ def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -
             env=dict(clean_environment(), LC_ALL="C"), start_new_session=True)
     except OSError as error:
         return CommandResult(None, "", f"{argv[0]}: {error.strerror}")
-    output, problem = _read_until(child.stdout.fileno(), now_s() + limit_s, max_bytes)
+    until_s = now_s() + limit_s
+    output, problem = _read_until(child.stdout.fileno(), until_s, max_bytes)
     child.stdout.close()
     try:
-        if problem:
-            os.killpg(child.pid, signal.SIGKILL)
-        code = child.wait(timeout=1.0)
-    except (OSError, subprocess.TimeoutExpired):
-        code, problem = None, problem or "did not end"
-    text = output.decode("utf-8", "replace")
-    return CommandResult(None if problem else code, text, problem and f"{argv[0]} {problem}")
+        child.wait(timeout=0.0 if problem else max(0.1, until_s - now_s()))
+    except subprocess.TimeoutExpired:
+        problem = problem or "ran past its time limit"
+    if problem:
+        _kill(child)
+    elif child.returncode < 0:
+        problem = f"was ended by signal {-child.returncode}"
+    return CommandResult(None if problem else child.returncode, output.decode("utf-8", "replace"),
+                         problem and f"{argv[0]} {problem}",
+                         child if child.returncode is None else None)
 
 
 def host_port(host: str, port: int) -> str:
@@ -488,56 +508,20 @@ def _connect(host: str, port: int, until_s: float) -> socket.socket:
         raise HttpFailure("dns", f"cannot look up {host}: {reason}") from error
     problem: Exception = HttpFailure("dns", f"{host} has no address")
     for position, (family, kind, protocol, _, address) in enumerate(found):
-        sock = socket.socket(family, kind, protocol)
+        sock = None
         try:
+            sock = socket.socket(family, kind, protocol)
             sock.settimeout(_left_s(until_s) / (len(found) - position))
             sock.connect(address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except OSError as error:
-            sock.close()
-            problem = error
+            if sock is not None:
+                sock.close()
+            # "Refused" says more than another address's "no such network".
+            if not isinstance(problem, ConnectionRefusedError):
+                problem = error
     raise problem
-
-
-def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
-    target = host_port(endpoint.host, endpoint.port)
-    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
-    if endpoint.proxy[2]:
-        head += f"Proxy-Authorization: {endpoint.proxy[2]}\r\n"
-    sock.settimeout(_left_s(until_s))
-    sock.sendall((head + "\r\n").encode("ascii"))
-    received = b""
-    while b"\r\n\r\n" not in received:
-        sock.settimeout(_left_s(until_s))
-        chunk = sock.recv(1)  # one byte at a time: what follows the head belongs to TLS
-        received += chunk
-        if not chunk or len(received) > 16384:
-            raise HttpFailure("proxy", "the proxy closed the connection")
-    status = received.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
-    if len(status) < 2 or not status[1].startswith("2"):
-        raise HttpFailure("proxy", f"the proxy answered {printable(' '.join(status[1:])[:80])}")
-
-
-def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
-    """A connected socket, through the proxy's CONNECT and under TLS where that is asked for."""
-    target = endpoint.proxy[:2] if endpoint.proxy else (endpoint.host, endpoint.port)
-    sock = _connect(target[0], target[1], until_s)
-    try:
-        if endpoint.scheme == "http":
-            return sock
-        if endpoint.proxy:
-            _tunnel(sock, endpoint, until_s)
-        import ssl
-        try:
-            context = ssl.create_default_context(cafile=endpoint.ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise HttpFailure("tls", f"cannot use {endpoint.ca_file}: {error}") from error
-        sock.settimeout(_left_s(until_s))
-        return context.wrap_socket(sock, server_hostname=endpoint.host)
-    except BaseException:
-        sock.close()
-        raise
 
 
 def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
@@ -566,6 +550,58 @@ def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
     return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
 
 
+def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
+    target = host_port(endpoint.host, endpoint.port)
+    head = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+    if endpoint.proxy[2]:
+        head += f"Proxy-Authorization: {endpoint.proxy[2]}\r\n"
+    sock.settimeout(_left_s(until_s))
+    sock.sendall((head + "\r\n").encode("ascii"))
+    # A byte at a time: what follows the head belongs to TLS.
+    first, _ = _read_head(io.BufferedReader(_TimedSocket(sock, until_s), 1))
+    if not re.match("HTTP/1[.][01] 2", first):
+        raise HttpFailure("proxy", f"the proxy answered {printable(first[:80])}")
+
+
+_TLS_CONTEXTS: Dict[Any, Any] = {}
+
+
+def _tls_context(ca_file: Optional[str]) -> Any:
+    """Kept, because it takes 20 ms to make; made anew when the CA file changes."""
+    import ssl
+    try:
+        key = (ca_file, ca_file and os.stat(ca_file).st_mtime_ns)
+        if key not in _TLS_CONTEXTS:
+            _TLS_CONTEXTS.clear()
+            _TLS_CONTEXTS[key] = ssl.create_default_context(cafile=ca_file)
+        return _TLS_CONTEXTS[key]
+    except (OSError, ssl.SSLError) as error:
+        raise HttpFailure("tls", f"cannot use {ca_file}: {error}") from error
+
+
+def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
+    """A connected socket, through the proxy's CONNECT and under TLS where that is asked for."""
+    target = endpoint.proxy[:2] if endpoint.proxy else (endpoint.host, endpoint.port)
+    try:
+        sock = _connect(target[0], target[1], until_s)
+    except (OSError, HttpFailure) as error:
+        if endpoint.proxy is None:
+            raise
+        raise HttpFailure("proxy", f"the proxy {host_port(*target)} cannot be reached: "
+                          f"{getattr(error, 'strerror', None) or error}") from error
+    try:
+        if endpoint.scheme == "http":
+            return sock
+        if endpoint.proxy:
+            _tunnel(sock, endpoint, until_s)
+        context = _tls_context(endpoint.ca_file)
+        sock.settimeout(_left_s(until_s))
+        return context.wrap_socket(sock, server_hostname=endpoint.host)
+    except BaseException:
+        sock.close()
+        raise
+
+
 def _read_exactly(stream: io.BufferedReader, length: int, max_bytes: int) -> bytes:
     if length > max_bytes:
         raise HttpFailure("too_large", f"an answer of more than {max_bytes} bytes")
@@ -577,7 +613,7 @@ def _read_exactly(stream: io.BufferedReader, length: int, max_bytes: int) -> byt
 
 def _read_chunks(stream: io.BufferedReader, max_bytes: int) -> bytes:
     """A chunked body.  Source: RFC 9112, section 7.1."""
-    body = b""
+    body = bytearray()
     while True:
         size = _read_line(stream, 1024).split(b";")[0].strip()
         if not re.fullmatch(b"[0-9a-fA-F]{1,8}", size):
@@ -585,7 +621,7 @@ def _read_chunks(stream: io.BufferedReader, max_bytes: int) -> bytes:
         if int(size, 16) == 0:
             while _read_line(stream, 65536).strip():
                 pass  # trailers
-            return body
+            return bytes(body)
         body += _read_exactly(stream, int(size, 16), max_bytes - len(body))
         if _read_line(stream, 3).strip():
             raise HttpFailure("garbage", "a chunk longer than it says")
@@ -708,8 +744,8 @@ def _yaml_check_characters(raw: str, number: int) -> None:
                 or char in "\ufeff\ufffe\uffff"), None)
     if bad is not None:
         raise YamlError(number, f"the control character {ascii(bad)[1:-1]}", "printable text")
-    if len(raw) > 8192:
-        raise YamlError(number, "a line of more than 8192 characters", "a shorter one")
+    if len(raw) > 1024:
+        raise YamlError(number, "a line of more than 1024 characters", "a shorter one")
     if "\t" in raw and not raw.lstrip(" ").startswith("#"):
         raise YamlError(number, "a tab", 'spaces, or \\t between double quotes')
 
@@ -1039,11 +1075,6 @@ def parse_machine_id(text: str) -> str:
     return text.lower()
 
 
-def parse_hostname(text: str) -> str:
-    """What the gateway dials: a host as in a URL."""
-    return parse_host(text)
-
-
 def parse_cpu(text: str) -> int:
     """Millicores, from cores ("8", "0.5") or millicores ("8000m").
 
@@ -1061,13 +1092,13 @@ _MEMORY_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
 
 def parse_memory(text: str) -> int:
-    """Bytes.
+    """Bytes, a whole number of KiB.
 
     >>> parse_memory("16Gi") == 16 << 30, parse_memory("1.5Gi") == 3 << 29
     (True, True)
     """
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([KMGT]i)", text)
-    size = int(float(match.group(1)) * _MEMORY_UNITS[match.group(2)]) if match else 0
+    size = int(float(match.group(1)) * _MEMORY_UNITS[match.group(2)]) >> 10 << 10 if match else 0
     if size < 1 << 20:
         raise ValueError('a size such as "16Gi" or "32768Mi", at least 1Mi')
     return size
@@ -1086,22 +1117,21 @@ def parse_indexes(text: str) -> Tuple[int, ...]:
     return tuple(sorted({int(word) for word in words}))
 
 
-def parse_scheme(text: str) -> str:
-    if text not in ("http", "https"):
-        raise ValueError("http or https")
-    return text
-
-
-def parse_log_format(text: str) -> str:
-    if text not in ("text", "json"):
-        raise ValueError("text or json")
-    return text
+def one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(" or ".join(words))
+        return text
+    return parse
 
 
 def parse_path(text: str) -> str:
     if not text or "\0" in text or printable(text) != text:
         raise ValueError("a path")
-    return os.path.abspath(os.path.expanduser(text))
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError("a path; whose home folder this means is not known here")
+    return os.path.abspath(path)
 
 
 def parse_proxy(text: str) -> str:
@@ -1136,7 +1166,7 @@ SETTINGS = tuple(Setting(*row) for row in (
     ("machine_id", "--machine-id", "BETA9_MACHINE_ID", "machine.id", "machine_id", "ID",
      parse_machine_id, "", False, "8 hex digits; else the kept one, else made once and kept"),
     ("hostname", "--hostname", "BETA9_HOSTNAME", "machine.hostname", "hostname", "HOST",
-     parse_hostname, "", False,
+     parse_host, "", False,
      "what the gateway dials to reach this machine's k3s; default `machine-<machine id>`"),
     ("provider_name", "--provider-name", "BETA9_PROVIDER_NAME", "machine.provider",
      "provider_name", "NAME", parse_text, "generic", False, "provider the machine belongs to"),
@@ -1147,7 +1177,7 @@ SETTINGS = tuple(Setting(*row) for row in (
     ("gateway_port", "--gateway-port", "BETA9_GATEWAY_PORT", "gateway.port", "", "PORT",
      parse_port, "1994", False, "gateway's HTTP port"),
     ("gateway_scheme", "--gateway-scheme", "BETA9_GATEWAY_SCHEME", "gateway.scheme", "",
-     "SCHEME", parse_scheme, "http", False, "http or https"),
+     "SCHEME", one_of("http", "https"), "http", False, "http or https"),
     ("gateway_ca_file", "--gateway-ca-file", "B9AGENT_GATEWAY_CA_FILE", "gateway.ca_file", "",
      "PATH", parse_path, "", False, "PEM file of the authority that signed an https gateway"),
     ("gateway_proxy", "--gateway-proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "", "URL",
@@ -1172,7 +1202,7 @@ SETTINGS = tuple(Setting(*row) for row in (
     ("control_port", "--control-port", "B9AGENT_CONTROL_PORT", "control.port", "", "PORT",
      parse_listen_port, "9999", False, "port of the control API; 0 takes a free one"),
     ("log_format", "--log-format", "B9AGENT_LOG_FORMAT", "log.format", "", "FORMAT",
-     parse_log_format, "text", False, "text or json"),
+     one_of("text", "json"), "text", False, "text or json"),
     ("debug", "--debug", "BETA9_DEBUG", "debug", "", "", parse_switch, "false", False,
      "log every request and answer, without their secrets"),
     ("state_dir", "--state-dir", "B9AGENT_HOME", None, "", "PATH", parse_path, "~/.b9agent",
@@ -1211,9 +1241,11 @@ def _value(row: Setting, given: Dict[str, _Given]) -> Any:
 
 
 def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
+    """What a proxy without a password shows is no secret."""
     return tuple(f"{SETTING_BY_KEY[key].flag} on the command line is visible to every user in "
                  f"`ps`: use {SETTING_BY_KEY[key].variable} or the config file"
-                 for key in flags if SETTING_BY_KEY[key].secret)
+                 for key, text in flags.items() if SETTING_BY_KEY[key].secret
+                 and (key != "gateway_proxy" or "@" in text))
 
 
 def refuse_if_shared(path: str, what: str) -> None:
@@ -1554,6 +1586,16 @@ def _is_journal(stream: Any) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+def _writable_poll(stream: Any) -> Any:
+    """A poll that says whether a stream takes a line now; None for one that is no descriptor."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return poll
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 class Log:
     """_lock guards the file and its size; a full disk costs lines in the file, nothing else."""
 
@@ -1564,19 +1606,25 @@ class Log:
         self._lowest = _PRIORITIES[minimum]
         self._stream = stream or sys.stderr
         self._journal = _is_journal(self._stream)
+        self._poll = _writable_poll(self._stream)
         self._path = os.path.join(folder, "agent.log") if folder and not self._journal else None
         self._file: Any = None
 
     def __call__(self, level: str, event: str, **fields: Any) -> None:
         if _PRIORITIES[level] > self._lowest:
             return
-        fields = {name: value for name, value in fields.items() if value is not None}
+        # Redacted before they are quoted: an escaped secret would not be recognised.
+        fields = {name: REDACTOR.scrub(value) if isinstance(value, str) else value
+                  for name, value in fields.items() if value is not None}
         stamp = "" if self._journal and self._form == "text" else utc_stamp()
         line = REDACTOR.scrub(render_event(level, event, fields, stamp, self._form)) + "\n"
         with self._lock:
             try:
-                self._stream.write(f"<{_PRIORITIES[level]}>{line}" if self._journal else line)
-                self._stream.flush()
+                # A terminal that is paused (Ctrl-S), or a pipe that nobody reads, costs the line
+                # and never a keepalive.
+                if self._poll is None or self._poll.poll(200):
+                    self._stream.write(f"<{_PRIORITIES[level]}>{line}" if self._journal else line)
+                    self._stream.flush()
             except (OSError, ValueError):
                 pass  # nobody reads our stderr any more: not a reason to stop
             self._append(line)
@@ -1640,7 +1688,6 @@ class Snapshot(NamedTuple):
     keepalives: int = 0
     failures: int = 0
     message: str = ""
-    metrics: Optional[Dict[str, Any]] = None
 
 
 # ----------------------------------------------------------------------
@@ -2200,26 +2247,21 @@ class NvidiaSmi:
     is also the default.  One thread calls sample().
     """
 
-    def __init__(self, search_path: Optional[str] = None, limit_s: float = 5.0) -> None:
+    def __init__(self, search_path: Optional[str] = None) -> None:
         self._search_path = search_path
-        self._limit_s = limit_s
-        self._child: Any = None
+        self._stuck: Any = None
 
-    def sample(self) -> Optional[List[Gpu]]:
+    def sample(self, limit_s: float = 5.0) -> Optional[List[Gpu]]:
         """None: unknown.  []: no GPUs, because there is no such program or it says so."""
-        if self._child is not None and self._child.poll() is None:
+        if self._stuck is not None and self._stuck.poll() is None:
             return None
         program = self._find()
         if program is None:
             return []
-        try:
-            self._child = self._start((program,) + NVIDIA_SMI_ARGUMENTS)
-        except OSError:
-            return None
-        with self._child.stdout as pipe:
-            output, problem = _read_until(pipe.fileno(), now_s() + self._limit_s, 1 << 20)
-        self._end(bool(problem))
-        return None if problem else parse_nvidia_smi_answer(output.decode("utf-8", "replace"))
+        result = run_command((program,) + NVIDIA_SMI_ARGUMENTS, limit_s)
+        self._stuck = result.stuck
+        # It may fail and still show what works: so the text counts, not its exit code.
+        return None if result.problem else parse_nvidia_smi_answer(result.output)
 
     def _find(self) -> Optional[str]:
         """A look-up of our own: a try to start a missing program costs a fork."""
@@ -2231,22 +2273,6 @@ class NvidiaSmi:
             if os.access(program, os.X_OK) and os.path.isfile(program):
                 return program
         return None
-
-    def _start(self, argv: Sequence[str]) -> Any:
-        """A child that sample() keeps: run_command() lets go of one that cannot be killed."""
-        import subprocess
-        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, env=dict(clean_environment(), LC_ALL="C"),
-                                start_new_session=True)
-
-    def _end(self, kill: bool) -> None:
-        import subprocess
-        try:
-            if kill:
-                os.killpg(self._child.pid, signal.SIGKILL)
-            self._child.wait(timeout=1.0)
-        except (OSError, subprocess.TimeoutExpired):
-            pass  # the next sample() looks again
 
 
 def usable_gpus(gpus: Sequence[Gpu], gpu_ids: Optional[Sequence[int]],
@@ -2432,7 +2458,7 @@ class GatewayClient:
         reply = self._send("POST", name, json.dumps(payload).encode(), limit_s)
         answer = _json_object(reply.body)
         self._log("debug", "answer", request=name, status=reply.status, bytes=len(reply.body),
-                  keys=",".join(sorted(answer)) or None)
+                  keys=",".join(sorted(answer))[:200] or None)
         if reply.status == 200 and answer:
             return answer
         raise self._outcome(name, reply, answer)
@@ -2464,9 +2490,12 @@ class GatewayClient:
     def _outcome(self, name: str, reply: HttpReply, answer: Dict[str, Any]) -> GatewayError:
         """The contract's table of answers that are not "ok"."""
         message = str(answer.get("message") or answer.get("error") or "")
-        said = printable(message[:200])
+        said = printable(REDACTOR.scrub(message))[:200]  # cut after: half a secret is one too
         code = str(answer.get("error_code") or "")
         pool, url = self._pool_name, self._endpoint.url
+        if not answer and reply.status in (400, 403, 404, 405):
+            return self._unwell(f"it answered {reply.status} and no JSON, which is not the "
+                                "gateway's way: a proxy or an ingress before it?")
         if reply.status in (401, 403):
             return TokenRefused(f"gateway {url} refused the machine token ({reply.status}"
                                 f"{' ' + said if said else ''})",
@@ -2487,8 +2516,8 @@ class GatewayClient:
         if reply.status in (400, 404, 405, 413, 415, 422) or message.startswith("Invalid "):
             return RequestRefused(f"gateway {url} refused the {name} request ({reply.status} "
                                   f"{said or 'without a message'})",
-                                  "Check gateway.host and gateway.port; with --debug the log "
-                                  "shows what was sent")
+                                  "Check gateway.host, gateway.port and gateway.scheme; with "
+                                  "--debug the log shows what was sent")
         if 300 <= reply.status < 400:
             return self._unwell(f"it redirects ({reply.status}), which is not followed: the token "
                                 "would go with it. Set gateway.host, port and scheme to the target")
@@ -2537,7 +2566,8 @@ class Membership:
         started_s, only_keepalive = self._clock(), not self._must_register
         try:
             if self._must_register:
-                self._enter(State.REGISTERING)
+                if self.snapshot.state in (State.STARTING, State.EXPIRED):
+                    self._enter(State.REGISTERING)
                 self._send_register()
                 self._must_register = False
                 self._enter(State.REGISTERED, registrations=self.snapshot.registrations + 1)
@@ -2607,7 +2637,7 @@ class Membership:
                 tick(KEEPALIVE_LIMIT_S)
                 wake.wait(min(left_s, 5.0))
                 continue
-            tick(4 * REGISTER_LIMIT_S)  # two requests, and name look-ups that have no limit of ours
+            tick(6 * REGISTER_LIMIT_S)  # two requests, GPUs, and name look-ups that have no limit
             wait_s = self._safe_step()
             due_s = self._clock() + wait_s
         self._enter(State.STOPPED)
@@ -2634,7 +2664,6 @@ class Membership:
 HTTP_BODY_MAX_BYTES = 1 << 20
 HTTP_REQUEST_LIMIT_S = 10.0   # from the request line to the last byte of the body
 HTTP_IDLE_LIMIT_S = 60.0      # between requests on a kept connection
-HTTP_MAX_CONNECTIONS = 256
 
 
 class Request(NamedTuple):
@@ -2681,6 +2710,7 @@ class Api:
     """What a server serves.  Subclasses give routes, authorize() and the shape of an error."""
 
     name = "api"
+    max_connections = 64  # well under the 256 descriptors that a terminal on macOS grants
 
     def __init__(self, log: Log) -> None:
         self.log = log
@@ -2715,13 +2745,13 @@ class Api:
         self.check(headers)
         path, _, query = target.partition("?")
         route = self.route(method, path)
-        caller = None if route.open else self.authorize(headers)
-        body = read_body()
         try:
             values = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=32))
         except ValueError as error:
             raise HttpError(400, "bad_query", "more than 32 query fields") from error
         try:
+            caller = None if route.open else self.authorize(headers)
+            body = read_body()
             return route.handler(Request(method, path, values, headers, body, caller))
         except AgentError as error:
             self.log.error("failed", error, request=path)
@@ -2744,14 +2774,10 @@ def request_body(handler: Any) -> bytes:
     return body
 
 
-def _http_date(wall_s: int) -> str:
-    from email.utils import formatdate
-    return formatdate(wall_s, usegmt=True)
-
-
 def render_response(response: Response, head_only: bool, close: bool) -> bytes:
     """Head and body in one piece."""
     import http
+    from email.utils import formatdate
     body = response.body
     if not isinstance(body, bytes):
         body = json.dumps(body).encode("utf-8") + b"\n"
@@ -2760,7 +2786,7 @@ def render_response(response: Response, head_only: bool, close: bool) -> bytes:
     except ValueError:
         reason = "Unknown"
     lines = [f"HTTP/1.1 {response.status} {reason}", f"Content-Type: {response.content_type}",
-             f"Content-Length: {len(body)}", f"Date: {_http_date(int(time.time()))}",
+             f"Content-Length: {len(body)}", f"Date: {formatdate(usegmt=True)}",
              "X-Content-Type-Options: nosniff", "Cache-Control: no-store",
              *(f"{name}: {value}" for name, value in response.headers)]
     if close:
@@ -2827,13 +2853,14 @@ def _make_handler(api: Api) -> Any:
 
         def setup(self) -> None:
             super().setup()
-            self.timed = _TimedSocket(self.connection, now_s() + HTTP_IDLE_LIMIT_S)
+            # A stranger who says nothing is gone soon; one who was answered may stay.
+            self.timed = _TimedSocket(self.connection, now_s() + HTTP_REQUEST_LIMIT_S)
             self.rfile = io.BufferedReader(self.timed)
 
         def handle_one_request(self) -> None:
-            self.timed.allow(HTTP_IDLE_LIMIT_S)
             try:
                 super().handle_one_request()
+                self.timed.allow(HTTP_IDLE_LIMIT_S)
             except OSError:
                 self.close_connection = True
 
@@ -2865,7 +2892,7 @@ def _make_server(api: Api, host: str, port: int) -> Any:
         daemon_threads = True
         block_on_close = False
         request_queue_size = 1024
-        places = threading.BoundedSemaphore(HTTP_MAX_CONNECTIONS)
+        places = threading.BoundedSemaphore(api.max_connections)
 
         def server_bind(self) -> None:
             # HTTPServer.server_bind asks the name server for its own name, which can take seconds.
@@ -2874,10 +2901,21 @@ def _make_server(api: Api, host: str, port: int) -> Any:
             self.server_address = self.socket.getsockname()
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            if self.places.acquire(blocking=False):
-                super().process_request(request, client_address)
-            else:
+            if not self.places.acquire(blocking=False):
                 self.shutdown_request(request)
+                return
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # no thread was to be had
+                self.places.release()
+                raise
+
+        def get_request(self) -> Any:
+            try:
+                return super().get_request()
+            except OSError:
+                time.sleep(0.05)  # out of descriptors: the connection waits, and we must not spin
+                raise
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
             try:
@@ -2926,6 +2964,7 @@ class ApiServer:
 
 def kept_secret(path: str) -> str:
     """The token in a file of ours, made at first use, 0600.  Raises: UsageError."""
+    refuse_if_shared(path, "the control token")
     token = (read_text(path, 4096) or "").strip()
     if not re.fullmatch(r"[0-9a-f]{64}", token):
         token = os.urandom(32).hex()
@@ -2974,21 +3013,41 @@ class ControlApi(Api):
         return Response(200, {"status": "ok", "version": VERSION})
 
 
+def agent_holds(state_dir: str) -> bool:
+    """Whether an agent runs on this state folder.  Raises: UsageError where that cannot be seen."""
+    import fcntl
+    try:
+        descriptor = os.open(os.path.join(state_dir, "agent.lock"), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UsageError(f"cannot look into the state folder {state_dir}: {error.strerror}",
+                         "Run this as the user whose agent it is, or with sudo") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
 def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
-    """GET /status of the agent that runs on this state folder.
+    """GET /status of the agent that runs on this state folder.  The control token is sent only
+    while one does: after a kill -9 the port may be anybody's.
 
     Raises: GatewayUnreachable where none answers, UsageError where its files are not ours to read.
     """
-    if os.path.isdir(state_dir) and not os.access(state_dir, os.R_OK | os.X_OK):
-        raise UsageError(f"the state folder {state_dir} belongs to another user",
-                         "Run this as that user, or with sudo")
     nobody = GatewayUnreachable(f"no agent is running on {state_dir}",
                                 "Start one with `b9agent.py run`; its log says why one ended")
     address = (read_text(os.path.join(state_dir, "control.addr"), 512) or "").strip()
     token = (read_text(os.path.join(state_dir, "control.token"), 4096) or "").strip()
     host, _, port = address.rpartition(":")
-    if not host or not re.fullmatch("[0-9]{1,5}", port) or not token:
+    if not agent_holds(state_dir):
         raise nobody
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not token:
+        raise GatewayUnreachable(f"the agent on {state_dir} has no control API",
+                                 "Its log says why; is the port taken, or the disk full?")
     REDACTOR.add(token)
     try:
         reply = http_request("GET", Endpoint("http", host.strip("[]"), int(port)), "/status",
@@ -2996,7 +3055,7 @@ def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
     except HttpFailure as failure:
         raise nobody from failure
     answer = _json_object(reply.body)
-    if reply.status != 200 or "version" not in answer:
+    if reply.status != 200 or not {"version", "pid", "state", "metrics"} <= set(answer):
         raise GatewayUnreachable(f"{address} answered {reply.status}, and not as a b9agent does",
                                  "Another program holds the control port; is the agent running?")
     return answer
@@ -3049,11 +3108,6 @@ def _sha256(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8")).hexdigest()
 
 
-class StoreError(AgentError):
-    """The database cannot be asked: disk full, damaged, locked for too long."""
-    exit_code = Exit.USAGE
-
-
 class MachineStore:
     """Machines and pools in SQLite, in WAL mode: the command line writes beside a running gateway.
 
@@ -3071,7 +3125,7 @@ class MachineStore:
         self._wall_clock = wall_clock
         import sqlite3
         try:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+            make_private_folder(os.path.dirname(os.path.abspath(path)))
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
             os.chmod(path, 0o600)
             self._kept = self._connect()
@@ -3100,7 +3154,7 @@ class MachineStore:
             finally:
                 connection.close()
         except sqlite3.Error as error:
-            raise StoreError(f"the gateway database {self._path} cannot be used: {error}",
+            raise UsageError(f"the gateway database {self._path} cannot be used: {error}",
                              "Is the disk full, or the file damaged?") from error
 
     def _run(self, sql: str, values: Any = ()) -> List[Any]:
@@ -3221,6 +3275,7 @@ class GatewayApi(Api):
     """The machine API.  on_change(machine id, state, metrics) is told of every transition."""
 
     name = "gateway"
+    max_connections = 256
 
     def __init__(self, log: Log, store: MachineStore,
                  on_change: Optional[Callable[[str, str, Dict[str, Any]], None]] = None) -> None:
@@ -3255,7 +3310,7 @@ class GatewayApi(Api):
     def _health(self, _request: Request) -> Response:
         try:
             self._store.has_pool("")
-        except StoreError as error:
+        except UsageError as error:
             return Response(500, {"status": "not ok", "error": error.what})
         return Response(200, {"status": "ok"})
 
@@ -3331,12 +3386,15 @@ class GatewayApi(Api):
 
 
 def start_gateway(host: str, port: int, api: GatewayApi) -> ApiServer:
-    """Raises: LockedError where the address is not to be had."""
+    """Raises: LockedError where another program has the port, UsageError for any other reason."""
     try:
         server = ApiServer(api, host, port)
     except OSError as error:
-        raise LockedError(f"cannot listen on {host_port(host, port)}: {error.strerror}",
-                          "Another program holds the port? Choose one with --port") from error
+        import errno
+        what = f"cannot listen on {host_port(host, port)}: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            raise LockedError(what, "Choose another port with --port") from error
+        raise UsageError(what, "Give an address of this machine with --host") from error
     server.start()
     return server
 
@@ -3363,12 +3421,16 @@ class StateLock:
                              "Mend its permissions, or choose another with --state-dir") from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             holder = os.read(self._descriptor, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(self._descriptor)
             raise LockedError(f"another agent holds {state_dir} (pid {printable(holder)})",
                               "Stop it first, or give this one its own folder with --state-dir"
                               ) from error
+        except OSError as error:
+            os.close(self._descriptor)
+            raise UsageError(f"cannot lock {path}: {error.strerror}", "Choose a state folder on a "
+                             "local file system with --state-dir") from error
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -3390,8 +3452,8 @@ def kept_machine_id(settings: Any, keep: bool) -> str:
     kept = (read_text(path, 64) or "").strip()
     if re.fullmatch("[0-9a-f]{8}", kept):
         return kept
-    if kept:
-        raise UsageError(f"{path} does not hold 8 hexadecimal digits",
+    if os.path.lexists(path):
+        raise UsageError(f"{path} cannot be read, or does not hold 8 hexadecimal digits",
                          "Put the machine's id there, or delete the file for a new one")
     made = os.urandom(4).hex()
     if keep:
@@ -3406,11 +3468,12 @@ def kept_machine_id(settings: Any, keep: bool) -> str:
 def read_private_ip(gateway_host: str) -> str:
     """This machine's address on the way to the gateway, a dotted quad.
 
-    Connecting a datagram socket chooses a route and sends nothing.  Through a tunnel the way to
-    the gateway is loopback: then the address of the default route counts (192.0.2.1 is reserved
-    for documents and never reached).
+    Connecting a datagram socket chooses a route and sends nothing.  Where the gateway is a name
+    (looking it up can take long) or on loopback (a tunnel), the default route's address counts:
+    192.0.2.1 is reserved for documents and never reached.
     """
-    for target in (gateway_host, "192.0.2.1"):
+    numeric = re.fullmatch("[0-9.]+", gateway_host) is not None
+    for target in (gateway_host, "192.0.2.1") if numeric else ("192.0.2.1",):
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 probe.connect((target, 9))
@@ -3499,15 +3562,20 @@ class Agent:
         return (least(capacity.cpu_millicores, self.settings.max_cpu),
                 least(capacity.memory_bytes, self.settings.max_memory))
 
-    def _usable_gpus(self) -> Optional[List[Gpu]]:
-        gpus = self._nvidia.sample()
+    def _usable_gpus(self, limit_s: float = 5.0) -> Optional[List[Gpu]]:
+        gpus = self._nvidia.sample(limit_s)
         if gpus is None:
             return None
         return usable_gpus(gpus, self.settings.gpu_ids, self.settings.max_gpus)
 
     def register_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()
-        gpus = self._usable_gpus()
+        # The number of GPUs is said once: eight of them may take seconds to wake up.
+        gpus = self._usable_gpus(limit_s=30.0)
+        if gpus is None:
+            self._log("warning", "gpus_unknown", what="nvidia-smi did not answer in 30 s, or says "
+                      "that a GPU is lost: registering without GPUs", do="Run nvidia-smi; then "
+                      "restart the agent")
         return register_payload(self.identity, cpu_millicores, memory_bytes, len(gpus or ()),
                                 read_private_ip(self.settings.gateway_host))
 
@@ -3613,6 +3681,7 @@ class Agent:
             self._control = server
             write_atomic(address_file, host_port(server.host, server.port) + "\n")
         except (AgentError, OSError) as error:
+            self._stop_control()
             self._log("error", "no_control_api", where=host_port(settings.control_host,
                                                                  settings.control_port),
                       what=getattr(error, "strerror", None) or error,
@@ -3625,6 +3694,7 @@ class Agent:
         if self._control is not None:
             remove_file(os.path.join(self.settings.state_dir, "control.addr"))
             self._control.stop()
+            self._control = None
 
 
 # ----------------------------------------------------------------------
@@ -3640,6 +3710,8 @@ HEALTH_LIMIT_S, STEADY_S = 30.0, 5.0
 CODE_MAX_BYTES = 8 << 20
 _LAUNCHER_MARK = "# b9agent's launcher, written by `b9agent service install`"
 _MAIN_FILE = "import sys, b9agent\nsys.exit(b9agent.main())\n"
+_CODE_FILES = ("b9agent.py", "b9agent.py.prev", "__main__.py", "__pycache__", "definition",
+               "definition.prev", "install.lock")
 _KEPT_BY_PURGE = (".ollama", ".cache", "models")
 _HANDED_ON = ("BETA9_TOKEN", "https_proxy", "no_proxy")
 
@@ -3778,7 +3850,8 @@ def find_place(options: Dict[str, str]) -> Place:
     mine = make_place(_find_manager("user"), "user", Account(
         me.pw_name, me.pw_uid, me.pw_gid, os.path.expanduser("~").rstrip("/")), python,
         data_home if os.path.isabs(data_home) else "")
-    has_own = me.pw_uid != 0 and (sys.platform == "darwin" or os.path.exists(mine.code))
+    has_own = me.pw_uid != 0 and (sys.platform == "darwin" or os.path.exists(
+        mine.code + "/b9agent.py"))
     if "user" not in options and ("system" in options or not has_own):
         return make_place(_find_manager("system"), "system", _find_account(wanted), python)
     if wanted not in ("", me.pw_name):
@@ -3978,11 +4051,13 @@ class Process(NamedTuple):
 class Manager:
     """What starts services here.  The base class is for machines that have none.
 
-    enable(): at every boot; restart(): now; disable(): neither.  Raises: UnhealthyError.
+    enable(): at every boot; restart(): now; disable(): neither; forget(): once its definition is
+    gone.  Raises: UnhealthyError.
     """
     logs = ""
     enable_calls: Tuple[Tuple[str, ...], ...] = ()
     disable_calls: Tuple[Tuple[str, ...], ...] = ()
+    forget_calls: Tuple[Tuple[str, ...], ...] = ()
     restart_call: Tuple[str, ...] = ()
 
     def __init__(self, place: Place) -> None:
@@ -3992,7 +4067,7 @@ class Manager:
         result = run_command(argv, 200.0)  # a stop may take 90 s
         if result.exit_code != 0:
             said = printable(" ".join((result.problem or result.output).split())[-300:])
-            raise UnhealthyError(f"`{' '.join(argv)}` failed: {said or result.exit_code}")
+            raise UnhealthyError(f"`{' '.join(argv)}` failed: {said.rstrip('.') or 'no reason'}")
 
     def prepare(self, _say: Callable[[str], None]) -> bool:
         """What comes before all else.  False where the manager is not there after all."""
@@ -4013,6 +4088,10 @@ class Manager:
         for argv in self.disable_calls:
             run_command(argv, 200.0)
 
+    def forget(self) -> None:
+        for argv in self.forget_calls:
+            run_command(argv, 30.0)
+
     def process(self) -> Process:
         return Process(0)
 
@@ -4031,6 +4110,9 @@ class Systemd(Manager):
         self.enable_calls = ((*call, "daemon-reload"), (*call, "enable", "b9agent.service"))
         self.restart_call = (*call, "restart", "b9agent.service")
         self.disable_calls = ((*call, "disable", "--now", "b9agent.service"),)
+        self.forget_calls = ((*call, "daemon-reload"), (*call, "reset-failed", "b9agent.service"))
+        if user:  # missing after su and in cron
+            os.environ.setdefault("XDG_RUNTIME_DIR", f"/run/user/{place.account.uid}")
 
     def prepare(self, say: Callable[[str], None]) -> bool:
         """A user's services need that user's manager, which without linger ends at logout."""
@@ -4040,7 +4122,6 @@ class Systemd(Manager):
         if run_command(["loginctl", "enable-linger", account.name], 20.0).exit_code != 0:
             say("warning: the service stops when you log out. To change that: sudo loginctl "
                 f"enable-linger {account.name}")
-        os.environ.setdefault("XDG_RUNTIME_DIR", f"/run/user/{account.uid}")
         while run_command([*self._systemctl, "show-environment"], 10.0).exit_code != 0:
             if now_s() > until_s:
                 return False
@@ -4150,8 +4231,14 @@ class Steps:
 
     def __init__(self, say: Callable[[str], None], options: Dict[str, str]) -> None:
         self.dry = "dry-run" in options
-        self.say = say if self.dry or "quiet" not in options else lambda _text: None
+        self._say = say if self.dry or "quiet" not in options else lambda _text: None
         self._undo: List[Tuple[str, Optional[str], int, Optional[Account]]] = []
+
+    def say(self, text: str) -> None:
+        try:
+            self._say(text)
+        except OSError:
+            pass  # the terminal is gone: what was begun must be ended, or taken back
 
     def do(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
         self.say(("would " if self.dry else "") + what)
@@ -4214,14 +4301,16 @@ def _raise_refused(exit_code: Optional[int], version: str) -> None:
 def _run_as(place: Place, *argv: str) -> CommandResult:
     """Run our own code as the service will: with its user's rights and its folders."""
     with _ActingAs(place.account):
-        return run_command(["env", f"B9AGENT_HOME={place.state}", f"HOME={place.account.home}",
-                            *argv], 120.0)
+        return run_command(["/usr/bin/env", f"B9AGENT_HOME={place.state}",
+                            f"HOME={place.account.home}", *argv], 120.0)
 
 
 def _try_once(place: Place) -> Optional[int]:
     """launchd and OpenRC keep an agent that may not end: why it waits, by one more attempt."""
-    waits = place.manager in ("launchd", "openrc")
-    return _run_as(place, *place.command, "--once").exit_code if waits else None
+    if place.manager not in ("launchd", "openrc"):
+        return None
+    code = _run_as(place, *place.command, "--once").exit_code
+    return code if code in (Exit.TOKEN_REFUSED, Exit.REQUEST_REFUSED) else None
 
 
 def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any]:
@@ -4322,6 +4411,15 @@ def wanted_settings(loaded: Loaded, options: Dict[str, str],
     return wanted
 
 
+def _ask_token() -> str:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return ""  # nobody to ask
+    import getpass
+    return getpass.getpass("Machine token (it is not shown): ").strip()
+
+
 def _complete(wanted: Dict[str, str], known: Dict[str, str], environ: Dict[str, str],
               may_ask: bool, must: bool) -> Dict[str, str]:
     """The wanted settings with a token, and the proxy that a service's environment has not.
@@ -4348,15 +4446,6 @@ def _complete(wanted: Dict[str, str], known: Dict[str, str], environ: Dict[str, 
         _value(row, {key: _Given(text, f"flag {row.flag}")})
     REDACTOR.add(wanted.get("token"))
     return {key: text for key, text in wanted.items() if known.get(key) != text}
-
-
-def _ask_token() -> str:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return ""  # nobody to ask
-    import getpass
-    return getpass.getpass("Machine token (it is not shown): ").strip()
 
 
 # -- installing ----------------------------------------------------------
@@ -4391,13 +4480,28 @@ def _make_state_folder(place: Place) -> None:
             make_private_folder(place.state)
 
 
-def _remove(path: str) -> None:
-    """A file, a link, or a folder with what is in it."""
+def _remove_from(folder: str, names: Iterable[str]) -> None:
+    """Files, links, and folders with what is in them."""
     import shutil
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        remove_file(path)
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            remove_file(path)
+
+
+def _remove_folder(folder: str) -> None:
+    """One that is empty."""
+    try:
+        os.rmdir(folder)
+    except OSError:
+        pass  # something else is in it
+
+
+def _remove_code(place: Place) -> None:
+    _remove_from(place.code, _CODE_FILES)
+    _remove_folder(place.code)
 
 
 def _claim(place: Place, steps: Steps) -> None:
@@ -4443,12 +4547,18 @@ class Installation:
         self.version = version_of(self.code)
 
     def run(self, loaded: Loaded) -> int:
+        for warning in loaded.warnings:
+            self.steps.say(f"warning: {warning}")
+        self._check()
         environ, known, wanted = _handed_environment(self._options), self._known_settings(), {}
         if "rollback" not in self._options:
             wanted = wanted_settings(loaded, self._options, environ)
         settings = _complete(wanted, known, environ, "yes" not in self._options,
                              self._start and not self.steps.dry)
-        self._check({**known, **settings})
+        merged = {**known, **settings}
+        port = int(merged.get("control_port") or 9999)
+        if self._start and port:
+            check_port(self.place, self.manager, merged.get("control_host") or "127.0.0.1", port)
         self._prepare()
         status: Dict[str, Any] = {}
         try:
@@ -4473,8 +4583,8 @@ class Installation:
             self.steps.say(f"cannot look into {self.place.state}: that needs sudo")
             return {}
 
-    def _check(self, merged: Dict[str, str]) -> None:
-        """Raises: UsageError, LockedError.  Nothing is changed yet."""
+    def _check(self) -> None:
+        """Nothing of somebody else's is in the way.  Raises: UsageError."""
         place, launcher = self.place, read_text(self.place.launcher)
         if launcher is not None and _LAUNCHER_MARK not in launcher:
             raise UsageError(f"{place.launcher} is not one of ours", "Move it away, and run this "
@@ -4485,9 +4595,6 @@ class Installation:
                              "Nothing was changed")
         for path in self.manager.overriding():
             self.steps.say(f"note: {path} is yours and stays in force")
-        port = int(merged.get("control_port") or 9999)
-        if self._start and port:
-            check_port(place, self.manager, merged.get("control_host") or "127.0.0.1", port)
 
     def _prepare(self) -> None:
         """User, folders, and a trial of the new file with that user's rights."""
@@ -4522,6 +4629,7 @@ class Installation:
                      settings)
         if self._old_code not in (None, self.code):
             steps.write(self._code_file + ".prev", self._old_code)
+            steps.write(self._record + ".prev", read_text(self._record) or self.definition)
         changed = steps.write(self._code_file, self.code)
         changed = steps.write(os.path.join(place.code, "__main__.py"), _MAIN_FILE) or changed
         if changed:
@@ -4552,8 +4660,6 @@ class Installation:
         if target is not None and target not in (record, self.definition):
             self.steps.say(f"note: {self.place.definition} was changed by hand and stays as it is")
             return False
-        if record not in (None, self.definition):
-            self.steps.write(self._record + ".prev", record)
         self.steps.write(self._record, self.definition)
         mode = 0o755 if self.place.manager == "openrc" else 0o644
         return self.steps.write(self.place.definition, self.definition, mode)
@@ -4590,11 +4696,12 @@ class Installation:
                                  "its files stay; see the lines above, and run this again"
                                  ) from error
         self.steps.undo()
+        if self._old_code is not None:
+            self._compile()
         if not self._restarted:
             raise UnhealthyError(f"not installed: {what}", "Nothing was changed") from error
         old_version = version_of(self._old_code)
         try:
-            self._compile()
             self.manager.enable()
             self.manager.restart()
             await_health(self.manager, old_version, True)
@@ -4614,9 +4721,12 @@ class Installation:
             gateway = ("not checked (offline)" if "offline" in self._options else
                        f"unreachable, retrying ({printable(str(status.get('message')))})"
                        if state == "unreachable" else printable(str(state)))
+            import shutil
+            found = shutil.which("b9agent") == self.place.launcher
+            command = "b9agent" if found else self.place.launcher
             say(f"{done} installed and running (pid {status.get('pid')}, user "
                 f"{self.place.account.name})\ngateway: {gateway}\nlogs: {self.manager.logs}     "
-                "status: b9agent status     remove: b9agent service uninstall")
+                f"status: {command} status     remove: {command} service uninstall")
         elif ready:
             say(f"{done}: files installed, service NOT started. Run this again without --no-start "
                 "to start it")
@@ -4641,17 +4751,15 @@ def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str]
         raise UnhealthyError("interrupted", "No service was touched") from error
     finally:
         if not steps.dry and not os.path.exists(os.path.join(place.code, "b9agent.py")):
-            _remove(place.code)
+            _remove_code(place)
 
 
 # -- uninstalling, status ---------------------------------------------------
 
 def _remove_state(place: Place) -> None:
     with _ActingAs(place.account):
-        for name in set(os.listdir(place.state)) - set(_KEPT_BY_PURGE):
-            _remove(os.path.join(place.state, name))
-    if not os.listdir(place.state):
-        os.rmdir(place.state)
+        _remove_from(place.state, set(os.listdir(place.state)) - set(_KEPT_BY_PURGE))
+    _remove_folder(place.state)
 
 
 def service_uninstall(_loaded: Loaded, options: Dict[str, str],
@@ -4664,15 +4772,18 @@ def service_uninstall(_loaded: Loaded, options: Dict[str, str],
         return Exit.OK
     _claim(place, steps)
     manager, definition = MANAGERS[place.manager](place), read_text(place.definition or os.devnull)
-    if definition and (steps.dry or manager.prepare(lambda _text: None)):
+    if definition:
         steps.do("stop and disable the service", manager.disable)
+        if not steps.dry and manager.process().pid != 0:
+            raise UnhealthyError("the service cannot be stopped", f"See: {manager.logs}")
     if definition and definition == read_text(os.path.join(place.code, "definition")):
         steps.do(f"remove {place.definition}", remove_file, place.definition)
+        steps.do("tell the service manager", manager.forget)
     elif definition:
         steps.say(f"note: {place.definition} was changed by hand and stays")
     if _LAUNCHER_MARK in (read_text(place.launcher) or ""):
         steps.do(f"remove {place.launcher}", remove_file, place.launcher)
-    steps.do(f"remove {place.code}", _remove, place.code)
+    steps.do(f"remove {place.code}", _remove_code, place)
     if purge:
         steps.do(f"remove {place.state}, but no models", _remove_state, place)
     elif os.path.isdir(place.state):
@@ -4728,11 +4839,11 @@ def say(text: str = "") -> None:
 
 
 def say_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def make_log(settings: Any, folder: Optional[str] = None, minimum: str = "info") -> Log:
-    return Log(settings.log_format, "debug" if settings.debug else minimum, folder)
+def make_log(settings: Any, folder: Optional[str] = None) -> Log:
+    return Log(settings.log_format, "debug" if settings.debug else "info", folder)
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
@@ -4741,6 +4852,8 @@ def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
     >>> table_lines([("ID", "STATE"), ("1", "ready")])
     ['ID  STATE', '1   ready']
     """
+    # What a machine says of itself must not move the reader's cursor.
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
             for row in rows]
@@ -4760,31 +4873,6 @@ _NO_TOKEN_HINT = ("Set BETA9_TOKEN, or run `b9agent.py init`; a token comes from
                   "look around without one: `b9agent.py demo`")
 
 
-def require_token(settings: Any) -> None:
-    if not settings.token:
-        raise UsageError("there is no machine token", _NO_TOKEN_HINT)
-
-
-def run_once(loaded: Loaded) -> int:
-    """Register, one keepalive, exit code; both must succeed."""
-    settings = loaded.settings
-    log = make_log(settings)
-    for warning in loaded.warnings:
-        log("warning", "setting", what=warning)
-    require_token(settings)
-    lock = StateLock(settings.state_dir)
-    try:
-        agent = Agent(loaded, log)
-        agent.send_register()
-        log("info", "registered", machine=agent.identity.machine_id,
-            pool=agent.identity.pool_name, gateway=agent.endpoint.url)
-        agent.send_keepalive()
-        log("info", "ready", machine=agent.identity.machine_id)
-    finally:
-        lock.release()
-    return Exit.OK
-
-
 def dry_run(loaded: Loaded) -> int:
     """Print both payloads, without their secrets; send nothing, write nothing."""
     settings = loaded.settings
@@ -4797,50 +4885,60 @@ def dry_run(loaded: Loaded) -> int:
     return Exit.OK
 
 
-def wait_for_new_config(path: str, error: AgentError) -> bool:
-    """True once the config file is another one; False when told to stop.
+def live(agent: Agent, once: bool, log: Log) -> None:
+    """In service until a signal; or once: register and one keepalive, both of which must succeed.
 
-    launchd and OpenRC restart whatever ends, at once and for ever, where systemd can be told which
-    exit codes are permanent: under them the agent waits instead.
+    Raises: GatewayError.
     """
-    log, wake, told = Log(), Wake(), []
-    log.error("waiting", error, until=f"{path} changes")
-    on_stop_signals(lambda: (told.append(True), wake.set()))
-
-    def stamp() -> Optional[int]:
-        try:
-            return os.stat(path).st_mtime_ns
-        except OSError:
-            return None
-    before = stamp()
-    while not told and stamp() == before:
-        wake.wait(2.0)
-    wake.close()
-    return not told
-
-
-def run_agent(loaded: Loaded) -> int:
-    import faulthandler
-    faulthandler.enable()  # a hang that the watchdog ends leaves its stacks in the journal
-    require_token(loaded.settings)
-    lock = StateLock(loaded.settings.state_dir)
-    log = make_log(loaded.settings, loaded.settings.state_dir)
-    try:
-        agent = Agent(loaded, log)
-        for warning in loaded.warnings:
-            log("warning", "setting", what=warning)
+    if not once:
+        import faulthandler
+        faulthandler.enable()  # a hang that the watchdog ends leaves its stacks in the journal
         on_stop_signals(agent.stop)
         agent.run()
+        return
+    agent.send_register()
+    log("info", "registered", machine=agent.identity.machine_id, pool=agent.identity.pool_name,
+        gateway=agent.endpoint.url)
+    agent.send_keepalive()
+    log("info", "ready", machine=agent.identity.machine_id)
+
+
+def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
+    settings, once = loaded.settings, "once" in options
+    if "dry-run" in options:
+        return dry_run(loaded)
+    if not settings.token:
+        raise UsageError("there is no machine token", _NO_TOKEN_HINT)
+    lock = StateLock(settings.state_dir)
+    log = make_log(settings, None if once else settings.state_dir)
+    try:
+        for warning in loaded.warnings:
+            log("warning", "setting", what=warning)
+        live(Agent(loaded, log), once, log)
     finally:
         log.close()
         lock.release()
     return Exit.OK
 
 
-def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
-    if "dry-run" in options:
-        return dry_run(loaded)
-    return run_once(loaded) if "once" in options else run_agent(loaded)
+def wait_for_change(paths: Sequence[str], error: AgentError) -> bool:
+    """True once one of the files is another one; False when told to stop.
+
+    launchd and OpenRC restart whatever ends, at once and for ever, where systemd can be told which
+    exit codes are permanent: under them the agent waits instead.  (A lock may be let go of without
+    a file changing: that is tried again every minute.)
+    """
+    log, wake, told = Log(), Wake(), []
+    log.error("waiting", error, until=f"{' or '.join(paths)} changes")
+    on_stop_signals(lambda: (told.append(True), wake.set()))
+    until_s = now_s() + (60.0 if isinstance(error, LockedError) else float("inf"))
+
+    def stamps() -> List[Optional[int]]:
+        return [os.stat(path).st_mtime_ns if os.path.exists(path) else None for path in paths]
+    before = stamps()
+    while not told and stamps() == before and now_s() < until_s:
+        wake.wait(2.0)
+    return not told
 
 
 # -- init, config -------------------------------------------------------
@@ -4876,8 +4974,8 @@ def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
     if "token" not in wanted:
         import getpass
         token = getpass.getpass(f"Token [{mask(settings.token) or 'none'}]: ").strip()
-        if token or settings.token:
-            wanted["token"] = token or settings.token
+        if token:
+            wanted["token"] = token
     if "hostname" not in wanted:
         hostname = ask("Hostname that the gateway can dial", settings.hostname or tailnet or
                        f"machine-{wanted['machine_id']}")
@@ -4913,6 +5011,8 @@ def report_health(loaded: Loaded) -> None:
 def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
     """Write the config file, then try the gateway and say what was found."""
     settings = loaded.settings
+    for warning in loaded.warnings:
+        say(f"warning: {warning}")
     wanted = init_values(loaded, options)
     silent = "y" in options or all(key in wanted for key in ("gateway_host", "token", "pool_name"))
     if not silent and not sys.stdin.isatty():
@@ -5001,7 +5101,7 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
                   f"{status['uptime_seconds']:.0f} s"),
     ]
     if status.get("message"):
-        rows.insert(1, ("message", printable(status["message"])))
+        rows.insert(1, ("message", status["message"]))
     return table_lines(rows)
 
 
@@ -5009,11 +5109,10 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
     """The running agent; with --wait, once it is ready."""
     limit_s = 0.0
     if "wait" in options:
-        try:
-            limit_s = float(options["wait"])
-        except ValueError as error:
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", options["wait"]):
             raise UsageError(f"--wait: `{printable(options['wait'])}` cannot be used, expected "
-                             "seconds") from error
+                             "seconds")
+        limit_s = float(options["wait"])
     until_s, wake = now_s() + limit_s, Wake()
     while True:
         try:
@@ -5142,51 +5241,41 @@ def demo_agent(loaded: Loaded, log: Log, folder: str, server: ApiServer, machine
     return Agent(loaded._replace(settings=settings), log)
 
 
-def run_demo_agent(agent: Agent, failures: List[AgentError], wake: Wake) -> None:
-    try:
-        agent.run()
-    except AgentError as error:
-        failures.append(error)
-        wake.set()
-
-
 def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
     """An embedded gateway and an agent on free loopback ports, in a folder that goes at the end."""
     import tempfile
-    wake = Wake()
-    on_stop_signals(wake.set)
-    with tempfile.TemporaryDirectory(prefix="b9agent-demo-") as folder:
-        store = MachineStore(os.path.join(folder, "gateway.db"))
-        say(f"b9agent {VERSION} demo: an embedded gateway and an agent, on loopback only")
-        begun_s, seen = now_s(), []
+    once, seen, begun_s = "once" in options, [], now_s()
+    agent: Any = None
 
-        def show(machine_id: str, state: str, metrics: Dict[str, Any]) -> None:
-            seen.append(state)
-            try:
-                say(f"{now_s() - begun_s:6.2f} s  {state:<11}"
-                    + demo_detail(state, metrics, seen.count("ready")))
-            except BrokenPipeError:
-                wake.set()  # nobody looks any more (`demo | head`)
-            if "once" in options and seen.count("ready") == 2:
-                wake.set()
+    def show(machine_id: str, state: str, metrics: Dict[str, Any]) -> None:
+        seen.append(state)
+        try:
+            say(f"{now_s() - begun_s:6.2f} s  {state:<11}"
+                + demo_detail(state, metrics, seen.count("ready")))
+        except BrokenPipeError:
+            agent.stop()  # nobody looks any more (`demo | head`)
+        if once and seen.count("ready") == 2:
+            agent.stop()
+    with tempfile.TemporaryDirectory(prefix="b9agent-demo-") as folder:
+        say(f"b9agent {VERSION} demo: an embedded gateway and an agent, on loopback only")
         log = Log(loaded.settings.log_format, "debug" if loaded.settings.debug else "warning")
+        store = MachineStore(os.path.join(folder, "gateway.db"))
         server = start_gateway("127.0.0.1", 0, GatewayApi(log, store, show))
         machine_id, token = store.create_machine("demo")
         REDACTOR.add(token)
+        agent = demo_agent(loaded, log, folder, server, machine_id, token)
+        on_stop_signals(agent.stop)
         say(f"gateway {server.url}, machine {machine_id}, pool demo, Ctrl-C ends it")
         show(machine_id, "pending", {})
-        agent = demo_agent(loaded, log, folder, server, machine_id, token)
-        failures: List[AgentError] = []
-        life = threading.Thread(target=run_demo_agent, args=(agent, failures, wake), name="agent")
-        life.start()
-        finished = wake.wait(20.0) if "once" in options else wake.wait_for_ever()
-        agent.stop()
-        life.join()
+        late = threading.Timer(20.0, agent.stop)
+        late.daemon = True
+        if once:
+            late.start()
+        agent.run()
+        late.cancel()
         server.stop()
         store.close()
-    if failures:
-        raise failures[0]
-    if not finished:
+    if once and seen.count("ready") < 2:
         raise GatewayUnreachable("the demo's machine was not ready within 20 s",
                                  "Look at what it does with: b9agent.py demo --debug")
     say("ended: agent and gateway are stopped, and nothing is left behind")
@@ -5289,15 +5378,19 @@ def run_command_line(argv: Sequence[str]) -> int:
     command, arguments = find_command(argv)
     patient = (command.run is command_run and not arguments.options
                and os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc"))
+    watched = [config_path(arguments.flags, dict(os.environ))] if patient else []
     while True:
         try:
+            if patient:
+                token_file = read_config(watched[0]).get("token_file")
+                watched = watched[:1] + ([token_file.text] if token_file else [])
             loaded = load_settings(arguments.flags, dict(os.environ),
                                    must_exist=command.run is not command_init)
             return command.run(loaded, arguments.options)
         except AgentError as error:
             if not patient or error.exit_code not in PERMANENT_EXITS:
                 raise
-            if not wait_for_new_config(config_path(arguments.flags, dict(os.environ)), error):
+            if not wait_for_change(watched, error):
                 return Exit.OK
 
 
@@ -5312,15 +5405,20 @@ def end_with(message: str, code: Exit) -> int:
 def exit_code_of(argv: Sequence[str]) -> int:
     """Every end of a run: a result, an error with a message, or a defect with a place."""
     try:
-        if any(word in ("-h", "--help", "help") for word in argv):
+        if "-h" in argv or "--help" in argv or argv[:1] == ["help"]:
             words = " ".join(word for word in argv if not word.startswith("-") and word != "help")
             say(help_text(COMMAND_BY_WORDS.get(words)))
             return Exit.OK
         return int(run_command_line(["version"] if list(argv) == ["--version"] else argv))
     except AgentError as error:
         return end_with(f"error: {error}", error.exit_code)
-    except (KeyboardInterrupt, BrokenPipeError):
-        return Exit.OK  # Ctrl-C, or `| head` has seen enough
+    except BrokenPipeError:
+        return Exit.OK  # `| head` has seen enough
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT  # a command that was cut short; `run` has handlers of its own
+    except OSError as error:
+        return end_with(f"error: {error.filename or 'input or output'}: {error.strerror}. Is the "
+                        "disk full, or the folder gone?", Exit.USAGE)
     except Exception as error:
         return end_with(f"defect: {type(error).__name__}: {printable(str(error))} (at "
                         f"{defect_place(error)}, version {VERSION}). Please report this line",

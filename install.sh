@@ -6,12 +6,14 @@
 #   curl -fsSL URL/install.sh | B9AGENT_TOKEN=... sh -s -- --base-url URL --gateway HOST
 #   sh /media/usb/install.sh --gateway HOST --token-file FILE     with b9agent.py beside it
 #
-# Everything stands in functions, and the last lines call them: a download that was cut off, at
-# whatever byte, does nothing.  The token goes on over a pipe; it is never in an argument.
+# All of it stands in one pair of braces, which the shell reads to its end before it does anything: a
+# download that was cut off, at whatever byte, does nothing.  The token goes on over a pipe; it is
+# never in an argument.
 
+{
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=9b5a4f58e0a633e622ee38efcf430c048f4e1801c3de8f63ff682d5ef31cbaaa
+  sha256=ec8f010be6729f79c9514135dea8813311ab52459343e921b70bad9214b94b45
 }
 
 usage() {
@@ -155,6 +157,8 @@ find_platform() {
     [ "$uid" -eq 0 ] || { [ "$system" = Linux ] && [ -n "$elevate" ] && [ ! -d "$user_code" ]; } ||
       scope=user
   }
+  installed=/usr/local/lib/b9agent
+  [ "$scope" != user ] || installed=$user_code
   if [ "$scope" = user ] || [ -n "$dry_run" ]; then
     elevate=''
   elif [ "$uid" -ne 0 ] && [ -z "$elevate" ]; then
@@ -304,13 +308,6 @@ sys.exit(9 if b"\r" in data else 0)' "$1" </dev/null) || code=$?
   say "checked b9agent.py: SHA-256 $found"
 }
 
-# The installed copy, for what needs no other: --uninstall and --rollback.
-find_installed() {
-  installed=/usr/local/lib/b9agent
-  [ "$scope" != user ] || installed=$user_code
-  [ -f "$installed/b9agent.py" ]
-}
-
 # A question on the terminal, wherever standard input comes from; nobody there means yes.
 confirm() {
   [ -z "$yes$dry_run" ] || return 0
@@ -355,7 +352,15 @@ finish() {
 }
 
 remove() {
-  find_installed || { say "nothing is installed in $installed"; exit 0; }
+  # Without an installed copy there may still be a state folder to purge, with another one.
+  file=$installed/b9agent.py
+  [ -n "$from$base_url" ] || find_neighbour
+  if [ ! -f "$file" ]; then
+    [ -n "$from$base_url" ] || { say "nothing is installed in $installed"; exit 0; }
+    make_stage
+    get_agent
+    file=$stage/b9agent.py
+  fi
   set -- service uninstall --config /dev/null "--$scope"
   [ -z "$run_as" ] || set -- "$@" --run-as "$run_as"
   [ -z "$purge" ] || set -- "$@" --purge
@@ -363,7 +368,7 @@ remove() {
   [ -z "$dry_run" ] || set -- "$@" --dry-run
   confirm "This removes b9agent from this machine${purge:+, with its configuration and token}."
   code=0
-  as_root "$python" -I "$installed/b9agent.py" "$@" </dev/null || code=$?
+  as_root "$python" -I "$file" "$@" </dev/null || code=$?
   finish "$code"
 }
 
@@ -390,7 +395,7 @@ main() {
     set -- "$@" "$switch"
   done
   if [ -n "$rollback" ]; then
-    find_installed || fail 2 "nothing is installed in $installed" "Nothing was changed"
+    [ -f "$installed/b9agent.py" ] || fail 2 "nothing is installed in $installed" "Nothing was changed"
     hand_over "$installed/b9agent.py" "$@"
   fi
   make_stage
@@ -399,6 +404,5 @@ main() {
   hand_over "$stage/b9agent.py" "$@"
 }
 
-{
-  main "$@"
+main "$@"
 }

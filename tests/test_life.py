@@ -218,6 +218,27 @@ def test_two_signals_at_once_end_it_as_well(run, hostile):
     assert program.wait() == 0 and "Traceback" not in program.text()
 
 
+@pytest.mark.parametrize("command", ["run", "gateway", "demo"])
+def test_a_signal_that_another_thread_takes_ends_it_as_well(command, home, hostile):
+    """The kernel may give a signal to any thread, and to the main one just before it waits: neither
+    interrupts the wait, so the handler must not be what ends it."""
+    patch = ("import signal, threading\n"
+             "def take():\n    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)\n"
+             "real = b9agent.%s\n"
+             "def waiting(self, *rest):\n"
+             "    if threading.current_thread() is threading.main_thread() and not told:\n"
+             "        told.append(threading.Timer(0.5, take))\n        told[0].start()\n"
+             "    return real(self, *rest)\n"
+             "told = []\nb9agent.%s = waiting" % (("Wake.wait",) * 2))
+    arguments = {"run": ["run", *to(hostile.port)], "demo": ["demo"],
+                 "gateway": ["gateway", "--port", "0", "--db", home / "g.db"]}[command]
+    with StallMeter() as stall, patched(home, patch, *arguments, BETA9_TOKEN=TOKEN) as program:
+        program.wait_line("ready|listening", "out" if command == "demo" else "err")
+        began = time.monotonic()
+        assert program.wait() == 0, program.text()
+        assert time.monotonic() - began < 0.5 + 5.0 + 2 * stall.worst_s
+
+
 def test_an_ignored_hangup_stays_ignored(hostile, home):
     command = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"] + agent_command(
         "run", *to(hostile.port), "--keepalive-interval", "1")
@@ -321,6 +342,57 @@ def test_the_embedded_gateway_restarted_under_a_running_agent(embedded, agent):
     program.wait_line(r"notice ready\b", after=line)
     assert not [text for text in program.lines() if " expired" in text]
     assert program.stop() == 0
+
+
+# -- under supervisors that restart whatever ends ------------------------------
+
+def write_private(path, text):
+    draft = path.with_name(path.name + ".new")
+    draft.write_text(text)
+    draft.chmod(0o600)
+    draft.replace(path)
+
+
+GOOD = "gateway: {host: 127.0.0.1, port: %d}\npool: gpu\nkeepalive_interval: 1\ncontrol: {port: 0}\n" \
+       "machine: {token: %s}\n"
+
+
+@pytest.mark.parametrize("supervisor", ["launchd", "openrc"])
+@pytest.mark.parametrize("wrong", ["token", "line", "mode", "token_file"])
+def test_where_nothing_may_end_it_waits_for_what_mends_it(supervisor, wrong, agent, hostile, state, home):
+    state.mkdir(mode=0o700)
+    path, good = state / "config.yaml", GOOD % (hostile.port, TOKEN)
+    if wrong == "token":
+        write_private(path, GOOD % (hostile.port, "a-token-of-another-time"))
+    elif wrong == "line":
+        write_private(path, good + "poool: x\n")
+    elif wrong == "mode":
+        write_private(path, good)
+        path.chmod(0o644)
+    else:
+        write_private(path, good.replace("token: " + TOKEN, "token_file: %s" % (home / "t")))
+        write_private(home / "t", "a-token-of-another-time\n")
+    program = agent("run", B9AGENT_SUPERVISOR=supervisor)
+    match, _ = program.wait_line(r" waiting\b")
+    assert {"token": "401", "line": "poool", "mode": "chmod 600", "token_file": "401"}[wrong] in match.string
+    assert not hostile.named(answered="ok")
+    if wrong == "mode":
+        path.chmod(0o600)
+    elif wrong == "token_file":
+        write_private(home / "t", TOKEN + "\n")
+    else:
+        write_private(path, good)
+    hostile.wait_count(1, "keepalive", "ok")
+    assert program.stop() == 0
+
+
+def test_while_it_waits_a_signal_ends_it(agent, hostile, state):
+    state.mkdir(mode=0o700)
+    write_private(state / "config.yaml", GOOD % (hostile.port, "a-token-of-another-time"))
+    program = agent("run", B9AGENT_SUPERVISOR="openrc")
+    program.wait_line(r" waiting\b")
+    assert program.stop() == 0
+    assert len(hostile.requests) == 1
 
 
 # -- a week in one minute ------------------------------------------------------
@@ -463,6 +535,14 @@ def test_nobody_reading_the_log_is_no_reason_to_stop(home, hostile):
 
 # -- secrets -------------------------------------------------------------------
 
+def every_command_line():
+    """What `ps` shows to every user; it reads the same files."""
+    if not os.path.isdir("/proc/self"):
+        return subprocess.run(["ps", "-A", "-o", "args"], stdout=subprocess.PIPE, check=True).stdout.decode()
+    found = [b9agent.read_text("/proc/%s/cmdline" % name) for name in os.listdir("/proc") if name.isdecimal()]
+    return "\n".join(text.replace("\0", " ") for text in found if text)
+
+
 def others_may_read(folder):
     return [path for path, mode in tree(folder).items()
             if stat.S_ISREG(mode) and mode & 0o077 and path != ".b9agent/machine_id"]
@@ -488,7 +568,7 @@ def test_the_token_is_found_by_nobody(way, agent, hostile, home, state, tmp_path
     assert hostile.requests[0].authorized
     hostile.fault = "unauthorized"
     hostile.wait_count(1, "keepalive", "unauthorized")
-    listing = subprocess.run(["ps", "-e", "-o", "args"], stdout=subprocess.PIPE, check=True).stdout.decode()
+    listing = every_command_line()
     assert AGENT in listing
     status = run_agent(home, "status", "--json")
     assert status.code == 0, status
@@ -811,7 +891,7 @@ HEAVY = {"asyncio", "urllib.request", "http.server", "http.client", "http.cookie
          "email", "platform", "tempfile", "inspect", "dataclasses", "multiprocessing", "difflib",
          "getpass", "hmac", "socketserver", "optparse", "configparser", "pathlib", "textwrap", "pdb",
          "urllib.parse", "base64", "calendar", "datetime", "decimal", "fractions", "locale", "random",
-         "hashlib", "statistics", "ast", "tokenize", "traceback", "linecache", "string", "gettext"}
+         "hashlib", "statistics", "tokenize", "traceback", "linecache", "string", "gettext"}
 
 
 def test_once_imports_nothing_that_the_path_does_not_need(home, hostile):
