@@ -266,10 +266,10 @@ class Wake:
             pass  # another waiter was faster
         return True
 
-    def wait_for_ever(self) -> bool:
-        while not self.wait(3600.0):
-            pass
-        return True
+    def also_on_signals(self) -> None:
+        """Every signal that has a handler sets it as well: the kernel may give a signal to any
+        thread, and only the main one runs handlers, once it is awake."""
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def close(self) -> None:
         os.close(self._reader)
@@ -726,7 +726,7 @@ _YAML_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", '"': '"', "\\": "\\
 _YAML_MAX_DEPTH = 8
 _YAML_FLOW_PLAIN = r"""[^][{},:#?\\"'-][^][{},:#?\\"']*"""
 _YAML_PLAIN = (r"(?:[^][{},#:-]|[:-](?=[^ ]))"                        # the first character
-               r"(?:[^ :#]|(?<! )#|:(?=[^ ])| (?! *(?:#|$)))*")       # ` #` and `: ` end it
+               r"(?:[^ :#]|(?<! )#|:(?=[^ ])| +(?=[^ #]))*")       # ` #` and `: ` end it
 
 
 class _YamlLine(NamedTuple):
@@ -744,8 +744,8 @@ def _yaml_check_characters(raw: str, number: int) -> None:
                 or char in "\ufeff\ufffe\uffff"), None)
     if bad is not None:
         raise YamlError(number, f"the control character {ascii(bad)[1:-1]}", "printable text")
-    if len(raw) > 1024:
-        raise YamlError(number, "a line of more than 1024 characters", "a shorter one")
+    if len(raw) > 8192:
+        raise YamlError(number, "a line of more than 8192 characters", "a shorter one")
     if "\t" in raw and not raw.lstrip(" ").startswith("#"):
         raise YamlError(number, "a tab", 'spaces, or \\t between double quotes')
 
@@ -1248,12 +1248,18 @@ def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
                  and (key != "gateway_proxy" or "@" in text))
 
 
-def refuse_if_shared(path: str, what: str) -> None:
+def shared_mode(path: str) -> Optional[int]:
+    """The mode of a file that others than its owner may use; None for one that is private."""
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
-        return
-    if mode & 0o077:
+        return None
+    return mode if mode & 0o077 else None
+
+
+def refuse_if_shared(path: str, what: str) -> None:
+    mode = shared_mode(path)
+    if mode is not None:
         raise UsageError(f"{path} holds {what} and others may read it (mode {mode:04o})",
                          f"Mend it with: chmod 600 {path}")
 
@@ -2247,8 +2253,10 @@ class NvidiaSmi:
     is also the default.  One thread calls sample().
     """
 
-    def __init__(self, search_path: Optional[str] = None) -> None:
+    def __init__(self, search_path: Optional[str] = None,
+                 run: Callable[..., CommandResult] = run_command) -> None:
         self._search_path = search_path
+        self._run = run
         self._stuck: Any = None
 
     def sample(self, limit_s: float = 5.0) -> Optional[List[Gpu]]:
@@ -2258,7 +2266,7 @@ class NvidiaSmi:
         program = self._find()
         if program is None:
             return []
-        result = run_command((program,) + NVIDIA_SMI_ARGUMENTS, limit_s)
+        result = self._run((program,) + NVIDIA_SMI_ARGUMENTS, limit_s)
         self._stuck = result.stuck
         # It may fail and still show what works: so the text counts, not its exit code.
         return None if result.problem else parse_nvidia_smi_answer(result.output)
@@ -2914,7 +2922,7 @@ def _make_server(api: Api, host: str, port: int) -> Any:
             try:
                 return super().get_request()
             except OSError:
-                time.sleep(0.05)  # out of descriptors: the connection waits, and we must not spin
+                select.poll().poll(50)  # out of descriptors: it waits, and we must not spin
                 raise
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -2963,10 +2971,12 @@ class ApiServer:
 
 
 def kept_secret(path: str) -> str:
-    """The token in a file of ours, made at first use, 0600.  Raises: UsageError."""
-    refuse_if_shared(path, "the control token")
+    """The token in a file of ours, 0600; made at first use, and anew where others could read it.
+
+    Raises: UsageError.
+    """
     token = (read_text(path, 4096) or "").strip()
-    if not re.fullmatch(r"[0-9a-f]{64}", token):
+    if shared_mode(path) or not re.fullmatch(r"[0-9a-f]{64}", token):
         token = os.urandom(32).hex()
         try:
             write_atomic(path, token + "\n")
@@ -3545,7 +3555,7 @@ class Agent:
         self._alive_until_s = now_s() + 60.0
         self._metrics: Dict[str, Any] = {}
         self._gpu_count: Optional[int] = None
-        self._wake_main, self._wake_membership = Wake(), Wake()
+        self.wake_main, self._wake_membership = Wake(), Wake()
         self._stopping = False
         self._told: Optional[State] = None
         self._failure: Optional[AgentError] = None
@@ -3620,7 +3630,7 @@ class Agent:
     def stop(self) -> None:
         """From a signal handler or another thread: end run()."""
         self._stopping = True
-        self._wake_main.set()
+        self.wake_main.set()
         self._wake_membership.set()
 
     def run(self) -> None:
@@ -3654,7 +3664,7 @@ class Agent:
     def _tick(self, within_s: float) -> None:
         self._alive_until_s = now_s() + within_s
         if self.membership.snapshot.state is not self._told:
-            self._wake_main.set()
+            self.wake_main.set()
 
     def _watch(self, watchdog_s: Optional[float]) -> None:
         """The main thread: signals arrive here, systemd hears from here."""
@@ -3666,7 +3676,7 @@ class Agent:
                           f"{self.identity.pool_name}, {self.endpoint.url}")
             if watchdog_s and now_s() < self._alive_until_s:
                 sd_notify("WATCHDOG=1")
-            self._wake_main.wait(watchdog_s or 3600.0)
+            self.wake_main.wait(watchdog_s or 3600.0)
 
     def _start_control(self) -> None:
         """A port that is taken costs the control API, never the keepalive."""
@@ -4861,8 +4871,12 @@ def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
 
 # -- run ----------------------------------------------------------------
 
-def on_stop_signals(stop: Callable[[], None]) -> None:
-    """SIGTERM, SIGINT and SIGHUP end the process in order; an ignored one (nohup) stays so."""
+def on_stop_signals(stop: Callable[[], Any], wake: Wake) -> None:
+    """SIGTERM, SIGINT and SIGHUP end the process in order; an ignored one (nohup) stays so.
+
+    wake: what the main thread waits on.
+    """
+    wake.also_on_signals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda _number, _frame: stop())
@@ -4893,7 +4907,7 @@ def live(agent: Agent, once: bool, log: Log) -> None:
     if not once:
         import faulthandler
         faulthandler.enable()  # a hang that the watchdog ends leaves its stacks in the journal
-        on_stop_signals(agent.stop)
+        on_stop_signals(agent.stop, agent.wake_main)
         agent.run()
         return
     agent.send_register()
@@ -4930,11 +4944,11 @@ def wait_for_change(paths: Sequence[str], error: AgentError) -> bool:
     """
     log, wake, told = Log(), Wake(), []
     log.error("waiting", error, until=f"{' or '.join(paths)} changes")
-    on_stop_signals(lambda: (told.append(True), wake.set()))
+    on_stop_signals(lambda: told.append(True), wake)
     until_s = now_s() + (60.0 if isinstance(error, LockedError) else float("inf"))
 
     def stamps() -> List[Optional[int]]:
-        return [os.stat(path).st_mtime_ns if os.path.exists(path) else None for path in paths]
+        return [os.stat(path).st_ctime_ns if os.path.exists(path) else None for path in paths]
     before = stamps()
     while not told and stamps() == before and now_s() < until_s:
         wake.wait(2.0)
@@ -5159,12 +5173,14 @@ def command_gateway(loaded: Loaded, options: Dict[str, str]) -> int:
     log, wake = make_log(loaded.settings), Wake()
     store = open_store(loaded, options)
     server = start_gateway(host, port, GatewayApi(log, store))
-    on_stop_signals(wake.set)
+    told: List[bool] = []
+    on_stop_signals(lambda: told.append(True), wake)
     log("info", "listening", api="gateway", url=server.url)
     if host not in ("localhost", "::1") and not host.startswith("127."):
         log("warning", "plain_http", what="tokens travel unencrypted to this address",
             do="Let machines reach it through a tailnet or an SSH tunnel")
-    wake.wait_for_ever()
+    while not told:
+        wake.wait(3600.0)
     server.stop()
     store.close()
     log("info", "stopped", api="gateway")
@@ -5264,7 +5280,7 @@ def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
         machine_id, token = store.create_machine("demo")
         REDACTOR.add(token)
         agent = demo_agent(loaded, log, folder, server, machine_id, token)
-        on_stop_signals(agent.stop)
+        on_stop_signals(agent.stop, agent.wake_main)
         say(f"gateway {server.url}, machine {machine_id}, pool demo, Ctrl-C ends it")
         show(machine_id, "pending", {})
         late = threading.Timer(20.0, agent.stop)

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=ec8f010be6729f79c9514135dea8813311ab52459343e921b70bad9214b94b45
+  sha256=2d887b33577596cf6c7e2dbe63b9f57df19c0a8dc7e9fb74a5fcccd0c8a1d05d
 }
 
 usage() {

@@ -275,7 +275,7 @@ FAULTS = {
     "unauthorized": Fault(message(401, "Unauthorized"), "TokenRefused"),
     "unauthorized_empty": Fault(answer(401), "TokenRefused"),
     "forbidden": Fault(message(403, "Invalid token"), "TokenRefused"),
-    "forbidden_html": Fault(html(403), "TokenRefused"),
+    "forbidden_html": Fault(html(403), UNWELL),  # no gateway says it so: an ingress before it
     "machine_not_found": Fault(
         _send(lambda gateway, request: message(500, not_found_text(request))), "MachineNotFound"),
     "machine_not_found_code": Fault(
@@ -293,7 +293,7 @@ FAULTS = {
     "no_route_404": Fault(message(404, "Not Found"), "NoKeepaliveRoute", REFUSED),
     "no_route_405": Fault(message(405, "Method Not Allowed", "Allow: GET"), "NoKeepaliveRoute",
                           REFUSED),
-    "no_route_html": Fault(html(404), "NoKeepaliveRoute", REFUSED),
+    "no_route_html": Fault(html(404), UNWELL),
     "panic": Fault(message(500, "Internal Server Error"), UNWELL),
     "redis": Fault(message(500, "Failed to update keepalive: dial tcp 10.0.0.5:6379: connect: "
                                 "connection refused"), UNWELL),

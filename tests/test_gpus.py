@@ -164,8 +164,7 @@ def program(folder, body):
 
 
 def test_a_machine_without_the_program_has_no_gpus_and_starts_nothing(tmp_path):
-    source = NvidiaSmi(str(tmp_path))
-    source._start = lambda argv: pytest.fail("started {}".format(argv))
+    source = NvidiaSmi(str(tmp_path), run=lambda *call: pytest.fail("ran {}".format(call)))
     assert source.sample() == []
 
 
@@ -204,54 +203,43 @@ def test_a_program_that_cannot_be_started_is_unknown(tmp_path):
 
 def test_a_program_that_hangs_is_ended_and_the_next_sample_asks_again(tmp_path):
     path = program(tmp_path, "echo $$ >> {}/started\nsleep 1000\n".format(tmp_path))
-    source = NvidiaSmi(path, limit_s=0.5)
-    assert source.sample() is None
-    assert source._child.returncode == -9
+    source = NvidiaSmi(path)
+    assert source.sample(0.5) is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "started").read_text()), 0)
     program(tmp_path, 'printf "{}"\n'.format(ROWS))
     assert len(source.sample()) == 2
 
 
 def test_a_program_that_never_stops_talking_is_ended(tmp_path):
-    source = NvidiaSmi(program(tmp_path, "exec yes\n"))
-    assert source.sample() is None
-    assert source._child.returncode < 0  # SIGKILL, or SIGPIPE where that was faster
+    path = program(tmp_path, "echo $$ > {}/started\nexec yes\n".format(tmp_path))
+    assert NvidiaSmi(path).sample() is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "started").read_text()), 0)
 
 
 class Undying:
-    """A child that hangs in the kernel: SIGKILL is noted and nothing happens."""
+    """A child that hangs in the kernel: not even SIGKILL has ended it."""
 
-    def __init__(self):
-        self.reader, self._writer = os.pipe()
-        self.stdout = os.fdopen(self.reader, "rb")
-        self.pid = 1 << 30  # no such process
-        self.ended = None
+    ended = None
 
     def poll(self):
         return self.ended
 
-    def wait(self, timeout):
-        raise subprocess.TimeoutExpired("nvidia-smi", timeout)
-
-    def close(self):
-        os.close(self._writer)
-
 
 def test_while_a_hung_child_has_not_ended_no_second_one_is_started(tmp_path):
-    source = NvidiaSmi(program(tmp_path, ""), limit_s=0.05)
     children = []
 
-    def start(argv):
+    def run(_argv, _limit_s):
         children.append(Undying())
-        return children[-1]
+        return b9agent.CommandResult(None, "", "ran past its time limit", children[-1])
 
-    source._start = start
+    source = NvidiaSmi(program(tmp_path, ""), run=run)
     assert [source.sample() for _ in range(3)] == [None] * 3
     assert len(children) == 1
     children[0].ended = -9
     assert source.sample() is None
     assert len(children) == 2
-    for child in children:
-        child.close()
 
 
 # ---------------------------------------------------------------- hostile text

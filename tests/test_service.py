@@ -226,6 +226,25 @@ def test_a_port_that_another_program_holds_is_named_with_its_holder(tmp_path):
     b9agent.check_port(place, b9agent.Manager(place), "192.0.2.1", port)  # not ours: the agent's to say
 
 
+SICK = '''
+
+_well = main
+
+
+def main(argv=None):
+    if "run" not in sys.argv:
+        return _well(argv)
+    sys.stderr.write("%%s is sick\\n" %% VERSION)
+    sys.stderr.flush()
+    %s
+
+
+if __name__ == "__main__":
+'''
+ENDS = SICK % "return 70"
+MUTE = SICK % 'sd_notify("READY=1"); signal.pause()'  # runs, and answers nobody
+
+
 # -- files: a user's installation without a service ---------------------------
 
 def install_files(home, *arguments, code=None, **extra):
@@ -565,9 +584,7 @@ def test_openrc_installs_leaves_alone_upgrades_and_takes_back(managed, embedded,
     assert box.install(*given) == 0
     assert box.status()["pid"] == pid and "nothing changed: the service keeps running" in box.said
 
-    broken = other_version(tmp_path, "9.9.9", (
-        "\ndef run_agent(loaded: Loaded) -> int:\n",
-        "\ndef run_agent(loaded: Loaded) -> int:\n    raise ValueError('broken')\n"))
+    broken = other_version(tmp_path, "9.9.9", ('\n\nif __name__ == "__main__":\n', ENDS))
     with pytest.raises(b9agent.UnhealthyError, match="Previous version restored"):
         box.install("--hostname", "other", code=broken)
     status = box.status()
@@ -637,13 +654,24 @@ id=$(field machine_id) token=$(field token)
 install() { B9AGENT_TOKEN=$token sh install.sh --gateway 127.0.0.1 --pool gpu --machine-id "$id" "$@"; }
 show() { systemctl show b9agent -p "$1" --value; }
 part() { echo; echo "=== $1"; }
+version() { sed 's/^VERSION = .*/VERSION = "'"$1"'"/' good.py >b9agent.py; stamp; }
+sick() {
+  version "$1"
+  SICK=$2 "$python" -c 'import os
+text = open("b9agent.py").read()
+old = "\n\nif __name__ == \"__main__\":\n"
+if text.count(old) != 1: raise SystemExit("NEVER: it cannot be made sick")
+open("b9agent.py", "w").write(text.replace(old, os.environ["SICK"]))'
+  stamp
+}
+cp b9agent.py good.py
 '''
 
 
 def in_systemd(script, within_s=150):
     """{part: text} of what a script says inside tests/systemd-box."""
     child = subprocess.Popen([os.path.join(ROOT, "tests", "systemd-box"), "env", "REPOSITORY=" + ROOT,
-                              "bash", "-c", PRELUDE + script + "\nexit 0"], stdin=subprocess.DEVNULL,
+                              "ENDS=" + ENDS, "MUTE=" + MUTE, "bash", "-c", PRELUDE + script + "\nexit 0"], stdin=subprocess.DEVNULL,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         out = child.communicate(timeout=within_s)[0].decode("utf-8", "replace")
@@ -684,7 +712,7 @@ print(b.render_unit(b.make_place('systemd', 'user', b.Account('root', 0, 0, '/ro
     journalctl --no-pager | grep -c "$token"
     grep -rl "$token" /usr/local /etc /run/systemd 2>/dev/null
     part again; before=$(show MainPID); install; echo "rc=$?"; [ "$before" = "$(show MainPID)" ] && echo same
-    part upgrade; sed -i 's/^VERSION = .*/VERSION = "9.9.9"/' b9agent.py; stamp
+    part upgrade; version 9.9.9
     sh install.sh --quiet; echo "rc=$?"; b9agent service status; b9agent status --json | grep '"version"'
     part rollback; sh install.sh --rollback; echo "rc=$?"; b9agent version
     part nobody; runuser -u nobody -- b9agent status; echo "rc=$?"
@@ -717,32 +745,24 @@ print(b.render_unit(b.make_place('systemd', 'user', b.Account('root', 0, 0, '/ro
 @pytest.mark.timeout(300)
 def test_systemd_a_sick_upgrade_is_taken_back_and_a_sick_first_installation_is_stopped():
     parts = in_systemd(r'''
-    cp b9agent.py good.py
-    sed -e 's/^VERSION = .*/VERSION = "9.9.9"/' \
-        -e 's/^def run_agent(.*/&\n    raise ValueError("broken")/' good.py >b9agent.py; stamp
-    part first; install; echo "rc=$?"; systemctl is-active b9agent; systemctl is-enabled b9agent
-    ls /usr/local/lib/b9agent
-    part good; cp good.py b9agent.py; stamp; install; echo "rc=$?"
-    part ends; sed -e 's/^VERSION = .*/VERSION = "9.9.9"/' \
-        -e 's/^def run_agent(.*/&\n    raise ValueError("broken")/' good.py >b9agent.py; stamp
-    install; echo "rc=$?"; b9agent service status
-    part mute; sed -e 's/^VERSION = .*/VERSION = "9.9.9"/' \
-        -e 's/^    def _start_control(.*/&\n        return/' good.py >b9agent.py; stamp
+    part first; sick 9.9.9 "$ENDS"; install; echo "rc=$?"
+    systemctl is-active b9agent; systemctl is-enabled b9agent; ls /usr/local/lib/b9agent
+    part good; version good; install; echo "rc=$?"
+    part ends; sick 9.9.9 "$ENDS"; install; echo "rc=$?"; b9agent service status
+    part mute; sick 9.9.9 "$MUTE"
     "$python" -I b9agent.py service install --system --hostname other </dev/null; echo "rc=$?"
     b9agent service status; cat /var/lib/b9agent/config.yaml; ls /usr/local/lib/b9agent
-    part killed; sed -e 's/^VERSION = .*/VERSION = "9.9.9"/' \
-        -e 's/^    def _start_control(.*/&\n        return/' good.py >b9agent.py; stamp
+    part killed; sick 8.8.8 "$MUTE"
     "$python" -I b9agent.py service install --system </dev/null >/root/killed.log 2>&1 & installer=$!
-    until_true grep -q "restart it" /root/killed.log
-    until_true sh -c 'systemctl status b9agent | grep -q "version=9.9.9"'
+    until_true sh -c 'journalctl -u b9agent | grep -q "8.8.8 is sick"'
     kill -TERM $installer; wait $installer; echo "rc=$?"; tail -n 1 /root/killed.log
     b9agent service status
     ''')
-    assert "rc=8" in parts["first"] and "ValueError: broken" in parts["first"]
+    assert "rc=8" in parts["first"] and "9.9.9 is sick" in parts["first"]
     assert "It is stopped, its files stay" in parts["first"] and "b9agent.py" in parts["first"]
     assert "\nactive" not in parts["first"] and "disabled" in parts["first"]
     assert "rc=0" in parts["good"]
-    good = "b9agent %s, pid " % b9agent.VERSION
+    good = "b9agent good, pid "
     for name in ("ends", "mute", "killed"):
         assert "rc=8" in parts[name] and "Previous version restored" in parts[name], name
         assert "running, pid" in parts[name] and good in parts[name], name
