@@ -7,17 +7,18 @@ What it does to this machine, all of it:
 
 files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
           reads   STATE/config.yaml, a token file if one is set, /proc, /sys/fs/cgroup
-          writes  STATE/config.yaml 0600 (`init`), machine_id, agent.lock, agent.log (5 MiB and one
-                  old one; not under journald), control.token 0600, control.addr;
-                  gateway.db 0600 (`gateway`, `machine`); a temporary folder (`demo`), removed;
-                  `service install`: what `service install --dry-run` prints
+          writes  STATE/config.yaml 0600 (`init`; config.yaml.old 0600 where it had comments),
+                  machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
+                  journald), control.token 0600, control.addr;
+                  gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
+                  folder (`demo`), removed; `service install`: what its --dry-run prints
 ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`
 hosts     the gateway that is configured, or the proxy set for it; nobody else.  The machine token
           goes there and nowhere else, and no redirect is followed
 programs  nvidia-smi where it is installed; on macOS sysctl, vm_stat, netstat; `init` asks
           tailscale; `service` runs systemctl, loginctl, useradd, launchctl or rc-service
-threads   main (signals, systemd), membership (the requests to the gateway), control (accepts) and
-          one for each of its connections
+threads   main (signals, systemd), membership (the requests to the gateway), control or gateway
+          (accepts), and one for each connection to those, 64 or 256 at most
 
 To read it: sections stand in order, and each uses only names from above it.
 
@@ -1024,10 +1025,25 @@ def parse_text(text: str) -> str:
     return text
 
 
-def parse_secret(text: str) -> str:
-    if not text or not all(0x21 <= ord(char) <= 0x7E for char in text):
-        raise ValueError("one word of printable ASCII characters")
-    return text
+def matching(pattern: str, expected: str,
+             convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser for text that a pattern matches as a whole."""
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return convert(text)
+    return parse
+
+
+parse_secret = matching("[!-~]+", "one word of printable ASCII characters")
+parse_machine_id = matching("[0-9a-fA-F]{8}", "8 hexadecimal digits, as `machine create` prints "
+                            "them", str.lower)
+parse_count = matching("[0-9]{1,3}|10[01][0-9]|102[0-4]", "a whole number, 0 to 1024", int)
+parse_indexes = matching(r"\s*[0-9]{1,3}\s*(,\s*[0-9]{1,3}\s*)*", "GPU indexes with commas between "
+                         "them, such as 0,1",
+                         lambda text: tuple(sorted({int(word) for word in text.split(",")})))
+parse_proxy = matching(r"none|http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?",
+                       "http://HOST:PORT of a proxy, or none")
 
 
 def parse_host(text: str) -> str:
@@ -1069,12 +1085,6 @@ def parse_interval(text: str) -> float:
     return float(number)
 
 
-def parse_machine_id(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-fA-F]{8}", text):
-        raise ValueError("8 hexadecimal digits, as `machine create` prints them")
-    return text.lower()
-
-
 def parse_cpu(text: str) -> int:
     """Millicores, from cores ("8", "0.5") or millicores ("8000m").
 
@@ -1104,19 +1114,6 @@ def parse_memory(text: str) -> int:
     return size
 
 
-def parse_count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,4}", text) or int(text) > 1024:
-        raise ValueError("a whole number, 0 to 1024")
-    return int(text)
-
-
-def parse_indexes(text: str) -> Tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,3}", word) for word in words):
-        raise ValueError("GPU indexes with commas between them, such as 0,1")
-    return tuple(sorted({int(word) for word in words}))
-
-
 def one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
@@ -1132,14 +1129,6 @@ def parse_path(text: str) -> str:
     if path.startswith("~"):
         raise ValueError("a path; whose home folder this means is not known here")
     return os.path.abspath(path)
-
-
-def parse_proxy(text: str) -> str:
-    """`http://[user:password@]host:port`, or `none`."""
-    pattern = r"http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?"
-    if text != "none" and not re.fullmatch(pattern, text):
-        raise ValueError("http://HOST:PORT of a proxy, or none")
-    return text
 
 
 class Setting(NamedTuple):
@@ -2435,6 +2424,14 @@ def _retry_after_s(text: str) -> Optional[float]:
     return min(float(text), RETRY_AFTER_MAX_S) if re.fullmatch(r"[0-9]{1,6}", text) else None
 
 
+def gateway_endpoint(settings: Any) -> Endpoint:
+    """Where the gateway is, and the proxy on the way.  Raises: UsageError for a proxy."""
+    proxy = proxy_for(settings.gateway_scheme, settings.gateway_host, settings.gateway_proxy,
+                      dict(os.environ))
+    return Endpoint(settings.gateway_scheme, settings.gateway_host, settings.gateway_port,
+                    settings.gateway_ca_file, proxy)
+
+
 class GatewayClient:
     """Register, keepalive and health.  Raises a GatewayError for everything but "ok"."""
 
@@ -2586,12 +2583,13 @@ class Membership:
         return self._succeeded(started_s)
 
     def _succeeded(self, started_s: float) -> float:
-        if self.snapshot.state is not State.READY:
-            self._log("notice", "ready", after_failures=self._failures_in_row or None)
+        was, failures = self.snapshot.state, self._failures_in_row
         self._failures_in_row = 0
         self._refused_since_s = None
         self._enter(State.READY, message="", keepalives=self.snapshot.keepalives + 1,
                     last_ready_s=self._clock(), last_ready_wall_s=time.time())
+        if was is not State.READY:
+            self._log("notice", "ready", after_failures=failures or None)
         # Jitter, so that a thousand agents started together do not march in step; less the time
         # that the requests took, so that the period is the interval.
         took_s = self._clock() - started_s
@@ -3538,10 +3536,7 @@ class Agent:
         self.identity = Identity(machine_id, settings.pool_name, settings.provider_name,
                                  settings.hostname or f"machine-{machine_id}",
                                  settings.k3s_token or "")
-        self.endpoint = Endpoint(
-            settings.gateway_scheme, settings.gateway_host, settings.gateway_port,
-            settings.gateway_ca_file, proxy_for(settings.gateway_scheme, settings.gateway_host,
-                                                settings.gateway_proxy, dict(os.environ)))
+        self.endpoint = gateway_endpoint(settings)
         self._host = make_host()
         self._nvidia = NvidiaSmi()
         client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
@@ -4935,8 +4930,13 @@ def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
-def wait_for_change(paths: Sequence[str], error: AgentError) -> bool:
-    """True once one of the files is another one; False when told to stop.
+def file_stamps(paths: Sequence[str]) -> List[Optional[int]]:
+    """When each file was last changed, its mode included; None where there is none."""
+    return [os.stat(path).st_ctime_ns if os.path.exists(path) else None for path in paths]
+
+
+def wait_for_change(paths: Sequence[str], before: List[Optional[int]], error: AgentError) -> bool:
+    """True once one of the files is another than it was `before`; False when told to stop.
 
     launchd and OpenRC restart whatever ends, at once and for ever, where systemd can be told which
     exit codes are permanent: under them the agent waits instead.  (A lock may be let go of without
@@ -4946,11 +4946,7 @@ def wait_for_change(paths: Sequence[str], error: AgentError) -> bool:
     log.error("waiting", error, until=f"{' or '.join(paths)} changes")
     on_stop_signals(lambda: told.append(True), wake)
     until_s = now_s() + (60.0 if isinstance(error, LockedError) else float("inf"))
-
-    def stamps() -> List[Optional[int]]:
-        return [os.stat(path).st_ctime_ns if os.path.exists(path) else None for path in paths]
-    before = stamps()
-    while not told and stamps() == before and now_s() < until_s:
+    while not told and file_stamps(paths) == before and now_s() < until_s:
         wake.wait(2.0)
     return not told
 
@@ -5007,11 +5003,7 @@ def read_tailnet_address() -> str:
 
 
 def report_health(loaded: Loaded) -> None:
-    settings = loaded.settings
-    endpoint = Endpoint(settings.gateway_scheme, settings.gateway_host, settings.gateway_port,
-                        settings.gateway_ca_file,
-                        proxy_for(settings.gateway_scheme, settings.gateway_host,
-                                  settings.gateway_proxy, dict(os.environ)))
+    settings, endpoint = loaded.settings, gateway_endpoint(loaded.settings)
     client = GatewayClient(endpoint, "", settings.pool_name, make_log(settings))
     try:
         client.health()
@@ -5396,17 +5388,19 @@ def run_command_line(argv: Sequence[str]) -> int:
                and os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc"))
     watched = [config_path(arguments.flags, dict(os.environ))] if patient else []
     while True:
+        before = file_stamps(watched)
         try:
             if patient:
                 token_file = read_config(watched[0]).get("token_file")
                 watched = watched[:1] + ([token_file.text] if token_file else [])
+                before = before[:1] + file_stamps(watched[1:])
             loaded = load_settings(arguments.flags, dict(os.environ),
                                    must_exist=command.run is not command_init)
             return command.run(loaded, arguments.options)
         except AgentError as error:
             if not patient or error.exit_code not in PERMANENT_EXITS:
                 raise
-            if not wait_for_change(watched, error):
+            if not wait_for_change(watched, before, error):
                 return Exit.OK
 
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=2d887b33577596cf6c7e2dbe63b9f57df19c0a8dc7e9fb74a5fcccd0c8a1d05d
+  sha256=dc923f4c9e5141d91b673fec46921088e356ad38fd41dbd4391b16a195bba10f
 }
 
 usage() {
