@@ -4866,15 +4866,21 @@ def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
 
 # -- run ----------------------------------------------------------------
 
+TOLD_TO_STOP: List[int] = []  # the signals that came; kept, since one may come at any moment
+
+
 def on_stop_signals(stop: Callable[[], Any], wake: Wake) -> None:
     """SIGTERM, SIGINT and SIGHUP end the process in order; an ignored one (nohup) stays so.
 
     wake: what the main thread waits on.
     """
+    def told(number: int, _frame: Any) -> None:
+        TOLD_TO_STOP.append(number)
+        stop()
     wake.also_on_signals()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda _number, _frame: stop())
+            signal.signal(number, told)
 
 
 _NO_TOKEN_HINT = ("Set BETA9_TOKEN, or run `b9agent.py init`; a token comes from `beta9 machine "
@@ -4942,13 +4948,13 @@ def wait_for_change(paths: Sequence[str], before: List[Optional[int]], error: Ag
     exit codes are permanent: under them the agent waits instead.  (A lock may be let go of without
     a file changing: that is tried again every minute.)
     """
-    log, wake, told = Log(), Wake(), []
+    log, wake = Log(), Wake()
+    on_stop_signals(lambda: None, wake)
     log.error("waiting", error, until=f"{' or '.join(paths)} changes")
-    on_stop_signals(lambda: told.append(True), wake)
     until_s = now_s() + (60.0 if isinstance(error, LockedError) else float("inf"))
-    while not told and file_stamps(paths) == before and now_s() < until_s:
+    while not TOLD_TO_STOP and file_stamps(paths) == before and now_s() < until_s:
         wake.wait(2.0)
-    return not told
+    return not TOLD_TO_STOP
 
 
 # -- init, config -------------------------------------------------------
@@ -5165,13 +5171,12 @@ def command_gateway(loaded: Loaded, options: Dict[str, str]) -> int:
     log, wake = make_log(loaded.settings), Wake()
     store = open_store(loaded, options)
     server = start_gateway(host, port, GatewayApi(log, store))
-    told: List[bool] = []
-    on_stop_signals(lambda: told.append(True), wake)
+    on_stop_signals(lambda: None, wake)
     log("info", "listening", api="gateway", url=server.url)
     if host not in ("localhost", "::1") and not host.startswith("127."):
         log("warning", "plain_http", what="tokens travel unencrypted to this address",
             do="Let machines reach it through a tailnet or an SSH tunnel")
-    while not told:
+    while not TOLD_TO_STOP:
         wake.wait(3600.0)
     server.stop()
     store.close()

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=dc923f4c9e5141d91b673fec46921088e356ad38fd41dbd4391b16a195bba10f
+  sha256=267cf9e3fcf4874c692b71bd6eb2d031acc69201059de5979cce8e9278343294
 }
 
 usage() {

@@ -664,7 +664,8 @@ def test_machine_list_without_a_database_says_so_and_makes_none(home, tmp_path):
     assert not (tmp_path / "none.db").exists()
 
 
-@pytest.mark.parametrize("content", [b"not a database at all, but text" * 40, b"SQLite format 3\0" + b"x" * 90])
+@pytest.mark.parametrize("content", [b"not a database at all, but text" * 40,
+                                     b"SQLite format 3\0" + b"x" * 90], ids=["text", "cut"])
 def test_a_file_that_is_no_database_is_refused_and_left_alone(content, home, tmp_path):
     path = tmp_path / "g.db"
     path.write_bytes(content)
