@@ -3549,6 +3549,7 @@ class Agent:
         self._started_s = now_s()
         self._alive_until_s = now_s() + 60.0
         self._metrics: Dict[str, Any] = {}
+        self._sample: Optional[HostSample] = None
         self._gpu_count: Optional[int] = None
         self.wake_main, self._wake_membership = Wake(), Wake()
         self._stopping = False
@@ -3586,7 +3587,7 @@ class Agent:
 
     def keepalive_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()
-        sample = self._host.sample(nearest_folder(self.settings.state_dir))
+        sample = self._sample = self._host.sample(nearest_folder(self.settings.state_dir))
         gpus = self._usable_gpus()
         self._gpu_count = None if gpus is None else len(gpus)
         self._metrics = {
@@ -3618,6 +3619,8 @@ class Agent:
             "last_keepalive": snapshot.last_ready_wall_s and utc_stamp(snapshot.last_ready_wall_s),
             "last_keepalive_seconds_ago": ago_s, "keepalives": snapshot.keepalives,
             "registrations": snapshot.registrations, "failures": snapshot.failures,
+            "network_received_bytes": self._sample and self._sample.net_received_bytes,
+            "network_sent_bytes": self._sample and self._sample.net_sent_bytes,
             "metrics": metrics}
 
     # -- its life -------------------------------------------------------

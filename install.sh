@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=267cf9e3fcf4874c692b71bd6eb2d031acc69201059de5979cce8e9278343294
+  sha256=8583d98884a296583e992add8902b8ce30b929d3c8e00ab3fe0e39d0fddb5f65
 }
 
 usage() {
