@@ -550,16 +550,21 @@ def others_may_read(folder):
 
 @pytest.mark.parametrize("way", ["environment", "file", "token_file"])
 def test_the_token_is_found_by_nobody(way, agent, hostile, home, state, tmp_path):
-    """In `ps`, the log at --debug, the status, any file that is not 0600."""
+    """In `ps`, the log at --debug, the status, any file that is not 0600.
+
+    Secrets of this test alone: `ps` shows what other tests do at the same time as well.
+    """
+    token, k3s = (word + os.urandom(16).hex() for word in ("machine-token-", "k3s-token-"))
+    hostile.token = token
     state.mkdir(mode=0o700)
     extra, flags = {}, []
     if way == "environment":
-        extra = {"BETA9_TOKEN": TOKEN, "BETA9_K3S_TOKEN": K3S}
+        extra = {"BETA9_TOKEN": token, "BETA9_K3S_TOKEN": k3s}
     elif way == "file":
-        (state / "config.yaml").write_text("machine:\n  token: %s\nk3s:\n  token: %s\n" % (TOKEN, K3S))
+        (state / "config.yaml").write_text("machine:\n  token: %s\nk3s:\n  token: %s\n" % (token, k3s))
         (state / "config.yaml").chmod(0o600)
     else:
-        (home / "token").write_text(TOKEN)
+        (home / "token").write_text(token)
         (home / "token").chmod(0o600)
         flags = ["--token-file", str(home / "token")]
     hostile.fault = "ok_with_secrets"
@@ -576,7 +581,7 @@ def test_the_token_is_found_by_nobody(way, agent, hostile, home, state, tmp_path
     said = program.text() + status.out + status.err + run_agent(home, "config").out + listing
     program.stop()
     said += program.text()
-    for secret in [TOKEN, K3S, control] + secret_words():
+    for secret in [token, k3s, control] + secret_words():
         assert secret not in said, "in the output"
         for path in files_with(home, secret):
             assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
