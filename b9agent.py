@@ -183,8 +183,6 @@ _UNPRINTABLE = {code: "\\x%02x" % code for code in (*range(0x20), *range(0x7F, 0
 _UNPRINTABLE.update({code: "\\u%04x" % code
                      for code in (0x061C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F),
                                   *range(0x2066, 0x206A))})
-
-
 _UNPRINTABLE.update({0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"})
 
 
@@ -1230,7 +1228,7 @@ def _value(row: Setting, given: Dict[str, _Given]) -> Any:
 
 
 def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
-    """What a proxy without a password shows is no secret."""
+    """Secrets on the command line; a proxy's address is one only where it holds a password."""
     return tuple(f"{SETTING_BY_KEY[key].flag} on the command line is visible to every user in "
                  f"`ps`: use {SETTING_BY_KEY[key].variable} or the config file"
                  for key, text in flags.items() if SETTING_BY_KEY[key].secret

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=8583d98884a296583e992add8902b8ce30b929d3c8e00ab3fe0e39d0fddb5f65
+  sha256=d1eda25da976aa749d057598a1247827d81482f796224ebe29befd4e954939bd
 }
 
 usage() {
