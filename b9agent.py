@@ -1037,9 +1037,11 @@ parse_secret = matching("[!-~]+", "one word of printable ASCII characters")
 parse_machine_id = matching("[0-9a-fA-F]{8}", "8 hexadecimal digits, as `machine create` prints "
                             "them", str.lower)
 parse_count = matching("[0-9]{1,3}|10[01][0-9]|102[0-4]", "a whole number, 0 to 1024", int)
-parse_indexes = matching(r"\s*[0-9]{1,3}\s*(,\s*[0-9]{1,3}\s*)*", "GPU indexes with commas between "
-                         "them, such as 0,1",
-                         lambda text: tuple(sorted({int(word) for word in text.split(",")})))
+_GPU_ID = r"\s*((nvidia|amd|intel|apple):)?[0-9]{1,3}\s*"
+parse_gpu_ids = matching(
+    f"{_GPU_ID}(,{_GPU_ID})*", "GPU indexes with commas between them, such as 0,1 or amd:0",
+    lambda text: tuple(sorted({(word.rpartition(":")[0].strip(), int(word.rpartition(":")[2]))
+                               for word in text.split(",")})))
 parse_proxy = matching(r"none|http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?",
                        "http://HOST:PORT of a proxy, or none")
 
@@ -1183,7 +1185,8 @@ SETTINGS = tuple(Setting(*row) for row in (
     ("max_gpus", "--max-gpus", "B9AGENT_MAX_GPUS", "limits.gpus", "max_gpus", "N", parse_count,
      "", False, "offer at most this many GPUs"),
     ("gpu_ids", "--gpu-ids", "B9AGENT_GPU_IDS", "limits.gpu_ids", "gpu_ids", "LIST",
-     parse_indexes, "", False, "offer only the GPUs with these indexes, such as 0,1"),
+     parse_gpu_ids, "", False, "offer only the GPUs with these indexes, such as 0,1, or amd:0 for "
+     "one of another vendor than the first"),
     ("control_host", "--control-host", "B9AGENT_CONTROL_HOST", "control.host", "", "HOST",
      parse_host, "127.0.0.1", False, "address the control API listens on"),
     ("control_port", "--control-port", "B9AGENT_CONTROL_PORT", "control.port", "", "PORT",
@@ -1342,7 +1345,7 @@ def _leaves(node: Node, prefix: str, known: Dict[str, Setting],
 
 def _leaf_text(node: Node, row: Setting, path: str) -> Optional[str]:
     """The text of a leaf; None where it is left empty or null, which is not setting it."""
-    if isinstance(node.value, list) and row.parse is parse_indexes:
+    if isinstance(node.value, list) and row.parse is parse_gpu_ids:
         if all(isinstance(item.value, str) for item in node.value):
             return ",".join(item.value for item in node.value)
     if not isinstance(node.value, str):
@@ -1413,7 +1416,7 @@ def save_config(path: str, values: Dict[str, Any]) -> Optional[str]:
             for group in groups:
                 place = place.setdefault(group, {})
             text = merged[row.key]
-            place[leaf] = text.split(",") if row.parse is parse_indexes else text
+            place[leaf] = text.split(",") if row.parse is parse_gpu_ids else text
     old = read_text(path)
     backup = None
     try:
@@ -1487,8 +1490,8 @@ def setting_text(row: Setting, value: Any) -> str:
         return ""
     if row.parse is parse_switch:
         return "true" if value else "false"
-    if row.parse is parse_indexes:
-        return ",".join(str(index) for index in value)
+    if row.parse is parse_gpu_ids:
+        return ",".join(f"{vendor}:{index}" if vendor else str(index) for vendor, index in value)
     if row.parse is parse_cpu:
         return f"{value}m"
     if row.parse is parse_memory:
@@ -1698,9 +1701,26 @@ class Capacity(NamedTuple):
     memory_bytes: Optional[int]
 
 
+class HostFacts(NamedTuple):
+    """What a machine is; it does not change while it runs.  Texts are "" where unknown.
+
+    cpu_threads: what the system schedules on; cpu_cores: without SMT.  container: docker, podman,
+    kubernetes, lxc, …; wsl: a Linux inside Windows.
+    """
+    os_name: str = ""
+    kernel: str = ""
+    architecture: str = ""
+    cpu_model: str = ""
+    cpu_cores: Optional[int] = None
+    cpu_threads: Optional[int] = None
+    container: str = ""
+    wsl: bool = False
+
+
 class HostSample(NamedTuple):
-    """Percentages are shares of the capacity, 0 to 100.  The network counters run since boot and
-    are summed over the real interfaces."""
+    """Percentages are shares of the capacity, 0 to 100.  The counters of network and disk run
+    since boot, over the real interfaces and whole disks; rates are the difference to the sample
+    before, None in the first."""
     cpu_pct: Optional[float]
     memory_pct: Optional[float]
     memory_total_bytes: Optional[int]
@@ -1709,6 +1729,18 @@ class HostSample(NamedTuple):
     disk_free_bytes: Optional[int]
     net_received_bytes: Optional[int]
     net_sent_bytes: Optional[int]
+    disk_read_bytes: Optional[int] = None
+    disk_written_bytes: Optional[int] = None
+    net_received_bytes_per_s: Optional[float] = None
+    net_sent_bytes_per_s: Optional[float] = None
+    disk_read_bytes_per_s: Optional[float] = None
+    disk_written_bytes_per_s: Optional[float] = None
+    swap_total_bytes: Optional[int] = None
+    swap_used_bytes: Optional[int] = None
+    load_1m: Optional[float] = None
+    load_5m: Optional[float] = None
+    load_15m: Optional[float] = None
+    uptime_s: Optional[float] = None
 
 
 class CpuReading(NamedTuple):
@@ -2030,6 +2062,9 @@ class Host:
     def capacity(self) -> Capacity:
         return Capacity(None, None)
 
+    def facts(self) -> HostFacts:
+        return HostFacts()
+
     def _read_cpu(self) -> Optional[CpuReading]:
         return None
 
@@ -2187,21 +2222,166 @@ def make_host() -> Host:
 
 
 # ----------------------------------------------------------------------
-# 6. GPUs                                                  runs nvidia-smi
+# 6a. GPUs: what is said of one                                no effects
 # ----------------------------------------------------------------------
-# A list of GPUs, an empty list for a machine that has none, None where the
-# driver does not say: hung, failing, or a GPU that fell off the bus.
+# One shape for every vendor; what a driver does not say is None.  A list of
+# GPUs is empty for a machine that has none, and None where nobody knows: a
+# hung driver, a library of another version, a GPU that fell off the bus.
 
 
-class Gpu(NamedTuple):
-    """uuid and name are "" where the driver does not say.  index may change between boots."""
-    index: int
+class GpuProcess(NamedTuple):
+    """A process that computes on a GPU.  pid: as the driver sees it (a container sees others)."""
+    pid: int
+    memory_bytes: Optional[int]
+
+
+class MigInstance(NamedTuple):
+    """A slice of an NVIDIA GPU.  name: with its profile, such as "NVIDIA A100 MIG 1g.10gb"."""
     uuid: str
     name: str
     memory_total_bytes: Optional[int]
     memory_used_bytes: Optional[int]
-    utilization_pct: Optional[float]
 
+
+class Gpu(NamedTuple):
+    """One GPU.  Texts are "" and figures None where the driver does not say.
+
+    index: as the vendor's tools count; it may change between boots.  bus_id: as in sysfs, such as
+    "0000:65:00.0".  energy_j: a counter of the driver's own, since it was loaded.  processes: those
+    that compute; () is none.  integrated: part of the CPU, with the machine's memory.  problem: why
+    nothing may be placed on it.  stale: the driver did not answer now; these are its last figures.
+    """
+    index: int
+    vendor: str
+    uuid: str = ""
+    name: str = ""
+    bus_id: str = ""
+    memory_total_bytes: Optional[int] = None
+    memory_used_bytes: Optional[int] = None
+    utilization_pct: Optional[float] = None
+    temperature_c: Optional[float] = None
+    power_w: Optional[float] = None
+    power_limit_w: Optional[float] = None
+    energy_j: Optional[float] = None
+    fan_pct: Optional[float] = None
+    graphics_clock_mhz: Optional[float] = None
+    memory_clock_mhz: Optional[float] = None
+    ecc_errors: Optional[int] = None
+    mig_enabled: Optional[bool] = None
+    mig_instances: Tuple[MigInstance, ...] = ()
+    processes: Optional[Tuple[GpuProcess, ...]] = None
+    cores: Optional[int] = None
+    asleep: bool = False
+    integrated: bool = False
+    problem: str = ""
+    stale: bool = False
+
+
+class GpuReading(NamedTuple):
+    """What one source says.  source: "nvml", "nvidia-smi", "amdgpu", …; problem: what it could not
+    tell, for a person."""
+    source: str
+    gpus: Optional[Tuple[Gpu, ...]]
+    driver_version: str = ""
+    cuda_version: str = ""
+    problem: str = ""
+
+
+class GpuSource:
+    """The GPUs of one vendor.  One thread at a time calls read()."""
+
+    vendor = ""
+
+    def present(self) -> bool:
+        """Whether there is a trace of this vendor's GPUs: a few file look-ups, no program."""
+        return False
+
+    def read(self) -> GpuReading:
+        """May take as long as a driver likes: a GpuSampler calls it, and does not wait for it."""
+        return GpuReading(self.vendor, ())
+
+
+# The names that Beta9's scheduler knows.  A laptop's chip, or a slice of a GPU (vGPU), is not the
+# GPU whose name it bears: work that needs that one's memory would fail on it.
+_GPU_TYPES = (
+    (r"A100\b.*\b80GB", "A100-80"), (r"A100\b.*\b40GB", "A100-40"), (r"A100\b", "A100"),
+    (r"V100S?\b.*\b32GB", "V100-32"), (r"V100\b", "V100"),
+    (r"RTX PRO 6000\b", "RTXPro6000"), (r"RTX 6000 Ada\b", "RTX6000Ada"),
+    (r"RTX 4000( SFF)? Ada\b", "RTX4000Ada"), (r"RTX 6000$", "RTX6000"),
+    (r"RTX (4090|5090)( D)?$", r"RTX\1"), (r"RTX (A[456]000)\b", r"\1"),
+    (r"(GH200|H100|H200|B200|B300|L40S|L40|L4|A10G|A10|A16|A30|A40|T4)\b", r"\1"))
+
+
+def gpu_type(name: str) -> str:
+    """Beta9's name for a device name; "" for a device it has none for.
+
+    >>> gpu_type("NVIDIA A100-SXM4-80GB"), gpu_type("Tesla V100-SXM2-32GB"), gpu_type("Radeon")
+    ('A100-80', 'V100-32', '')
+    """
+    bare = re.sub(r"^(NVIDIA |Tesla |Quadro |GeForce |GRID )*", "", name.strip())
+    if re.search(r"\bLaptop\b|-[0-9]+[ABCQ]$|\bMIG\b", bare):
+        return ""
+    for pattern, known in _GPU_TYPES:
+        match = re.match(pattern, bare)
+        if match:
+            return match.expand(known)
+    return ""
+
+
+def _visible(gpus: Sequence[Gpu], variable: str) -> List[Gpu]:
+    """What CUDA_VISIBLE_DEVICES leaves: indexes, or the beginnings of UUIDs; the first word that is
+    none of them, and what comes after it, counts for nothing (CUDA C Programming Guide)."""
+    found: List[Gpu] = []
+    for word in map(str.strip, variable.split(",")):
+        named = [gpu for gpu in gpus if str(gpu.index) == word
+                 or len(word) > 4 and gpu.uuid.startswith(word)
+                 or any(part.uuid == word for part in gpu.mig_instances)]
+        if len(named) != 1:
+            break
+        found += [gpu for gpu in named if gpu not in found]
+    return found
+
+
+def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tuple[str, int]]],
+                 max_gpus: Optional[int], visible: Optional[str] = None) -> List[Gpu]:
+    """The GPUs that the gateway is told of: a pool has GPUs of one type, so they are of one vendor,
+    and one that is part of the CPU counts only where there is no other.
+
+    gpu_ids: (vendor, index) of the ones that are chosen instead; "" means `vendor`.  None is no
+    choice, an empty list is no GPU.  visible: CUDA_VISIBLE_DEVICES, about NVIDIA's GPUs only.
+    """
+    if gpu_ids is None:
+        own = [gpu for gpu in gpus if gpu.vendor == vendor]
+        chosen = [gpu for gpu in own if not gpu.integrated] or own
+    else:
+        wanted = {(named or vendor, index) for named, index in gpu_ids}
+        chosen = [gpu for gpu in gpus if (gpu.vendor, gpu.index) in wanted]
+    if visible is not None:
+        seen = _visible([gpu for gpu in gpus if gpu.vendor == "nvidia"], visible)
+        chosen = [gpu for gpu in chosen if gpu.vendor != "nvidia" or gpu in seen]
+    return chosen if max_gpus is None else chosen[:max(0, max_gpus)]
+
+
+def is_free(gpu: Gpu, idle_pids: Iterable[int] = ()) -> bool:
+    """Whether the scheduler may place work on a GPU: it is healthy, nobody computes on it, and less
+    than 5 % of its memory, and less than 1 GiB, is in use.
+
+    idle_pids: engines of ours that are idle and would be ended for the work: they do not count.
+    A GPU whose memory is unknown is not free, or the gateway would send work to a busy one.
+    """
+    total, used = gpu.memory_total_bytes, gpu.memory_used_bytes
+    if gpu.problem or total is None or used is None:
+        return False
+    idle = set(idle_pids)
+    if any(process.pid not in idle for process in gpu.processes or ()):
+        return False
+    used -= sum(process.memory_bytes or 0 for process in gpu.processes or ())
+    return used < min(total * 0.05, 1 << 30)
+
+
+# ----------------------------------------------------------------------
+# 6b. GPUs: NVIDIA                                         runs nvidia-smi
+# ----------------------------------------------------------------------
 
 NVIDIA_SMI_ARGUMENTS = ("--query-gpu=index,uuid,name,memory.total,memory.used,utilization.gpu",
                         "--format=csv,noheader,nounits")
@@ -2221,9 +2401,10 @@ def parse_nvidia_smi(text: str) -> List[Gpu]:
         if len(words) < 6 or index is None or index < 0:
             continue
         total_mib, used_mib, busy = [parse_int((word.split() or [""])[0]) for word in words[-3:]]
-        gpus.append(Gpu(index, _smi_name(words[1]), _smi_name(",".join(words[2:-3])),
-                        None if total_mib is None else total_mib << 20,
-                        None if used_mib is None else used_mib << 20, share_pct(busy, 100)))
+        gpus.append(Gpu(index, "nvidia", _smi_name(words[1]), _smi_name(",".join(words[2:-3])),
+                        memory_total_bytes=None if total_mib is None else total_mib << 20,
+                        memory_used_bytes=None if used_mib is None else used_mib << 20,
+                        utilization_pct=share_pct(busy, 100)))
     return gpus
 
 
@@ -2233,12 +2414,14 @@ def parse_nvidia_smi_answer(text: str) -> Optional[List[Gpu]]:
     return gpus if gpus or text.strip() == "No devices were found" else None
 
 
-class NvidiaSmi:
+class NvidiaSmi(GpuSource):
     """Asks nvidia-smi, which hangs when the driver does and then cannot be killed.
 
     Until such a child has ended no second one is started.  search_path: folders as in PATH, which
-    is also the default.  One thread calls sample().
+    is also the default.
     """
+
+    vendor = "nvidia"
 
     def __init__(self, search_path: Optional[str] = None,
                  run: Callable[..., CommandResult] = run_command) -> None:
@@ -2246,17 +2429,21 @@ class NvidiaSmi:
         self._run = run
         self._stuck: Any = None
 
-    def sample(self, limit_s: float = 5.0) -> Optional[List[Gpu]]:
-        """None: unknown.  []: no GPUs, because there is no such program or it says so."""
+    def present(self) -> bool:
+        return self._find() is not None
+
+    def read(self, limit_s: float = 60.0) -> GpuReading:
         if self._stuck is not None and self._stuck.poll() is None:
-            return None
+            return GpuReading("nvidia-smi", None, problem="nvidia-smi hangs in the driver")
         program = self._find()
         if program is None:
-            return []
+            return GpuReading("nvidia-smi", ())
         result = self._run((program,) + NVIDIA_SMI_ARGUMENTS, limit_s)
         self._stuck = result.stuck
         # It may fail and still show what works: so the text counts, not its exit code.
-        return None if result.problem else parse_nvidia_smi_answer(result.output)
+        gpus = None if result.problem else parse_nvidia_smi_answer(result.output)
+        return GpuReading("nvidia-smi", None if gpus is None else tuple(gpus),
+                          problem=result.problem if gpus is None else "")
 
     def _find(self) -> Optional[str]:
         """A look-up of our own: a try to start a missing program costs a fork."""
@@ -2270,21 +2457,148 @@ class NvidiaSmi:
         return None
 
 
-def usable_gpus(gpus: Sequence[Gpu], gpu_ids: Optional[Sequence[int]],
-                max_gpus: Optional[int]) -> List[Gpu]:
-    """What the caps leave.  gpu_ids are indexes; None is no cap, an empty list is no GPU."""
-    chosen = [gpu for gpu in gpus if gpu_ids is None or gpu.index in gpu_ids]
-    return chosen if max_gpus is None else chosen[:max(0, max_gpus)]
+# ----------------------------------------------------------------------
+# 6d. GPUs: all of them, in time             a thread for each vendor found
+# ----------------------------------------------------------------------
+# A driver that hangs holds its caller for ever, in a place where no signal
+# reaches it.  So it is asked in a thread that nobody waits for longer than
+# they like; its last figures stand for a while, marked as such, and then
+# nothing is known.
+
+GPU_LIMIT_S = 5.0         # a keepalive waits so long for the drivers
+GPU_WAKE_LIMIT_S = 30.0   # and registration, since eight sleeping GPUs may take seconds to wake up
+GPU_UNKNOWN_AFTER_S = 300.0
 
 
-def free_gpus(gpus: Iterable[Gpu]) -> int:
-    """How many GPUs nobody uses: memory in use under 5 %, and under 1 GiB.
+class GpuSample(NamedTuple):
+    """All GPUs of a machine.  gpus: those that are known, by vendor and index.  vendor: whose GPUs
+    the machine is for, "" where it has none.  known: False where that vendor's driver does not say.
+    age_s: of the oldest answer in it.  readings: what each source said."""
+    gpus: Tuple[Gpu, ...] = ()
+    vendor: str = ""
+    known: bool = True
+    age_s: float = 0.0
+    readings: Tuple[GpuReading, ...] = ()
 
-    A GPU whose memory is unknown is not free, or the gateway would send work to a busy one.
-    """
-    return sum(1 for gpu in gpus
-               if gpu.memory_total_bytes is not None and gpu.memory_used_bytes is not None
-               and gpu.memory_used_bytes < min(gpu.memory_total_bytes * 0.05, 1 << 30))
+    @property
+    def problems(self) -> List[str]:
+        """What a person should know of, one line each."""
+        found = [reading.problem for reading in self.readings]
+        found += [f"GPU {gpu.index} ({gpu.name or gpu.vendor}): {gpu.problem}"
+                  for gpu in self.gpus if not gpu.stale and gpu.problem]
+        return [problem for problem in found if problem]
+
+
+class _Watch:
+    """One source and its last answer.  The thread that asks it sets _last and then clears _busy."""
+
+    def __init__(self, source: GpuSource, clock: Callable[[], float]) -> None:
+        self.source = source
+        self._clock = clock
+        self._done = Wake()
+        self._busy = False
+        self._last: Optional[Tuple[float, GpuReading]] = None
+
+    def ask(self) -> bool:
+        """False where there is nothing to ask.  A source that sits in its driver is not asked
+        again."""
+        if not self._busy:
+            if not self.source.present():
+                return False
+            self._busy = True
+            threading.Thread(target=self._work, name=f"gpus-{self.source.vendor}",
+                             daemon=True).start()
+        return True
+
+    def _work(self) -> None:
+        try:
+            reading = self.source.read()
+        except Exception as error:  # a defect of ours costs the GPUs' figures, nothing else
+            reading = GpuReading("", None, problem=f"defect: {type(error).__name__}: {error} (at "
+                                                   f"{defect_place(error)})")
+        self._last = self._clock(), reading
+        self._busy = False
+        self._done.set()
+
+    def answer(self, until_s: float) -> Tuple[float, GpuReading]:
+        """(age in seconds, reading), waiting for it until a time on now_s()."""
+        while self._busy and now_s() < until_s:
+            self._done.wait(until_s - now_s())
+        silent, now = self._busy, self._clock()
+        asked_s, reading = self._last or (now, GpuReading("", None))
+        if not silent:
+            return now - asked_s, reading
+        problem = f"{self.source.vendor}: the driver does not answer"
+        if reading.gpus is None or now - asked_s > GPU_UNKNOWN_AFTER_S:
+            return now - asked_s, reading._replace(gpus=None, problem=problem)
+        stale = tuple(gpu._replace(stale=True, problem="its driver does not answer")
+                      for gpu in reading.gpus)
+        return now - asked_s, reading._replace(gpus=stale, problem=problem)
+
+
+class GpuSampler:
+    """Asks every source at once.  One thread at a time calls sample()."""
+
+    def __init__(self, sources: Sequence[GpuSource], clock: Callable[[], float] = now_s) -> None:
+        self._watches = [_Watch(source, clock) for source in sources]
+
+    def sample(self, limit_s: float) -> GpuSample:
+        """Returns within limit_s, and at once where the machine has no GPU."""
+        until_s = now_s() + limit_s
+        asked = [watch for watch in self._watches if watch.ask()]
+        answers = [(watch.source.vendor, *watch.answer(until_s)) for watch in asked]
+        answers = [row for row in answers if row[2].gpus != () or row[2].problem]
+        vendor, known = next(((vendor, reading.gpus is not None) for vendor, _, reading in answers
+                              if reading.gpus != ()), ("", True))
+        return GpuSample(
+            tuple(gpu for _, _, reading in answers for gpu in reading.gpus or ()), vendor, known,
+            max((age_s for _, age_s, _ in answers), default=0.0),
+            tuple(reading for _, _, reading in answers))
+
+
+def make_gpu_sources() -> List[GpuSource]:
+    """In the order in which a machine with several is taken for one vendor's."""
+    return [NvidiaSmi()]
+
+
+# ----------------------------------------------------------------------
+# 6e. Energy and carbon           reads powercap; STATE/energy.json
+# ----------------------------------------------------------------------
+# Joules since the state folder was made, and what they did to the climate.
+# A figure is measured (a counter, or power samples added up) or estimated
+# (from how busy the machine was), and the two are never added unseen.
+
+
+class EnergyTotals(NamedTuple):
+    """co2e_g: of the electricity of the grid where the machine stands (location-based), PUE
+    included; None as long as the grid's intensity was never set.  market_co2e_g: less the share
+    that certificates call renewable."""
+    gpu_measured_j: float = 0.0
+    gpu_estimated_j: float = 0.0
+    cpu_measured_j: float = 0.0
+    cpu_estimated_j: float = 0.0
+    co2e_g: Optional[float] = None
+    market_co2e_g: Optional[float] = None
+
+
+class Energy(NamedTuple):
+    """started: since this process started.  total: since since_wall_s, over restarts.  gpu_w,
+    cpu_w: now; the bases are "measured", "estimated" or ""."""
+    started: EnergyTotals
+    total: EnergyTotals
+    since_wall_s: float
+    gpu_w: Optional[float] = None
+    gpu_basis: str = ""
+    cpu_w: Optional[float] = None
+    cpu_basis: str = ""
+
+
+class MachineSample(NamedTuple):
+    """One look at the machine.  offered: the GPUs that the gateway is told of; None: unknown."""
+    host: HostSample
+    gpus: GpuSample
+    offered: Optional[Tuple[Gpu, ...]]
+    energy: Optional[Energy]
 
 
 # ----------------------------------------------------------------------
@@ -3536,7 +3850,7 @@ class Agent:
                                  settings.k3s_token or "")
         self.endpoint = gateway_endpoint(settings)
         self._host = make_host()
-        self._nvidia = NvidiaSmi()
+        self._gpus = GpuSampler(make_gpu_sources())
         client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
                                # A request that hangs costs one interval at most.
                                min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
@@ -3547,8 +3861,7 @@ class Agent:
         self._started_s = now_s()
         self._alive_until_s = now_s() + 60.0
         self._metrics: Dict[str, Any] = {}
-        self._sample: Optional[HostSample] = None
-        self._gpu_count: Optional[int] = None
+        self._sample: Optional[MachineSample] = None
         self.wake_main, self._wake_membership = Wake(), Wake()
         self._stopping = False
         self._told: Optional[State] = None
@@ -3566,35 +3879,39 @@ class Agent:
         return (least(capacity.cpu_millicores, self.settings.max_cpu),
                 least(capacity.memory_bytes, self.settings.max_memory))
 
-    def _usable_gpus(self, limit_s: float = 5.0) -> Optional[List[Gpu]]:
-        gpus = self._nvidia.sample(limit_s)
-        if gpus is None:
-            return None
-        return usable_gpus(gpus, self.settings.gpu_ids, self.settings.max_gpus)
+    def look(self, limit_s: float = GPU_LIMIT_S) -> MachineSample:
+        """One look at the machine; the drivers get limit_s at most."""
+        gpus, settings = self._gpus.sample(limit_s), self.settings
+        offered = None
+        if gpus.known:
+            offered = tuple(offered_gpus(gpus.gpus, gpus.vendor, settings.gpu_ids,
+                                         settings.max_gpus, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        self._sample = MachineSample(self._host.sample(nearest_folder(settings.state_dir)), gpus,
+                                     offered, None)
+        return self._sample
 
     def register_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()
         # The number of GPUs is said once: eight of them may take seconds to wake up.
-        gpus = self._usable_gpus(limit_s=30.0)
-        if gpus is None:
-            self._log("warning", "gpus_unknown", what="nvidia-smi did not answer in 30 s, or says "
-                      "that a GPU is lost: registering without GPUs", do="Run nvidia-smi; then "
-                      "restart the agent")
-        return register_payload(self.identity, cpu_millicores, memory_bytes, len(gpus or ()),
+        sample = self.look(GPU_WAKE_LIMIT_S)
+        if sample.offered is None:
+            self._log("warning", "gpus_unknown", what="; ".join(sample.gpus.problems),
+                      do="Registering without GPUs; see `b9agent.py doctor`, then restart")
+        gpu_count = sum(1 for gpu in sample.offered or () if not gpu.problem)
+        return register_payload(self.identity, cpu_millicores, memory_bytes, gpu_count,
                                 read_private_ip(self.settings.gateway_host))
 
     def keepalive_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()
-        sample = self._sample = self._host.sample(nearest_folder(self.settings.state_dir))
-        gpus = self._usable_gpus()
-        self._gpu_count = None if gpus is None else len(gpus)
+        look = self.look()
+        sample, offered = look.host, look.offered
         self._metrics = {
             "total_cpu_available": cpu_millicores,
             "total_memory_available": None if memory_bytes is None else memory_bytes >> 20,
             "total_disk_space_bytes": sample.disk_total_bytes,
             "total_disk_free_bytes": sample.disk_free_bytes,
             "cpu_utilization_pct": sample.cpu_pct, "memory_utilization_pct": sample.memory_pct,
-            "free_gpu_count": None if gpus is None else free_gpus(gpus),
+            "free_gpu_count": None if offered is None else sum(map(is_free, offered)),
             # This agent starts no workers and has no cache of its own: true zeros.
             "worker_count": 0, "container_count": 0, "cache_usage_pct": 0.0, "cache_capacity": 0,
             "cache_memory_usage": 0, "cache_cpu_usage": 0.0}
@@ -3603,13 +3920,15 @@ class Agent:
     def status(self) -> Dict[str, Any]:
         """The fields of GET /status: the predecessor's names, and ours."""
         snapshot, metrics = self.membership.snapshot, metrics_payload(self._metrics)
+        host = self._sample and self._sample.host
+        offered = self._sample.offered if self._sample else None
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
         return {
             "status": snapshot.state.value, "machine_id": self.identity.machine_id,
             "pool": self.identity.pool_name, "uptime_seconds": round(now_s() - self._started_s, 1),
             "cpu_percent": metrics.get("cpu_utilization_pct"),
             "memory_percent": metrics.get("memory_utilization_pct"),
-            "gpu_count": self._gpu_count, "state": snapshot.state.value,
+            "gpu_count": None if offered is None else len(offered), "state": snapshot.state.value,
             "message": REDACTOR.scrub(snapshot.message), "version": VERSION, "pid": os.getpid(),
             "gateway": self.endpoint.url, "hostname": self.identity.hostname,
             "provider": self.identity.provider_name,
@@ -3617,8 +3936,8 @@ class Agent:
             "last_keepalive": snapshot.last_ready_wall_s and utc_stamp(snapshot.last_ready_wall_s),
             "last_keepalive_seconds_ago": ago_s, "keepalives": snapshot.keepalives,
             "registrations": snapshot.registrations, "failures": snapshot.failures,
-            "network_received_bytes": self._sample and self._sample.net_received_bytes,
-            "network_sent_bytes": self._sample and self._sample.net_sent_bytes,
+            "network_received_bytes": host and host.net_received_bytes,
+            "network_sent_bytes": host and host.net_sent_bytes,
             "metrics": metrics}
 
     # -- its life -------------------------------------------------------

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=d1eda25da976aa749d057598a1247827d81482f796224ebe29befd4e954939bd
+  sha256=c0803d67f053de5c5b0946469af762ebd400f5a113343c6eeb0737b99d7b3a90
 }
 
 usage() {

@@ -1,268 +1,215 @@
-"""Section 6: GPUs, as nvidia-smi tells of them."""
-import csv
-import os
-import pathlib
-import subprocess
+"""Sections 6a and 6d: what is said of a GPU, which ones are offered, and sampling in time."""
+import threading
 
 import pytest
 
 import b9agent
-from b9agent import Gpu, NvidiaSmi
+from b9agent import Gpu, GpuProcess, GpuReading, GpuSampler, GpuSource, MigInstance
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIXTURES = pathlib.Path(os.environ.get("B9AGENT_FIXTURES", str(ROOT.parent / "shared/fixtures")))
 MIB = 1 << 20
-GIB = 1 << 30
 
 
-def recording(name):
-    path = FIXTURES / "nvidia" / name
-    if not path.exists():
-        pytest.skip("no recordings at {}: set B9AGENT_FIXTURES".format(FIXTURES))
-    return path.read_text(encoding="utf-8", errors="replace")
+def gpu(index=0, vendor="nvidia", total_mib=81559, used_mib=0, **more):
+    return Gpu(index, vendor, uuid="GPU-{}-abcd".format(index),
+               memory_total_bytes=None if total_mib is None else total_mib * MIB,
+               memory_used_bytes=None if used_mib is None else used_mib * MIB, **more)
 
 
-def gpu(index=0, total_mib=81559, used_mib=0, busy_pct=0.0, name="NVIDIA H100"):
-    return Gpu(index, "GPU-{}".format(index), name,
-               None if total_mib is None else total_mib * MIB,
-               None if used_mib is None else used_mib * MIB, busy_pct)
-
-
-# ---------------------------------------------------------------- rows
-
-ROWS = ("0, GPU-0, NVIDIA H100, 81559, 19818, 100\n"
-        "1, GPU-1, NVIDIA H100, 81559, 0, 0\n")
-
-
-def test_each_row_is_a_gpu_with_memory_in_bytes():
-    assert b9agent.parse_nvidia_smi(ROWS) == [gpu(0, used_mib=19818, busy_pct=100.0), gpu(1)]
-
-
-@pytest.mark.parametrize("word", [
-    "[N/A]", "[Not Supported]", "[Unknown Error]", "ERR!", "N/A", "", "nan", "[GPU is lost]",
-    "[Requested functionality has been deprecated]"])
-def test_a_value_that_the_driver_does_not_give_is_unknown(word):
-    found = b9agent.parse_nvidia_smi("0, GPU-0, NVIDIA H100, {0}, {0}, {0}\n".format(word))
-    assert found == [gpu(0, None, None, None)]
-
-
-def test_a_name_that_the_driver_does_not_give_is_empty():
-    found = b9agent.parse_nvidia_smi("0, [N/A], [Unknown Error], 10, 1, 5\n")
-    assert (found[0].uuid, found[0].name) == ("", "")
-
-
-def test_a_name_may_hold_a_comma_and_parentheses():
-    found = b9agent.parse_nvidia_smi("0, GPU-0, Orin, 64 GB (nvgpu), 10, 1, 5\n")
-    assert found[0].name == "Orin,64 GB (nvgpu)"
-
-
-def test_units_are_passed_over():
-    assert b9agent.parse_nvidia_smi("0, GPU-0, NVIDIA H100, 81559 MiB, 7 MiB, 3 %\n") == [
-        gpu(0, used_mib=7, busy_pct=3.0)]
-
-
-@pytest.mark.parametrize("text", [
-    "", "\n\n", "index, uuid, name, memory.total [MiB], memory.used [MiB], utilization.gpu [%]\n",
-    "0, GPU-0, NVIDIA H100, 81559, 0\n", "-1, GPU-0, NVIDIA H100, 1, 1, 1\n",
-    "[Unknown Error], [Unknown Error], [Unknown Error], [Unknown Error], [Unknown Error], 0\n"])
-def test_what_is_no_gpu_row_is_passed_over(text):
-    assert b9agent.parse_nvidia_smi(text) == []
-
-
-def test_the_gpus_beside_a_lost_one_are_still_seen():
-    lost = "Unable to determine the device handle for GPU0000:02:00.0: Unknown Error\n"
-    first, second = ROWS.splitlines(True)
-    assert [one.index for one in b9agent.parse_nvidia_smi_answer(first + lost + second)] == [0, 1]
-
-
-def test_no_devices_is_an_empty_list_and_a_failing_driver_is_unknown():
-    assert b9agent.parse_nvidia_smi_answer("No devices were found\n") == []
-    assert b9agent.parse_nvidia_smi_answer("NVIDIA-SMI has failed because ...\n") is None
-    assert b9agent.parse_nvidia_smi_answer("") is None
-
-
-# ---------------------------------------------------------------- recordings
-
-# file, name, MiB in all, MiB in use, percent: read off the recording
-QUERY_RECORDINGS = [
-    ("h100_load", "NVIDIA H100 80GB HBM3", 81559, 19818, 100.0),
-    ("h100mig_idle", "NVIDIA H100 80GB HBM3", 81559, 59, None),
-    ("h100mig_load", "NVIDIA H100 80GB HBM3", 81559, 11125, None),
-    ("h200_load", "NVIDIA H200", 143771, 32362, 100.0),
-    ("h200mig_idle", "NVIDIA H200", 143771, 55, None),
-    ("h200mig_load", "NVIDIA H200", 143771, 16959, None),
-    ("l40s_idle", "NVIDIA L40S", 46068, 0, 100.0), ("l40s_load", "NVIDIA L40S", 46068, 1235, 9.0),
-    ("rtx2080s-595_load", "NVIDIA GeForce RTX 2080 SUPER", 8192, 819, 8.0),
-    ("rtx2080s-610_load", "NVIDIA GeForce RTX 2080 SUPER", 8192, 815, 8.0),
-    ("rtx4080s_idle", "NVIDIA GeForce RTX 4080 SUPER", 16376, 596, 0.0),
-    ("rtx4080s_load", "NVIDIA GeForce RTX 4080 SUPER", 16376, 1474, 7.0),
-]
-
-
-@pytest.mark.parametrize("name, model, total_mib, used_mib, busy_pct", QUERY_RECORDINGS)
-def test_recorded_queries_read_as_the_eye_reads_them(name, model, total_mib, used_mib, busy_pct):
-    header, row = list(csv.reader(recording("query-gpu-all_{}.csv".format(name)).splitlines(),
-                                  skipinitialspace=True))
-    columns = ("index", "uuid", "name", "memory.total [MiB]", "memory.used [MiB]",
-               "utilization.gpu [%]")
-    line = ", ".join(row[header.index(column)] for column in columns)
-    found = b9agent.parse_nvidia_smi(line)
-    assert [(one.index, one.name, one.memory_total_bytes, one.memory_used_bytes,
-             one.utilization_pct) for one in found] == [
-        (0, model, total_mib * MIB, used_mib * MIB, busy_pct)]
-    assert found[0].uuid.startswith("GPU-")
+# ---------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("err_no-devices.txt", []), ("err_container-lost-device.txt", None),
-    ("err_driver-library-mismatch.txt", None), ("err_driver-not-loaded.txt", None),
-    ("err_handle_nospace.txt", None), ("err_handle_old.txt", None),
-    ("err_handle_then_no-devices.txt", None), ("csv_loop-mode-breaks.txt", None)])
-def test_recorded_failures_are_unknown_and_only_no_devices_means_none(name, expected):
-    assert b9agent.parse_nvidia_smi_answer(recording(name)) == expected
+    ("NVIDIA A100-SXM4-80GB", "A100-80"), ("A100-SXM4-40GB", "A100-40"),
+    ("NVIDIA A100 80GB PCIe", "A100-80"), ("NVIDIA A100-PCIE-40GB", "A100-40"),
+    ("NVIDIA A100-SXM-64GB", "A100"), ("Tesla V100-SXM2-32GB", "V100-32"),
+    ("Tesla V100S-PCIE-32GB", "V100-32"), ("Tesla V100-SXM2-16GB", "V100"),
+    ("NVIDIA GeForce RTX 4090", "RTX4090"), ("NVIDIA GeForce RTX 4090 D", "RTX4090"),
+    ("NVIDIA GeForce RTX 5090", "RTX5090"), ("NVIDIA RTX 6000 Ada Generation", "RTX6000Ada"),
+    ("NVIDIA RTX 4000 SFF Ada Generation", "RTX4000Ada"), ("Quadro RTX 6000", "RTX6000"),
+    ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTXPro6000"),
+    ("NVIDIA RTX A6000", "A6000"), ("NVIDIA RTX A4000", "A4000"), ("NVIDIA H100 80GB HBM3", "H100"),
+    ("NVIDIA H100 NVL", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA GH200 480GB", "GH200"),
+    ("NVIDIA B200", "B200"), ("NVIDIA B300 SXM6 AC", "B300"), ("NVIDIA L40S", "L40S"),
+    ("NVIDIA L40", "L40"), ("NVIDIA L4", "L4"), ("NVIDIA A10G", "A10G"), ("NVIDIA A10", "A10"),
+    ("Tesla T4", "T4"), ("NVIDIA A16", "A16"), ("NVIDIA A30", "A30"), ("NVIDIA A40", "A40"),
+    # Not what its name begins with: another chip, a slice of a GPU, no such type.
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", ""), ("NVIDIA RTX A5000 Laptop GPU", ""),
+    ("NVIDIA A40-48Q", ""), ("GRID A100-10C", ""), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", ""),
+    ("NVIDIA GB200", ""), ("NVIDIA T4G", ""), ("NVIDIA L40G", ""), ("NVIDIA GeForce RTX 3060", ""),
+    ("AMD Radeon RX 7900 XTX", ""), ("Apple M4 Max", ""), ("", "")])
+def test_the_schedulers_name_for_a_device_name(name, expected):
+    assert b9agent.gpu_type(name) == expected
 
 
-def test_a_recorded_lost_gpu_leaves_the_others():
-    # index, name, fan, clocks ..., power limit: the first six columns are enough to tell rows apart
-    found = b9agent.parse_nvidia_smi(recording("csv_one-gpu-unknown-error.csv"))
-    assert [one.index for one in found] == [0, 2]
+# ---------------------------------------------------------------- offered
 
 
-# ---------------------------------------------------------------- caps, free GPUs
+def indexes(chosen):
+    return [(one.vendor, one.index) if one.vendor != "nvidia" else one.index for one in chosen]
 
 
 @pytest.mark.parametrize("gpu_ids, max_gpus, expected", [
-    (None, None, [0, 1, 2]), ((2, 0), None, [0, 2]), ((7,), None, []), ((), None, []),
-    (None, 2, [0, 1]), (None, 0, []), (None, 9, [0, 1, 2]), ((1, 2), 1, [1])])
+    (None, None, [0, 1, 2]), ((("", 2), ("", 0)), None, [0, 2]), ((("", 7),), None, []), ((), None, []),
+    (None, 2, [0, 1]), (None, 0, []), (None, 9, [0, 1, 2]), ((("", 1), ("", 2)), 1, [1])])
 def test_caps_choose_by_index_first_and_then_by_count(gpu_ids, max_gpus, expected):
-    chosen = b9agent.usable_gpus([gpu(0), gpu(1), gpu(2)], gpu_ids, max_gpus)
-    assert [one.index for one in chosen] == expected
+    chosen = b9agent.offered_gpus([gpu(0), gpu(1), gpu(2)], "nvidia", gpu_ids, max_gpus)
+    assert indexes(chosen) == expected
+
+
+def test_a_machine_with_several_vendors_offers_one_vendors_and_no_part_of_a_cpu():
+    mixed = [gpu(0), gpu(0, "amd", integrated=True), gpu(0, "intel", integrated=True)]
+    assert indexes(b9agent.offered_gpus(mixed, "nvidia", None, None)) == [0]
+    assert indexes(b9agent.offered_gpus(mixed, "nvidia", (("amd", 0), ("", 0)), None)) == [
+        0, ("amd", 0)]
+    amd = [gpu(0, "amd"), gpu(1, "amd", integrated=True)]
+    assert indexes(b9agent.offered_gpus(amd, "amd", None, None)) == [("amd", 0)]
+    assert indexes(b9agent.offered_gpus(amd[1:], "amd", None, None)) == [("amd", 1)]
+
+
+@pytest.mark.parametrize("variable, expected", [
+    ("0,2", [0, 2]), ("", []), ("-1", []), ("1,-1,0", [1]), ("NoDevFiles", []), (" 1 , 0 ", [0, 1]),
+    ("GPU-1", [1]), ("GPU-", []), ("GPU-9", []), ("0,0", [0]), ("3", []), ("MIG-x", [2])])
+def test_cuda_visible_devices_hides_gpus(variable, expected):
+    three = [gpu(0), gpu(1), gpu(2, mig_instances=(MigInstance("MIG-x", "", None, None),))]
+    assert indexes(b9agent.offered_gpus(three, "nvidia", None, None, variable)) == expected
+
+
+def test_cuda_visible_devices_says_nothing_of_other_vendors():
+    assert len(b9agent.offered_gpus([gpu(0, "amd")], "amd", None, None, "")) == 1
+
+
+# ---------------------------------------------------------------- free
 
 
 @pytest.mark.parametrize("total_mib, used_mib, free", [
-    (8192, 409, 1), (8192, 410, 0),        # 5 % of 8 GiB are 409.6 MiB
-    (143771, 1023, 1), (143771, 1024, 0),  # 1 GiB is less than 5 % of 140 GiB
-    (81559, 0, 1), (81559, None, 0), (None, 0, 0), (None, None, 0), (0, 0, 0)])
+    (8192, 409, True), (8192, 410, False),        # 5 % of 8 GiB are 409.6 MiB
+    (143771, 1023, True), (143771, 1024, False),  # 1 GiB is less than 5 % of 140 GiB
+    (81559, 0, True), (81559, None, False), (None, 0, False), (None, None, False), (0, 0, False)])
 def test_a_gpu_is_free_under_5_percent_and_1_gib(total_mib, used_mib, free):
-    assert b9agent.free_gpus([gpu(0, total_mib, used_mib)]) == free
+    assert b9agent.is_free(gpu(0, total_mib=total_mib, used_mib=used_mib)) is free
 
 
-def test_free_gpus_are_counted():
-    assert b9agent.free_gpus([gpu(0), gpu(1, used_mib=5000), gpu(2), gpu(3, used_mib=None)]) == 2
-    assert b9agent.free_gpus([]) == 0
+def test_a_gpu_on_which_somebody_computes_is_not_free():
+    assert not b9agent.is_free(gpu(processes=(GpuProcess(7, 10 * MIB),)))
+    assert not b9agent.is_free(gpu(processes=(GpuProcess(7, None),)))
+    assert b9agent.is_free(gpu(processes=()))
 
 
-# ---------------------------------------------------------------- the program
+def test_an_idle_engine_of_ours_does_not_count_and_neither_does_its_memory():
+    held = gpu(used_mib=40000, processes=(GpuProcess(7, 39900 * MIB),))
+    assert not b9agent.is_free(held)
+    assert b9agent.is_free(held, [7])
+    assert not b9agent.is_free(held, [8])
+    assert not b9agent.is_free(gpu(used_mib=40000, processes=(GpuProcess(7, 30000 * MIB),)), [7])
+    assert not b9agent.is_free(held._replace(processes=held.processes + (GpuProcess(8, None),)), [7])
 
 
-def program(folder, body):
-    """A nvidia-smi of our own; returns the search path that finds it."""
-    path = folder / "nvidia-smi"
-    path.write_text("#!/bin/sh\n" + body)
-    path.chmod(0o755)
-    return str(folder)
+def test_a_sick_gpu_is_not_free():
+    assert not b9agent.is_free(gpu(problem="it fell off the bus"))
 
 
-def test_a_machine_without_the_program_has_no_gpus_and_starts_nothing(tmp_path):
-    source = NvidiaSmi(str(tmp_path), run=lambda *call: pytest.fail("ran {}".format(call)))
-    assert source.sample() == []
+# ---------------------------------------------------------------- sampling
 
 
-def test_a_folder_or_a_plain_file_of_that_name_is_not_the_program(tmp_path):
-    (tmp_path / "a" / "nvidia-smi").mkdir(parents=True)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "nvidia-smi").write_text("not executable")
-    assert NvidiaSmi("{0}/a:{0}/b::{0}/c".format(tmp_path)).sample() == []
+class Scripted(GpuSource):
+    """Answers what it is told to, once it may."""
+
+    def __init__(self, vendor, *answers):
+        self.vendor = vendor
+        self.answers = list(answers)
+        self.there = True
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.asked = 0
+
+    def present(self):
+        return self.there
+
+    def read(self):
+        self.asked += 1
+        self.may_answer.wait(30)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
-def test_the_program_is_asked_for_the_columns_that_are_parsed(tmp_path):
-    path = program(tmp_path, 'echo "$@" > {0}/argv\nprintf "{1}"\n'.format(tmp_path, ROWS))
-    assert [one.index for one in NvidiaSmi(path).sample()] == [0, 1]
-    assert (tmp_path / "argv").read_text() == (
-        "--query-gpu=index,uuid,name,memory.total,memory.used,utilization.gpu "
-        "--format=csv,noheader,nounits\n")
+def reading(*gpus, **more):
+    return GpuReading("test", gpus, **more)
 
 
-def test_the_program_is_found_on_the_path_of_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", program(tmp_path, "echo No devices were found\nexit 6\n"))
-    assert NvidiaSmi().sample() == []
+def test_a_machine_without_gpus_starts_no_thread():
+    source = Scripted("nvidia", reading())
+    source.there = False
+    before = threading.active_count()
+    sample = GpuSampler([source]).sample(10)
+    assert (sample.gpus, sample.vendor, sample.known, sample.problems) == ((), "", True, [])
+    assert (source.asked, threading.active_count()) == (0, before)
 
 
-@pytest.mark.parametrize("body", [
-    "echo NVIDIA-SMI has failed because it could not communicate\nexit 9\n", "exit 0\n",
-    "echo Failed to initialize NVML: Unknown Error >&2\nexit 255\n", "kill -9 $$\n"])
-def test_a_program_that_fails_is_unknown(tmp_path, body):
-    assert NvidiaSmi(program(tmp_path, body)).sample() is None
+def test_gpus_of_every_vendor_are_listed_in_the_order_of_the_sources():
+    one, other = Scripted("nvidia", reading(gpu(0), gpu(1))), Scripted("amd", reading(gpu(0, "amd")))
+    sample = GpuSampler([one, other]).sample(10)
+    assert indexes(sample.gpus) == [0, 1, ("amd", 0)]
+    assert (sample.vendor, sample.known) == ("nvidia", True)
 
 
-def test_a_program_that_cannot_be_started_is_unknown(tmp_path):
-    path = program(tmp_path, "")
-    (tmp_path / "nvidia-smi").write_text("#!/no/such/interpreter\n")
-    assert NvidiaSmi(path).sample() is None
+def test_a_vendor_that_says_it_has_none_leaves_the_machine_to_the_next():
+    sample = GpuSampler([Scripted("nvidia", reading()), Scripted("amd", reading(gpu(0, "amd")))]
+                        ).sample(10)
+    assert (sample.vendor, sample.known) == ("amd", True)
 
 
-def test_a_program_that_hangs_is_ended_and_the_next_sample_asks_again(tmp_path):
-    path = program(tmp_path, "echo $$ >> {}/started\nsleep 1000\n".format(tmp_path))
-    source = NvidiaSmi(path)
-    assert source.sample(0.5) is None
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "started").read_text()), 0)
-    program(tmp_path, 'printf "{}"\n'.format(ROWS))
-    assert len(source.sample()) == 2
+def test_a_driver_that_fails_does_not_make_the_machine_another_vendors():
+    broken = Scripted("nvidia", GpuReading("nvml", None, problem="driver not loaded"))
+    sample = GpuSampler([broken, Scripted("amd", reading(gpu(0, "amd")))]).sample(10)
+    assert (sample.vendor, sample.known) == ("nvidia", False)
+    assert indexes(sample.gpus) == [("amd", 0)]
+    assert sample.problems == ["driver not loaded"]
 
 
-def test_a_program_that_never_stops_talking_is_ended(tmp_path):
-    path = program(tmp_path, "echo $$ > {}/started\nexec yes\n".format(tmp_path))
-    assert NvidiaSmi(path).sample() is None
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "started").read_text()), 0)
+def test_a_hung_driver_costs_the_limit_and_is_asked_once_while_others_answer():
+    clock = [1000.0]
+    hung = Scripted("nvidia", reading(gpu(0), driver_version="1"))
+    other = Scripted("amd", reading(gpu(0, "amd")))
+    sampler = GpuSampler([hung, other], clock=lambda: clock[0])
+    assert sampler.sample(10).gpus[0].stale is False
+    hung.may_answer.clear()
+    try:
+        for age_s, stale in ((60, True), (300, True), (301, None), (5000, None)):
+            clock[0] = 1000.0 + age_s
+            sample = sampler.sample(0.05)
+            assert indexes(sample.gpus)[-1] == ("amd", 0)
+            assert (sample.vendor, sample.known) == ("nvidia", stale is not None)
+            assert [one.stale for one in sample.gpus if one.vendor == "nvidia"] == (
+                [True] if stale else [])
+            assert not any(b9agent.is_free(one) for one in sample.gpus if one.vendor == "nvidia")
+            assert sample.problems == ["nvidia: the driver does not answer"]
+        assert hung.asked == 2
+    finally:
+        hung.may_answer.set()
 
 
-class Undying:
-    """A child that hangs in the kernel: not even SIGKILL has ended it."""
-
-    ended = None
-
-    def poll(self):
-        return self.ended
-
-
-def test_while_a_hung_child_has_not_ended_no_second_one_is_started(tmp_path):
-    children = []
-
-    def run(_argv, _limit_s):
-        children.append(Undying())
-        return b9agent.CommandResult(None, "", "ran past its time limit", children[-1])
-
-    source = NvidiaSmi(program(tmp_path, ""), run=run)
-    assert [source.sample() for _ in range(3)] == [None] * 3
-    assert len(children) == 1
-    children[0].ended = -9
-    assert source.sample() is None
-    assert len(children) == 2
+def test_a_driver_that_wakes_up_is_asked_again():
+    hung = Scripted("nvidia", reading(gpu(0)), reading(gpu(0), gpu(1)))
+    hung.may_answer.clear()
+    sampler = GpuSampler([hung])
+    first = sampler.sample(0.02)
+    assert (first.gpus, first.vendor, first.known) == ((), "nvidia", False)
+    hung.may_answer.set()
+    while len(sampler.sample(10).gpus) != 2:  # the late answer, then a new one
+        pass
+    assert not sampler.sample(10).gpus[0].stale
 
 
-# ---------------------------------------------------------------- hostile text
+def test_a_defect_in_a_source_costs_its_figures_and_nothing_else():
+    sample = GpuSampler([Scripted("nvidia", ZeroDivisionError("x")),
+                         Scripted("amd", reading(gpu(0, "amd")))]).sample(10)
+    assert (sample.vendor, sample.known) == ("nvidia", False)
+    assert "ZeroDivisionError" in sample.problems[0]
 
 
-def test_mutated_text_ends_in_gpus_or_none_and_never_in_an_exception():
-    hypothesis = pytest.importorskip("hypothesis")
-    strategies = hypothesis.strategies
-    splice = strategies.sampled_from(["", ",", "-1", "9" * 400, "\n", "[N/A]", "ERR!", "\x00", "²",
-                                      "1e9", "nan", "MiB"]) | strategies.text(max_size=9)
-    cuts = strategies.lists(strategies.tuples(strategies.floats(0, 1), strategies.integers(0, 12),
-                                              splice), max_size=6)
-
-    @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(cuts)
-    def check(mutations):
-        text = ROWS
-        for place, length, new in mutations:
-            at = int(place * len(text))
-            text = text[:at] + new + text[at + length:]
-        gpus = b9agent.parse_nvidia_smi(text)
-        assert 0 <= b9agent.free_gpus(gpus) <= len(gpus)
-        assert all(one.utilization_pct is None or 0 <= one.utilization_pct <= 100 for one in gpus)
-        b9agent.parse_nvidia_smi_answer(text)
-
-    check()
+def test_a_sick_gpu_is_named_among_the_problems():
+    sample = GpuSampler([Scripted("nvidia", reading(gpu(0), gpu(3, name="H100", problem="is lost")))]
+                        ).sample(10)
+    assert sample.problems == ["GPU 3 (H100): is lost"]

@@ -33,7 +33,7 @@ VALUES = {
     "max_cpu": (("0.5", 500), ("3500m", 3500)),
     "max_memory": (("16Gi", 16 << 30), ("1.5Gi", 3 << 29)),
     "max_gpus": (("0", 0), ("8", 8)),
-    "gpu_ids": (("0,1", (0, 1)), ("3", (3,))),
+    "gpu_ids": (("0,1", (("", 0), ("", 1))), ("amd:3,0", (("", 0), ("amd", 3)))),
     "control_host": (("127.0.0.1", "127.0.0.1"), ("::1", "::1")),
     "control_port": (("0", 0), ("9998", 9998)),
     "log_format": (("json", "json"), ("text", "text")),
@@ -155,8 +155,9 @@ def test_an_empty_variable_is_not_set(row):
 
 
 def test_a_list_of_gpus_in_the_file(file):
-    assert load(path=file("limits:\n  gpu_ids: [3, 0, '1']\n")).settings.gpu_ids == (0, 1, 3)
-    assert load(path=file("limits:\n  gpu_ids:\n  - 2\n  - 0\n")).settings.gpu_ids == (0, 2)
+    assert load(path=file("limits:\n  gpu_ids: [3, 0, '1']\n")).settings.gpu_ids == (
+        ("", 0), ("", 1), ("", 3))
+    assert load(path=file("limits:\n  gpu_ids:\n  - 2\n  - 0\n")).settings.gpu_ids == (("", 0), ("", 2))
 
 
 # -- values that are refused, wherever they come from --------------------
@@ -178,7 +179,7 @@ BAD_VALUES = [
     ("max_cpu", "-1"), ("max_cpu", "1.5m"), ("max_cpu", "4 cores"), ("max_cpu", "4\n"),
     ("max_memory", "16G"), ("max_memory", "16"), ("max_memory", "1Ki"), ("max_memory", "16Gi\n"),
     ("max_memory", "-1Gi"), ("max_gpus", "-1"), ("max_gpus", "two"), ("max_gpus", "1.0"),
-    ("gpu_ids", "0,,1"), ("gpu_ids", "a"), ("gpu_ids", "-1"), ("gpu_ids", ","), ("gpu_ids", "0-3"),
+    ("gpu_ids", "0,,1"), ("gpu_ids", "a"), ("gpu_ids", "-1"), ("gpu_ids", ","), ("gpu_ids", "0-3"), ("gpu_ids", "matrox:0"), ("gpu_ids", "amd:"),
     ("control_port", "65536"), ("control_port", "-0"), ("log_format", "xml"), ("debug", "maybe"),
     ("debug", "2"), ("state_dir", "a\0b"), ("state_dir", "a\nb"),
 ]
