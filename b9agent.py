@@ -3879,25 +3879,29 @@ class Agent:
         return (least(capacity.cpu_millicores, self.settings.max_cpu),
                 least(capacity.memory_bytes, self.settings.max_memory))
 
-    def look(self, limit_s: float = GPU_LIMIT_S) -> MachineSample:
-        """One look at the machine; the drivers get limit_s at most."""
+    def _look_at_gpus(self, limit_s: float) -> Tuple[GpuSample, Optional[Tuple[Gpu, ...]]]:
+        """(all of them, those that are offered); the drivers get limit_s at most."""
         gpus, settings = self._gpus.sample(limit_s), self.settings
-        offered = None
-        if gpus.known:
-            offered = tuple(offered_gpus(gpus.gpus, gpus.vendor, settings.gpu_ids,
-                                         settings.max_gpus, os.environ.get("CUDA_VISIBLE_DEVICES")))
-        self._sample = MachineSample(self._host.sample(nearest_folder(settings.state_dir)), gpus,
-                                     offered, None)
+        if not gpus.known:
+            return gpus, None
+        return gpus, tuple(offered_gpus(gpus.gpus, gpus.vendor, settings.gpu_ids, settings.max_gpus,
+                                        os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+    def look(self) -> MachineSample:
+        """One look at the machine."""
+        gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
+        host = self._host.sample(nearest_folder(self.settings.state_dir))
+        self._sample = MachineSample(host, gpus, offered, None)
         return self._sample
 
     def register_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()
         # The number of GPUs is said once: eight of them may take seconds to wake up.
-        sample = self.look(GPU_WAKE_LIMIT_S)
-        if sample.offered is None:
-            self._log("warning", "gpus_unknown", what="; ".join(sample.gpus.problems),
+        gpus, offered = self._look_at_gpus(GPU_WAKE_LIMIT_S)
+        if offered is None:
+            self._log("warning", "gpus_unknown", what="; ".join(gpus.problems),
                       do="Registering without GPUs; see `b9agent.py doctor`, then restart")
-        gpu_count = sum(1 for gpu in sample.offered or () if not gpu.problem)
+        gpu_count = sum(1 for gpu in offered or () if not gpu.problem)
         return register_payload(self.identity, cpu_millicores, memory_bytes, gpu_count,
                                 read_private_ip(self.settings.gateway_host))
 

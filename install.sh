@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=c0803d67f053de5c5b0946469af762ebd400f5a113343c6eeb0737b99d7b3a90
+  sha256=186d7758db27607e489390e4f12d94f58d80909df76a522c1f6baa96376ca8a1
 }
 
 usage() {
