@@ -2612,6 +2612,7 @@ class MachineSample(NamedTuple):
 REGISTER_LIMIT_S = 30.0
 KEEPALIVE_LIMIT_S = 10.0
 GATEWAY_TTL_S = 300
+CLOCK_OFFSET_MAX_S = 60.0
 RETRY_AFTER_MAX_S = 120.0  # the gateway forgets a machine after 300 s, whatever it asked for
 REFUSED_SOON_S = 600.0     # a 401 can be the gateway's own outage: ten minutes at the interval,
 REFUSED_LATER_S = 300.0    # then every five
@@ -2736,6 +2737,28 @@ def _retry_after_s(text: str) -> Optional[float]:
     return min(float(text), RETRY_AFTER_MAX_S) if re.fullmatch(r"[0-9]{1,6}", text) else None
 
 
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def parse_http_date(text: str) -> Optional[float]:
+    """Seconds since 1970 of a Date header; the obsolete forms of RFC 9110 are unknown.
+
+    >>> parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT")
+    784111777.0
+    """
+    match = re.fullmatch(r"[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d):(\d\d):(\d\d) GMT",
+                         text, re.ASCII)
+    if not match or match.group(2) not in _MONTHS:
+        return None
+    day, year, hour, minute, second = (int(match.group(part)) for part in (1, 3, 4, 5, 6))
+    # Days since 1970 in a year that begins in March, so that February's length comes last.
+    month = (_MONTHS.index(match.group(2)) - 2) % 12
+    year -= month >= 10
+    leap_days = year // 4 - year // 100 + year // 400
+    days = 365 * year + leap_days + (153 * month + 2) // 5 + day - 719469
+    return float(days * 86400 + hour * 3600 + minute * 60 + second)
+
+
 def gateway_endpoint(settings: Any) -> Endpoint:
     """Where the gateway is, and the proxy on the way.  Raises: UsageError for a proxy."""
     proxy = proxy_for(settings.gateway_scheme, settings.gateway_host, settings.gateway_proxy,
@@ -2754,6 +2777,7 @@ class GatewayClient:
         self._token = token
         self._pool_name = pool_name
         self._log = log
+        self.clock_offset_s: Optional[float] = None  # ours less the gateway's, to half a second
 
     def register(self, payload: Dict[str, Any]) -> None:
         """The answer's `config` can hold the cluster's passwords: it is dropped unread."""
@@ -2785,10 +2809,24 @@ class GatewayClient:
         self._log("debug", "request", request=name, url=self._endpoint.url,
                   body=body and _without_token(body))
         try:
-            return http_request(method, self._endpoint, f"/api/v1/{_ROUTES[name]}",
-                                headers if body else {}, body, limit_s)
+            reply = http_request(method, self._endpoint, f"/api/v1/{_ROUTES[name]}",
+                                 headers if body else {}, body, limit_s)
         except HttpFailure as failure:
             raise self._failure(failure) from failure
+        self._compare_clocks(reply)
+        return reply
+
+    def _compare_clocks(self, reply: HttpReply) -> None:
+        """A wrong clock breaks TLS and makes logs lie; the keepalive itself does not mind."""
+        theirs_s = parse_http_date(reply.headers.get("date", ""))
+        if theirs_s is None:
+            return
+        was, now = self.clock_offset_s or 0.0, time.time() - theirs_s - 0.5  # it has no fractions
+        self.clock_offset_s = now
+        if abs(now) > CLOCK_OFFSET_MAX_S and abs(was) <= CLOCK_OFFSET_MAX_S:
+            self._log("warning", "clock", what=f"this machine's clock is {abs(now):.0f} s "
+                      f"{'ahead of' if now > 0 else 'behind'} the gateway's",
+                      do="Check it: timedatectl status (on macOS: sntp time.apple.com)")
 
     def _failure(self, failure: HttpFailure) -> GatewayError:
         url, port = self._endpoint.url, self._endpoint.port
@@ -3835,6 +3873,25 @@ def watchdog_interval_s() -> Optional[float]:
     return max(0.1, int(microseconds) / 3e6)
 
 
+def _rounded(record: Dict[str, Any]) -> Dict[str, Any]:
+    """For people as much as for programs: three digits after the point are enough."""
+    return {name: round(value, 3) if isinstance(value, float) else value
+            for name, value in record.items()}
+
+
+def gpu_record(gpu: Gpu, offered: bool) -> Dict[str, Any]:
+    """One GPU as JSON: the fields of Gpu, Beta9's name for its type, what it may be used for."""
+    return dict(_rounded(gpu._asdict()), type=gpu_type(gpu.name), offered=offered,
+                free=offered and is_free(gpu),
+                mig_instances=[part._asdict() for part in gpu.mig_instances],
+                processes=gpu.processes and [process._asdict() for process in gpu.processes])
+
+
+def host_record(facts: HostFacts, sample: Optional[HostSample]) -> Dict[str, Any]:
+    """The machine as JSON: what it is, and how it was at the last look."""
+    return dict(facts._asdict(), **_rounded(sample._asdict() if sample else {}))
+
+
 class Agent:
     """A machine's agent.  Only construction decides what it is made of; run() is its life.
 
@@ -3850,8 +3907,9 @@ class Agent:
                                  settings.k3s_token or "")
         self.endpoint = gateway_endpoint(settings)
         self._host = make_host()
+        self._facts: Optional[HostFacts] = None
         self._gpus = GpuSampler(make_gpu_sources())
-        client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
+        self.client = client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
                                # A request that hangs costs one interval at most.
                                min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
         self.send_register = lambda: client.register(self.register_payload())
@@ -3878,6 +3936,12 @@ class Agent:
             return min(known) if known else None
         return (least(capacity.cpu_millicores, self.settings.max_cpu),
                 least(capacity.memory_bytes, self.settings.max_memory))
+
+    def facts(self) -> HostFacts:
+        """Read when somebody first asks: a machine of 256 cores tells of each."""
+        if self._facts is None:
+            self._facts = self._host.facts()
+        return self._facts
 
     def _look_at_gpus(self, limit_s: float) -> Tuple[GpuSample, Optional[Tuple[Gpu, ...]]]:
         """(all of them, those that are offered); the drivers get limit_s at most."""
@@ -3926,6 +3990,7 @@ class Agent:
         snapshot, metrics = self.membership.snapshot, metrics_payload(self._metrics)
         host = self._sample and self._sample.host
         offered = self._sample.offered if self._sample else None
+        offset_s = self.client.clock_offset_s
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
         return {
             "status": snapshot.state.value, "machine_id": self.identity.machine_id,
@@ -3942,6 +4007,11 @@ class Agent:
             "registrations": snapshot.registrations, "failures": snapshot.failures,
             "network_received_bytes": host and host.net_received_bytes,
             "network_sent_bytes": host and host.net_sent_bytes,
+            "clock_offset_seconds": offset_s if offset_s is None else round(offset_s, 1),
+            "host": host_record(self.facts(), host),
+            "gpus": [gpu_record(gpu, gpu in (offered or ())) for gpu in self._sample.gpus.gpus]
+                    if self._sample else [],
+            "gpu_problems": self._sample.gpus.problems if self._sample else [],
             "metrics": metrics}
 
     # -- its life -------------------------------------------------------
@@ -5413,6 +5483,26 @@ def command_config(loaded: Loaded, options: Dict[str, str]) -> int:
 
 # -- status -------------------------------------------------------------
 
+def gpu_line(gpu: Dict[str, Any]) -> str:
+    """A GPU's record in a line: what is unknown is left out.
+
+    >>> gpu_line({"name": "NVIDIA L4", "memory_total_bytes": 24 << 30, "memory_used_bytes": 3 << 29,
+    ...           "utilization_pct": 7.0, "power_w": 31.2, "offered": True, "free": False})
+    'NVIDIA L4, 7 %, 1.5 of 24.0 GiB, 31 W, in use'
+    """
+    total, used = gpu.get("memory_total_bytes"), gpu.get("memory_used_bytes")
+    parts = [gpu["name"] or "unknown model"]
+    for name, unit in (("utilization_pct", "%"), ("temperature_c", "°C"), ("power_w", "W")):
+        if gpu.get(name) is not None:
+            parts.append(f"{gpu[name]:.0f} {unit}")
+    if total is not None:
+        in_use = "?" if used is None else f"{used / 2**30:.1f}"
+        parts.insert(2, f"{in_use} of {total / 2**30:.1f} GiB")
+    words = (("stale", "stale"), ("problem", "sick"), ("asleep", "asleep"), ("free", "free"),
+             ("offered", "in use"))
+    return ", ".join(parts + [next((word for name, word in words if gpu.get(name)), "not offered")])
+
+
 def status_lines(status: Dict[str, Any]) -> List[str]:
     def shown(value: Any, unit: str) -> str:
         return "unknown" if value is None else f"{value}{unit}"
@@ -5438,6 +5528,8 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
     ]
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))
+    rows += [(f"{gpu['vendor']} {gpu['index']}", gpu_line(gpu)) for gpu in status.get("gpus") or ()]
+    rows += [("problem", problem) for problem in status.get("gpu_problems") or ()]
     return table_lines(rows)
 
 

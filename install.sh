@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=186d7758db27607e489390e4f12d94f58d80909df76a522c1f6baa96376ca8a1
+  sha256=65fdd4f350568b00d45b00c8ffb36c58132c5d04ffeedb0df2d79433684199de
 }
 
 usage() {

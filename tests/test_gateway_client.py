@@ -405,3 +405,41 @@ def test_the_debug_log_has_every_request_and_no_secret(hostile):
     assert "0badcafe" in said
     for word in secret_words() + [TOKEN, K3S, json.dumps(CLUSTER_SECRETS)]:
         assert word not in said
+
+
+# -- clocks --------------------------------------------------------------
+
+@pytest.mark.parametrize("text, seconds", [
+    ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    ("Thu, 29 Feb 2024 23:59:59 GMT", 1709251199.0), ("Fri, 01 Mar 2024 00:00:00 GMT", 1709251200.0),
+    ("Wed, 31 Dec 2098 12:00:00 GMT", 4070865600.0), ("Sunday, 06-Nov-94 08:49:37 GMT", None),
+    ("Sun Nov  6 08:49:37 1994", None), ("Sun, 06 Nov 1994 08:49:37 +0100", None),
+    ("Sun, 06 Foo 1994 08:49:37 GMT", None), ("", None), ("x" * 5000, None)])
+def test_dates_are_read_in_the_one_form_that_servers_write(text, seconds):
+    assert b9agent.parse_http_date(text) == seconds
+
+
+def test_a_clock_that_is_off_is_measured_and_said_once(monkeypatch):
+    """Against an answer's Date; after it was mended and is off again, it is said again."""
+    client = Wire(b9agent.Endpoint("http", "127.0.0.1", 1))
+    walls = [784111777.5 - 7200, 784111777.5 - 7201, 784111777.5 + 59, 784111777.5 + 61,
+             784111777.5 + 90]
+    monkeypatch.setattr(b9agent, "http_request", lambda *_, **__: b9agent.HttpReply(
+        200, {"date": "Sun, 06 Nov 1994 08:49:37 GMT"}, b'{"status": "ok"}'))
+    offsets = []
+    for wall in walls:
+        monkeypatch.setattr(b9agent.time, "time", lambda: wall)
+        assert client.outcome("keepalive")[0] == "ok"
+        offsets.append(client.client.clock_offset_s)
+    monkeypatch.undo()
+    assert offsets == [-7200.0, -7201.0, 59.0, 61.0, 90.0]
+    said = [line for line in client.stream.getvalue().splitlines() if " warning clock " in line]
+    assert ["7200 s behind" in said[0], "61 s ahead of" in said[1], len(said)] == [True, True, 2]
+
+
+def test_an_answer_without_a_date_says_nothing_of_clocks(monkeypatch):
+    client = Wire(b9agent.Endpoint("http", "127.0.0.1", 1))
+    monkeypatch.setattr(b9agent, "http_request",
+                        lambda *_, **__: b9agent.HttpReply(200, {}, b'{"status": "ok"}'))
+    assert client.outcome("keepalive")[0] == "ok"
+    assert client.client.clock_offset_s is None
