@@ -491,6 +491,29 @@ def test_a_restart_in_the_middle_equals_one_run(tmp_path):
     assert stopped.started.gpu_measured_j < stopped.total.gpu_measured_j
 
 
+def test_whatever_the_file_holds_it_is_figures_or_nothing():
+    hypothesis = pytest.importorskip("hypothesis")
+    some = hypothesis.strategies
+    good = json.dumps(GOOD)
+    values = some.recursive(some.none() | some.booleans() | some.floats() | some.integers()
+                            | some.text(max_size=5),
+                            lambda inner: some.lists(inner) | some.dictionaries(some.text(), inner),
+                            max_leaves=4)
+
+    @hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=300)
+    @hypothesis.given(some.integers(0, len(good)), some.integers(0, 9), some.text(max_size=4),
+                      some.sampled_from(sorted(GOOD["total"])), values)
+    def holds(at, length, put, name, value):
+        for text in (good[:at] + put + good[at + length:], altered(**{name: value}),
+                     json.dumps(dict(GOOD, total=value)), json.dumps(value)):
+            kept = b9agent.parse_energy_file(text)
+            if kept is not None:
+                assert all(figure is None or 0 <= figure < math.inf for figure in kept[1])
+                assert None not in kept[1][:4] and 0 <= kept[0] < math.inf
+
+    holds()
+
+
 # -- what status says ------------------------------------------------------------
 
 def test_status_names_units_and_whether_it_was_measured():
@@ -518,6 +541,65 @@ def test_before_the_first_look_status_has_the_settings_alone():
     settings = b9agent.load_settings({"config": os.devnull}, {}).settings
     assert b9agent.energy_payload(None, settings) == {
         "grid_intensity_g_per_kwh": None, "renewable_pct": 0.0, "certificate": None, "pue": 1.0}
+
+
+# -- in an agent ---------------------------------------------------------------------
+
+
+class CountingSource(b9agent.GpuSource):
+    vendor = "nvidia"
+
+    def __init__(self, *gpus):
+        self.gpus, self.reads = gpus, 0
+
+    def present(self):
+        return True
+
+    def read(self):
+        self.reads += 1
+        return GpuReading("nvml", self.gpus)
+
+
+def agent_with(source, state):
+    """(agent, clock): an agent that writes nothing, and sees these GPUs."""
+    loaded = b9agent.load_settings({"config": os.devnull, "state_dir": str(state), "token": "-" * 9},
+                                   {})
+    log, clock = Lines(), Clock()
+    made = b9agent.Agent(loaded, log, keep=False)
+    made._gpus = b9agent.GpuSampler([source])
+    made._energy = EnergyMeter(None, loaded.settings, log, clock)
+    return made, clock, log
+
+
+def test_between_keepalives_power_is_sampled_every_ten_seconds(state):
+    source = CountingSource(gpu(0, 100.0))
+    made, clock, log = agent_with(source, state)
+    made._tick(1.0)
+    assert source.reads == 0  # the first look is the keepalive's
+    made.look()
+    for _ in range(6):
+        clock.now += 5
+        made._tick(1.0)
+    assert source.reads == 1 + 3 and log == []
+    assert made.look().energy.total.gpu_measured_j == 3000
+
+
+@pytest.mark.parametrize("gpus", [(), (gpu(0, 100.0, 5.0),), (gpu(0),)])
+def test_where_power_samples_tell_nothing_more_no_driver_is_asked(gpus, state):
+    source = CountingSource(*gpus)
+    made, clock, log = agent_with(source, state)
+    made.look()
+    clock.now += 60
+    made._tick(1.0)
+    assert source.reads == 1 and log == []
+
+
+def test_a_defect_in_the_sums_costs_no_keepalive(state):
+    made, clock, log = agent_with(CountingSource(gpu(0, "a text")), state)
+    assert made.keepalive_payload()["machine_id"] and made.status()["energy"]["total"]
+    clock.now += 60
+    made._tick(1.0)
+    assert [event for _, event, _ in log] == ["defect", "defect"]
 
 
 # -- a real agent ------------------------------------------------------------------
