@@ -1212,7 +1212,7 @@ SETTINGS = tuple(Setting(*row) for row in (
      "energy.certificate", "", "TEXT", parse_label, "", False,
      "which certificates, such as their registry and number; shown, and used for nothing else"),
     ("pue", "--pue", "B9AGENT_PUE", "energy.pue", "", "RATIO",
-     number_within(1, 3, "power usage effectiveness, 1.0 to 3.0"), "1.0", False,
+     number_within(1, 3, "a ratio, 1.0 to 3.0"), "1.0", False,
      "power usage effectiveness of the building, 1.0 to 3.0: CO2e is multiplied by it"),
     ("cpu_watts", "--cpu-watts", "B9AGENT_CPU_WATTS", "energy.cpu_watts", "", "WATTS",
      number_within(1, 10000, "watts, 1 to 10000"), "", False,
