@@ -1114,6 +1114,21 @@ def parse_memory(text: str) -> int:
     return size
 
 
+def number_within(lowest: float, highest: float, expected: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if not (re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text)
+                and lowest <= float(text) <= highest):
+            raise ValueError(expected)
+        return float(text)
+    return parse
+
+
+def parse_label(text: str) -> str:
+    if len(text) > 200:
+        raise ValueError("at most 200 characters")
+    return parse_text(text)
+
+
 def one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
@@ -1187,6 +1202,21 @@ SETTINGS = tuple(Setting(*row) for row in (
     ("gpu_ids", "--gpu-ids", "B9AGENT_GPU_IDS", "limits.gpu_ids", "gpu_ids", "LIST",
      parse_gpu_ids, "", False, "offer only the GPUs with these indexes, such as 0,1, or amd:0 for "
      "one of another vendor than the first"),
+    ("grid_intensity", "--grid-intensity", "B9AGENT_GRID_INTENSITY", "energy.grid_intensity", "",
+     "GRAMS", number_within(0, 2000, "grams of CO2e per kWh, 0 to 2000"), "", False,
+     "grams of CO2e per kWh of the grid here; without it no CO2e is told"),
+    ("renewable_pct", "--renewable-pct", "B9AGENT_RENEWABLE_PCT", "energy.renewable_pct", "",
+     "PERCENT", number_within(0, 100, "a percentage, 0 to 100"), "0", False,
+     "share of the electricity that certificates call renewable: for the market-based CO2e"),
+    ("energy_certificate", "--energy-certificate", "B9AGENT_ENERGY_CERTIFICATE",
+     "energy.certificate", "", "TEXT", parse_label, "", False,
+     "which certificates, such as their registry and number; shown, and used for nothing else"),
+    ("pue", "--pue", "B9AGENT_PUE", "energy.pue", "", "RATIO",
+     number_within(1, 3, "a ratio, 1.0 to 3.0"), "1.0", False,
+     "power usage effectiveness of the building, 1.0 to 3.0: CO2e is multiplied by it"),
+    ("cpu_watts", "--cpu-watts", "B9AGENT_CPU_WATTS", "energy.cpu_watts", "", "WATTS",
+     number_within(1, 10000, "watts, 1 to 10000"), "", False,
+     "what the CPUs draw at full load, where that cannot be measured; default 3.5 W a thread"),
     ("control_host", "--control-host", "B9AGENT_CONTROL_HOST", "control.host", "", "HOST",
      parse_host, "127.0.0.1", False, "address the control API listens on"),
     ("control_port", "--control-port", "B9AGENT_CONTROL_PORT", "control.port", "", "PORT",
@@ -1496,8 +1526,8 @@ def setting_text(row: Setting, value: Any) -> str:
         return f"{value}m"
     if row.parse is parse_memory:
         return f"{value >> 10}Ki" if value % (1 << 20) else f"{value >> 20}Mi"
-    if row.parse is parse_interval:
-        return f"{value:g}"
+    if isinstance(value, float):
+        return f"{value:.10g}"
     return str(value)
 
 
@@ -2567,23 +2597,31 @@ def make_gpu_sources() -> List[GpuSource]:
 # Joules since the state folder was made, and what they did to the climate.
 # A figure is measured (a counter, or power samples added up) or estimated
 # (from how busy the machine was), and the two are never added unseen.
+#
+# cpu: processors, with their memory where it has a counter of its own; gpu:
+# what is no part of a processor.  Disks, fans and the power supply's losses
+# are in neither: energy.pue can stand for them.  The clock is one that stands
+# still while the machine sleeps, which draws next to nothing then.
 
 
 class EnergyTotals(NamedTuple):
     """co2e_g: of the electricity of the grid where the machine stands (location-based), PUE
-    included; None as long as the grid's intensity was never set.  market_co2e_g: less the share
-    that certificates call renewable."""
+    included; None as long as the grid's intensity was never set, and nothing is added while it is
+    not.  market_co2e_g: less the share that certificates call renewable.  gpu_unknown_s: GPUs times
+    seconds that are in no figure."""
     gpu_measured_j: float = 0.0
     gpu_estimated_j: float = 0.0
     cpu_measured_j: float = 0.0
     cpu_estimated_j: float = 0.0
     co2e_g: Optional[float] = None
     market_co2e_g: Optional[float] = None
+    gpu_unknown_s: float = 0.0
 
 
 class Energy(NamedTuple):
     """started: since this process started.  total: since since_wall_s, over restarts.  gpu_w,
-    cpu_w: now; the bases are "measured", "estimated" or ""."""
+    cpu_w: now, None where one of the GPUs is not known; the bases are "measured", "estimated" (all
+    or some of it) or ""."""
     started: EnergyTotals
     total: EnergyTotals
     since_wall_s: float
@@ -2591,6 +2629,316 @@ class Energy(NamedTuple):
     gpu_basis: str = ""
     cpu_w: Optional[float] = None
     cpu_basis: str = ""
+
+
+# -- CPUs: counters, or a model ------------------------------------------
+
+RAPL_MAX_W = 1000.0  # no package draws as much: more is a counter that was reset
+
+
+class RaplZone(NamedTuple):
+    """A counter in microjoules, and where it starts again from 0."""
+    energy_uj: int
+    range_uj: int
+
+
+def read_rapl(root: str = "/sys/class/powercap") -> Dict[str, RaplZone]:
+    """The counters of CPU packages and of the memory beside them, by zone; {} where one of a
+    package cannot be read: to read them takes root since Linux 5.10, and few VMs have them.
+
+    core and uncore are parts of their package, psys is all of a laptop, and intel-rapl-mmio is the
+    same package again.  Source: Linux, Documentation/power/powercap/powercap.rst.
+    """
+    try:
+        names = [name for name in os.listdir(root) if name.startswith("intel-rapl:")]
+    except OSError:
+        return {}
+    zones = {}
+    for name in names:
+        what = (read_text(f"{root}/{name}/name", 64) or "").strip()
+        if not what.startswith("package-") and what != "dram":
+            continue
+        energy_uj, range_uj = [parse_int(read_text(f"{root}/{name}/{file}", 64) or "")
+                               for file in ("energy_uj", "max_energy_range_uj")]
+        if energy_uj is not None and range_uj is not None and 0 <= energy_uj <= range_uj:
+            zones[name] = RaplZone(energy_uj, range_uj)
+        elif what != "dram":
+            return {}
+    return zones
+
+
+def rapl_joules(old: Dict[str, RaplZone], new: Dict[str, RaplZone],
+                seconds: float) -> Optional[float]:
+    """What the counters rose by; None where that cannot be told: a zone came or went, a counter may
+    have wrapped more than once, or it was reset (a sleeping machine loses it).
+
+    >>> rapl_joules({"0": RaplZone(6553199999, 6553299999)}, {"0": RaplZone(900000, 6553299999)}, 5)
+    1.000001
+    """
+    if not new or old.keys() != new.keys():
+        return None
+    total_j = 0.0
+    for name, zone in new.items():
+        rise_j = (zone.energy_uj - old[name].energy_uj) % (zone.range_uj + 1) / 1e6
+        if seconds * RAPL_MAX_W >= zone.range_uj / 1e6 or rise_j > seconds * RAPL_MAX_W:
+            return None
+        total_j += rise_j
+    return total_j
+
+
+# Cloud Carbon Footprint, Methodology, "Energy Estimate: Compute": servers' averages over AWS's
+# processors, out of SPECpower.  For one machine it may be wrong by a factor of two, and for an idle
+# laptop by five: hence energy.cpu_watts.
+CPU_IDLE_W_PER_THREAD, CPU_MAX_W_PER_THREAD = 0.74, 3.5
+
+
+def cpu_estimate_w(busy_pct: Optional[float], threads: Optional[float],
+                   max_w: Optional[float] = None) -> Optional[float]:
+    """Watts, linear in how busy the CPUs are; max_w in place of the model's at full load.
+
+    >>> cpu_estimate_w(0.0, 8), cpu_estimate_w(100.0, 8), cpu_estimate_w(100.0, 8, 65.0)
+    (5.92, 28.0, 65.0)
+    """
+    if max_w is None and threads is not None:
+        max_w = CPU_MAX_W_PER_THREAD * threads
+    if busy_pct is None or max_w is None or not 0 <= busy_pct <= 100:
+        return None
+    idle_w = max_w * CPU_IDLE_W_PER_THREAD / CPU_MAX_W_PER_THREAD
+    return idle_w + (max_w - idle_w) * busy_pct / 100.0
+
+
+# -- GPUs ----------------------------------------------------------------
+
+GPU_MAX_W = 3000.0     # of one GPU: more is a driver's nonsense
+GPU_GAP_S = 300.0      # power samples farther apart than this say nothing of the time between
+GPU_IDLE_SHARE = 0.10  # of the power limit: what a GPU draws that does nothing, near enough
+
+
+class GpuPoint(NamedTuple):
+    """What one GPU drew at a time.  basis: of power_w."""
+    at_s: float
+    energy_j: Optional[float] = None
+    power_w: Optional[float] = None
+    basis: str = ""
+
+
+def gpu_point(gpu: Gpu, at_s: float) -> GpuPoint:
+    """Its power as the driver says it; else its limit times how busy it is."""
+    if gpu.power_w is not None and 0 <= gpu.power_w <= GPU_MAX_W:
+        return GpuPoint(at_s, gpu.energy_j, gpu.power_w, "measured")
+    if gpu.asleep:
+        return GpuPoint(at_s, gpu.energy_j, 0.0, "estimated")
+    if gpu.power_limit_w is not None and gpu.utilization_pct is not None:
+        power_w = gpu.power_limit_w * max(gpu.utilization_pct / 100.0, GPU_IDLE_SHARE)
+        if 0 <= power_w <= GPU_MAX_W:  # NaN is not
+            return GpuPoint(at_s, gpu.energy_j, power_w, "estimated")
+    return GpuPoint(at_s, gpu.energy_j)
+
+
+def gpu_joules(old: GpuPoint, new: GpuPoint) -> Tuple[Optional[float], str]:
+    """(joules between two points, basis): by the counter, where that is plausible (a driver that is
+    loaded again starts it anew), else by the trapezoid of the power at both ends.
+
+    >>> gpu_joules(GpuPoint(0.0, None, 100.0, "measured"), GpuPoint(10.0, None, 200.0, "measured"))
+    (1500.0, 'measured')
+    """
+    seconds = new.at_s - old.at_s
+    if old.energy_j is not None and new.energy_j is not None \
+            and 0 <= new.energy_j - old.energy_j <= seconds * GPU_MAX_W:
+        return new.energy_j - old.energy_j, "measured"
+    if old.power_w is None or new.power_w is None or seconds > GPU_GAP_S:
+        return None, ""
+    basis = "measured" if old.basis == new.basis == "measured" else "estimated"
+    return (old.power_w + new.power_w) / 2 * seconds, basis
+
+
+def wants_power_samples(sample: GpuSample) -> bool:
+    """Whether samples between keepalives tell more: a GPU says its power and has no counter.
+    nvidia-smi is left alone: one run of it costs more than it tells."""
+    return (all(reading.source != "nvidia-smi" for reading in sample.readings)
+            and any(gpu.power_w is not None and gpu.energy_j is None
+                    and not (gpu.stale or gpu.asleep) for gpu in sample.gpus))
+
+
+# -- the sum, over restarts ------------------------------------------------
+
+ENERGY_SAVE_S = 300.0     # a kill -9 loses so much at most
+ENERGY_BETWEEN_S = 10.0   # a RAPL counter may wrap in a minute, and power has changed by then
+ENERGY_MIN_STEP_S = 1.0   # counters tick: of less than this they say nothing
+
+
+def parse_energy_file(text: str) -> Optional[Tuple[float, EnergyTotals]]:
+    """(since, total), or None where one figure of it cannot be."""
+    try:
+        record = json.loads(text)
+        if record["version"] != 1 or set(record["total"]) != set(EnergyTotals._fields):
+            return None
+        since_wall_s, total = record["since_wall_s"], EnergyTotals(**record["total"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    for name, value in [("since", since_wall_s), *total._asdict().items()]:
+        known = type(value) in (int, float) and 0 <= value < 1e15  # NaN is not
+        if not known and not (value is None and name.endswith("co2e_g")):
+            return None
+    return since_wall_s, total
+
+
+class EnergyMeter:
+    """Adds up what the machine draws.  One thread at a time calls its methods.
+
+    path: the file that keeps the totals, None to keep none.  settings: those of `energy`.
+    clock: seconds that do not count sleep, unlike now_s().
+    """
+
+    def __init__(self, path: Optional[str], settings: Any, log: Callable[..., None],
+                 clock: Callable[[], float] = time.monotonic,
+                 wall: Callable[[], float] = time.time) -> None:
+        self._path, self._settings, self._log, self._clock = path, settings, log, clock
+        self._since_wall_s, self._total = self._kept() or (wall(), EnergyTotals())
+        self._started = EnergyTotals()
+        self._count("gpu_measured_j", 0.0)  # with an intensity, CO2e is known to be 0
+        self._saved_s = self._added_s = clock()
+        self._failing = False
+        self._cpu: Optional[Tuple[float, Dict[str, RaplZone]]] = None
+        self._cpu_w: Tuple[Optional[float], str] = (None, "")
+        self._gpus: Dict[Tuple[str, Any], GpuPoint] = {}
+
+    def add(self, busy_pct: Optional[float], threads: Optional[float], gpus: Sequence[Gpu],
+            zones: Dict[str, RaplZone]) -> None:
+        """A whole look.  busy_pct: of the threads, since the look before."""
+        self._add_cpu(zones, cpu_estimate_w(busy_pct, threads, self._settings.cpu_watts), True)
+        self._add_gpus(gpus)
+        self._added()
+
+    def add_between(self, gpus: Optional[Sequence[Gpu]], zones: Dict[str, RaplZone]) -> None:
+        """Counters and power samples between two looks.  gpus: None where they were not asked."""
+        self._add_cpu(zones, None, False)
+        if gpus is not None:
+            self._add_gpus(gpus)
+        self._added()
+
+    def is_due(self) -> bool:
+        return self._clock() - self._added_s >= ENERGY_BETWEEN_S
+
+    def report(self) -> Energy:
+        powers = [point.power_w for point in self._gpus.values()]
+        known = bool(powers) and None not in powers
+        measured = all(point.basis == "measured" for point in self._gpus.values())
+        return Energy(self._started, self._total, self._since_wall_s,
+                      sum(powers) if known else None,
+                      "" if not known else "measured" if measured else "estimated", *self._cpu_w)
+
+    def save(self) -> None:
+        """Keep the totals.  A disk that is full costs them, and one line in the log."""
+        if self._path is None:
+            return
+        self._saved_s = self._clock()
+        text = json.dumps({"version": 1, "since_wall_s": self._since_wall_s,
+                           "total": self._total._asdict()}, indent=2) + "\n"
+        try:
+            write_atomic(self._path, text)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._log("error", "energy_not_kept", what=f"{self._path}: {error.strerror}",
+                          do="The totals go on in memory, and the file is tried again every 5 min")
+            self._failing = True
+
+    def _kept(self) -> Optional[Tuple[float, EnergyTotals]]:
+        """What an earlier run kept; a file that is none is moved aside, never written over."""
+        if self._path is None or not os.path.lexists(self._path):
+            return None
+        kept = parse_energy_file(read_text(self._path, 65536) or "")
+        if kept is None:
+            try:
+                os.replace(self._path, self._path + ".bad")
+                done = f"It is now {self._path}.bad, and counting begins anew"
+            except OSError as error:
+                done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
+            self._log("warning", "energy_file", what=f"{self._path} is not one of ours", do=done)
+            if os.path.lexists(self._path):
+                self._path = None
+        return kept
+
+    def _added(self) -> None:
+        self._added_s = self._clock()
+        if self._added_s - self._saved_s >= ENERGY_SAVE_S:
+            self.save()
+
+    def _count(self, field: str, amount: float) -> None:
+        """Add to one field, and what its joules emit."""
+        settings, amounts = self._settings, {field: amount}
+        if field.endswith("_j") and settings.grid_intensity is not None:
+            grams = amount / 3.6e6 * settings.pue * settings.grid_intensity
+            amounts.update(co2e_g=grams,
+                           market_co2e_g=grams * (1.0 - settings.renewable_pct / 100.0))
+        self._started, self._total = [
+            totals._replace(**{name: (getattr(totals, name) or 0.0) + more
+                               for name, more in amounts.items()})
+            for totals in (self._started, self._total)]
+
+    def _add_cpu(self, zones: Dict[str, RaplZone], estimate_w: Optional[float],
+                 whole: bool) -> None:
+        """whole: the estimate is about the time since the last such look; what cannot be measured
+        between two looks is left to the next one."""
+        now = self._clock()
+        old_s, old_zones = self._cpu or (now, zones)
+        seconds = now - old_s
+        if self._cpu and seconds < ENERGY_MIN_STEP_S:
+            return
+        joules, basis = rapl_joules(old_zones, zones, seconds), "measured"
+        if joules is None and estimate_w is not None:
+            joules, basis = estimate_w * seconds, "estimated"
+        if joules is not None:
+            self._count(f"cpu_{basis}_j", joules)
+        if joules is not None or whole:
+            self._cpu = now, zones
+            self._cpu_w = (None, "") if joules is None or not seconds else (joules / seconds, basis)
+
+    def _add_gpus(self, gpus: Sequence[Gpu]) -> None:
+        """A GPU that is gone counts no more, and is a new one when it comes back."""
+        now, before = self._clock(), self._gpus
+        self._gpus = {}
+        for gpu in gpus:
+            # A processor's own GPU is in the processor's figure; NVIDIA's (GB10) tell their own.
+            if gpu.integrated and gpu.vendor != "nvidia":
+                continue
+            key = gpu.vendor, gpu.uuid or gpu.bus_id or gpu.index
+            point = before.get(key, GpuPoint(now))
+            if gpu.stale:  # nothing now; its counter tells later what this time was
+                point = point._replace(power_w=None, basis="")
+            elif key not in before or now - point.at_s >= ENERGY_MIN_STEP_S:
+                point = self._add_gpu(point, gpu_point(gpu, now))
+            self._gpus[key] = point
+
+    def _add_gpu(self, old: GpuPoint, new: GpuPoint) -> GpuPoint:
+        """Returns the new point, with the counter's power where the driver says none."""
+        joules, basis = gpu_joules(old, new)
+        if joules is None:
+            self._count("gpu_unknown_s", new.at_s - old.at_s)
+            return new
+        self._count(f"gpu_{basis}_j", joules)
+        if basis == "measured" and new.basis != "measured":
+            return new._replace(power_w=joules / (new.at_s - old.at_s), basis="measured")
+        return new
+
+
+def energy_payload(energy: Optional[Energy], settings: Any) -> Dict[str, Any]:
+    """What `status` says of it.  co2e_basis: "estimated" once a joule of the sum is."""
+    def figures(totals: EnergyTotals) -> Dict[str, Any]:
+        shown = {re.sub("_j$", "_wh", name): value if value is None else
+                 round(value / 3600.0 if name.endswith("_j") else value, 3)
+                 for name, value in totals._asdict().items()}
+        estimated = totals.gpu_estimated_j + totals.cpu_estimated_j > 0
+        return dict(shown, co2e_basis="" if totals.co2e_g is None else
+                    "estimated" if estimated else "measured")
+    payload = {"grid_intensity_g_per_kwh": settings.grid_intensity, "pue": settings.pue,
+               "renewable_pct": settings.renewable_pct, "certificate": settings.energy_certificate}
+    if energy is not None:
+        payload.update(energy._asdict(), started=figures(energy.started),
+                       total=figures(energy.total))
+        payload["since"] = utc_stamp(payload.pop("since_wall_s"))
+    return payload
 
 
 class MachineSample(NamedTuple):
@@ -3909,9 +4257,12 @@ class Agent:
         self._host = make_host()
         self._facts: Optional[HostFacts] = None
         self._gpus = GpuSampler(make_gpu_sources())
-        self.client = client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
+        self._energy = EnergyMeter(os.path.join(settings.state_dir, "energy.json") if keep
+                                   else None, settings, log)
+        client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
                                # A request that hangs costs one interval at most.
                                min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
+        self.client = client
         self.send_register = lambda: client.register(self.register_payload())
         self.send_keepalive = lambda: client.keepalive(self.keepalive_payload())
         self.membership = Membership(self.send_register, self.send_keepalive,
@@ -3955,8 +4306,24 @@ class Agent:
         """One look at the machine."""
         gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
         host = self._host.sample(nearest_folder(self.settings.state_dir))
-        self._sample = MachineSample(host, gpus, offered, None)
+        self._count_energy(lambda: self._energy.add(
+            host.cpu_pct, (self._host.capacity().cpu_millicores or 0) / 1000 or None, gpus.gpus,
+            read_rapl()))
+        self._sample = MachineSample(host, gpus, offered, self._energy.report())
         return self._sample
+
+    def _count_energy(self, count: Callable[[], None]) -> None:
+        """A defect of ours costs figures, not the keepalive."""
+        try:
+            count()
+        except Exception as error:
+            self._log("error", "defect", what=f"{type(error).__name__}: {error}",
+                      where=defect_place(error))
+
+    def _energy_between(self) -> None:
+        gpus = self._sample.gpus
+        self._energy.add_between(
+            self._gpus.sample(1.0).gpus if wants_power_samples(gpus) else None, read_rapl())
 
     def register_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()
@@ -4012,6 +4379,7 @@ class Agent:
             "gpus": [gpu_record(gpu, gpu in (offered or ())) for gpu in self._sample.gpus.gpus]
                     if self._sample else [],
             "gpu_problems": self._sample.gpus.problems if self._sample else [],
+            "energy": energy_payload(self._sample and self._sample.energy, self.settings),
             "metrics": metrics}
 
     # -- its life -------------------------------------------------------
@@ -4038,6 +4406,7 @@ class Agent:
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
         finally:
             self._stop_control()
+            self._energy.save()
         if self._failure is not None:
             raise self._failure
         self._log("info", "stopped", keepalives=self.membership.snapshot.keepalives)
@@ -4052,6 +4421,8 @@ class Agent:
 
     def _tick(self, within_s: float) -> None:
         self._alive_until_s = now_s() + within_s
+        if self._sample is not None and self._energy.is_due():
+            self._count_energy(self._energy_between)
         if self.membership.snapshot.state is not self._told:
             self.wake_main.set()
 
