@@ -1720,7 +1720,7 @@ class HostFacts(NamedTuple):
 class HostSample(NamedTuple):
     """Percentages are shares of the capacity, 0 to 100.  The counters of network and disk run
     since boot, over the real interfaces and whole disks; rates are the difference to the sample
-    before, None in the first."""
+    before, None in the first.  The load is the whole machine's, whatever the capacity is."""
     cpu_pct: Optional[float]
     memory_pct: Optional[float]
     memory_total_bytes: Optional[int]
@@ -1819,7 +1819,8 @@ def sum_traffic(rows: Iterable[Tuple[str, Optional[int], Optional[int]]],
     """(received, sent) or (read, written) of the devices whose names do not begin like a virtual
     one's."""
     real = [(inward, outward) for name, inward, outward in rows
-            if inward is not None and outward is not None and not name.startswith(virtual)]
+            if inward is not None and outward is not None and min(inward, outward) >= 0
+            and not name.startswith(virtual)]
     if not real:
         return _UNKNOWN
     return sum(inward for inward, _ in real), sum(outward for _, outward in real)
@@ -1934,7 +1935,7 @@ def parse_os_release(text: str) -> str:
     value = (fields.get("PRETTY_NAME") or fields.get("NAME", "")).strip()
     if len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]:
         value = value[1:-1]
-    return re.sub(r'\\(["$`\\])', r"\1", value)
+    return re.sub(r'\\(["$`\\])', r"\1", value)[:128]
 
 
 # ARM processors do not say what they are called: (implementer, part).  Those that GPUs come with.
@@ -2310,7 +2311,8 @@ class LinuxHost(Host):
         used = None if held is None or cache is None else max(0, held - cache)
         most = parse_memory_limit(self._read(folder, "memory.swap.max"))  # v1 has no such file
         if most is not None and swap[0] is not None:
-            swap = (min(most, swap[0]), parse_int(self._read(folder, "memory.swap.current")))
+            used_swap = parse_memory_limit(self._read(folder, "memory.swap.current"))
+            swap = min(most, swap[0]), used_swap and min(used_swap, most, swap[0])
         return (limit.amount, used), swap
 
     def _read_disk(self, disk_path: str) -> BytesPair:
@@ -2370,6 +2372,7 @@ class MacHost(Host):
         self._run = run
         self._read_ticks = read_ticks or MachTicks().read
         self._capacity = Capacity(None, None)
+        self._booted_s: Optional[float] = None
         super().__init__(clock_s)
 
     def capacity(self) -> Capacity:
@@ -2385,7 +2388,8 @@ class MacHost(Host):
         return HostFacts(
             f"macOS {self._sysctl('kern.osproductversion')}".strip(), system.release,
             system.machine, " ".join(self._sysctl("machdep.cpu.brand_string").split()),
-            parse_int(self._sysctl("hw.physicalcpu")), parse_int(self._sysctl("hw.logicalcpu")))
+            parse_int(self._sysctl("hw.physicalcpu")) or None,
+            parse_int(self._sysctl("hw.logicalcpu")) or None)
 
     def _read_cpu(self) -> Optional[CpuReading]:
         return self._read_ticks()
@@ -2409,9 +2413,11 @@ class MacHost(Host):
                                               "IOBlockStorageDriver"))
 
     def _read_uptime(self) -> Optional[float]:
-        # Asked every time: where the wall clock is set, the boot time moves with it.
-        booted_s = parse_boottime(self._sysctl("kern.boottime"))
-        return None if booted_s is None else max(0.0, time.time() - booted_s)
+        # Asked until it is known; from there now_s() goes on, whatever the wall clock is set to.
+        if self._booted_s is None:
+            wall_s = parse_boottime(self._sysctl("kern.boottime"))
+            self._booted_s = None if wall_s is None else now_s() - max(0.0, time.time() - wall_s)
+        return None if self._booted_s is None else now_s() - self._booted_s
 
     def _sysctl(self, name: str) -> str:
         """One name at a time: an unknown one makes sysctl fail for all."""

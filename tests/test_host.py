@@ -222,6 +222,11 @@ def test_whole_disks_are_summed_and_what_lies_upon_them_is_not():
     assert b9agent.parse_diskstats(DISKSTATS, ("nvme0n1",)) == (100 * 512, 50 * 512)
 
 
+def test_a_counter_below_zero_is_no_counter():
+    assert b9agent.parse_diskstats("8 0 sda 1 0 -4 1 1 0 6 1 0 1 1\n", DISKS) == (None, None)
+    assert b9agent.parse_net_dev(NET_HEAD + net_row("eth0", -1, 10)) == (None, None)
+
+
 def test_without_a_real_disk_its_traffic_is_unknown():
     assert b9agent.parse_diskstats(DISKSTATS, ("dm-0", "loop0")) == (None, None)
     assert b9agent.parse_diskstats(DISKSTATS, ()) == (None, None)
@@ -643,6 +648,8 @@ def test_swap_of_a_machine_and_under_a_limit(tmp_path):
     plant(tmp_path, {"sys/fs/cgroup/a/b/memory.swap.max": "102400\n",
                      "sys/fs/cgroup/a/b/memory.swap.current": "4096\n"})
     assert linux(tmp_path).sample("/")[14:16] == (102400, 4096)
+    plant(tmp_path, {"sys/fs/cgroup/a/b/memory.swap.max": "2048\n"})
+    assert linux(tmp_path).sample("/")[14:16] == (2048, 2048)  # lowered while it was in use
     plant(tmp_path, {"sys/fs/cgroup/a/b/memory.swap.max": str(GIB)})
     assert linux(tmp_path).sample("/").swap_total_bytes == 500 * KIB
 
@@ -979,7 +986,7 @@ def test_what_never_changes_is_asked_of_a_mac_once():
     for _ in range(3):
         host.sample("/")
     asked = [argv[-1] for argv in mac.calls]
-    assert asked.count("hw.logicalcpu") == asked.count("hw.memsize") == 1
+    assert [asked.count(name) for name in ("hw.logicalcpu", "hw.memsize", "kern.boottime")] == [1] * 3
 
 
 def test_a_mac_that_does_not_answer_is_asked_again():
@@ -1383,6 +1390,11 @@ def test_mutated_text_ends_in_values_and_never_in_an_exception():
             text = text[:at] + new + text[at + length:]
         for parse in PARSERS:
             parse(text)
+        for pair in (b9agent.parse_diskstats(text, DISKS), b9agent.parse_net_dev(text),
+                     b9agent.parse_ioreg_disks(text), b9agent.parse_swapusage(text),
+                     b9agent.swap_use(b9agent.parse_meminfo(text)), (b9agent.parse_uptime(text),),
+                     b9agent.parse_cpuinfo(text)[1:], (b9agent.parse_boottime(text),)):
+            assert all(value is None or 0 <= value < 1 << 80 for value in pair)
         mutant = b9agent.parse_cpu_ticks(text)
         percent = b9agent.busy_pct(b9agent.parse_cpu_ticks(STAT), mutant)
         assert percent is None or 0 <= percent <= 100
