@@ -2092,8 +2092,7 @@ def parse_cpu_usage_ns(text: str) -> Optional[int]:
     return parse_int(text) if usage_us is None else usage_us * 1000
 
 
-# macOS: output of its programs.  Sources: psutil's arch/osx, exelban/stats, Apple's vm_stat,
-# IOBlockStorageDriver.h.
+# macOS: output of its programs.  Sources: psutil's arch/osx, exelban/stats, Apple's vm_stat.
 
 _MACOS_VIRTUAL = ("lo", "utun", "awdl", "llw", "bridg", "gif", "stf", "anpi", "ap", "vmnet",
                   "vmenet", "feth")
@@ -2187,8 +2186,7 @@ class Host:
     def sample(self, disk_path: str) -> HostSample:
         """CPU percent covers the time since the sample before, or since the start.  What is asked
         again within SHORTEST_WINDOW_S gets the last percent and rates: several callers share us."""
-        now = Counters(self._clock_s(), self._read_cpu(),
-                       self._read_network() + self._read_disk_traffic())
+        now = Counters(self._clock_s(), self._read_cpu(), self._read_traffic())
         long_enough = now.at_s - self._last.at_s >= SHORTEST_WINDOW_S
         if long_enough or not self._rates:
             # `--once` is over before the counters tick: then the mean since boot.
@@ -2217,11 +2215,9 @@ class Host:
     def _read_disk(self, disk_path: str) -> BytesPair:
         return _UNKNOWN
 
-    def _read_network(self) -> BytesPair:
-        return _UNKNOWN
-
-    def _read_disk_traffic(self) -> BytesPair:
-        return _UNKNOWN
+    def _read_traffic(self) -> Tuple[Optional[int], ...]:
+        """Network received and sent, disk read and written."""
+        return _UNKNOWN + _UNKNOWN
 
     def _read_uptime(self) -> Optional[float]:
         return None
@@ -2318,15 +2314,13 @@ class LinuxHost(Host):
     def _read_disk(self, disk_path: str) -> BytesPair:
         return read_disk(disk_path)
 
-    def _read_network(self) -> BytesPair:
-        return parse_net_dev(self._read("/proc/net/dev"))
-
-    def _read_disk_traffic(self) -> BytesPair:
+    def _read_traffic(self) -> Tuple[Optional[int], ...]:
         try:
             disks = os.listdir(f"{self._root}/sys/block")
         except OSError:
-            return _UNKNOWN
-        return parse_diskstats(self._read("/proc/diskstats"), disks)
+            disks = []
+        return (parse_net_dev(self._read("/proc/net/dev"))
+                + parse_diskstats(self._read("/proc/diskstats"), disks))
 
     def _read_uptime(self) -> Optional[float]:
         return parse_uptime(self._read("/proc/uptime"))
@@ -2404,13 +2398,11 @@ class MacHost(Host):
         data = read_disk("/System/Volumes/Data") if disk_path == "/" else _UNKNOWN
         return read_disk(disk_path) if data == _UNKNOWN else data
 
-    def _read_network(self) -> BytesPair:
-        return parse_netstat(self._output("/usr/sbin/netstat", "-ibn"))
-
-    def _read_disk_traffic(self) -> BytesPair:
+    def _read_traffic(self) -> Tuple[Optional[int], ...]:
         # -d 1: without it a driver below another one is printed twice.
-        return parse_ioreg_disks(self._output("/usr/sbin/ioreg", "-r", "-d", "1", "-w", "0", "-c",
-                                              "IOBlockStorageDriver"))
+        disks = self._output("/usr/sbin/ioreg", "-r", "-d", "1", "-w", "0", "-c",
+                             "IOBlockStorageDriver")
+        return parse_netstat(self._output("/usr/sbin/netstat", "-ibn")) + parse_ioreg_disks(disks)
 
     def _read_uptime(self) -> Optional[float]:
         # Asked until it is known; from there now_s() goes on, whatever the wall clock is set to.

@@ -941,6 +941,8 @@ def test_a_mac_is_measured_with_its_programs():
     assert (sample.net_received_bytes, sample.net_sent_bytes) == (1200, 12)
     assert (sample.disk_read_bytes, sample.disk_written_bytes) == (5096, 600)
     assert (sample.swap_total_bytes, sample.swap_used_bytes) == (2 * GIB, 80 * MIB + MIB // 2)
+    # Without -d 1 a driver that lies below another one would be printed, and counted, twice.
+    assert ("/usr/sbin/ioreg", "-r", "-d", "1", "-w", "0", "-c", "IOBlockStorageDriver") in mac.calls
     assert abs(time.time() - sample.uptime_s - 1592836479) < 60
     mac.answers["IOBlockStorageDriver"] = IOREG.replace("=1000", "=2000")
     sample = host.sample("/")
