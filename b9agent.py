@@ -1717,12 +1717,12 @@ class Snapshot(NamedTuple):
 
 
 # ----------------------------------------------------------------------
-# 5. Host metrics   reads /proc, cgroups; on macOS runs sysctl, vm_stat, netstat
+# 5. Host metrics   reads /proc, /sys, os-release; on macOS runs programs
 # ----------------------------------------------------------------------
 # What this process may use of the machine, and how busy that is: where a
 # cgroup limits us, the limit is our machine.  Parsers come first and are
 # pure; then one Host per platform with the same methods in the same order.
-# Nothing waits: CPU percent is the difference between two calls.
+# Nothing waits: CPU percent and rates are differences between two calls.
 
 
 class Capacity(NamedTuple):
@@ -1750,7 +1750,7 @@ class HostFacts(NamedTuple):
 class HostSample(NamedTuple):
     """Percentages are shares of the capacity, 0 to 100.  The counters of network and disk run
     since boot, over the real interfaces and whole disks; rates are the difference to the sample
-    before, None in the first."""
+    before, None in the first.  The load is the whole machine's, whatever the capacity is."""
     cpu_pct: Optional[float]
     memory_pct: Optional[float]
     memory_total_bytes: Optional[int]
@@ -1780,9 +1780,19 @@ class CpuReading(NamedTuple):
     idle: Tuple[int, ...]
 
 
-# (total, used), (total, free) or (received, sent)
+# (total, used), (total, free), (received, sent) or (read, written)
 BytesPair = Tuple[Optional[int], Optional[int]]
 _UNKNOWN: BytesPair = (None, None)
+
+
+class Counters(NamedTuple):
+    """What only grows.  traffic: network received and sent, disk read and written."""
+    at_s: float
+    cpu: Optional[CpuReading]
+    traffic: Tuple[Optional[int], ...] = _UNKNOWN + _UNKNOWN
+
+
+SHORTEST_WINDOW_S = 0.5  # in less, clock ticks of 10 ms and bursts say nothing of how busy it is
 
 
 def parse_int(word: str) -> Optional[int]:
@@ -1821,14 +1831,29 @@ def busy_pct(old: Optional[CpuReading], new: Optional[CpuReading],
     return share_pct(sum(steps[:len(old.busy)]), sum(steps))
 
 
+def mean_pct(reading: Optional[CpuReading]) -> Optional[float]:
+    """CPU percent since the counters began."""
+    return reading and share_pct(sum(reading.busy), sum(reading.busy + reading.idle))
+
+
+def rates_per_s(old: Counters, new: Counters) -> Tuple[Optional[float], ...]:
+    """Of each traffic; None where it went back: counters restart with their interface or disk."""
+    elapsed_s = new.at_s - old.at_s
+    return tuple(None if before is None or after is None or after < before or elapsed_s <= 0
+                 else (after - before) / elapsed_s
+                 for before, after in zip(old.traffic, new.traffic))
+
+
 def sum_traffic(rows: Iterable[Tuple[str, Optional[int], Optional[int]]],
                 virtual: Tuple[str, ...]) -> BytesPair:
-    """(received, sent) of the interfaces whose names do not begin like a virtual one's."""
-    real = [(received, sent) for name, received, sent in rows
-            if received is not None and sent is not None and not name.startswith(virtual)]
+    """(received, sent) or (read, written) of the devices whose names do not begin like a virtual
+    one's."""
+    real = [(inward, outward) for name, inward, outward in rows
+            if inward is not None and outward is not None and min(inward, outward) >= 0
+            and not name.startswith(virtual)]
     if not real:
         return _UNKNOWN
-    return sum(received for received, _ in real), sum(sent for _, sent in real)
+    return sum(inward for inward, _ in real), sum(outward for _, outward in real)
 
 
 def read_disk(path: str) -> BytesPair:
@@ -1840,12 +1865,21 @@ def read_disk(path: str) -> BytesPair:
     return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
 
 
+def read_load() -> Tuple[Optional[float], ...]:
+    """Runnable programs over 1, 5 and 15 minutes, of the whole machine."""
+    try:
+        return os.getloadavg()
+    except OSError:
+        return None, None, None
+
+
 # Linux: text of /proc.  Sources: proc(5), psutil's _pslinux.py.
 
 # Their traffic passes a real interface as well and would count twice.
 _LINUX_VIRTUAL = ("lo", "veth", "br", "docker", "cni", "flannel", "cali", "cilium", "lxc", "lxd",
                   "virbr", "vnet", "vxlan", "kube", "nodelocaldns", "bond", "team", "vlan", "ifb",
                   "dummy", "tun", "tap", "tailscale", "wg", "zt", "sit", "gre", "ip6tnl")
+_LINUX_STACKED = ("loop", "ram", "zram", "dm-", "md", "bcache", "drbd")
 
 
 def parse_cpu_ticks(text: str, cpus: Sequence[int] = ()) -> Optional[CpuReading]:
@@ -1891,6 +1925,12 @@ def memory_use(fields: Dict[str, int]) -> BytesPair:
     return total, min(total, max(0, total - available))
 
 
+def swap_use(fields: Dict[str, int]) -> BytesPair:
+    """(total, used) of a machine from its meminfo; without swap (0, 0)."""
+    total, free = fields.get("SwapTotal"), fields.get("SwapFree")
+    return total, None if total is None or free is None else max(0, total - free)
+
+
 def parse_net_dev(text: str) -> BytesPair:
     """(received, sent) from /proc/net/dev."""
     rows = []
@@ -1900,6 +1940,82 @@ def parse_net_dev(text: str) -> BytesPair:
         if name and len(words) >= 9 and "." not in name:  # eth0.7 is a VLAN on eth0
             rows.append((name.strip(), parse_int(words[0]), parse_int(words[8])))
     return sum_traffic(rows, _LINUX_VIRTUAL)
+
+
+def parse_diskstats(text: str, disks: Iterable[str]) -> BytesPair:
+    """(read, written) from /proc/diskstats; disks: the names in /sys/block, no partitions."""
+    whole, rows = set(disks), []
+    for words in map(str.split, text.splitlines()):
+        if len(words) >= 14 and words[2] in whole:
+            rows.append((words[2], parse_int(words[5]), parse_int(words[9])))
+    read, written = sum_traffic(rows, _LINUX_STACKED)
+    # A sector is 512 bytes here, whatever the disk says (the kernel's iostats.rst).
+    return (None, None) if read is None or written is None else (read * 512, written * 512)
+
+
+def parse_uptime(text: str) -> Optional[float]:
+    """Seconds, the first number of /proc/uptime."""
+    match = re.match(r"[0-9]{1,12}(\.[0-9]{1,9})?\b", text)
+    return float(match.group()) if match else None
+
+
+def parse_os_release(text: str) -> str:
+    """The name for people from /etc/os-release, which holds shell assignments: the last counts."""
+    fields = dict(re.findall(r"^(PRETTY_NAME|NAME)=(.*)$", text, re.MULTILINE))
+    value = (fields.get("PRETTY_NAME") or fields.get("NAME", "")).strip()
+    if len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]:
+        value = value[1:-1]
+    return re.sub(r'\\(["$`\\])', r"\1", value)[:128]
+
+
+# ARM processors do not say what they are called: (implementer, part).  Those that GPUs come with.
+# Sources: Linux arch/arm64/include/asm/cputype.h, util-linux sys-utils/lscpu-arm.c.
+_ARM_CPUS = {
+    ("0x41", "0xd0c"): "Neoverse-N1", ("0x41", "0xd40"): "Neoverse-V1",
+    ("0x41", "0xd49"): "Neoverse-N2", ("0x41", "0xd4f"): "Neoverse-V2",  # Grace
+    ("0x41", "0xd84"): "Neoverse-V3", ("0x41", "0xd8e"): "Neoverse-N3",
+    ("0x41", "0xd85"): "Cortex-X925", ("0x41", "0xd87"): "Cortex-A725",  # both in a GB10
+    ("0x41", "0xd42"): "Cortex-A78AE",  # Jetson Orin
+    ("0x4e", "0x004"): "Carmel", ("0x4e", "0x010"): "Olympus",  # Jetson Xavier; Vera
+    ("0xc0", "0xac3"): "Ampere-1", ("0xc0", "0xac4"): "Ampere-1a", ("0x48", "0xd01"): "TSV110"}
+
+
+def parse_cpuinfo(text: str) -> Tuple[str, Optional[int], Optional[int]]:
+    """(model, cores, threads) from /proc/cpuinfo of x86, ARM, POWER or s390x.  cores: None where it
+    does not say which threads share one."""
+    first: Dict[str, str] = {}
+    threads, socket_id, cores, parts = 0, "", set(), {}
+    for line in text.split("\n"):
+        name, value = [word.strip() for word in line.partition(":")[::2]]
+        threads += name == "processor" or name.startswith("processor ")
+        first.setdefault(name, value)
+        if name == "physical id":
+            socket_id = value
+        elif name == "core id" and socket_id:
+            cores.add((socket_id, value))
+        elif name == "CPU part":  # a dictionary is a set that keeps its order
+            parts[_ARM_CPUS.get((first.get("CPU implementer"), value), "")] = True
+    model = (first.get("Model") or " + ".join(filter(None, parts)) or first.get("model name")
+             or first.get("cpu", "").partition(",")[0])
+    mainframe = re.search("machine = ([0-9A-F]{4,8})", first.get("processor 0", ""))
+    if mainframe:
+        model = f"{first.get('vendor_id', '')} {mainframe.group(1)}"
+    return " ".join(model.split())[:128], len(cores) or None, threads or None
+
+
+# What a container manager leaves in /proc/1/cgroup, and in mountinfo of what it mounts into a
+# container.  (The host has lines with these folders too, but not over its own files.)
+_CONTAINER_TRACES = (
+    ("kubernetes", r"kubepods|/kubelet/pods/\S+ /etc/hosts "),
+    ("podman", r"/libpod[-_]|/containers/storage/\S+ /etc/(?:hosts|hostname|resolv\.conf) "),
+    ("docker", r":/docker/|/docker-[0-9a-f]{12,64}\.scope|/docker/containers/\S+ /etc/hosts "),
+    ("lxc", r":/lxc[./]|/lxc/\S+ / | /proc/\w+ .* - fuse\.lxcfs "))
+
+
+def find_container(cgroup_text: str, mountinfo_text: str) -> str:
+    """The container manager that runs process 1, from its cgroups and our mounts; "" for none."""
+    text = cgroup_text + "\n" + mountinfo_text
+    return next((kind for kind, trace in _CONTAINER_TRACES if re.search(trace, text)), "")
 
 
 # Linux: cgroups.  Sources: cgroups(7), the kernel's cgroup-v1 and cgroup-v2 documents.
@@ -2036,6 +2152,26 @@ def parse_netstat(text: str) -> BytesPair:
                         if len(row) >= 10 and row[2].startswith("<Link#")), _MACOS_VIRTUAL)
 
 
+def parse_ioreg_disks(text: str) -> BytesPair:
+    """(read, written) from the statistics of every IOBlockStorageDriver."""
+    read, written = [[int(count) for count in re.findall(way + r' ?= ?([0-9]{1,20})\b', text)]
+                     for way in (r'"Bytes \(Read\)"', r'"Bytes \(Write\)"')]
+    return (sum(read), sum(written)) if read and len(read) == len(written) else _UNKNOWN
+
+
+def parse_swapusage(text: str) -> BytesPair:
+    """(total, used) from `sysctl -n vm.swapusage`: `total = 2048.00M  used = 80.31M  …`."""
+    rows = re.findall(r"\b(total|used) = ([0-9]{1,9})[.,]([0-9]{2})M", text)
+    sizes = {name: (int(whole + hundredths) << 20) // 100 for name, whole, hundredths in rows}
+    return sizes.get("total"), sizes.get("used")
+
+
+def parse_boottime(text: str) -> Optional[int]:
+    """Wall-clock seconds from `sysctl -n kern.boottime`: `{ sec = 1592836479, usec = … } …`."""
+    match = re.search(r"\bsec = ([0-9]{1,12})\b", text)
+    return int(match.group(1)) if match else None
+
+
 class MachTicks:
     """CPU ticks of all cores together, from the call that `top` uses.
 
@@ -2064,48 +2200,57 @@ class MachTicks:
 
 
 class Host:
-    """A platform that we cannot measure: every value is None.  One thread calls sample()."""
+    """A platform that we cannot measure: every value but the load is None.  One thread calls
+    sample().  clock_s must stand still while the machine sleeps, as the CPU counters do: so
+    monotonic(), not now_s()."""
 
     name = "unknown"
     cpu_wraps_at: Optional[int] = None
 
-    def __init__(self) -> None:
-        self._last_cpu = self._read_cpu()
-        self._sampled = False
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._last = Counters(clock_s(), self._read_cpu())
+        self._cpu_pct: Optional[float] = None
+        self._rates: Tuple[Optional[float], ...] = ()
 
     def sample(self, disk_path: str) -> HostSample:
-        """CPU percent covers the time since the last call, or since the start."""
-        total, used = self._read_memory()
-        return HostSample(self._sample_cpu(), share_pct(used, total), total, used,
-                          *self._read_disk(disk_path), *self._read_network())
-
-    def _sample_cpu(self) -> Optional[float]:
-        earlier, now = self._last_cpu, self._read_cpu()
-        pct = busy_pct(earlier, now, self.cpu_wraps_at)
-        if pct is None and not self._sampled and earlier and now and earlier.source == now.source:
+        """CPU percent covers the time since the sample before, or since the start.  What is asked
+        again within SHORTEST_WINDOW_S gets the last percent and rates: several callers share us."""
+        now = Counters(self._clock_s(), self._read_cpu(), self._read_traffic())
+        long_enough = now.at_s - self._last.at_s >= SHORTEST_WINDOW_S
+        if long_enough or not self._rates:
             # `--once` is over before the counters tick: then the mean since boot.
-            start = CpuReading(now.source, (0,) * len(now.busy), (0,) * len(now.idle))
-            pct = busy_pct(start, now)
-        self._last_cpu, self._sampled = now, True
-        return pct
+            self._cpu_pct = (busy_pct(self._last.cpu, now.cpu, self.cpu_wraps_at) if long_enough
+                             else mean_pct(now.cpu))
+            self._rates, self._last = rates_per_s(self._last, now), now
+        (total, used), swap = self._read_memory()
+        return HostSample(self._cpu_pct, share_pct(used, total), total, used,
+                          *self._read_disk(disk_path), *now.traffic, *self._rates, *swap,
+                          *read_load(), self._read_uptime())
 
     def capacity(self) -> Capacity:
         return Capacity(None, None)
 
     def facts(self) -> HostFacts:
+        """Costs some milliseconds; the caller keeps them."""
         return HostFacts()
 
     def _read_cpu(self) -> Optional[CpuReading]:
         return None
 
-    def _read_memory(self) -> BytesPair:
-        return _UNKNOWN
+    def _read_memory(self) -> Tuple[BytesPair, BytesPair]:
+        """(total, used) of memory and of swap."""
+        return _UNKNOWN, _UNKNOWN
 
     def _read_disk(self, disk_path: str) -> BytesPair:
         return _UNKNOWN
 
-    def _read_network(self) -> BytesPair:
-        return _UNKNOWN
+    def _read_traffic(self) -> Tuple[Optional[int], ...]:
+        """Network received and sent, disk read and written."""
+        return _UNKNOWN + _UNKNOWN
+
+    def _read_uptime(self) -> Optional[float]:
+        return None
 
 
 def read_affinity() -> Sequence[int]:
@@ -2117,8 +2262,7 @@ def read_affinity() -> Sequence[int]:
 
 
 class LinuxHost(Host):
-    """root: the folder under which proc and sys lie.  clock_s must stand still while the machine
-    sleeps, as the CPU counters do: so monotonic(), not now_s()."""
+    """root: the folder under which proc, sys, etc and run lie."""
 
     name = "linux"
 
@@ -2126,7 +2270,6 @@ class LinuxHost(Host):
                  clock_s: Callable[[], float] = time.monotonic) -> None:
         self._root = root.rstrip("/")
         self._affinity = affinity
-        self._clock_s = clock_s
         # Found once: we stay in our cgroup, and mountinfo may hold thousands of lines.  The limits
         # themselves are read every time: `systemctl set-property` changes them.
         texts = [read_text(f"{self._root}/proc/self/{name}") or ""
@@ -2136,11 +2279,37 @@ class LinuxHost(Host):
         # v1 may count CPU time in another hierarchy than the one that limits it.
         split = self._cpu_group is not None and self._cpu_group.files is CGROUP_V1
         self._usage_group = find_cgroup("cpuacct", *texts) if split else self._cpu_group
-        super().__init__()
+        super().__init__(clock_s)
 
     def capacity(self) -> Capacity:
         total, _ = memory_use(parse_meminfo(self._read("/proc/meminfo")))
         return Capacity(self._cpu_limit().amount, self._memory_limit(total).amount)
+
+    def facts(self) -> HostFacts:
+        # 1,024 threads of an x86 fill 2 MiB.
+        model, cores, threads = parse_cpuinfo(
+            read_text(f"{self._root}/proc/cpuinfo", 4 << 20) or "")
+        if cores is None and self._read("/sys/devices/system/cpu/smt/active").strip() == "0":
+            cores = threads
+        system, version = os.uname(), self._read("/proc/version")
+        # The release names Microsoft, unless somebody built a kernel: then the door to Windows.
+        wsl = bool(re.match(r"Linux version \S*microsoft", version, re.IGNORECASE)
+                   or self._has("/proc/sys/fs/binfmt_misc/WSLInterop"))
+        return HostFacts(
+            parse_os_release(self._read("/etc/os-release") or self._read("/usr/lib/os-release")),
+            system.release, system.machine, model, cores, threads, self._find_container(), wsl)
+
+    def _find_container(self) -> str:
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            return "kubernetes"
+        # systemd writes the file in a container; nspawn, podman and LXC set the variable.
+        return (self._read("/run/systemd/container").strip()[:64] or os.environ.get("container")
+                or find_container(self._read("/proc/1/cgroup"), self._read("/proc/self/mountinfo"))
+                or self._has("/run/.containerenv") and "podman"
+                or self._has("/.dockerenv") and "docker" or "")
+
+    def _has(self, path: str) -> bool:
+        return os.path.exists(self._root + path)
 
     def _read_cpu(self) -> Optional[CpuReading]:
         limit = self._cpu_limit()
@@ -2155,22 +2324,36 @@ class LinuxHost(Host):
         granted_ns = int(self._clock_s() * limit.amount * 1000000)  # 1 millicore: 10^6 ns a second
         return CpuReading(f"{limit.amount} {limit.level}", (used_ns,), (granted_ns - used_ns,))
 
-    def _read_memory(self) -> BytesPair:
-        total, used = memory_use(parse_meminfo(self._read("/proc/meminfo")))
+    def _read_memory(self) -> Tuple[BytesPair, BytesPair]:
+        fields = parse_meminfo(self._read("/proc/meminfo"))
+        (total, used), swap = memory_use(fields), swap_use(fields)
         limit = self._memory_limit(total)
         if limit.level is None:
-            return total, used
+            return (total, used), swap
         files, folder = self._memory_group.files, self._memory_group.mount + limit.level
         held = parse_int(self._read(folder, files.memory_used))
         cache = parse_keyed(self._read(folder, "memory.stat")).get(files.reclaimable)
         # The working set, as the kubelet counts it: file cache goes before anybody is killed.
-        return limit.amount, None if held is None or cache is None else max(0, held - cache)
+        used = None if held is None or cache is None else max(0, held - cache)
+        most = parse_memory_limit(self._read(folder, "memory.swap.max"))  # v1 has no such file
+        if most is not None and swap[0] is not None:
+            used_swap = parse_memory_limit(self._read(folder, "memory.swap.current"))
+            swap = min(most, swap[0]), used_swap and min(used_swap, most, swap[0])
+        return (limit.amount, used), swap
 
     def _read_disk(self, disk_path: str) -> BytesPair:
         return read_disk(disk_path)
 
-    def _read_network(self) -> BytesPair:
-        return parse_net_dev(self._read("/proc/net/dev"))
+    def _read_traffic(self) -> Tuple[Optional[int], ...]:
+        try:
+            disks = os.listdir(f"{self._root}/sys/block")
+        except OSError:
+            disks = []
+        return (parse_net_dev(self._read("/proc/net/dev"))
+                + parse_diskstats(self._read("/proc/diskstats"), disks))
+
+    def _read_uptime(self) -> Optional[float]:
+        return parse_uptime(self._read("/proc/uptime"))
 
     def _read(self, folder: str, *name: str) -> str:
         # Room for 800 interfaces.  From 128 KiB on malloc maps memory: a read takes twice as long.
@@ -2208,27 +2391,36 @@ class MacHost(Host):
     cpu_wraps_at = 1 << 32  # 16 busy cores get there in a month
 
     def __init__(self, run: Callable[..., CommandResult] = run_command,
-                 read_ticks: Optional[Callable[[], Optional[CpuReading]]] = None) -> None:
+                 read_ticks: Optional[Callable[[], Optional[CpuReading]]] = None,
+                 clock_s: Callable[[], float] = time.monotonic) -> None:
         self._run = run
         self._read_ticks = read_ticks or MachTicks().read
         self._capacity = Capacity(None, None)
-        super().__init__()
+        self._booted_s: Optional[float] = None
+        super().__init__(clock_s)
 
     def capacity(self) -> Capacity:
         """Asked until both are known; neither changes while the machine runs."""
         if None in self._capacity:
-            # One name at a time: an unknown one makes sysctl fail for all.
-            cores = parse_int(self._output("/usr/sbin/sysctl", "-n", "hw.logicalcpu"))
-            self._capacity = Capacity(
-                cores * 1000 if cores else None,
-                parse_int(self._output("/usr/sbin/sysctl", "-n", "hw.memsize")))
+            cores = parse_int(self._sysctl("hw.logicalcpu"))
+            self._capacity = Capacity(cores * 1000 if cores else None,
+                                      parse_int(self._sysctl("hw.memsize")))
         return self._capacity
+
+    def facts(self) -> HostFacts:
+        system = os.uname()
+        return HostFacts(
+            f"macOS {self._sysctl('kern.osproductversion')}".strip(), system.release,
+            system.machine, " ".join(self._sysctl("machdep.cpu.brand_string").split()),
+            parse_int(self._sysctl("hw.physicalcpu")) or None,
+            parse_int(self._sysctl("hw.logicalcpu")) or None)
 
     def _read_cpu(self) -> Optional[CpuReading]:
         return self._read_ticks()
 
-    def _read_memory(self) -> BytesPair:
-        return self.capacity().memory_bytes, parse_vm_stat(self._output("/usr/bin/vm_stat"))
+    def _read_memory(self) -> Tuple[BytesPair, BytesPair]:
+        return ((self.capacity().memory_bytes, parse_vm_stat(self._output("/usr/bin/vm_stat"))),
+                parse_swapusage(self._sysctl("vm.swapusage")))
 
     def _read_disk(self, disk_path: str) -> BytesPair:
         # "/" is the sealed system volume; what fills up is Data.  Python before 3.13 counts blocks
@@ -2236,8 +2428,22 @@ class MacHost(Host):
         data = read_disk("/System/Volumes/Data") if disk_path == "/" else _UNKNOWN
         return read_disk(disk_path) if data == _UNKNOWN else data
 
-    def _read_network(self) -> BytesPair:
-        return parse_netstat(self._output("/usr/sbin/netstat", "-ibn"))
+    def _read_traffic(self) -> Tuple[Optional[int], ...]:
+        # -d 1: without it a driver below another one is printed twice.
+        disks = self._output("/usr/sbin/ioreg", "-r", "-d", "1", "-w", "0", "-c",
+                             "IOBlockStorageDriver")
+        return parse_netstat(self._output("/usr/sbin/netstat", "-ibn")) + parse_ioreg_disks(disks)
+
+    def _read_uptime(self) -> Optional[float]:
+        # Asked until it is known; from there now_s() goes on, whatever the wall clock is set to.
+        if self._booted_s is None:
+            wall_s = parse_boottime(self._sysctl("kern.boottime"))
+            self._booted_s = None if wall_s is None else now_s() - max(0.0, time.time() - wall_s)
+        return None if self._booted_s is None else now_s() - self._booted_s
+
+    def _sysctl(self, name: str) -> str:
+        """One name at a time: an unknown one makes sysctl fail for all."""
+        return self._output("/usr/sbin/sysctl", "-n", name).strip()
 
     def _output(self, *argv: str) -> str:
         result = self._run(argv, 2.0)

@@ -1,8 +1,10 @@
-"""Section 5: what the machine has, and how busy it is."""
-import json
+"""Section 5: what the machine has, and how busy it is.  In real cgroups: test_host_root.py."""
+import fnmatch
+import itertools
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -129,7 +131,8 @@ def test_one_cpu_of_a_recorded_kvm_host():
 
 MEMINFO = ("MemTotal:        1000 kB\nMemFree:          200 kB\nMemAvailable:     600 kB\n"
            "Cached:           300 kB\nActive(file):     150 kB\nInactive(file):   100 kB\n"
-           "SReclaimable:      40 kB\nHugePages_Total:       7\n")
+           "SReclaimable:      40 kB\nHugePages_Total:       7\n"
+           "SwapTotal:         500 kB\nSwapFree:          100 kB\n")
 
 
 def test_used_memory_is_what_is_not_available():
@@ -181,6 +184,179 @@ MEMINFO_RECORDINGS = [
 def test_recorded_meminfo_files_read_as_the_eye_reads_them(name, total, available):
     fields = b9agent.parse_meminfo(recording("linux/meminfo_{}.txt".format(name)))
     assert b9agent.memory_use(fields) == (total * KIB, (total - available) * KIB)
+
+
+def test_swap_is_known_where_there_is_none():
+    assert b9agent.swap_use(b9agent.parse_meminfo(MEMINFO)) == (500 * KIB, 400 * KIB)
+    assert b9agent.swap_use({"SwapTotal": 0, "SwapFree": 0}) == (0, 0)
+    assert b9agent.swap_use({"SwapTotal": 5}) == (5, None)
+    assert b9agent.swap_use({}) == (None, None)
+    assert b9agent.swap_use({"SwapTotal": 1, "SwapFree": 9}) == (1, 0)
+
+
+@pytest.mark.parametrize("name, total, free", [  # SwapTotal, SwapFree in KiB
+    ("core-i5", 8065020, 8065020), ("facter_short", 2097148, 2097148),
+    ("gb10", 16777212, 16541600), ("jc", 3996668, 3996668), ("node_exporter", 4194300, 3155360),
+    ("pcp2", 4194300, 4194300), ("pcp7", 8140796, 8140796), ("power9_gpu-numa", 0, 0),
+    ("with-old-table", 0, 0)])
+def test_swap_of_recorded_meminfo_files(name, total, free):
+    fields = b9agent.parse_meminfo(recording("linux/meminfo_{}.txt".format(name)))
+    assert b9agent.swap_use(fields) == (total * KIB, (total - free) * KIB)
+
+
+def test_a_recorded_meminfo_without_swap_lines_is_unknown_swap():
+    fields = b9agent.parse_meminfo(recording("linux/meminfo_gb10_trimmed.txt"))
+    assert b9agent.swap_use(fields) == (None, None)
+
+
+# ---------------------------------------------------------------- /proc/diskstats, /proc/uptime
+
+DISKSTATS = ("   8 0 sda 10 0 4 1 10 0 6 1 0 1 1\n   8 1 sda1 10 0 4 1 10 0 6 1 0 1 1\n"
+             " 253 0 dm-0 10 0 4 1 10 0 6 1 0 1 1\n   7 0 loop0 9 0 9 1 9 0 9 1 0 1 1\n"
+             " 259 0 nvme0n1 1 0 100 1 1 0 50 1 0 1 1 0 0 0 0 1 1\n")
+DISKS = ("sda", "dm-0", "loop0", "nvme0n1", "zram0")
+
+
+def test_whole_disks_are_summed_and_what_lies_upon_them_is_not():
+    assert b9agent.parse_diskstats(DISKSTATS, DISKS) == (104 * 512, 56 * 512)
+    assert b9agent.parse_diskstats(DISKSTATS, ("nvme0n1",)) == (100 * 512, 50 * 512)
+
+
+def test_a_counter_below_zero_is_no_counter():
+    assert b9agent.parse_diskstats("8 0 sda 1 0 -4 1 1 0 6 1 0 1 1\n", DISKS) == (None, None)
+    assert b9agent.parse_net_dev(NET_HEAD + net_row("eth0", -1, 10)) == (None, None)
+
+
+def test_without_a_real_disk_its_traffic_is_unknown():
+    assert b9agent.parse_diskstats(DISKSTATS, ("dm-0", "loop0")) == (None, None)
+    assert b9agent.parse_diskstats(DISKSTATS, ()) == (None, None)
+    assert b9agent.parse_diskstats("", DISKS) == (None, None)
+
+
+def test_a_recorded_diskstats_file_reads_as_the_eye_reads_it():
+    """Lines of 14, 18 and 20 columns; sectors read and written, disk by disk."""
+    text = recording("linux/diskstats_procfs.txt")
+    disks = {"sda": (1003346126, 505697032), "mmcblk0": (1560, 0), "fd0": (16, 0),
+             "vda": (32670882, 213637440), "nvme0n1": (4643973, 39451633),
+             "sdb": (9657779, 1972905), "sdc": (579164, 180500)}
+    for name, (read, written) in disks.items():
+        assert b9agent.parse_diskstats(text, [name]) == (read * 512, written * 512)
+    listed = list(disks) + ["sr0", "ram0", "loop7", "dm-0", "dm-5"]
+    assert b9agent.parse_diskstats(text, listed) == (
+        sum(read for read, _ in disks.values()) * 512,
+        sum(written for _, written in disks.values()) * 512)
+
+
+@pytest.mark.parametrize("text, uptime_s", [
+    ("46901.13 46856.66\n", 46901.13), ("5 6", 5.0), ("", None), ("x", None), ("-1.0 2", None),
+    ("nan 1", None), ("9" * 400, None), ("inf", None)])
+def test_uptime_is_the_first_number(text, uptime_s):
+    assert b9agent.parse_uptime(text) == uptime_s
+
+
+def test_a_recorded_uptime_file_reads_as_the_eye_reads_it():
+    assert b9agent.parse_uptime(recording("linux/uptime.txt")) == 46901.13
+
+
+# ---------------------------------------------------------------- /etc/os-release, /proc/cpuinfo
+
+
+@pytest.mark.parametrize("text, name", [
+    ('NAME="A"\nPRETTY_NAME="A 1 (b)"\n', "A 1 (b)"), ("PRETTY_NAME='A 1'", "A 1"),
+    ("PRETTY_NAME=A\n", "A"), ('# PRETTY_NAME="no"\nNAME=B\n', "B"), ("", ""), ("ID=x\n", ""),
+    ('PRETTY_NAME="old"\nPRETTY_NAME="new"\n', "new"), ('PRETTY_NAME="', '"'),
+    ('PRETTY_NAME="a \\"b\\" \\$c"', 'a "b" $c'), ('DGX_PRETTY_NAME="no"', "")])
+def test_the_name_of_a_system_is_unquoted(text, name):
+    assert b9agent.parse_os_release(text) == name
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("arch", "Arch Linux"), ("centos-7.9", "CentOS Linux 7 (Core)"),
+    ("debian-11.2", "Debian GNU/Linux 11 (bullseye)"), ("debian", "Debian GNU/Linux 10 (buster)"),
+    ("fedora-35", "Fedora Linux 35 (Thirty Five)"), ("opensuse", "openSUSE Leap 15.1"),
+    ("oracle", "Oracle Linux Server 7.2"),
+    ("rhel_comment", "Red Hat Enterprise Linux 8.6 (Ootpa)"),
+    ("sles", "SUSE Linux Enterprise Server 15"), ("ubuntu1604", "Ubuntu 18.04.1 LTS"),
+    ("ubuntu2204", "Ubuntu 22.04.5 LTS")])
+def test_recorded_os_release_files_read_as_the_eye_reads_them(name, expected):
+    assert b9agent.parse_os_release(recording("linux/os-release_{}.txt".format(name))) == expected
+
+
+def test_the_release_file_of_a_dgx_names_no_operating_system():
+    assert b9agent.parse_os_release(recording("linux/dgx-release_spark.txt")) == ""
+
+
+X86 = "processor : {}\nmodel name : Some  CPU @ 2\nphysical id : {}\ncore id : {}\n\n"
+ARM = "processor : {}\nCPU implementer : {}\nCPU part : {}\n\n"
+
+
+def test_threads_of_one_core_are_one_core_and_sockets_do_not_share_them():
+    text = "".join(X86.format(number, number // 4, number // 2 % 2) for number in range(8))
+    assert b9agent.parse_cpuinfo(text) == ("Some CPU @ 2", 4, 8)
+
+
+def test_a_cpuinfo_that_says_nothing_of_cores_leaves_them_unknown():
+    assert b9agent.parse_cpuinfo("processor: 0\ncore id: 0\n") == ("", None, 1)
+    assert b9agent.parse_cpuinfo("") == ("", None, None)
+
+
+def test_an_arm_processor_is_named_by_its_part_and_an_unknown_one_not_at_all():
+    text = ARM.format(0, "0x41", "0xd4f") + ARM.format(1, "0x41", "0xd4f")
+    assert b9agent.parse_cpuinfo(text) == ("Neoverse-V2", None, 2)
+    assert b9agent.parse_cpuinfo(ARM.format(0, "0x99", "0xd4f")) == ("", None, 1)
+    # NVIDIA's kernels for Jetson add a line that says less.
+    tegra = "model name : ARMv8 Processor rev 1 (v8l)\n" + ARM.format(0, "0x41", "0xd42")
+    assert b9agent.parse_cpuinfo(tegra)[0] == "Cortex-A78AE"
+
+
+@pytest.mark.parametrize("name, model, cores, threads", [
+    ("128-core_arm", "TSV110", None, 128),
+    ("8thread_laptop", "Intel(R) Core(TM) i7-8650U CPU @ 1.90GHz", 4, 8),
+    ("epyc7451_first8", "AMD EPYC 7451 24-Core Processor", 8, 8),
+    ("gb10", "Cortex-A725 + Cortex-X925", None, 20),
+    ("grace_last-core", "Neoverse-V2", None, 1), ("graviton2", "Neoverse-N1", None, 2),
+    ("hybrid_20t", "13th Gen Intel(R) Core(TM) i7-1370P", 14, 20),
+    ("i7-1165g7", "11th Gen Intel(R) Core(TM) i7-1165G7 @ 2.80GHz", 4, 8),
+    ("phone_4-kinds", "", None, 8), ("power9", "POWER9", None, 176),
+    ("rpi3", "Raspberry Pi 3 Model B Rev 1.2", None, 4), ("s390x", "IBM/S390 8561", None, 4),
+    ("single_vm", "Intel(R) Core(TM) i5-2500S CPU @ 2.70GHz", None, 1),
+    ("vm_2cpu", "Intel(R) Core(TM) i5-3317U CPU @ 1.70GHz", 2, 2),
+    ("x86_kvm_guest", "QEMU Virtual CPU version 2.5+", 4, 4)])
+def test_recorded_cpuinfo_files_read_as_the_eye_reads_them(name, model, cores, threads):
+    text = recording("linux/cpuinfo_{}.txt".format(name))
+    assert b9agent.parse_cpuinfo(text) == (model, cores, threads)
+
+
+# ---------------------------------------------------------------- containers
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("hybrid", ""), ("v1_docker_dgx", "docker"), ("v1_docker_facter", "docker"), ("v1_hpc", ""),
+    ("v1_subdir_automaxprocs", "docker"), ("v2_docker_dgx", "docker"),
+    ("v2_k8s_relative", "kubernetes"), ("v2_session", "")])
+def test_recorded_cgroups_name_their_container(name, kind):
+    assert b9agent.find_container(recording("linux/cgroup_{}.txt".format(name)), "") == kind
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("lxc", "lxc"), ("node_exporter", ""), ("cgroup_hybrid_automaxprocs", ""),
+    ("cgroup_v1_automaxprocs", "")])
+def test_recorded_mounts_name_their_container(name, kind):
+    text = recording("linux/mountinfo_{}.txt".format(name))
+    assert b9agent.find_container("0::/\n", text) == kind
+
+
+@pytest.mark.parametrize("root, mount, kind", [
+    ("/var/lib/docker/containers/0a1b/hosts", "/etc/hosts", "docker"),
+    ("/var/lib/kubelet/pods/0a1b/etc-hosts", "/etc/hosts", "kubernetes"),
+    ("/var/lib/containers/storage/overlay-containers/0a/userdata/hosts", "/etc/hosts", "podman"),
+    ("/var/lib/lxc/box/rootfs", "/", "lxc"),
+    # What the host of such containers has mounted for them.
+    ("/", "/var/lib/docker/overlay2/0a1b/merged", ""), ("/", "/var/lib/lxcfs", ""),
+    ("/", "/var/lib/kubelet/pods/0a1b/volumes/token", ""), ("/", "/var/lib/lxc/box/rootfs", "")])
+def test_what_is_mounted_over_our_own_files_names_the_container(root, mount, kind):
+    line = "9 1 8:1 {} {} rw,relatime - ext4 /dev/sda1 rw\n".format(root, mount)
+    assert b9agent.find_container("0::/init.scope\n", line) == kind
 
 
 # ---------------------------------------------------------------- /proc/net/dev
@@ -353,11 +529,13 @@ def test_recorded_memory_stat_files_read_as_the_eye_reads_them(name, total_inact
 # ---------------------------------------------------------------- a Linux tree
 
 MACHINE = {"proc/stat": STAT, "proc/meminfo": MEMINFO.replace(" 1000 kB", " 1048576 kB"),
-           "proc/net/dev": NET_HEAD + net_row("eth0", 1000, 10)}
+           "proc/net/dev": NET_HEAD + net_row("eth0", 1000, 10), "proc/uptime": "123.4 5.6\n",
+           "proc/diskstats": DISKSTATS, "sys/block/sda/size": "9\n", "sys/block/dm-0/size": "9\n"}
 
 
-def linux(root, cpus=(0, 1), clock_s=lambda: 0.0):
-    return LinuxHost(str(root), lambda: cpus, clock_s)
+def linux(root, cpus=(0, 1), clock_s=None):
+    """Without a clock of the test's own, a minute passes between any two looks at it."""
+    return LinuxHost(str(root), lambda: cpus, clock_s or itertools.count(0, 60).__next__)
 
 
 def in_v2(root, limits, cgroup="0::/a/b\n"):
@@ -418,7 +596,123 @@ def test_cpu_percent_of_a_machine_without_limits(tmp_path):
     host = linux(tmp_path)
     plant(tmp_path, {"proc/stat": "cpu  115 1 25 860 50 4 5 6 65 1\ncpu0 1 1 1 1\ncpu1 1 1 1 1\n"})
     assert host.sample("/").cpu_pct == 20.0
-    assert host.sample("/").cpu_pct is None  # no time has passed since
+    assert host.sample("/").cpu_pct is None  # a minute in which the counters stood still
+
+
+def test_the_first_sample_soon_after_the_start_is_the_mean_since_boot(tmp_path):
+    plant(tmp_path, MACHINE)
+    host = linux(tmp_path, clock_s=lambda: 5.0)
+    plant(tmp_path, {"proc/stat": STAT.replace("cpu  100", "cpu  101")})
+    assert host.sample("/").cpu_pct == pytest.approx(100 * 137 / 967)
+
+
+def test_what_is_asked_twice_at_once_gets_the_same_percent_and_rates(tmp_path):
+    plant(tmp_path, MACHINE)
+    now = [0.0]
+    host = linux(tmp_path, clock_s=lambda: now[0])
+    host.sample("/")
+    now[0] = 10.0
+    after = {"proc/stat": "cpu  115 1 25 860 50 4 5 6 65 1\n",
+             "proc/net/dev": NET_HEAD + net_row("eth0", 3000, 40),
+             "proc/diskstats": DISKSTATS.replace("sda 10 0 4 1 10 0 6", "sda 10 0 24 1 10 0 46")}
+    plant(tmp_path, after)
+    first = host.sample("/")
+    assert first[8:14] == (24 * 512, 46 * 512, 200.0, 3.0, 1024.0, 2048.0)
+    assert first.cpu_pct == 20.0
+    now[0] = 10.4  # too soon for figures of its own, whatever the counters say
+    plant(tmp_path, {"proc/stat": "cpu  999 1 25 860 50 4 5 6 65 1\n",
+                     "proc/net/dev": NET_HEAD + net_row("eth0", 3900, 50)})
+    again = host.sample("/")
+    assert (again.cpu_pct, again[10:14]) == (20.0, first[10:14])
+    assert again.net_received_bytes == 3900
+    now[0] = 11.0  # and then from the last window's end, not from that look
+    later = host.sample("/")
+    assert (later.cpu_pct, later.net_received_bytes_per_s) == (100.0, 900.0)
+
+
+def test_a_counter_that_went_back_has_no_rate_and_the_first_sample_has_none(tmp_path):
+    plant(tmp_path, MACHINE)
+    host = linux(tmp_path)
+    assert host.sample("/")[10:14] == (None,) * 4
+    plant(tmp_path, {"proc/net/dev": NET_HEAD + net_row("eth0", 900, 70)})
+    assert host.sample("/")[10:14] == (None, 1.0, 0.0, 0.0)
+    (tmp_path / "proc/net/dev").unlink()
+    assert host.sample("/")[10:12] == (None, None)
+
+
+def test_swap_of_a_machine_and_under_a_limit(tmp_path):
+    plant(tmp_path, MACHINE)
+    assert linux(tmp_path).sample("/")[14:16] == (500 * KIB, 400 * KIB)
+    in_v2(tmp_path, {"a/b/memory.max": str(8 * MIB), "a/b/memory.swap.max": "max\n"})
+    assert linux(tmp_path).sample("/")[14:16] == (500 * KIB, 400 * KIB)
+    plant(tmp_path, {"sys/fs/cgroup/a/b/memory.swap.max": "102400\n",
+                     "sys/fs/cgroup/a/b/memory.swap.current": "4096\n"})
+    assert linux(tmp_path).sample("/")[14:16] == (102400, 4096)
+    plant(tmp_path, {"sys/fs/cgroup/a/b/memory.swap.max": "2048\n"})
+    assert linux(tmp_path).sample("/")[14:16] == (2048, 2048)  # lowered while it was in use
+    plant(tmp_path, {"sys/fs/cgroup/a/b/memory.swap.max": str(GIB)})
+    assert linux(tmp_path).sample("/").swap_total_bytes == 500 * KIB
+
+
+def test_facts_of_a_machine(tmp_path, monkeypatch):
+    for name in ("KUBERNETES_SERVICE_HOST", "container"):
+        monkeypatch.delenv(name, raising=False)
+    plant(tmp_path, {"etc/os-release": 'PRETTY_NAME="Some Linux 5"\n', "proc/version": "Linux\n",
+                     "proc/cpuinfo": ARM.format(0, "0x41", "0xd4f")})
+    facts = linux(tmp_path).facts()
+    assert facts == ("Some Linux 5", os.uname().release, os.uname().machine, "Neoverse-V2", None,
+                     1, "", False)
+    # ARM does not say which threads share a core; the kernel says that none do.
+    plant(tmp_path, {"sys/devices/system/cpu/smt/active": "0\n"})
+    assert linux(tmp_path).facts().cpu_cores == 1
+    plant(tmp_path, {"sys/devices/system/cpu/smt/active": "1\n"})
+    assert linux(tmp_path).facts().cpu_cores is None
+
+
+def test_facts_of_a_machine_that_says_nothing_are_empty(tmp_path, monkeypatch):
+    for name in ("KUBERNETES_SERVICE_HOST", "container"):
+        monkeypatch.delenv(name, raising=False)
+    facts = linux(tmp_path).facts()
+    assert facts == ("", os.uname().release, os.uname().machine, "", None, None, "", False)
+
+
+def test_a_cpuinfo_of_many_cores_is_read_to_its_end(tmp_path):
+    block = X86.format("{0}", 0, "{0}") + "flags : " + "sse " * 500 + "\n\n"
+    plant(tmp_path, {"proc/cpuinfo": "".join(block.format(number) for number in range(1024))})
+    assert linux(tmp_path).facts()[4:6] == (1024, 1024)
+
+
+@pytest.mark.parametrize("path, text, kind", [
+    (".dockerenv", "", "docker"), ("run/.containerenv", "", "podman"),
+    ("run/systemd/container", "systemd-nspawn\n", "systemd-nspawn"),
+    ("proc/1/cgroup", "0::/kubepods.slice/x\n", "kubernetes"), ("proc/1/cgroup", "0::/\n", ""),
+    ("proc/self/mountinfo", "9 1 8:1 /lxc/a/rootfs / rw - ext4 d rw\n", "lxc")])
+def test_a_container_is_known_by_what_its_manager_leaves(tmp_path, monkeypatch, path, text, kind):
+    for name in ("KUBERNETES_SERVICE_HOST", "container"):
+        monkeypatch.delenv(name, raising=False)
+    plant(tmp_path, {path: text})
+    assert linux(tmp_path).facts().container == kind
+    monkeypatch.setenv("container", "oci")
+    plant(tmp_path, {".dockerenv": ""})
+    assert linux(tmp_path).facts().container == (
+        "systemd-nspawn" if kind == "systemd-nspawn" else "oci")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert linux(tmp_path).facts().container == "kubernetes"
+
+
+@pytest.mark.parametrize("name, wsl", [("gb10", False), ("jc", False), ("wsl2", True)])
+def test_recorded_kernels_say_whether_windows_is_around_them(tmp_path, name, wsl):
+    plant(tmp_path, {"proc/version": recording("linux/version_{}.txt".format(name))})
+    assert linux(tmp_path).facts().wsl is wsl
+
+
+def test_wsl_is_known_by_its_kernel_or_by_the_door_to_windows(tmp_path):
+    plant(tmp_path, {"proc/version": "Linux version 4.4.0-19041-Microsoft (a@b) #1\n"})
+    assert linux(tmp_path).facts().wsl
+    plant(tmp_path, {"proc/version": "Linux version 6.6.1 (builder@microsoft.com) #1\n"})
+    assert not linux(tmp_path).facts().wsl
+    plant(tmp_path, {"proc/sys/fs/binfmt_misc/WSLInterop": "enabled\n"})
+    assert linux(tmp_path).facts().wsl
 
 
 def test_cpu_percent_under_a_limit_is_usage_over_what_was_granted(tmp_path):
@@ -432,7 +726,7 @@ def test_cpu_percent_under_a_limit_is_usage_over_what_was_granted(tmp_path):
     now[0] += 1.0
     plant(tmp_path, {"sys/fs/cgroup/a/cpu.stat": "usage_usec 19000000\n"})
     assert host.sample("/").cpu_pct == 100.0
-    assert host.sample("/").cpu_pct is None
+    assert host.sample("/").cpu_pct == 100.0  # asked again at once
 
 
 def test_cpu_percent_is_unknown_once_when_the_limit_changes(tmp_path):
@@ -489,13 +783,19 @@ def test_memory_under_a_limit_without_its_counters_is_unknown(tmp_path):
 
 @pytest.mark.parametrize("broken, unknown", [
     ("proc/stat", {"cpu_pct"}),
-    ("proc/meminfo", {"memory_pct", "memory_total_bytes", "memory_used_bytes"}),
-    ("proc/net/dev", {"net_received_bytes", "net_sent_bytes"}),
+    ("proc/meminfo", {"memory_pct", "memory_total_bytes", "memory_used_bytes", "swap_total_bytes",
+                      "swap_used_bytes"}),
+    ("proc/net/dev", {"net_received_bytes", "net_sent_bytes", "net_received_bytes_per_s",
+                      "net_sent_bytes_per_s"}),
+    ("proc/diskstats", {"disk_read_bytes", "disk_written_bytes", "disk_read_bytes_per_s",
+                        "disk_written_bytes_per_s"}),
+    ("proc/uptime", {"uptime_s"}),
     ("no/disk", {"disk_total_bytes", "disk_free_bytes"})])
-@pytest.mark.parametrize("content", [None, b"", b"\x00\xff" * 999])
+@pytest.mark.parametrize("content", [None, b"", b"\x00\xff" * 999], ids=["gone", "empty", "bytes"])
 def test_a_source_that_fails_costs_its_own_values_only(tmp_path, broken, unknown, content):
     plant(tmp_path, MACHINE)
     host = linux(tmp_path)
+    host.sample("/")
     plant(tmp_path, {"proc/stat": STAT.replace("cpu  100", "cpu  150")})
     place = tmp_path / broken
     if place.exists():
@@ -571,17 +871,57 @@ def test_recorded_netstat_outputs_read_as_the_eye_reads_them(name, expected):
     assert b9agent.parse_netstat(recording("macos/" + name)) == expected
 
 
+IOREG = ("+-o IOBlockStorageDriver  <class IOBlockStorageDriver, id 0x100000a28, registered>\n"
+         "    {\n      \"Statistics\" = {\"Operations (Write)\"=9,\"Bytes (Read)\"=4096,"
+         "\"Errors (Read)\"=0,\"Bytes (Write)\"=512}\n    }\n\n"
+         "+-o IOBlockStorageDriver  <class IOBlockStorageDriver, id 0x100000a29, registered>\n"
+         "    {\n      \"Statistics\" = {\"Bytes (Write)\"=88,\"Bytes (Read)\"=1000}\n    }\n")
+
+
+def test_the_traffic_of_every_disk_driver_of_a_mac_is_summed():
+    assert b9agent.parse_ioreg_disks(IOREG) == (5096, 600)
+    assert b9agent.parse_ioreg_disks("") == (None, None)
+    assert b9agent.parse_ioreg_disks(IOREG.replace("Bytes (Read)", "?")) == (None, None)
+    assert b9agent.parse_ioreg_disks(IOREG.replace("4096", "9" * 21)) == (None, None)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("total = 2048.00M  used = 0.50M  free = 2047.50M", (2 * GIB, MIB // 2)),
+    ("total = 0.00M  used = 0.00M  free = 0.00M", (0, 0)), ("", (None, None)),
+    ("total = 12.00M", (12 * MIB, None)), ("total = xM  used = 1M", (None, None))])
+def test_swap_of_a_mac_is_megabytes_with_hundredths(text, expected):
+    assert b9agent.parse_swapusage(text) == expected
+
+
+@pytest.mark.parametrize("name, total, used", [  # in hundredths of a MiB
+    ("swapusage_en.txt", 1228800, 1077294), ("swapusage_de.txt", 102400, 8031)])
+def test_recorded_swap_of_macs_reads_as_the_eye_reads_it(name, total, used):
+    assert b9agent.parse_swapusage(recording("macos/" + name)) == (total * MIB // 100,
+                                                                   used * MIB // 100)
+
+
+def sysctls(*names):
+    """{name: value and newline} of `sysctl` recordings."""
+    rows = [line.partition(": ") for name in names
+            for line in recording("macos/sysctl_{}.txt".format(name)).splitlines()]
+    return {key: value + "\n" for key, _, value in rows}
+
+
 class FakeMac:
     """Answers as the programs of a Mac do; `answers` maps the last word of a command."""
 
     def __init__(self, **broken):
         self.calls = []
-        self.answers = dict({"hw.logicalcpu": "14\n", "hw.memsize": "68719476736\n",
-                             "vm_stat": VM_STAT, "-ibn": NETSTAT}, **broken)
+        self.answers = dict({
+            "hw.logicalcpu": "14\n", "hw.memsize": "68719476736\n", "hw.physicalcpu": "14\n",
+            "vm.swapusage": "total = 2048.00M  used = 80.50M  free = 1967.50M  (encrypted)\n",
+            "kern.boottime": "{ sec = 1592836479, usec = 918881 } Mon Jun 22 07:34:39 2020\n",
+            "kern.osproductversion": "15.1\n", "machdep.cpu.brand_string": "Apple M4 Pro\n",
+            "vm_stat": VM_STAT, "-ibn": NETSTAT, "IOBlockStorageDriver": IOREG}, **broken)
 
     def run(self, argv, limit_s):
         self.calls.append(argv)
-        text = self.answers[os.path.basename(argv[-1])]
+        text = self.answers.get(os.path.basename(argv[-1]))
         return CommandResult(1, "") if text is None else CommandResult(0, text)
 
 
@@ -591,12 +931,55 @@ def mach(*rows):
 
 
 def test_a_mac_is_measured_with_its_programs():
-    host = MacHost(FakeMac().run, mach(((0, 0, 0), (0,)), ((10, 10, 5), (75,))))
+    mac = FakeMac()
+    host = MacHost(mac.run, mach(((0, 0, 0), (0,)), ((10, 10, 5), (75,)), ((11, 10, 5), (76,))),
+                   itertools.count(0, 10).__next__)
     sample = host.sample("/")
     assert host.capacity() == Capacity(14000, 64 * GIB)
     assert sample.cpu_pct == 25.0
     assert (sample.memory_total_bytes, sample.memory_used_bytes) == (64 * GIB, 200 * 16384)
     assert (sample.net_received_bytes, sample.net_sent_bytes) == (1200, 12)
+    assert (sample.disk_read_bytes, sample.disk_written_bytes) == (5096, 600)
+    assert (sample.swap_total_bytes, sample.swap_used_bytes) == (2 * GIB, 80 * MIB + MIB // 2)
+    # Without -d 1 a driver that lies below another one would be printed, and counted, twice.
+    assert ("/usr/sbin/ioreg", "-r", "-d", "1", "-w", "0", "-c", "IOBlockStorageDriver") in mac.calls
+    assert abs(time.time() - sample.uptime_s - 1592836479) < 60
+    mac.answers["IOBlockStorageDriver"] = IOREG.replace("=1000", "=2000")
+    sample = host.sample("/")
+    assert (sample.cpu_pct, sample.disk_read_bytes_per_s) == (50.0, 100.0)
+
+
+def test_facts_of_a_mac():
+    assert MacHost(FakeMac().run, mach()).facts() == (
+        "macOS 15.1", os.uname().release, os.uname().machine, "Apple M4 Pro", 14, 14, "", False)
+    silent = MacHost(lambda argv, limit_s: CommandResult(None, "", "late"), mach()).facts()
+    assert silent[0] == "macOS" and silent[3:] == ("", None, None, "", False)
+
+
+@pytest.mark.parametrize("names, expected", [
+    (("a_intel_10.14",), ("macOS 10.14.6", "Intel(R) Core(TM) i5-8279U CPU @ 2.40GHz", 4, 8)),
+    (("hw_m1", "machdep_m1"), ("macOS", "Apple M1", 8, 8)), (("hw_m2",), ("macOS", "", 8, 8)),
+    (("hw_m3max",), ("macOS", "", 16, 16)), (("hw_m4pro",), ("macOS", "", 14, 14)),
+    (("cpu_m1pro",), ("macOS", "Apple M1 Pro", 10, 10)),
+    (("perflevels_m6",), ("macOS", "", 12, 12)),
+    (("macmini_10.6",), ("macOS", "Intel(R) Core(TM)2 Duo CPU P7550 @ 2.26GHz", None, None))])
+def test_facts_of_recorded_macs(names, expected):
+    values = sysctls(*names)
+    mac = FakeMac()
+    mac.answers = values
+    facts = MacHost(mac.run, mach()).facts()
+    assert (facts.os_name, facts.cpu_model, facts.cpu_cores, facts.cpu_threads) == expected
+
+
+def test_swap_and_boot_time_of_a_recorded_mac():
+    values = sysctls("a_intel_10.14")
+    assert b9agent.parse_boottime(values["kern.boottime"]) == 1592836479
+    assert b9agent.parse_swapusage(values["vm.swapusage"]) == (3072 * MIB, 2513 * MIB + MIB // 2)
+
+
+@pytest.mark.parametrize("text", ["", "{ sec = x }", "usec = 5", "{ sec = " + "9" * 99 + ", }"])
+def test_a_boot_time_that_is_none_is_unknown(text):
+    assert b9agent.parse_boottime(text) is None
 
 
 def test_what_never_changes_is_asked_of_a_mac_once():
@@ -604,7 +987,8 @@ def test_what_never_changes_is_asked_of_a_mac_once():
     host = MacHost(mac.run, mach())
     for _ in range(3):
         host.sample("/")
-    assert sum("sysctl" in argv[0] for argv in mac.calls) == 2
+    asked = [argv[-1] for argv in mac.calls]
+    assert [asked.count(name) for name in ("hw.logicalcpu", "hw.memsize", "kern.boottime")] == [1] * 3
 
 
 def test_a_mac_that_does_not_answer_is_asked_again():
@@ -626,9 +1010,7 @@ def test_no_program_of_a_mac_runs_longer_than_two_seconds():
 def test_a_sysctl_recording_holds_the_names_that_a_mac_is_asked_for():
     for name, cores, size in (("m1", 8, 16 * GIB), ("m2", 8, 24 * GIB), ("m3max", 16, 128 * GIB),
                               ("m4pro", 14, 64 * GIB)):
-        rows = [line.partition(": ") for line in
-                recording("macos/sysctl_hw_{}.txt".format(name)).splitlines()]
-        values = {key: value + "\n" for key, _, value in rows}
+        values = sysctls("hw_" + name)
         mac = FakeMac(**{key: values[key] for key in ("hw.logicalcpu", "hw.memsize")})
         assert MacHost(mac.run, mach()).capacity() == Capacity(cores * 1000, size)
 
@@ -681,8 +1063,15 @@ class HostContract:
             sample = host.sample(str(tmp_path))
             for name, value in sample._asdict().items():
                 if value is not None:
-                    assert isinstance(value, float if name.endswith("_pct") else int)
+                    assert isinstance(value, int if name.endswith("_bytes") else float), name
                     assert 0 <= value <= (100 if name.endswith("_pct") else 1 << 63)
+
+    def test_facts_are_texts_and_counts(self, tmp_path):
+        for name, value in self.make(tmp_path).facts()._asdict().items():
+            if name in ("cpu_cores", "cpu_threads"):
+                assert value is None or value > 0
+            else:
+                assert isinstance(value, bool if name == "wsl" else str)
 
     def test_what_is_used_or_free_fits_into_the_total(self, tmp_path):
         sample = self.make(tmp_path).sample(str(tmp_path))
@@ -690,6 +1079,8 @@ class HostContract:
             assert sample.memory_used_bytes <= sample.memory_total_bytes
         if sample.disk_total_bytes is not None:
             assert sample.disk_free_bytes <= sample.disk_total_bytes
+        if sample.swap_used_bytes is not None:
+            assert sample.swap_used_bytes <= sample.swap_total_bytes
 
     def test_the_capacity_is_positive_or_unknown(self, tmp_path):
         assert all(value is None or value > 0 for value in self.make(tmp_path).capacity())
@@ -729,9 +1120,11 @@ class TestAnotherPlatform(HostContract):
     def make(self, tmp_path):
         return b9agent.Host()
 
-    def test_every_value_is_unknown(self, tmp_path):
+    def test_every_value_but_the_load_is_unknown(self, tmp_path):
         host = self.make(tmp_path)
-        assert set(host.sample("/")) == {None} == set(host.capacity())
+        known = {name for name, value in host.sample("/")._asdict().items() if value is not None}
+        assert known == {"load_1m", "load_5m", "load_15m"}
+        assert set(host.capacity()) == {None} and host.facts() == b9agent.HostFacts()
 
 
 def test_the_platform_chooses_the_host():
@@ -809,60 +1202,154 @@ def test_the_disk_agrees_with_df(tmp_path):
     assert abs(free - int(row[3]) * KIB) <= max(GIB, total // 50)  # other tests write meanwhile
 
 
-# ---------------------------------------------------------------- a real cgroup
-
-IN_CGROUP = """
-import json, os, sys, time
-for folder in sys.argv[1:]:
-    with open(folder + "/cgroup.procs", "w") as procs:
-        procs.write(str(os.getpid()))
-import b9agent
-ballast = bytearray(32 << 20)
-host = b9agent.make_host()
-began = time.monotonic(), time.process_time()
-while time.process_time() < began[1] + 0.25:
-    pass
-sample = host.sample("/")
-granted_s = (time.monotonic() - began[0]) * 0.5
-expected_pct = 100 * (time.process_time() - began[1]) / granted_s
-print(json.dumps([host.capacity(), sample._asdict(), expected_pct]))
-"""
+@on_linux
+def test_swap_agrees_with_free_and_psutil():
+    total, used = b9agent.swap_use(b9agent.parse_meminfo(b9agent.read_text("/proc/meminfo")))
+    if shutil.which("free"):
+        rows = subprocess.run(["free", "-b"], stdout=subprocess.PIPE, check=True,
+                              env=dict(os.environ, LC_ALL="C")).stdout.decode().splitlines()
+        row = [line.split() for line in rows if line.startswith("Swap:")][0]
+        assert total == int(row[1]) and abs(used - int(row[2])) < 256 * MIB
+    psutil = pytest.importorskip("psutil")
+    theirs = psutil.swap_memory()
+    assert total == theirs.total and abs(used - theirs.used) < 256 * MIB
 
 
-@pytest.mark.root
-def test_in_a_real_cgroup_the_limits_are_the_machine():
-    bases = ["/sys/fs/cgroup/" + name for name in ("cpu", "cpuacct", "memory")]
-    if os.geteuid() != 0 or not all(os.path.isdir(base) for base in bases):
-        pytest.skip("needs root and the cgroup v1 hierarchies cpu, cpuacct and memory")
-    folders = ["{}/b9agent-test-{}".format(base, os.getpid()) for base in bases]
-    try:
-        for folder in folders:
-            os.mkdir(folder)
-        plant(folders[0], {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "50000"})
-        plant(folders[2], {"memory.limit_in_bytes": str(128 * MIB)})
-        answer = subprocess.run([sys.executable, "-c", IN_CGROUP] + folders, check=True, timeout=60,
-                                stdout=subprocess.PIPE, cwd=os.path.dirname(b9agent.__file__))
-        capacity, sample, expected_pct = json.loads(answer.stdout.decode())
-    finally:
-        for folder in filter(os.path.isdir, folders):
-            remove_cgroup(folder)
-    assert capacity == [500, 128 * MIB]
-    assert sample["memory_total_bytes"] == 128 * MIB
-    assert 32 * MIB <= sample["memory_used_bytes"] <= 128 * MIB
-    # Half a core is granted, in slices of 100 ms: the process's own clock says how much it got.
-    assert sample["cpu_pct"] == pytest.approx(min(100, expected_pct), abs=15)
+@on_linux
+def test_disk_counters_lie_between_two_readings_of_psutil():
+    psutil = pytest.importorskip("psutil")
+    real = [name for name in os.listdir("/sys/block")
+            if os.path.exists("/sys/block/{}/device".format(name))]
+    if not real or not psutil.disk_io_counters(perdisk=True):
+        pytest.skip("no disk with a device here")
+
+    def totals():
+        counters = psutil.disk_io_counters(perdisk=True, nowrap=False)
+        return [sum(getattr(counters[name], field) for name in real if name in counters)
+                for field in ("read_bytes", "write_bytes")]
+
+    before = totals()
+    sample = b9agent.make_host().sample("/")
+    after = totals()
+    ours = [sample.disk_read_bytes, sample.disk_written_bytes]
+    # A virtio disk has no `device` on some hypervisors: then we count more than this test does.
+    assert all(low <= our for low, our in zip(before, ours))
+    if set(real) == {name for name in os.listdir("/sys/block")
+                     if not name.startswith(b9agent._LINUX_STACKED)}:
+        assert all(our <= high for our, high in zip(ours, after))
 
 
-def remove_cgroup(folder):
-    """The kernel lets go of a group a little after its last process has ended."""
-    until = time.monotonic() + 10
-    while True:
-        try:
-            return os.rmdir(folder)
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.01)
+@on_linux
+def test_uptime_and_load_agree_with_the_kernel():
+    before = float(open_text("/proc/uptime").split()[0])
+    sample = b9agent.make_host().sample("/")
+    assert before <= sample.uptime_s <= float(open_text("/proc/uptime").split()[0])
+    words = open_text("/proc/loadavg").split()
+    for ours, theirs in zip((sample.load_1m, sample.load_5m, sample.load_15m), words):
+        assert ours == pytest.approx(float(theirs), abs=2)  # it is counted anew every 5 s
+
+
+@on_linux
+def test_facts_of_this_machine_agree_with_psutil():
+    psutil = pytest.importorskip("psutil")
+    facts = b9agent.make_host().facts()
+    assert facts.cpu_threads == psutil.cpu_count()
+    assert facts.cpu_cores in (None, psutil.cpu_count(logical=False))
+    assert (facts.kernel, facts.architecture) == (platform.release(), platform.machine())
+
+
+@on_linux
+def test_facts_of_this_machine_agree_with_lscpu():
+    if not shutil.which("lscpu"):
+        pytest.skip("no `lscpu` here")
+    rows = subprocess.run(["lscpu"], stdout=subprocess.PIPE, check=True,
+                          env=dict(os.environ, LC_ALL="C")).stdout.decode().splitlines()
+    theirs = {name.strip(): " ".join(value.split())
+              for name, _, value in (line.partition(":") for line in rows)}
+    facts = b9agent.make_host().facts()
+    if facts.cpu_model and platform.machine() in ("x86_64", "aarch64"):
+        assert facts.cpu_model.split(" + ")[0] in theirs["Model name"]
+    if facts.cpu_cores and "Socket(s)" in theirs and theirs["Socket(s)"].isdigit():
+        assert facts.cpu_cores == int(theirs["Core(s) per socket"]) * int(theirs["Socket(s)"])
+
+
+def open_text(path):
+    with open(path) as handle:
+        return handle.read()
+
+
+@on_linux
+def test_a_sample_costs_less_than_a_millisecond_and_starts_no_program(monkeypatch):
+    monkeypatch.setattr(b9agent, "run_command", None)
+    host, costs = b9agent.make_host(), []
+    for _ in range(50):
+        began = time.perf_counter()
+        host.sample("/")
+        costs.append(time.perf_counter() - began)
+    assert sorted(costs)[5] < 0.001  # the quick ones: others run meanwhile
+
+
+# ---------------------------------------------------------------- no recording is forgotten
+
+# What takes a recording of the host: the test, or why none does.  Where a * stands, the test's own
+# table must name what it stands for.
+STATVFS = "not read: a folder's own statvfs says how full its disk is; of mounts we read mountinfo"
+OTHER = "not of the host: tests of GPUs, energy and membership take it"
+NO_MAC = "not run: slow, needs root, or prints nothing that the programs we run do not"
+RECORDINGS = {
+    "linux/stat_*.txt": "test_recorded_stat_files_read_as_the_eye_reads_them",
+    "linux/meminfo_*.txt": "test_recorded_meminfo_files_read_as_the_eye_reads_them",
+    "linux/cpuinfo_*.txt": "test_recorded_cpuinfo_files_read_as_the_eye_reads_them",
+    "linux/net_dev_*.txt": "test_recorded_net_dev_files_read_as_the_eye_reads_them",
+    "linux/os-release_*.txt": "test_recorded_os_release_files_read_as_the_eye_reads_them",
+    "linux/version_*.txt": "test_recorded_kernels_say_whether_windows_is_around_them",
+    "linux/dgx-release_spark.txt": "test_the_release_file_of_a_dgx_names_no_operating_system",
+    "linux/diskstats_procfs.txt": "test_a_recorded_diskstats_file_reads_as_the_eye_reads_it",
+    "linux/uptime.txt": "test_a_recorded_uptime_file_reads_as_the_eye_reads_it",
+    "linux/cgroup_v2_cpu.max_*.txt": "test_recorded_cpu_limits_read_as_the_eye_reads_them",
+    "linux/cgroup_v1_memory.stat_*.txt": "test_recorded_memory_stat_files_read_as_the_eye_reads_them",
+    "linux/cgroup_*.txt": "test_recorded_cgroups_name_their_container",
+    "linux/mountinfo_*.txt": "test_recorded_mounts_name_their_container",
+    "linux/tree_cgroup_*": "test_recorded_trees_without_limits_give_the_machine",
+    "linux/tree_rapl_powercap": OTHER,
+    "linux/loadavg.txt": "not read: the C library does (os.getloadavg)",
+    "linux/pressure_memory.txt": "not read: no figure of ours is a pressure",
+    "linux/df_wsl2.txt": STATVFS, "linux/mounts_*.txt": STATVFS,
+    "macos/vm_stat_*.txt": "test_recorded_vm_stat_outputs_read_as_the_eye_reads_them",
+    "macos/netstat_*.txt": "test_recorded_netstat_outputs_read_as_the_eye_reads_them",
+    "macos/swapusage_*.txt": "test_recorded_swap_of_macs_reads_as_the_eye_reads_it",
+    "macos/sysctl_iogpu.txt": OTHER,
+    "macos/sysctl_perflevels_m5max.txt": "not asked: kinds of cores are no figure of ours",
+    "macos/sysctl_*.txt": "test_facts_of_recorded_macs",
+    "macos/ioreg_*": OTHER, "macos/system_profiler_*": NO_MAC, "macos/powermetrics_*": NO_MAC,
+    "macos/top_*.txt": NO_MAC, "macos/iostat_w1_disk0.txt": NO_MAC, "macos/uptime_10.14.txt": NO_MAC,
+    "macos/ifconfig_*.txt": NO_MAC, "macos/df_*.txt": STATVFS, "macos/mount_10.14.txt": STATVFS}
+
+
+def use_of(name):
+    """(test or reason, what the * stands for) of a recording; the first pattern counts."""
+    for pattern, use in RECORDINGS.items():
+        if fnmatch.fnmatch(name, pattern):
+            head, _, tail = pattern.partition("*")
+            return use, name[len(head):len(name) - len(tail)]
+    return None, ""
+
+
+def recordings():
+    return sorted(path.parent.name + "/" + path.name for folder in ("linux", "macos")
+                  for path in FIXTURES.glob(folder + "/*"))
+
+
+def test_every_recording_of_a_host_has_its_test_or_a_reason_why_not():
+    recording("linux/uptime.txt")  # skips where there are none
+    source = pathlib.Path(__file__).read_text()
+    forgotten = []
+    for name in recordings():
+        use, part = use_of(name)
+        if use is None or (use.startswith("test_") and (
+                use not in globals() or not re.search(r'[_"/]%s[".]' % re.escape(part), source))):
+            forgotten.append(name)
+    assert forgotten == []
 
 
 # ---------------------------------------------------------------- hostile text
@@ -872,11 +1359,19 @@ PARSERS = [
     lambda text: b9agent.memory_use(b9agent.parse_meminfo(text)), b9agent.parse_net_dev,
     b9agent.parse_cgroup_paths, b9agent.parse_cgroup_mounts, b9agent.parse_cpu_limit,
     b9agent.parse_memory_limit, b9agent.parse_keyed, b9agent.parse_cpu_usage_ns,
-    b9agent.parse_vm_stat, b9agent.parse_netstat,
+    b9agent.parse_vm_stat, b9agent.parse_netstat, b9agent.parse_uptime, b9agent.parse_os_release,
+    b9agent.parse_cpuinfo, b9agent.parse_swapusage, b9agent.parse_boottime,
+    b9agent.parse_ioreg_disks, lambda text: b9agent.parse_diskstats(text, DISKS),
+    lambda text: b9agent.swap_use(b9agent.parse_meminfo(text)),
+    lambda text: b9agent.find_container(text, text),
     lambda text: b9agent.find_cgroup("cpu", text, MOUNTS_V2 + MOUNTS_V1),
     lambda text: b9agent.find_cgroup("memory", "0::/a\n4:memory:/b\n", text)]
 SEEDS = [STAT, MEMINFO, NET_HEAD + net_row("eth0", 1, 2), MOUNTS_V1 + MOUNTS_V2, VM_STAT, NETSTAT,
-         "4:memory:/m\n0::/u\n", "250000 100000", "max", "usage_usec 5\ninactive_file 7\n"]
+         "4:memory:/m\n0::/u\n", "250000 100000", "max", "usage_usec 5\ninactive_file 7\n",
+         DISKSTATS, IOREG, "46901.13 46856.66\n", 'PRETTY_NAME="A \\"1\\""\n',
+         X86.format(0, 0, 0) + ARM.format(1, "0x41", "0xd4f"),
+         "total = 2048.00M  used = 0.50M", "{ sec = 1592836479, usec = 918881 }",
+         "9 1 8:1 /var/lib/lxc/a/rootfs / rw - ext4 d rw\n"]
 
 
 def test_mutated_text_ends_in_values_and_never_in_an_exception():
@@ -886,15 +1381,22 @@ def test_mutated_text_ends_in_values_and_never_in_an_exception():
     splice = strategies.sampled_from(tricks) | strategies.text(max_size=9)
     cuts = strategies.lists(strategies.tuples(strategies.floats(0, 1), strategies.integers(0, 12),
                                               splice), max_size=6)
+    recorded = [recording(name)[:6000] for name in recordings()
+                if (FIXTURES / name).is_file() and (use_of(name)[0] or "").startswith("test_")]
 
-    @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
-    @hypothesis.given(strategies.sampled_from(SEEDS), cuts)
+    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(strategies.sampled_from(SEEDS + recorded), cuts)
     def check(text, mutations):
         for place, length, new in mutations:
             at = int(place * len(text))
             text = text[:at] + new + text[at + length:]
         for parse in PARSERS:
             parse(text)
+        for pair in (b9agent.parse_diskstats(text, DISKS), b9agent.parse_net_dev(text),
+                     b9agent.parse_ioreg_disks(text), b9agent.parse_swapusage(text),
+                     b9agent.swap_use(b9agent.parse_meminfo(text)), (b9agent.parse_uptime(text),),
+                     b9agent.parse_cpuinfo(text)[1:], (b9agent.parse_boottime(text),)):
+            assert all(value is None or 0 <= value < 1 << 80 for value in pair)
         mutant = b9agent.parse_cpu_ticks(text)
         percent = b9agent.busy_pct(b9agent.parse_cpu_ticks(STAT), mutant)
         assert percent is None or 0 <= percent <= 100
