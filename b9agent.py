@@ -3701,10 +3701,10 @@ def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
                                   limit_s).body)
 
 
-def read_agent_metrics(state_dir: str) -> str:
+def read_agent_metrics(state_dir: str) -> bytes:
     """GET /metrics.  Raises: as ask_agent()."""
-    return ask_agent(state_dir, "/metrics", lambda reply: reply.body.startswith(b"# HELP b9agent_")
-                     ).body.decode("utf-8", "replace")
+    return ask_agent(state_dir, "/metrics",
+                     lambda reply: reply.body.startswith(b"# HELP b9agent_")).body
 
 
 # ----------------------------------------------------------------------
@@ -4187,6 +4187,7 @@ class Agent:
         self._started_s, self._started_wall_s = now_s(), time.time()
         self._keepalive_took_s: Optional[float] = None
         self._facts: Optional[HostFacts] = None
+        self._capacity = Capacity(None, None)
         self._alive_until_s = now_s() + 60.0
         self._metrics: Dict[str, Any] = {}
         self._sample: Optional[MachineSample] = None
@@ -4198,14 +4199,15 @@ class Agent:
 
     # -- what is said of this machine ----------------------------------
 
-    def _capped(self) -> Tuple[Optional[int], Optional[int]]:
-        """(CPU in millicores, memory in bytes) that are offered."""
+    def _capped(self) -> Capacity:
+        """What is offered of CPU and memory."""
         capacity = self._host.capacity()
         def least(*values: Optional[int]) -> Optional[int]:
             known = [value for value in values if value is not None]
             return min(known) if known else None
-        return (least(capacity.cpu_millicores, self.settings.max_cpu),
-                least(capacity.memory_bytes, self.settings.max_memory))
+        self._capacity = Capacity(least(capacity.cpu_millicores, self.settings.max_cpu),
+                                  least(capacity.memory_bytes, self.settings.max_memory))
+        return self._capacity
 
     def _look_at_gpus(self, limit_s: float) -> Tuple[GpuSample, Optional[Tuple[Gpu, ...]]]:
         """(all of them, those that are offered); the drivers get limit_s at most."""
@@ -4261,7 +4263,7 @@ class Agent:
         if self._facts is None:
             self._facts = self._host.facts()
         return MetricsView(
-            self.membership.snapshot, self._sample, self._facts, Capacity(*self._capped()),
+            self.membership.snapshot, self._sample, self._facts, self._capacity,
             self.identity, read_process(self._started_wall_s), now_s(), self._keepalive_took_s)
 
     def metrics_text(self) -> str:
@@ -5823,16 +5825,19 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
 
 
 def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
-    """The running agent's metrics; where none runs, what this machine says of itself, and 5."""
+    """The running agent's metrics; where none runs, one look at the machine, and exit code 5.
+
+    In bytes: the format is UTF-8, whatever the locale's encoding is.
+    """
     settings = loaded.settings
     if agent_holds(settings.state_dir):
-        sys.stdout.write(read_agent_metrics(settings.state_dir))
+        sys.stdout.buffer.write(read_agent_metrics(settings.state_dir))
         return Exit.OK
     agent = Agent(loaded._replace(settings=settings._replace(token=settings.token or "-")),
                   make_log(settings), keep=False)
-    machine = agent.look()
-    sys.stdout.write(render_metrics(agent.metrics_view()._replace(
-        snapshot=Snapshot(State.STOPPED), machine=machine, identity=None, process=None)))
+    agent.keepalive_payload()  # looks at the machine; nobody sends it
+    sys.stdout.buffer.write(render_metrics(agent.metrics_view()._replace(
+        snapshot=Snapshot(State.STOPPED), identity=None, process=None)).encode("utf-8"))
     return end_with(f"no agent is running on {settings.state_dir}: this is one look at the machine",
                     Exit.UNREACHABLE)
 

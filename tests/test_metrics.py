@@ -1,10 +1,14 @@
 """Section 12b: metrics as Prometheus reads them, from a view, over HTTP and on the command line."""
 import http.client
+import json
 import math
 import os
 import re
 import shutil
+import socket
 import subprocess
+import urllib.parse
+import urllib.request
 
 import pytest
 
@@ -12,7 +16,7 @@ import b9agent
 from b9agent import (Capacity, Energy, EnergyTotals, Failures, Gpu, GpuProcess, GpuReading, GpuSample,
                      HostFacts, HostSample, Identity, MachineSample, MetricsView, MigInstance,
                      ProcessFigures, Snapshot, State)
-from helpers import run_agent, tree
+from helpers import Program, environment, run_agent, tree, wait_until
 from hostile_gateway import TOKEN
 from test_control_api import Control
 
@@ -537,7 +541,7 @@ def test_promtool_reads_hostile_names():
 
 def start(agent, hostile, *more, **extra):
     return agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(hostile.port),
-                 "--pool-name", "gpu", "--control-port", "0", *(more or ("--keepalive-interval", "1")),
+                 "--control-port", "0", *(more or ("--pool-name", "gpu", "--keepalive-interval", "1")),
                  BETA9_TOKEN=TOKEN, **extra)
 
 
@@ -656,6 +660,41 @@ def test_a_scrape_asks_no_driver(agent, hostile, state, tmp_path):
     assert calls.read_text() == before
 
 
+PROMETHEUS_YML = """\
+scrape_configs:
+  - job_name: b9agent
+    scrape_interval: 1s
+    authorization: {{credentials_file: {token}}}
+    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
+"""
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus (Debian: prometheus)")
+def test_a_real_prometheus_takes_all_of_it(control, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = tmp_path / "prometheus.yml"
+    config.write_text(PROMETHEUS_YML.format(token=control.state / "control.token", port=control.port))
+    command = ["prometheus", "--config.file=%s" % config, "--storage.tsdb.path=%s" % (tmp_path / "tsdb"),
+               "--web.listen-address=127.0.0.1:%d" % port]
+
+    def ask(expression):
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:%d/api/v1/query?query=%s" % (
+                    port, urllib.parse.quote(expression)), timeout=30) as reply:
+                return [(row["metric"], row["value"][1]) for row in json.load(reply)["data"]["result"]]
+        except OSError:
+            return []  # it is not up yet
+    with Program(command, environment(tmp_path)) as server:
+        found = wait_until(lambda: ask('b9agent_membership_state == 1'), "Prometheus to have scraped it")
+        assert [metric["state"] for metric, _ in found] == ["ready"]
+        assert [value for _, value in ask("up")] == ["1"]
+        scraped, kept = [ask("scrape_samples_" + name)[0][1] for name in ("scraped", "post_metric_relabeling")]
+        assert scraped == kept and int(scraped) == len(parse(scrape(control)[2])[0])
+        assert not [line for line in server.lines() if "level=warn" in line and "scrape" in line]
+        assert server.stop() == 0
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -682,13 +721,18 @@ def test_without_an_agent_the_command_looks_once_and_sends_and_writes_nothing(ho
     assert hostile.requests == [] and tree(home) == {}
 
 
+def test_the_command_prints_utf_8_in_any_locale(agent, hostile, home):
+    start(agent, hostile, "--pool-name", "gpü").wait_line(r"notice ready\b")
+    done = run_agent(home, "metrics", PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert done.code == 0 and 'pool="gpü"' in done.out
+
+
 def test_without_an_agent_no_token_is_needed(home):
     done = run_agent(home, "metrics")
     assert done.code == 5 and "b9agent_host_memory_size_bytes" in done.out
 
 
 def test_an_agent_without_a_control_api_is_not_taken_for_none(agent, hostile, home, state):
-    import socket
     with socket.create_server(("127.0.0.1", 0)) as holder:
         program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(hostile.port),
                         "--control-port", str(holder.getsockname()[1]), BETA9_TOKEN=TOKEN)
