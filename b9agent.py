@@ -3394,7 +3394,7 @@ def _all_gpus(value: Callable[[GpuSample], Any]) -> Family:
 
 
 def shown_gpus(gpus: Sequence[Gpu]) -> List[Gpu]:
-    """The first of each index, and not too many: a page with a series twice is refused whole."""
+    """The first of each index, for no series may stand in a page twice; and not too many."""
     found: Dict[Tuple[str, int], Gpu] = {}
     for gpu in gpus:
         found.setdefault((gpu.vendor, gpu.index), gpu)
