@@ -5836,8 +5836,10 @@ def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
     agent = Agent(loaded._replace(settings=settings._replace(token=settings.token or "-")),
                   make_log(settings), keep=False)
     agent.keepalive_payload()  # looks at the machine; nobody sends it
-    sys.stdout.buffer.write(render_metrics(agent.metrics_view()._replace(
-        snapshot=Snapshot(State.STOPPED), identity=None, process=None)).encode("utf-8"))
+    view = agent.metrics_view()
+    view = view._replace(snapshot=Snapshot(State.STOPPED), identity=None, process=None,
+                         machine=view.machine._replace(energy=None))  # nobody counts it
+    sys.stdout.buffer.write(render_metrics(view).encode("utf-8"))
     return end_with(f"no agent is running on {settings.state_dir}: this is one look at the machine",
                     Exit.UNREACHABLE)
 

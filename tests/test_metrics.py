@@ -716,7 +716,8 @@ def test_without_an_agent_the_command_looks_once_and_sends_and_writes_nothing(ho
     said, _ = parse(done.out)
     assert said["b9agent_membership_state", (("state", "stopped"),)] == 1
     assert said["b9agent_host_memory_size_bytes", ()] > 0 and said["b9agent_gpus_known", ()] in (0, 1)
-    for name in ("b9agent_keepalives_total", "process_cpu_seconds_total", "b9agent_machine_info"):
+    for name in ("b9agent_keepalives_total", "process_cpu_seconds_total", "b9agent_machine_info",
+                 "b9agent_energy_joules_total", "b9agent_co2e_grams_total", "b9agent_power_watts"):
         assert not [key for key in said if key[0] == name]
     assert hostile.requests == [] and tree(home) == {}
 
