@@ -1703,9 +1703,18 @@ class State(enum.Enum):
     STOPPED = "stopped"
 
 
+class Failures(NamedTuple):
+    """How many requests to the gateway came to something else than "ok"."""
+    unreachable: int = 0
+    unwell: int = 0
+    refused: int = 0
+    expired: int = 0
+
+
 class Snapshot(NamedTuple):
     """What is known of the membership now.  Times: now_s() but last_ready_wall_s, which is for
-    people.  message: of the last failure, empty when ready."""
+    people.  message: of the last failure, empty when ready.  registrations, keepalives: those that
+    were answered "ok"."""
     state: State = State.STARTING
     since_s: float = 0.0
     last_ready_s: Optional[float] = None
@@ -1714,6 +1723,8 @@ class Snapshot(NamedTuple):
     keepalives: int = 0
     failures: int = 0
     message: str = ""
+    failed_registrations: Failures = Failures()
+    failed_keepalives: Failures = Failures()
 
 
 # ----------------------------------------------------------------------
@@ -3148,11 +3159,13 @@ def energy_payload(energy: Optional[Energy], settings: Any) -> Dict[str, Any]:
 
 
 class MachineSample(NamedTuple):
-    """One look at the machine.  offered: the GPUs that the gateway is told of; None: unknown."""
+    """One look at the machine.  offered: the GPUs that the gateway is told of; None: unknown.
+    taken_s: when, on now_s()."""
     host: HostSample
     gpus: GpuSample
     offered: Optional[Tuple[Gpu, ...]]
     energy: Optional[Energy]
+    taken_s: Optional[float] = None
 
 
 # ----------------------------------------------------------------------
@@ -3499,7 +3512,17 @@ class Membership:
         took_s = self._clock() - started_s
         return max(0.0, self._interval_s * self._uniform(0.9, 1.1) - took_s)
 
+    def _count_failure(self, error: GatewayError) -> None:
+        name = "failed_registrations" if self._must_register else "failed_keepalives"
+        outcome = ("refused" if isinstance(error, (TokenRefused, RequestRefused)) else
+                   "expired" if isinstance(error, MachineNotFound) else
+                   "unwell" if isinstance(error, GatewayUnwell) else "unreachable")
+        counts = getattr(self.snapshot, name)
+        counts = counts._replace(**{outcome: getattr(counts, outcome) + 1})
+        self.snapshot = self.snapshot._replace(**{name: counts})
+
     def _failed(self, error: GatewayError, only_keepalive: bool) -> float:
+        self._count_failure(error)
         refused = isinstance(error, (TokenRefused, RequestRefused))
         if refused and self.snapshot.keepalives == 0:
             self._enter(State.REFUSED, message=str(error))
@@ -3864,6 +3887,289 @@ class ApiServer:
 
 
 # ----------------------------------------------------------------------
+# 12b. Metrics (Prometheus text)                 reads /proc/self, /dev/fd
+# ----------------------------------------------------------------------
+# What GET /metrics says, in Prometheus' text format 0.0.4: one table of
+# families, each a function of one immutable view.  Base units; what is
+# unknown is absent, never 0.  Names, versions and the like are labels of
+# _info families alone, so that no other series breaks off when they change.
+
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRIC_GPUS_MAX = 64
+METRIC_MIG_MAX = 16
+METRIC_LABEL_MAX = 128
+
+
+class ProcessFigures(NamedTuple):
+    """This process.  started_wall_s: seconds since 1970."""
+    cpu_s: float
+    started_wall_s: float
+    resident_bytes: Optional[int] = None
+    open_fds: Optional[int] = None
+    threads: Optional[int] = None
+
+
+class MetricsView(NamedTuple):
+    """All that the metrics are made of.  at_s: the time on now_s().  keepalive_took_s: of the last
+    request, whatever it came to.  clock_offset_s: the gateway's clock less ours.  process: None
+    where no agent runs, and then nobody knows the agent's counters either."""
+    snapshot: Snapshot
+    machine: Optional[MachineSample] = None
+    facts: HostFacts = HostFacts()
+    capacity: Capacity = Capacity(None, None)
+    identity: Optional[Identity] = None
+    process: Optional[ProcessFigures] = None
+    at_s: float = 0.0
+    keepalive_took_s: Optional[float] = None
+    clock_offset_s: Optional[float] = None
+    grid_g_per_kwh: Optional[float] = None
+    pue: Optional[float] = None
+    version: str = VERSION
+
+
+Samples = List[Tuple[Dict[str, Any], Any]]  # (labels, value); a value of None is left out
+Family = Callable[[MetricsView], Samples]
+
+
+def parse_process_stat(text: str) -> Tuple[Optional[int], Optional[int]]:
+    """(threads, resident pages) from /proc/self/stat, proc(5).
+
+    >>> parse_process_stat("7 (a) b) S" + " 0" * 16 + " 3 0 9 4096 512")
+    (3, 512)
+    """
+    # The program's name stands in parentheses and may hold any character: count from the last one.
+    words = text.rpartition(")")[2].split()
+    return (parse_int(words[17]), parse_int(words[21])) if len(words) > 21 else (None, None)
+
+
+def read_process(started_wall_s: float) -> ProcessFigures:
+    """macOS has no /proc: memory and threads are unknown there (getrusage says the peak alone)."""
+    threads, pages = parse_process_stat(read_text("/proc/self/stat", 4096) or "")
+    try:
+        open_fds: Optional[int] = len(os.listdir("/dev/fd")) - 1  # less the one that lists them
+    except OSError:
+        open_fds = None
+    resident = None if pages is None else pages * os.sysconf("SC_PAGE_SIZE")
+    return ProcessFigures(time.process_time(), started_wall_s, resident, open_fds, threads)
+
+
+def _figure(thing: Any, path: str, times: int = 1, per: int = 1) -> Any:
+    """What lies at a path of attributes; None where anything on the way is None."""
+    for name in path.split("."):
+        thing = None if thing is None else getattr(thing, name)
+    return thing if thing is None or times == per else thing * times / per
+
+
+def _at(path: str, per: int = 1) -> Family:
+    return lambda view: [({}, _figure(view, path, per=per))]
+
+
+def _host(path: str, per: int = 1) -> Family:
+    return _at("machine.host." + path, per)
+
+
+def _age(path: str) -> Family:
+    def samples(view: MetricsView) -> Samples:
+        then_s = _figure(view, path)
+        return [({}, None if then_s is None else max(0.0, view.at_s - then_s))]
+    return samples
+
+
+def _outcomes(ok: str, failed: str) -> Family:
+    return lambda view: [({"outcome": outcome}, count) for outcome, count in (
+        ("ok", getattr(view.snapshot, ok)), *getattr(view.snapshot, failed)._asdict().items())
+        ] if view.process else []
+
+
+def _all_gpus(value: Callable[[GpuSample], Any]) -> Family:
+    return lambda view: [({}, value(view.machine.gpus))] if view.machine else []
+
+
+def shown_gpus(gpus: Sequence[Gpu]) -> List[Gpu]:
+    """The first of each index, for no series may stand in a page twice; and not too many."""
+    found: Dict[Tuple[str, int], Gpu] = {}
+    for gpu in gpus:
+        found.setdefault((gpu.vendor, gpu.index), gpu)
+    return list(found.values())[:METRIC_GPUS_MAX]
+
+
+def _labelled_gpus(view: MetricsView) -> List[Tuple[Dict[str, Any], Gpu]]:
+    return [({"vendor": gpu.vendor, "index": gpu.index}, gpu)
+            for gpu in shown_gpus(_figure(view, "machine.gpus.gpus") or ())]
+
+
+def _each_gpu(value: Callable[[Gpu], Any]) -> Family:
+    return lambda view: [(labels, value(gpu)) for labels, gpu in _labelled_gpus(view)]
+
+
+def _gpu(path: str, times: int = 1, per: int = 1) -> Family:
+    return _each_gpu(lambda gpu: _figure(gpu, path, times, per))
+
+
+def _mig(value: Callable[[MigInstance], Any], *texts: str) -> Family:
+    """texts: the fields that are labels."""
+    return lambda view: [
+        (dict(labels, instance=at, **{name: getattr(part, name) for name in texts}), value(part))
+        for labels, gpu in _labelled_gpus(view)
+        for at, part in enumerate(gpu.mig_instances[:METRIC_MIG_MAX])]
+
+
+def _host_info(view: MetricsView) -> Samples:
+    facts = view.facts
+    return [({"os": facts.os_name, "kernel": facts.kernel, "architecture": facts.architecture,
+              "cpu_model": facts.cpu_model, "container": facts.container,
+              "wsl": "true" if facts.wsl else "false"}, 1)] if facts != HostFacts() else []
+
+
+def _gpu_info(view: MetricsView) -> Samples:
+    readings = _figure(view, "machine.gpus.readings") or ()
+    driver = lambda gpu: next((reading.driver_version for reading in readings
+                               if gpu in (reading.gpus or ())), "")
+    return [(dict(labels, uuid=gpu.uuid, name=gpu.name, type=gpu_type(gpu.name), bus_id=gpu.bus_id,
+                  driver=driver(gpu)), 1) for labels, gpu in _labelled_gpus(view)]
+
+
+def _gpu_offered(view: MetricsView) -> Samples:
+    offered = _figure(view, "machine.offered")
+    return [(labels, None if offered is None else gpu in offered)
+            for labels, gpu in _labelled_gpus(view)]
+
+
+def _power(view: MetricsView) -> Samples:
+    energy = _figure(view, "machine.energy")
+    return [({"component": "gpu", "basis": energy.gpu_basis}, energy.gpu_w),
+            ({"component": "cpu", "basis": energy.cpu_basis}, energy.cpu_w)] if energy else []
+
+
+def _energy(view: MetricsView) -> Samples:
+    energy, samples = _figure(view, "machine.energy"), []
+    for component in ("gpu", "cpu") if energy else ():
+        joules = {basis: getattr(energy.total, f"{component}_{basis}_j")
+                  for basis in ("measured", "estimated")}
+        # Two zeros of a component that nobody can tell anything of are not zeros.
+        if getattr(energy, component + "_basis") or any(joules.values()):
+            samples += [({"component": component, "basis": basis}, joules[basis])
+                        for basis in joules]
+    return samples
+
+
+# Name, help, samples.  "b9agent_" goes before every name but the process_ ones, which are the names
+# of Prometheus' own clients.  What ends with _total is a counter, everything else a gauge.
+METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + name, text, samples)
+                        for name, text, samples in (
+    ("build_info", "Version of b9agent.", lambda view: [({"version": view.version}, 1)]),
+    ("machine_info", "Id and pool of this machine.", lambda view: [
+        ({"machine_id": view.identity.machine_id, "pool": view.identity.pool_name}, 1)
+    ] if view.identity else []),
+    ("membership_state", "1 for the state of the membership, 0 for the others.", lambda view: [
+        ({"state": state.value}, state is view.snapshot.state) for state in State]),
+    ("keepalive_age_seconds", "Time since the gateway last accepted a keepalive.",
+     _age("snapshot.last_ready_s")),
+    ("keepalive_duration_seconds", "Time that the last keepalive request took.",
+     _at("keepalive_took_s")),
+    ("keepalives_total", "Keepalives sent, by outcome.",
+     _outcomes("keepalives", "failed_keepalives")),
+    ("registrations_total", "Registrations sent, by outcome.",
+     _outcomes("registrations", "failed_registrations")),
+    ("gateway_clock_offset_seconds", "Clock of the gateway less ours.", _at("clock_offset_s")),
+    ("sample_age_seconds", "Age of the figures of host and GPUs.", _age("machine.taken_s")),
+    ("capacity_cpu_cores", "CPU cores on offer.", _at("capacity.cpu_millicores", 1000)),
+    ("capacity_memory_bytes", "Memory on offer.", _at("capacity.memory_bytes")),
+
+    ("host_info", "System and processor of this machine.", _host_info),
+    ("host_cpu_cores", "CPU cores, without SMT.", _at("facts.cpu_cores")),
+    ("host_cpu_threads", "CPU threads that the system schedules on.", _at("facts.cpu_threads")),
+    ("host_cpu_utilization_ratio", "Busy share of the CPU, within limits.", _host("cpu_pct", 100)),
+    ("host_memory_size_bytes", "Memory, within limits.", _host("memory_total_bytes")),
+    ("host_memory_used_bytes", "Memory that is not available.", _host("memory_used_bytes")),
+    ("host_swap_size_bytes", "Swap space.", _host("swap_total_bytes")),
+    ("host_swap_used_bytes", "Swap space in use.", _host("swap_used_bytes")),
+    ("host_disk_size_bytes", "File system of the state folder.", _host("disk_total_bytes")),
+    ("host_disk_free_bytes", "Space on it for ordinary users.", _host("disk_free_bytes")),
+    ("host_disk_read_bytes_total", "Bytes read from disks.", _host("disk_read_bytes")),
+    ("host_disk_written_bytes_total", "Bytes written to disks.", _host("disk_written_bytes")),
+    ("host_network_received_bytes_total", "Bytes received from the network.",
+     _host("net_received_bytes")),
+    ("host_network_sent_bytes_total", "Bytes sent to the network.", _host("net_sent_bytes")),
+    ("host_load1", "Load average of 1 minute.", _host("load_1m")),
+    ("host_load5", "Load average of 5 minutes.", _host("load_5m")),
+    ("host_load15", "Load average of 15 minutes.", _host("load_15m")),
+    ("host_uptime_seconds", "Time since boot.", _host("uptime_s")),
+
+    ("gpus_known", "0 where the driver does not answer, 1 elsewhere.", _at("machine.gpus.known")),
+    ("gpus", "GPUs in this machine.",
+     _all_gpus(lambda sample: len(sample.gpus) if sample.known else None)),
+    ("gpus_omitted", "GPUs past those that these metrics name.",
+     _all_gpus(lambda sample: len(sample.gpus) - len(shown_gpus(sample.gpus)))),
+    ("gpu_problems", "Problems of GPUs and their drivers.",
+     _all_gpus(lambda sample: len(sample.problems))),
+    ("gpu_info", "Identity of a GPU.", _gpu_info),
+    ("gpu_healthy", "0 for a GPU that must not be used.", _each_gpu(lambda gpu: not gpu.problem)),
+    ("gpu_offered", "1 for a GPU that the gateway is told of.", _gpu_offered),
+    ("gpu_free", "1 for a healthy GPU that nobody computes on.", _each_gpu(is_free)),
+    ("gpu_stale", "1 where the figures are old: no answer from the driver.", _gpu("stale")),
+    ("gpu_asleep", "1 for a GPU that is powered down.", _gpu("asleep")),
+    ("gpu_memory_size_bytes", "Memory of a GPU.", _gpu("memory_total_bytes")),
+    ("gpu_memory_used_bytes", "Memory of a GPU in use.", _gpu("memory_used_bytes")),
+    ("gpu_utilization_ratio", "Busy share of a GPU's time.", _gpu("utilization_pct", per=100)),
+    ("gpu_temperature_celsius", "Temperature of a GPU.", _gpu("temperature_c")),
+    ("gpu_power_watts", "Power that a GPU draws.", _gpu("power_w")),
+    ("gpu_power_limit_watts", "Power that a GPU may draw.", _gpu("power_limit_w")),
+    ("gpu_energy_joules_total", "Energy counter of the driver.", _gpu("energy_j")),
+    ("gpu_fan_ratio", "Fan speed, as a share of the highest.", _gpu("fan_pct", per=100)),
+    ("gpu_graphics_clock_hertz", "Clock of a GPU.", _gpu("graphics_clock_mhz", times=10**6)),
+    ("gpu_memory_clock_hertz", "Clock of a GPU's memory.", _gpu("memory_clock_mhz", times=10**6)),
+    ("gpu_ecc_errors_total", "Memory errors that the driver counted.", _gpu("ecc_errors")),
+    ("gpu_processes", "Processes that compute on a GPU.",
+     _each_gpu(lambda gpu: None if gpu.processes is None else len(gpu.processes))),
+    ("gpu_mig_enabled", "1 for a GPU that is cut into instances.", _gpu("mig_enabled")),
+    ("gpu_mig_info", "Identity of a MIG instance.", _mig(lambda part: 1, "uuid", "name")),
+    ("gpu_mig_memory_size_bytes", "Memory of a MIG instance.",
+     _mig(lambda part: part.memory_total_bytes)),
+    ("gpu_mig_memory_used_bytes", "Memory of a MIG instance in use.",
+     _mig(lambda part: part.memory_used_bytes)),
+
+    ("power_watts", "Power drawn, by component.", _power),
+    ("energy_joules_total", "Energy used since the state folder was made.", _energy),
+    ("co2e_grams_total", "Emissions of that energy, PUE included.", lambda view: [
+        ({"method": "location"}, _figure(view, "machine.energy.total.co2e_g")),
+        ({"method": "market"}, _figure(view, "machine.energy.total.market_co2e_g"))]),
+    ("grid_co2e_grams_per_kwh", "Emissions of the grid's electricity.", _at("grid_g_per_kwh")),
+    ("pue_ratio", "Power usage effectiveness of the site.", _at("pue")),
+
+    ("process_cpu_seconds_total", "CPU time of the agent.", _at("process.cpu_s")),
+    ("process_resident_memory_bytes", "Memory of the agent.", _at("process.resident_bytes")),
+    ("process_open_fds", "Open file descriptors of the agent.", _at("process.open_fds")),
+    ("process_threads", "Threads of the agent.", _at("process.threads")),
+    ("process_start_time_seconds", "When the agent started.", _at("process.started_wall_s")),
+))
+
+
+def _label_text(labels: Dict[str, Any]) -> str:
+    def quoted(value: Any) -> str:
+        shown = printable(str(value))[:METRIC_LABEL_MAX]
+        return '"' + shown.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    words = [f"{name}={quoted(value)}" for name, value in labels.items()]
+    return "{" + ",".join(words) + "}" if words else ""
+
+
+def _is_number(value: Optional[float]) -> bool:
+    return value is not None and -float("inf") < value < float("inf")
+
+
+def render_metrics(view: MetricsView) -> str:
+    """The page.  A family of which nothing is known is left out whole."""
+    lines: List[str] = []
+    for name, text, samples in METRIC_FAMILIES:
+        rows = [f"{name}{_label_text(labels)} {int(value) if isinstance(value, bool) else value}"
+                for labels, value in samples(view) if _is_number(value)]
+        if rows:
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows]
+    return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------
 # 14. Control API                           127.0.0.1:9999, STATE/control.*
 # ----------------------------------------------------------------------
 # How the command line, the installer and other programs on this machine ask
@@ -3891,18 +4197,23 @@ def kept_secret(path: str) -> str:
 
 
 class ControlApi(Api):
-    """status(): the fields of GET /status, from the agent."""
+    """status(): the fields of GET /status; metrics(): the text of GET /metrics; from the agent."""
 
     name = "control"
 
-    def __init__(self, log: Log, token: str, status: Callable[[], Dict[str, Any]]) -> None:
+    def __init__(self, log: Log, token: str, status: Callable[[], Dict[str, Any]],
+                 metrics: Callable[[], str]) -> None:
         super().__init__(log)
         self._token = token
         self._status = status
+        self._metrics = metrics
         self.routes = (
             Route("GET", "/health", self._health, True, "whether the agent lives"),
             Route("GET", "/status", lambda request: Response(200, self._status()), False,
                   "the agent, its membership, its figures"),
+            Route("GET", "/metrics", lambda request: Response(
+                200, self._metrics().encode("utf-8"), METRICS_CONTENT_TYPE), False,
+                  "the same and more, for Prometheus"),
         )
 
     def check(self, headers: Any) -> None:
@@ -3944,8 +4255,9 @@ def agent_holds(state_dir: str) -> bool:
         os.close(descriptor)
 
 
-def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
-    """GET /status of the agent that runs on this state folder.  The control token is sent only
+def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
+              limit_s: float = 5.0) -> HttpReply:
+    """GET something of the agent that runs on this state folder.  The control token is sent only
     while one does: after a kill -9 the port may be anybody's.
 
     Raises: GatewayUnreachable where none answers, UsageError where its files are not ours to read.
@@ -3962,15 +4274,29 @@ def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
                                  "Its log says why; is the port taken, or the disk full?")
     REDACTOR.add(token)
     try:
-        reply = http_request("GET", Endpoint("http", host.strip("[]"), int(port)), "/status",
+        reply = http_request("GET", Endpoint("http", host.strip("[]"), int(port)), path,
                              {"Authorization": f"Bearer {token}"}, None, limit_s)
     except HttpFailure as failure:
         raise nobody from failure
-    answer = _json_object(reply.body)
-    if reply.status != 200 or not {"version", "pid", "state", "metrics"} <= set(answer):
-        raise GatewayUnreachable(f"{address} answered {reply.status}, and not as a b9agent does",
-                                 "Another program holds the control port; is the agent running?")
-    return answer
+    if reply.status != 200 or not is_ours(reply):
+        raise GatewayUnreachable(f"{address} answered {reply.status}, and not as this b9agent does",
+                                 "Another program holds the control port, or the agent is of "
+                                 "another version: restart it")
+    return reply
+
+
+def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
+    """GET /status.  Raises: as ask_agent()."""
+    fields = {"version", "pid", "state", "metrics"}
+    return _json_object(ask_agent(state_dir, "/status",
+                                  lambda reply: fields <= set(_json_object(reply.body)),
+                                  limit_s).body)
+
+
+def read_agent_metrics(state_dir: str) -> bytes:
+    """GET /metrics.  Raises: as ask_agent()."""
+    return ask_agent(state_dir, "/metrics",
+                     lambda reply: reply.body.startswith(b"# HELP b9agent_")).body
 
 
 # ----------------------------------------------------------------------
@@ -4470,10 +4796,13 @@ class Agent:
                                min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
         self.client = client
         self.send_register = lambda: client.register(self.register_payload())
-        self.send_keepalive = lambda: client.keepalive(self.keepalive_payload())
+        self.send_keepalive = lambda: self._send_keepalive(client)
         self.membership = Membership(self.send_register, self.send_keepalive,
                                      settings.keepalive_interval, log)
-        self._started_s = now_s()
+        self._started_s, self._started_wall_s = now_s(), time.time()
+        self._keepalive_took_s: Optional[float] = None
+        self._capacity = Capacity(None, None)
+        self._cpus: Optional[float] = None
         self._alive_until_s = now_s() + 60.0
         self._metrics: Dict[str, Any] = {}
         self._sample: Optional[MachineSample] = None
@@ -4485,14 +4814,16 @@ class Agent:
 
     # -- what is said of this machine ----------------------------------
 
-    def _capped(self) -> Tuple[Optional[int], Optional[int]]:
-        """(CPU in millicores, memory in bytes) that are offered."""
+    def _capped(self) -> Capacity:
+        """What is offered of CPU and memory."""
         capacity = self._host.capacity()
+        self._cpus = None if not capacity.cpu_millicores else capacity.cpu_millicores / 1000
         def least(*values: Optional[int]) -> Optional[int]:
             known = [value for value in values if value is not None]
             return min(known) if known else None
-        return (least(capacity.cpu_millicores, self.settings.max_cpu),
-                least(capacity.memory_bytes, self.settings.max_memory))
+        self._capacity = Capacity(least(capacity.cpu_millicores, self.settings.max_cpu),
+                                  least(capacity.memory_bytes, self.settings.max_memory))
+        return self._capacity
 
     def facts(self) -> HostFacts:
         """Read when somebody first asks: a machine of 256 cores tells of each."""
@@ -4512,10 +4843,10 @@ class Agent:
         """One look at the machine."""
         gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
         host = self._host.sample(nearest_folder(self.settings.state_dir))
-        self._count_energy(lambda: self._energy.add(
-            host.cpu_pct, (self._host.capacity().cpu_millicores or 0) / 1000 or None, gpus.gpus,
-            read_rapl()))
-        self._sample = MachineSample(host, gpus, offered, self._energy.report())
+        self._capped()
+        self._count_energy(lambda: self._energy.add(host.cpu_pct, self._cpus, gpus.gpus,
+                                                    read_rapl()))
+        self._sample = MachineSample(host, gpus, offered, self._energy.report(), now_s())
         return self._sample
 
     def _count_energy(self, count: Callable[[], None]) -> None:
@@ -4543,9 +4874,9 @@ class Agent:
                                 read_private_ip(self.settings.gateway_host))
 
     def keepalive_payload(self) -> Dict[str, Any]:
-        cpu_millicores, memory_bytes = self._capped()
         look = self.look()
         sample, offered = look.host, look.offered
+        cpu_millicores, memory_bytes = self._capacity
         self._metrics = {
             "total_cpu_available": cpu_millicores,
             "total_memory_available": None if memory_bytes is None else memory_bytes >> 20,
@@ -4557,6 +4888,23 @@ class Agent:
             "worker_count": 0, "container_count": 0, "cache_usage_pct": 0.0, "cache_capacity": 0,
             "cache_memory_usage": 0, "cache_cpu_usage": 0.0}
         return keepalive_payload(self.identity, self._metrics)
+
+    def _send_keepalive(self, client: GatewayClient) -> None:
+        payload, begun_s = self.keepalive_payload(), now_s()
+        try:
+            client.keepalive(payload)
+        finally:
+            self._keepalive_took_s = now_s() - begun_s
+
+    def metrics_view(self) -> MetricsView:
+        """Of what the last keepalive saw: no driver is asked for it."""
+        return MetricsView(
+            self.membership.snapshot, self._sample, self.facts(), self._capacity,
+            self.identity, read_process(self._started_wall_s), now_s(), self._keepalive_took_s,
+            self.client.clock_offset_s, self.settings.grid_intensity, self.settings.pue)
+
+    def metrics_text(self) -> str:
+        return render_metrics(self.metrics_view())
 
     def status(self) -> Dict[str, Any]:
         """The fields of GET /status: the predecessor's names, and ours."""
@@ -4651,8 +4999,8 @@ class Agent:
         remove_file(address_file)
         try:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
-            server = ApiServer(ControlApi(self._log, token, self.status), settings.control_host,
-                               settings.control_port)
+            server = ApiServer(ControlApi(self._log, token, self.status, self.metrics_text),
+                               settings.control_host, settings.control_port)
             server.start()
             self._control = server
             write_atomic(address_file, host_port(server.host, server.port) + "\n")
@@ -5818,6 +6166,14 @@ def say_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def end_with(message: str, code: Exit) -> int:
+    try:
+        sys.stderr.write(REDACTOR.scrub(f"b9agent: {message}\n"))
+    except OSError:
+        pass  # nobody reads it; the exit code says it too
+    return int(code)
+
+
 def make_log(settings: Any, folder: Optional[str] = None) -> Log:
     return Log(settings.log_format, "debug" if settings.debug else "info", folder)
 
@@ -6137,6 +6493,26 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.UNREACHABLE if limit_s and status["state"] != "ready" else Exit.OK
 
 
+def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
+    """The running agent's metrics; where none runs, one look at the machine, and exit code 5.
+
+    In bytes: the format is UTF-8, whatever the locale's encoding is.
+    """
+    settings = loaded.settings
+    if agent_holds(settings.state_dir):
+        sys.stdout.buffer.write(read_agent_metrics(settings.state_dir))
+        return Exit.OK
+    agent = Agent(loaded._replace(settings=settings._replace(token=settings.token or "-")),
+                  make_log(settings), keep=False)
+    agent.keepalive_payload()  # looks at the machine; nobody sends it
+    view = agent.metrics_view()
+    view = view._replace(snapshot=Snapshot(State.STOPPED), identity=None, process=None,
+                         machine=view.machine._replace(energy=None))  # nobody counts it
+    sys.stdout.buffer.write(render_metrics(view).encode("utf-8"))
+    return end_with(f"no agent is running on {settings.state_dir}: this is one look at the machine",
+                    Exit.UNREACHABLE)
+
+
 # -- gateway, machine, demo ---------------------------------------------
 
 DB_OPTION = Option("--db", "PATH", "its database; default gateway.db in the state folder")
@@ -6313,6 +6689,8 @@ COMMANDS = (
     Command("status", command_status, (
         _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),
         ("state_dir",), "ask the running agent"),
+    Command("metrics", command_metrics, (), ("state_dir",),
+            "the running agent's metrics, as Prometheus reads them"),
     Command("demo", command_demo, (
         Option("--once", "", "end by itself after two keepalives"),), ("debug",),
         "a gateway and an agent on this machine, to look at"),
@@ -6400,14 +6778,6 @@ def run_command_line(argv: Sequence[str]) -> int:
                 raise
             if not wait_for_change(watched, before, error):
                 return Exit.OK
-
-
-def end_with(message: str, code: Exit) -> int:
-    try:
-        sys.stderr.write(REDACTOR.scrub(f"b9agent: {message}\n"))
-    except OSError:
-        pass  # nobody reads it; the exit code says it too
-    return int(code)
 
 
 def exit_code_of(argv: Sequence[str]) -> int:

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=65fdd4f350568b00d45b00c8ffb36c58132c5d04ffeedb0df2d79433684199de
+  sha256=7623a904a7d77e434aa24263193a54da825e5b15d4f3841142b81ad0f2d25aea
 }
 
 usage() {
