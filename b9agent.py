@@ -89,7 +89,8 @@ EXIT_MEANINGS = (
     (Exit.TOKEN_REFUSED, "the gateway refused the token"),
     (Exit.REQUEST_REFUSED, "the gateway refused the request: unknown pool, payload, "
                            "no keepalive route"),
-    (Exit.UNREACHABLE, "gateway unreachable or unwell (`--once`); no agent running (`status`)"),
+    (Exit.UNREACHABLE, "gateway unreachable or unwell (`--once`, `doctor`); no agent running "
+                       "(`status`, `metrics`)"),
     (Exit.LOCKED, "another instance owns the state folder, or the port"),
     (Exit.PRIVILEGE, "more rights are needed (`service`): run it with sudo"),
     (Exit.UNHEALTHY, "installed, but not healthy: the previous version was put back (`service`)"),
@@ -3911,7 +3912,7 @@ class ProcessFigures(NamedTuple):
 
 class MetricsView(NamedTuple):
     """All that the metrics are made of.  at_s: the time on now_s().  keepalive_took_s: of the last
-    request, whatever it came to.  clock_offset_s: the gateway's clock less ours.  process: None
+    request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
     where no agent runs, and then nobody knows the agent's counters either."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
@@ -4071,7 +4072,7 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
      _outcomes("keepalives", "failed_keepalives")),
     ("registrations_total", "Registrations sent, by outcome.",
      _outcomes("registrations", "failed_registrations")),
-    ("gateway_clock_offset_seconds", "Clock of the gateway less ours.", _at("clock_offset_s")),
+    ("gateway_clock_offset_seconds", "Our clock less the gateway's.", _at("clock_offset_s")),
     ("sample_age_seconds", "Age of the figures of host and GPUs.", _age("machine.taken_s")),
     ("capacity_cpu_cores", "CPU cores on offer.", _at("capacity.cpu_millicores", 1000)),
     ("capacity_memory_bytes", "Memory on offer.", _at("capacity.memory_bytes")),
@@ -6436,6 +6437,26 @@ def gpu_line(gpu: Dict[str, Any]) -> str:
     return ", ".join(parts + [next((word for name, word in words if gpu.get(name)), "not offered")])
 
 
+def energy_line(energy: Dict[str, Any]) -> str:
+    """What was used since the state folder was made, each figure with its basis; "" for nothing.
+
+    >>> energy_line({"total": {"gpu_measured_wh": 1250.0, "gpu_estimated_wh": 0.0,
+    ...     "cpu_measured_wh": 0.0, "cpu_estimated_wh": 310.4, "co2e_g": 98.76,
+    ...     "co2e_basis": "estimated"}, "gpu_w": 312.4, "cpu_w": None, "since": "T"})
+    'GPUs 1250 Wh measured, CPUs 310.4 Wh estimated, 98.8 g CO2e estimated, since T; now GPUs 312 W'
+    """
+    total = energy.get("total") or {}
+    parts = [f"{label} {total[f'{part}_{basis}_wh']:.4g} Wh {basis}"
+             for part, label in (("gpu", "GPUs"), ("cpu", "CPUs"))
+             for basis in ("measured", "estimated") if total.get(f"{part}_{basis}_wh")]
+    if total.get("co2e_g") is not None:
+        parts.append(f"{total['co2e_g']:.3g} g CO2e {total['co2e_basis']}".rstrip())
+    now = [f"{label} {energy[part]:.0f} W" for part, label in (("gpu_w", "GPUs"), ("cpu_w", "CPUs"))
+           if energy.get(part) is not None]
+    return (", ".join(parts) + f", since {energy['since']}" if parts else "") + (
+        f"; now {', '.join(now)}" if parts and now else "")
+
+
 def status_lines(status: Dict[str, Any]) -> List[str]:
     def shown(value: Any, unit: str) -> str:
         return "unknown" if value is None else f"{value}{unit}"
@@ -6462,6 +6483,8 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))
     rows += [(f"{gpu['vendor']} {gpu['index']}", gpu_line(gpu)) for gpu in status.get("gpus") or ()]
+    energy = energy_line(status.get("energy") or {})
+    rows += [("energy", energy)] if energy else []
     rows += [("problem", problem) for problem in status.get("gpu_problems") or ()]
     return table_lines(rows)
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=7623a904a7d77e434aa24263193a54da825e5b15d4f3841142b81ad0f2d25aea
+  sha256=99b6bd826f003b9500c73a989782ab736efe74826e367126c3d8cb4da7bb2f2c
 }
 
 usage() {
