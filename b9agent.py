@@ -85,7 +85,8 @@ class Exit(enum.IntEnum):
 
 EXIT_MEANINGS = (
     (Exit.OK, "done, or stopped by a signal"),
-    (Exit.USAGE, "usage or configuration: the message names the flag, variable or line"),
+    (Exit.USAGE, "usage or configuration: the message names the flag, variable or line; "
+                 "`doctor`: something here keeps the machine from ready"),
     (Exit.TOKEN_REFUSED, "the gateway refused the token"),
     (Exit.REQUEST_REFUSED, "the gateway refused the request: unknown pool, payload, "
                            "no keepalive route"),
@@ -396,6 +397,16 @@ def _kill(child: Any) -> None:
         pass  # stuck in the kernel, or gone already
 
 
+_RUNNING: List[Any] = []  # the children of run_command() now
+
+
+def end_programs() -> None:
+    """End what threads that nobody waits for have started, so that nothing outlives us."""
+    for child in _RUNNING[:]:
+        if child.poll() is None:
+            _kill(child)
+
+
 def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -> CommandResult:
     """Run a program to its end, its stdout and stderr together; never longer than limit_s.
 
@@ -409,6 +420,7 @@ def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -
             env=dict(clean_environment(), LC_ALL="C"), start_new_session=True)
     except OSError as error:
         return CommandResult(None, "", f"{argv[0]}: {error.strerror}")
+    _RUNNING.append(child)
     until_s = now_s() + limit_s
     output, problem = _read_until(child.stdout.fileno(), until_s, max_bytes)
     child.stdout.close()
@@ -420,6 +432,7 @@ def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -
         _kill(child)
     elif child.returncode < 0:
         problem = f"was ended by signal {-child.returncode}"
+    _RUNNING.remove(child)
     return CommandResult(None if problem else child.returncode, output.decode("utf-8", "replace"),
                          problem and f"{argv[0]} {problem}",
                          child if child.returncode is None else None)
@@ -486,10 +499,10 @@ class _TimedSocket(io.RawIOBase):
 def _http_failure(error: Exception) -> HttpFailure:
     """The kind of an exception from sockets or TLS."""
     detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    ssl = sys.modules.get("ssl")
-    if ssl and isinstance(error, ssl.SSLCertVerificationError):
+    ssl = sys.modules.get("ssl")  # half of it, while another thread imports it
+    if isinstance(error, getattr(ssl, "SSLCertVerificationError", ())):
         return HttpFailure("tls", f"certificate not accepted: {error.verify_message}")
-    if ssl and isinstance(error, ssl.SSLError):
+    if isinstance(error, getattr(ssl, "SSLError", ())):
         return HttpFailure("tls", error.reason or detail)
     if isinstance(error, ConnectionRefusedError):
         return HttpFailure("refused", "connection refused")
@@ -1236,10 +1249,12 @@ Settings = collections.namedtuple("Settings", [row.key for row in SETTINGS])
 
 
 class Loaded(NamedTuple):
-    """origins: key -> "flag --x", "environment X", "FILE:LINE" or "default"."""
+    """origins: key -> "flag --x", "environment X", "FILE:LINE" or "default".  problem: why what was
+    given was left out, in part or whole; only `doctor` goes on then."""
     settings: Any
     origins: Dict[str, str]
     warnings: Tuple[str, ...]
+    problem: Optional[UsageError] = None
 
 
 # -- from flags, variables and the file to values ----------------------
@@ -3272,6 +3287,7 @@ def proxy_for(scheme: str, host: str, setting: Optional[str],
 
 
 _ROUTES = {"register": "machine/register", "keepalive": "machine/keepalive", "health": "health"}
+_PROBES = {"register": b'{"cpu": 1}', "keepalive": b"{}"}  # a wrong type; fields that are missing
 _UNREACHABLE_HINTS = {
     "refused": "Is the gateway running, or the SSH tunnel up? For a tunnel: "
                "ssh -N -L {port}:localhost:31994 USER@GATEWAY",
@@ -3319,6 +3335,8 @@ def parse_http_date(text: str) -> Optional[float]:
     if not match or match.group(2) not in _MONTHS:
         return None
     day, year, hour, minute, second = (int(match.group(part)) for part in (1, 3, 4, 5, 6))
+    if not 1 <= day <= 31 or hour > 23 or minute > 59 or second > 60:
+        return None
     # Days since 1970 in a year that begins in March, so that February's length comes last.
     month = (_MONTHS.index(match.group(2)) - 2) % 12
     year -= month >= 10
@@ -3359,9 +3377,17 @@ class GatewayClient:
             raise self._unwell("it answered 200 without status ok")
 
     def health(self) -> None:
-        reply = self._send("GET", "health", None, KEEPALIVE_LIMIT_S)
+        reply = self._send("GET", "health", None, self._keepalive_limit_s)
         if reply.status != 200 or _json_object(reply.body).get("status") != "ok":
             raise self._unwell(f"its health answer was {reply.status}")
+
+    def probe(self, name: str) -> None:
+        """Whether a route is there and takes the token, by a body that it refuses after both: it
+        changes nothing.  A registration that counts would set a ready machine back."""
+        reply = self._send("POST", name, _PROBES[name], self._keepalive_limit_s)
+        answer = _json_object(reply.body)
+        if reply.status != 400 or not answer:
+            raise self._outcome(name, reply, answer)
 
     def _post(self, name: str, payload: Dict[str, Any], limit_s: float) -> Dict[str, Any]:
         reply = self._send("POST", name, json.dumps(payload).encode(), limit_s)
@@ -6141,6 +6167,603 @@ def service_status(_loaded: Loaded, options: Dict[str, str], say: Callable[[str]
 
 
 # ----------------------------------------------------------------------
+# 20b. Doctor       reads; asks the gateway, k3s and drivers; changes nothing
+# ----------------------------------------------------------------------
+# One table of checks.  Each says what it saw and, where that is not well,
+# the command that mends it.  Every check runs in a thread of its own: one
+# that hangs costs its row and nothing else.  A running agent is not touched,
+# and nothing is sent to the gateway that it would act upon.
+
+DOCTOR_LIMIT_S = 13.0     # all checks together
+_REQUEST_LIMIT_S = 4.0    # each request of a check
+_DRIVER_LIMIT_S = 8.0
+_CLOCK_EARLIEST_S = 1704067200.0  # 2024: a machine that lost its clock's battery stands before it
+_STATE_LOW_BYTES, _STATE_LEAST_BYTES = 1 << 30, 16 << 20
+_MODELS_LOW_BYTES = 20 << 30      # one model of 30 billion parameters, quantised
+_ENGINES = ("ollama", "vllm", "sglang", "llama-server", "mlx_lm.server")
+_PRIVATE_FILES = ("config.yaml", "config.yaml.old", "control.token", "agent.log", "agent.log.1",
+                  "agent.lock", "gateway.db")
+_K3S_CONFIG = "/etc/rancher/k3s/k3s.yaml"
+_K3S = Endpoint("https", "127.0.0.1", 6443)
+
+
+class Finding(NamedTuple):
+    """level: ok, warn or fail; only what keeps the machine from `ready` is a fail.  mend: a command
+    to copy, or what to do.  exit_code: what a fail comes to.  name: of its check."""
+    level: str
+    seen: str
+    mend: str = ""
+    exit_code: Exit = Exit.USAGE
+    name: str = ""
+
+
+class Check(NamedTuple):
+    """late: what it comes to when it does not end in time; OK makes that a warning."""
+    name: str
+    look: Callable[[Loaded], Iterator[Finding]]
+    late: Exit = Exit.OK
+
+
+class NotTried(Exception):
+    """A check that cannot be made, because of something that another one reports."""
+
+
+def finding_of(error: AgentError) -> Finding:
+    unwell = error.exit_code is Exit.UNREACHABLE
+    return Finding("fail", error.what, error.hint, Exit.UNREACHABLE if unwell else Exit.USAGE)
+
+
+def load_what_can_be(flags: Dict[str, str], environ: Dict[str, str],
+                     must_exist: bool = True) -> Loaded:
+    """Settings as far as they can be had: without the file, or without flags and variables as well
+    but for the state folder's.  `problem` says what was wrong."""
+    row = SETTING_BY_KEY["state_dir"]
+    bare = {"config": os.devnull}
+    folder = flags.get(row.key) or environ.get(row.variable)
+    problem = None
+    for some_flags, some_environ in (
+            (flags, environ), ({**flags, **bare}, environ),
+            ({**bare, row.key: folder or row.default}, {}), (bare, {})):
+        try:
+            return load_settings(some_flags, some_environ, must_exist)._replace(problem=problem)
+        except UsageError as error:
+            problem = problem or error
+    raise problem
+
+
+# -- this machine ---------------------------------------------------------
+
+def check_python(_loaded: Loaded) -> Iterator[Finding]:
+    import importlib
+    missing = []
+    for name in ("ssl", "ctypes", "sqlite3"):  # Debian's python3-minimal has none of them
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    seen = f"{sys.version.split()[0]} ({sys.executable})"
+    yield Finding("ok", seen) if not missing else Finding(
+        "warn", f"{seen} lacks {', '.join(missing)}: no https gateway without ssl, less said of "
+        "GPUs without ctypes, no embedded gateway without sqlite3",
+        "sudo apt install libpython3-stdlib")
+
+
+def judge_clock(here_s: float, ahead_s: Optional[float], https: bool) -> Finding:
+    """ahead_s: of the gateway's; None where it did not say."""
+    mend = ("sudo sntp -sS time.apple.com" if sys.platform == "darwin" else
+            "sudo timedatectl set-ntp true")
+    stamp = utc_stamp(here_s)
+    if here_s < _CLOCK_EARLIEST_S:
+        return Finding("fail" if https else "warn", f"{stamp} cannot be: certificates are refused "
+                       "as not valid yet", mend)
+    if ahead_s is None:
+        return Finding("ok", f"{stamp}; the gateway's time is not known")
+    seen = f"{stamp}, {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the gateway's"
+    off = abs(ahead_s) > CLOCK_OFFSET_MAX_S
+    return Finding("warn", seen, mend) if off else Finding("ok", seen)
+
+
+def doctor_client(loaded: Loaded) -> GatewayClient:
+    settings = loaded.settings
+    if loaded.problem is not None and loaded.origins["gateway_host"] == "default":
+        raise NotTried("the configuration, which says where it is, cannot be used")
+    return GatewayClient(gateway_endpoint(settings), settings.token or "-", settings.pool_name,
+                         Log(settings.log_format, "debug" if settings.debug else "error"),
+                         _REQUEST_LIMIT_S)
+
+
+def check_clock(loaded: Loaded) -> Iterator[Finding]:
+    ahead_s = None
+    try:
+        client = doctor_client(loaded)
+        client.health()
+        ahead_s = client.clock_offset_s
+    except (AgentError, NotTried):
+        pass  # the gateway's own row says why
+    yield judge_clock(time.time(), ahead_s, loaded.settings.gateway_scheme == "https")
+
+
+def judge_space(what: str, folder: str, space: BytesPair, low_bytes: int,
+                least_bytes: int) -> Finding:
+    total, free = space
+    if total is None or free is None:
+        return Finding("warn", f"{what}: free space of {folder} is not known")
+    seen = f"{what}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free at {folder}"
+    if free >= low_bytes:
+        return Finding("ok", seen)
+    limit = least_bytes if free < least_bytes else low_bytes
+    return Finding("fail" if free < least_bytes else "warn",
+                   f"{seen}, less than {limit / 2**30:.3g} GiB",
+                   f"du -xhd1 {nearest_folder(folder)} | sort -h   # what takes the space")
+
+
+def check_disk(loaded: Loaded) -> Iterator[Finding]:
+    state = loaded.settings.state_dir
+    yield judge_space("state", state, read_disk(nearest_folder(state)), _STATE_LOW_BYTES,
+                      _STATE_LEAST_BYTES)
+    models = os.environ.get("OLLAMA_MODELS") or os.environ.get("HF_HOME") or "~/.ollama/models"
+    models = os.path.abspath(os.path.expanduser(models))
+    yield judge_space("models", models, read_disk(nearest_folder(models)), _MODELS_LOW_BYTES, 0)
+
+
+def check_host(loaded: Loaded) -> Iterator[Finding]:
+    host, settings = make_host(), loaded.settings
+    capacity, facts = host.capacity(), host.facts()
+    cpu, memory = capacity
+    if cpu is None or memory is None:
+        yield Finding("warn", "its CPUs or its memory cannot be measured: too little is offered",
+                      "b9agent.py run --max-cpu CORES --max-memory SIZE   # and please report this")
+        return
+    place = " in ".join(filter(None, (facts.os_name or sys.platform, facts.container,
+                                      "WSL" if facts.wsl else "")))
+    yield Finding("ok", f"{place}: offers {min(cpu, settings.max_cpu or cpu) / 1000:g} of "
+                  f"{cpu / 1000:g} CPUs, {min(memory, settings.max_memory or memory) / 2**30:.1f} "
+                  f"of {memory / 2**30:.1f} GiB of memory")
+    for key, whole in (("max_cpu", cpu), ("max_memory", memory)):
+        row, cap = SETTING_BY_KEY[key], getattr(settings, key)
+        if cap is not None and cap > whole:
+            yield Finding("warn", f"{row.path} {setting_text(row, cap)} is more than the machine's "
+                          f"{setting_text(row, whole)}, which is what it offers",
+                          f"b9agent.py init {row.flag} {setting_text(row, whole)} -y")
+
+
+# -- GPUs -----------------------------------------------------------------
+
+_GPU_MENDS = (
+    ("does not answer|hangs|time limit", "sudo dmesg | grep -iE 'nvrm|xid|amdgpu'   # then reboot"),
+    ("mismatch", "sudo reboot   # the driver was upgraded, and its old module is still loaded"),
+    (r"lost|fell|\bbus\b|Xid|reset", "sudo reboot   # again lost: power, riser or GPU"),
+)
+
+
+def mend_of_gpu(problem: str) -> str:
+    return next((mend for pattern, mend in _GPU_MENDS if re.search(pattern, problem, re.I)),
+                "nvidia-smi -q   # or the tool of its vendor says more")
+
+
+def process_name(pid: int) -> str:
+    name = (read_text(f"/proc/{pid}/comm", 64) or "").strip()
+    return f"{name}, pid {pid}" if name else f"pid {pid}"
+
+
+def why_not_offered(gpu: Gpu, sample: GpuSample, settings: Any, visible: Optional[str]) -> str:
+    """Which of the settings leaves a GPU out, or ""."""
+    def kept(max_gpus: Optional[int], seen: Optional[str]) -> bool:
+        return gpu in offered_gpus(sample.gpus, sample.vendor, settings.gpu_ids, max_gpus, seen)
+    if not kept(None, None):
+        return ("left out by limits.gpu_ids (--gpu-ids)" if settings.gpu_ids is not None else
+                f"left out: a pool has GPUs of one type, and {sample.vendor}'s come first")
+    if not kept(None, visible):
+        return f"left out by CUDA_VISIBLE_DEVICES={visible}"
+    return "" if kept(settings.max_gpus, visible) else "left out by limits.gpus (--max-gpus)"
+
+
+def why_not_free(gpu: Gpu) -> str:
+    """Why the scheduler is not given a GPU that is offered and well, or ""."""
+    if is_free(gpu):
+        return ""
+    if gpu.processes:
+        return "held by " + "; ".join(process_name(process.pid) for process in gpu.processes[:8])
+    if gpu.memory_total_bytes is None or gpu.memory_used_bytes is None:
+        return "its memory is not known, so it counts as busy"
+    return (f"{gpu.memory_used_bytes / 2**30:.1f} of {gpu.memory_total_bytes / 2**30:.1f} GiB of "
+            "its memory in use")
+
+
+def judge_gpus(sample: GpuSample, settings: Any, visible: Optional[str]) -> Iterator[Finding]:
+    """visible: CUDA_VISIBLE_DEVICES."""
+    offered = offered_gpus(sample.gpus, sample.vendor, settings.gpu_ids, settings.max_gpus, visible)
+    drivers = "; ".join(" ".join(filter(None, (
+        reading.source, reading.driver_version and f"driver {reading.driver_version}",
+        reading.cuda_version and f"CUDA {reading.cuda_version}"))) for reading in sample.readings)
+    if not sample.known:
+        yield Finding("warn", "not known, so none is offered", mend_of_gpu(str(sample.problems)))
+    elif sample.gpus and not offered:
+        yield Finding("warn", f"none of {len(sample.gpus)} offered ({drivers})",
+                      "unset CUDA_VISIBLE_DEVICES   # or mend limits.gpu_ids, limits.gpus")
+    else:
+        yield Finding("ok", f"{len(offered)} of {len(sample.gpus)} offered, "
+                      f"{sum(map(is_free, offered))} free ({drivers})" if sample.gpus else "none")
+    for gpu in sample.gpus:
+        why = why_not_offered(gpu, sample, settings, visible) or why_not_free(gpu)
+        if why and not gpu.problem:
+            yield Finding("ok", f"GPU {gpu.index} ({gpu.name or gpu.vendor}): {why}")
+    for problem in sample.problems:
+        yield Finding("warn", problem, mend_of_gpu(problem))
+    there = {(gpu.vendor, gpu.index) for gpu in sample.gpus}
+    for vendor, index in settings.gpu_ids or ():
+        if sample.known and (vendor or sample.vendor, index) not in there:
+            yield Finding("warn", f"limits.gpu_ids names GPU {index}, which is not there",
+                          "Mend limits.gpu_ids (--gpu-ids)")
+
+
+def read_link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def read_nvidia_pci(root: str = "/sys/bus/pci/devices") -> Dict[str, str]:
+    """{address: driver or ""} of NVIDIA's display controllers, class 0x03.  A container sees the
+    whole machine's."""
+    found = {}
+    for address in sorted(os.listdir(root)) if os.path.isdir(root) else ():
+        folder = os.path.join(root, address)
+        if ((read_text(folder + "/vendor", 16) or "").strip() == "0x10de"
+                and (read_text(folder + "/class", 16) or "").startswith("0x03")):
+            found[address] = os.path.basename(read_link(folder + "/driver"))
+    return found
+
+
+def judge_pci(devices: Dict[str, str], seen: bool) -> Iterator[Finding]:
+    """seen: whether NVIDIA's driver told of a GPU, or of a problem."""
+    for address, driver in devices.items():
+        if driver in ("", "nouveau"):
+            yield Finding("warn", f"an NVIDIA GPU at {address} has "
+                          + (f"the driver {driver}" if driver else "no driver"),
+                          "sudo ubuntu-drivers install && sudo reboot   # elsewhere: "
+                          "https://www.nvidia.com/drivers")
+        elif driver == "nvidia" and not seen:
+            yield Finding("warn", f"the NVIDIA GPU at {address} has its driver, but no tool here "
+                          "shows it", "docker run --gpus all …   # in a container; else install "
+                          "nvidia-smi of the driver's version")
+
+
+def check_gpus(loaded: Loaded) -> Iterator[Finding]:
+    sample, visible = (GpuSampler(make_gpu_sources()).sample(_DRIVER_LIMIT_S),
+                       os.environ.get("CUDA_VISIBLE_DEVICES"))
+    yield from judge_gpus(sample, loaded.settings, visible)
+    yield from judge_pci(read_nvidia_pci(), bool(sample.problems) or any(
+        gpu.vendor == "nvidia" for gpu in sample.gpus))
+
+
+# -- the gateway ----------------------------------------------------------
+
+def check_gateway(loaded: Loaded) -> Iterator[Finding]:
+    """Health, and the routes; the token's row is the next."""
+    client, endpoint = doctor_client(loaded), gateway_endpoint(loaded.settings)
+    way = f", through the proxy {host_port(*endpoint.proxy[:2])}" if endpoint.proxy else ""
+    begun_s = now_s()
+    try:
+        client.health()
+        took_ms = (now_s() - begun_s) * 1000
+        yield Finding("ok", f"{endpoint.url} is well, answered in {took_ms:.0f} ms{way}")
+        if not loaded.settings.token:
+            raise NotTried("its routes are seen with a token only")
+        for route in ("keepalive", "register"):
+            client.probe(route)
+    except TokenRefused as error:
+        raise NotTried("its routes are seen with a good token only") from error
+    except GatewayError as error:
+        yield finding_of(error)
+    else:
+        yield Finding("ok", "it has the routes keepalive and register")
+
+
+def check_token(loaded: Loaded) -> Iterator[Finding]:
+    settings, origin = loaded.settings, loaded.origins["token"]
+    if not settings.token:
+        if loaded.problem is not None:
+            raise NotTried("the configuration cannot be used")
+        yield Finding("fail", "there is none", "b9agent.py init   # asks for it; it comes from: "
+                      f"beta9 machine create --pool {settings.pool_name}")
+        return
+    try:
+        doctor_client(loaded).probe("register")
+        yield Finding("ok", f"accepted; from {origin}")
+    except TokenRefused as error:
+        yield finding_of(error)
+    except GatewayError as error:
+        raise NotTried("the gateway did not judge it") from error
+
+
+def agent_status(loaded: Loaded) -> Dict[str, Any]:
+    """What the running agent says; {} where none runs, or it does not say."""
+    try:
+        return read_agent_status(loaded.settings.state_dir)
+    except AgentError:
+        return {}
+
+
+def check_pool(loaded: Loaded) -> Iterator[Finding]:
+    """Whether a pool exists shows in registering alone, which would set a ready machine back."""
+    status = agent_status(loaded)
+    if status.get("state") == "ready":
+        yield Finding("ok", f"`{status.get('pool')}` has machine {status.get('machine_id')}, ready")
+    elif "has no pool" in str(status.get("message")):
+        yield Finding("fail", f"`{status.get('pool')}` does not exist on the gateway",
+                      "b9agent.py init --pool POOL   # one of the gateway's configuration")
+    elif loaded.problem is not None and loaded.origins["pool_name"] == "default":
+        raise NotTried("the configuration cannot be used")
+    else:
+        yield Finding("ok", f"`{loaded.settings.pool_name}` is looked for at the first "
+                      "registration; `b9agent.py --once` tries it")
+
+
+# -- what runs beside it --------------------------------------------------
+
+def parse_listeners(text: str) -> Dict[int, str]:
+    """{port: inode of the socket} of /proc/net/tcp or tcp6.  Source: proc(5); state 0A listens."""
+    found: Dict[int, str] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) > 9 and words[3] == "0A" and re.search(":[0-9A-F]{4}$", words[1]):
+            found.setdefault(int(words[1][-4:], 16), words[9])
+    return found
+
+
+def port_holder(port: int) -> str:
+    """Who listens on a port, as far as /proc shows it: to root, all; to others, their own."""
+    import glob
+    inode = next((table[port] for table in (parse_listeners(read_text(f"/proc/net/{name}") or "")
+                                            for name in ("tcp", "tcp6")) if port in table), "")
+    path = next((path for path in glob.iglob("/proc/[0-9]*/fd/*" if inode else "")
+                 if read_link(path) == f"socket:[{inode}]"), "")
+    return process_name(int(path.split("/")[2])) if path else "another program"
+
+
+def why_no_listening(host: str, port: int) -> str:
+    """"" where a server could listen there now; it is bound, and let go of at once."""
+    import errno
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        return (f"held by {port_holder(port)}" if error.errno == errno.EADDRINUSE else
+                error.strerror or str(error))
+    return ""
+
+
+def check_ports(loaded: Loaded) -> Iterator[Finding]:
+    host, port = loaded.settings.control_host, loaded.settings.control_port
+    status = agent_status(loaded)
+    why = "" if port == 0 or status else why_no_listening(host, port)
+    if status:
+        yield Finding("ok", f"control API: the agent listens, pid {status.get('pid')}")
+    elif why:
+        yield Finding("warn", f"control API: {host_port(host, port)}: {why}; the machine would be "
+                      "kept alive without it", "b9agent.py run --control-port 0   # a free one")
+    else:
+        yield Finding("ok", f"control API: {host_port(host, port) if port else 'a free one'}")
+    yield Finding("ok", "; ".join(
+        f"{use} {other}: {why_no_listening('127.0.0.1', other) or 'free'}" for use, other in (
+            ("front door", 11434), ("its second choice", 11435), ("embedded gateway", 1994))))
+
+
+def check_engines(_loaded: Loaded) -> Iterator[Finding]:
+    import shutil
+    found = [f"{name} ({path})" for name in _ENGINES for path in [shutil.which(name)] if path]
+    yield Finding("ok", ", ".join(found) or "none yet: " + ", ".join(_ENGINES))
+
+
+def k3s_answers(endpoint: Endpoint, limit_s: float) -> bool:
+    """Its certificate is signed by an authority of its own: that it is refused is an answer too."""
+    try:
+        http_request("GET", endpoint, "/version", {}, None, limit_s)
+        return True
+    except HttpFailure as failure:
+        return failure.kind == "tls"
+
+
+def judge_k3s(installed: bool, answers: bool, token: bool) -> Finding:
+    where = host_port(_K3S.host, _K3S.port)
+    if answers and not token:
+        return Finding("warn", f"answers on {where}, but k3s.token is not set: the gateway cannot "
+                       "start workers on it", "Set k3s.token (BETA9_K3S_TOKEN) to a bearer token "
+                       "that may make jobs in the namespace default")
+    if not answers and (installed or token):
+        return Finding("warn", ("installed" if installed else "k3s.token is set")
+                       + f", but nothing answers on {where}", "sudo systemctl start k3s")
+    return Finding("ok", f"answers on {where}; its token is set" if answers else
+                   "none: this machine runs models, not the gateway's workers")
+
+
+def check_k3s(loaded: Loaded) -> Iterator[Finding]:
+    yield judge_k3s(os.path.exists(_K3S_CONFIG), k3s_answers(_K3S, _REQUEST_LIMIT_S),
+                    bool(loaded.settings.k3s_token))
+
+
+def read_tailnet_address() -> str:
+    """This machine's tailnet IPv4 address as the tailscale program says it, or ""."""
+    for program in ("tailscale", "/Applications/Tailscale.app/Contents/MacOS/Tailscale"):
+        result = run_command([program, "ip", "-4"], 3.0)
+        match = re.match(r"100\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$", result.output.strip())
+        if result.exit_code == 0 and match:
+            return match.group()
+    return ""
+
+
+def check_tailnet(loaded: Loaded) -> Iterator[Finding]:
+    import shutil
+    address, hostname = read_tailnet_address(), loaded.settings.hostname or ""
+    if not address and shutil.which("tailscale"):
+        yield Finding("warn", "tailscale is installed, but this machine has no address",
+                      "sudo tailscale up")
+    elif address and hostname.startswith("100.") and hostname != address:
+        yield Finding("warn", f"{address}, but machine.hostname is {hostname}, which the gateway "
+                      "dials", f"b9agent.py init --hostname {address} -y")
+    else:
+        yield Finding("ok", address or "none: no tailscale here")
+
+
+# -- our files, the agent, the service -------------------------------------
+
+def check_config(loaded: Loaded) -> Iterator[Finding]:
+    if loaded.problem is not None:
+        yield finding_of(loaded.problem)
+    else:
+        path = loaded.settings.config
+        given = sum(1 for origin in loaded.origins.values() if origin != "default")
+        yield Finding("ok", (path if os.path.exists(path) else f"there is no {path}")
+                      + f"; {given} of {len(SETTINGS)} settings are not the default")
+    for warning in loaded.warnings:
+        yield Finding("warn", warning, "b9agent.py init   # keeps it in the config file, 0600")
+
+
+def check_files(loaded: Loaded) -> Iterator[Finding]:
+    folder, clean = loaded.settings.state_dir, True
+    above, user = nearest_folder(folder), os.geteuid()
+    if os.path.lexists(folder) and above != folder or not os.access(above, os.W_OK | os.X_OK):
+        yield Finding("fail", f"{folder} is no folder that this user can write in",
+                      f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {above}")
+        return
+    if above == folder:
+        make_private_folder(folder)  # makes none: it looks at who owns and writes in this one
+    for path in [folder] * (above == folder) + [os.path.join(folder, name)
+                                                for name in _PRIVATE_FILES]:
+        mode = shared_mode(path)
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+            yield Finding("fail", f"{path} is not this user's to use", f"sudo chown {user} {path}")
+            clean = False
+        elif mode is not None:
+            clean = False
+            yield Finding("warn", f"{path} has mode {mode:04o}: others may use it",
+                          f"chmod {700 if path == folder else 600} {path}")
+    if clean:
+        yield Finding("ok", f"{folder}, " + ("with what is in it, is private" if above == folder
+                                             else "not made yet"))
+    kept_machine_id(loaded.settings, keep=False)
+
+
+def check_agent(loaded: Loaded) -> Iterator[Finding]:
+    folder = loaded.settings.state_dir
+    if not agent_holds(folder):
+        yield Finding("ok", f"none runs on {folder}: b9agent.py run")
+        return
+    try:
+        status = read_agent_status(folder)
+    except GatewayUnreachable as error:
+        yield Finding("warn", error.what, error.hint)
+        return
+    state = str(status["state"])
+    seen = (f"b9agent {status['version']}, pid {status['pid']}, {state} for "
+            f"{status.get('state_seconds')} s, {status.get('keepalives')} keepalives")
+    if state not in ("ready", "starting", "registering", "registered"):
+        yield Finding("warn", f"{seen}: {status.get('message')}", "b9agent.py status   # and the "
+                      "rows above")
+    elif status["version"] != VERSION:
+        yield Finding("warn", f"{seen}; this is {VERSION}", "b9agent.py service install   # or "
+                      "restart what runs it")
+    else:
+        yield Finding("ok", seen)
+
+
+def check_service(loaded: Loaded) -> Iterator[Finding]:
+    place = find_place({})
+    if not place.definition or not os.path.exists(place.definition):
+        yield Finding("ok", "not installed: b9agent.py service install")
+        return
+    manager = MANAGERS[place.manager](place)
+    process = manager.process()
+    seen = f"{place.definition}, state folder {place.state}"
+    if process.pid == 0:
+        ended = "" if process.ended is None else f", ended with exit code {process.ended}"
+        sudo = "sudo " if place.scope == "system" else ""
+        start = sudo + " ".join(manager.restart_call) + "   # its log: " if manager.restart_call \
+            else ""
+        yield Finding("warn", f"{seen}: not running{ended}", start + manager.logs)
+    else:
+        yield Finding("ok", f"{seen}: running, pid {process.pid or 'unknown'}")
+
+
+# -- all of them ----------------------------------------------------------
+
+CHECKS = (
+    Check("python", check_python),
+    Check("clock", check_clock),
+    Check("disk", check_disk, Exit.USAGE),
+    Check("host", check_host),
+    Check("gpus", check_gpus),
+    Check("gateway", check_gateway, Exit.UNREACHABLE),
+    Check("token", check_token),
+    Check("pool", check_pool),
+    Check("ports", check_ports),
+    Check("engines", check_engines),
+    Check("k3s", check_k3s),
+    Check("tailnet", check_tailnet),
+    Check("config", check_config, Exit.USAGE),
+    Check("files", check_files, Exit.USAGE),
+    Check("agent", check_agent),
+    Check("service", check_service),
+)
+
+
+def _look(check: Check, loaded: Loaded, found: List[Finding]) -> None:
+    """Append what a check sees, whatever happens in it."""
+    try:
+        for finding in check.look(loaded):
+            found.append(finding)
+    except NotTried as reason:
+        found.append(Finding("warn", f"not tried: {reason}"))
+    except AgentError as error:
+        found.append(finding_of(error))
+    except Exception as error:
+        found.append(Finding("fail", f"defect: {type(error).__name__}: {error} (at "
+                             f"{defect_place(error)}, version {VERSION})", "Please report this"))
+
+
+def run_checks(checks: Sequence[Check], loaded: Loaded, limit_s: float) -> List[Finding]:
+    """All findings in the order of the checks, within limit_s, and without a secret in them."""
+    until_s = now_s() + limit_s
+    found: List[List[Finding]] = [[] for _ in checks]
+    threads = [threading.Thread(target=_look, args=(check, loaded, rows), daemon=True,
+                                name=f"check-{check.name}") for check, rows in zip(checks, found)]
+    for thread in threads:
+        thread.start()
+    result = []
+    for check, thread, rows in zip(checks, threads, found):
+        thread.join(max(0.0, until_s - now_s()))
+        late = [] if not thread.is_alive() else [Finding(
+            "fail" if check.late else "warn", f"did not end within {limit_s:g} s",
+            "b9agent.py doctor --debug   # shows more", check.late)]
+        result += [finding._replace(
+            name=check.name, seen=printable(REDACTOR.scrub(finding.seen)),
+            mend=printable(REDACTOR.scrub(finding.mend))) for finding in rows[:] + late]
+    return result
+
+
+def doctor_exit(findings: Sequence[Finding]) -> Exit:
+    """What is to be mended here comes before a gateway that may come back by itself."""
+    codes = {finding.exit_code for finding in findings if finding.level == "fail"}
+    return Exit.OK if not codes else Exit.USAGE if Exit.USAGE in codes else Exit.UNREACHABLE
+
+
+def doctor_lines(findings: Sequence[Finding]) -> List[str]:
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level:<5} {finding.name:<8} {finding.seen}")
+        if finding.mend:
+            lines.append(f"{'':<14} mend: {finding.mend}")
+    warnings, fails = (sum(1 for finding in findings if finding.level == level)
+                       for level in ("warn", "fail"))
+    return lines + ["", ("this machine cannot be ready" if fails else
+                         "nothing keeps this machine from ready")
+                    + f": {len(findings)} findings, {warnings} warn, {fails} fail"]
+
+
+# ----------------------------------------------------------------------
 # 21. Commands                                         stdout, exit code
 # ----------------------------------------------------------------------
 # One row a command; help, parsing and the README's list come from the rows.
@@ -6324,16 +6947,6 @@ def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
         hostname = ask("Hostname that the gateway can dial", settings.hostname or tailnet or
                        f"machine-{wanted['machine_id']}")
         wanted["hostname"] = hostname
-
-
-def read_tailnet_address() -> str:
-    """This machine's tailnet IPv4 address as the tailscale program says it, or ""."""
-    for program in ("tailscale", "/Applications/Tailscale.app/Contents/MacOS/Tailscale"):
-        result = run_command([program, "ip", "-4"], 3.0)
-        match = re.match(r"100\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$", result.output.strip())
-        if result.exit_code == 0 and match:
-            return match.group()
-    return ""
 
 
 def report_health(loaded: Loaded) -> None:
@@ -6536,6 +7149,22 @@ def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
                     Exit.UNREACHABLE)
 
 
+# -- doctor -------------------------------------------------------------
+
+def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
+    """What keeps this machine from `ready`, and what mends it."""
+    findings = run_checks(CHECKS, loaded, DOCTOR_LIMIT_S)
+    if "json" in options:
+        levels = [finding.level for finding in findings]
+        say_json({"version": VERSION, "exit_code": doctor_exit(findings),
+                  "overall": next((level for level in ("fail", "warn") if level in levels), "ok"),
+                  "checks": [{"name": finding.name, "level": finding.level, "seen": finding.seen,
+                              "mend": finding.mend} for finding in findings]})
+    else:
+        say("\n".join(doctor_lines(findings)))
+    return doctor_exit(findings)
+
+
 # -- gateway, machine, demo ---------------------------------------------
 
 DB_OPTION = Option("--db", "PATH", "its database; default gateway.db in the state folder")
@@ -6714,6 +7343,8 @@ COMMANDS = (
         ("state_dir",), "ask the running agent"),
     Command("metrics", command_metrics, (), ("state_dir",),
             "the running agent's metrics, as Prometheus reads them"),
+    Command("doctor", command_doctor, (_JSON,), (),
+            "what keeps this machine from being ready, and what mends it; changes nothing"),
     Command("demo", command_demo, (
         Option("--once", "", "end by itself after two keepalives"),), ("debug",),
         "a gateway and an agent on this machine, to look at"),
@@ -6793,8 +7424,9 @@ def run_command_line(argv: Sequence[str]) -> int:
                 token_file = read_config(watched[0]).get("token_file")
                 watched = watched[:1] + ([token_file.text] if token_file else [])
                 before = before[:1] + file_stamps(watched[1:])
-            loaded = load_settings(arguments.flags, dict(os.environ),
-                                   must_exist=command.run is not command_init)
+            load = load_what_can_be if command.run is command_doctor else load_settings
+            loaded = load(arguments.flags, dict(os.environ),
+                          must_exist=command.run is not command_init)
             return command.run(loaded, arguments.options)
         except AgentError as error:
             if not patient or error.exit_code not in PERMANENT_EXITS:
@@ -6845,6 +7477,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return exit_code_of(argv)
     finally:
+        end_programs()
         settle_streams()
 
 

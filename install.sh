@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=99b6bd826f003b9500c73a989782ab736efe74826e367126c3d8cb4da7bb2f2c
+  sha256=5de0929e97b27dbaffdc20cb845a2fba646f753d3de7285cee3765293d40c5d3
 }
 
 usage() {

@@ -17,6 +17,7 @@ import ssl
 import struct
 import threading
 import time
+from email.utils import formatdate
 
 TOKEN = "hostile-Machine_token-0123456789abcdefXYZ"
 
@@ -125,6 +126,11 @@ def keepalive_problems(body):
     return found
 
 
+# What `doctor` sends to see whether a route is there: the gateway refuses it and changes nothing.
+PROBES = {"keepalive": (b"{}", "machine_id and pool_name are required"),
+          "register": (b'{"cpu": 1}', "Invalid payload")}
+
+
 class Request:
     """at: time.monotonic() when it was complete.  body: decoded, None where it was not JSON.
     problems: what a strict gateway would object to, the token apart."""
@@ -134,7 +140,7 @@ class Request:
         self.method, self.path, self.headers, self.raw = method, path, headers, raw
         self.name = path.rpartition("/")[2]
         self.authorized = self.values("authorization") == ["Bearer " + token]
-        self.body, self.problems = None, []
+        self.body, self.problems, self.is_probe = None, [], False
         self.answered = ""  # "ok", or the name of the fault
         self._judge()
 
@@ -163,6 +169,9 @@ class Request:
             self.body = decode_json(self.raw)
         except (ValueError, RecursionError) as error:
             return say("the body is not JSON: %s" % error)
+        self.is_probe = self.raw == PROBES[self.name][0]
+        if self.is_probe:
+            return
         check = register_problems if self.name == "register" else keepalive_problems
         self.problems += check(self.body)
 
@@ -489,7 +498,7 @@ class HostileGateway(Listener):
 
     requests: all that came, in order.  forget(): every machine's time to live runs out.
     violations: what a strict gateway would have objected to.  Setting `fault` lets go of those who
-    hang.  elsewhere: where redirects lead.
+    hang.  elsewhere: where redirects lead.  clock_ahead_s: of its Date header; None sends none.
     """
 
     def __init__(self, token=TOKEN, port=0, context=None):
@@ -499,6 +508,7 @@ class HostileGateway(Listener):
         self.machines = {}  # machine id -> "registered" or "ready"
         self.released = threading.Event()
         self.poured = 0
+        self.clock_ahead_s = None
         self.elsewhere = Elsewhere()
         self._fault = None
         self._changed = threading.Condition()
@@ -552,7 +562,7 @@ class HostileGateway(Listener):
         fault = self._fault(request) if callable(self._fault) else self._fault
         act = FAULTS[fault].act if fault else None
         request.answered = fault or "ok"
-        reply = b"" if act else self._behave(request)
+        reply = b"" if act else self._dated(self._behave(request))
         with self._changed:
             self.requests.append(request)
             self.violations += ["%s: %s" % (request.name, text) for text in request.problems]
@@ -564,6 +574,12 @@ class HostileGateway(Listener):
         if fault != "reset":
             link.shutdown(socket.SHUT_WR)
 
+    def _dated(self, reply):
+        if self.clock_ahead_s is None:
+            return reply
+        date = formatdate(time.time() + self.clock_ahead_s, usegmt=True)
+        return reply.replace(b"\r\n", b"\r\nDate: %s\r\n" % date.encode(), 1)
+
     def _behave(self, request):
         """What the real gateway answers."""
         if request.name == "health":
@@ -571,6 +587,9 @@ class HostileGateway(Listener):
         if not request.authorized:
             request.answered = "unauthorized"
             return message(401, "Unauthorized")
+        if request.is_probe and not request.problems:
+            request.answered = "probe"
+            return message(400, PROBES[request.name][1])
         if not isinstance(request.body, dict) or request.problems:
             request.answered = "invalid_payload"
             return message(400, "Invalid payload")
