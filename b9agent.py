@@ -2427,7 +2427,7 @@ NVML_MEMORY = (
                vital=True),
     NvmlFigure("nvmlDeviceGetMemoryInfo", "QQQ", ("memory_total_bytes", "", "memory_used_bytes"),
                vital=True))
-NVML_FIGURES = NVML_MEMORY + (
+NVML_FIGURES = (NvmlFigure("nvmlDeviceGetMigMode", "I", ("mig_enabled",)),) + NVML_MEMORY + (
     NvmlFigure("nvmlDeviceGetUtilizationRates", "II", ("utilization_pct", ""), 1.0, vital=True),
     NvmlFigure("nvmlDeviceGetTemperature", "I", ("temperature_c",), 1.0, (0,), vital=True),
     NvmlFigure("nvmlDeviceGetTemperatureV", "IIi", ("", "", "temperature_c"), 1.0,
@@ -2451,7 +2451,7 @@ _NOT_SUPPORTED, _TOO_SMALL, _NOT_LOADED, _NO_SYMBOL, _MISMATCH = 3, 7, 9, 13, 18
 _LOST, _NEEDS_RESET, _UNKNOWN_ERROR = 15, 16, 999
 _REFUSALS = (_NOT_SUPPORTED, _NO_SYMBOL, 25, 26)
 _SICK = (_LOST, _NEEDS_RESET, _UNKNOWN_ERROR)
-NVML_REOPEN_S = 600.0
+NVML_REOPEN_S = 3600.0  # it may cost seconds for each GPU
 
 _GPU_PROBLEMS = {
     4: "this user may not open it (NVML: no permission): look at the rights of /dev/nvidia*",
@@ -2490,9 +2490,10 @@ def processes_of(rows: Iterable[Tuple[int, Optional[int]]]) -> Tuple[GpuProcess,
     found: Dict[int, Optional[int]] = {}
     for pid, memory in rows:
         before = found.get(pid, 0)
-        # 2^64-1: Windows keeps the books.
-        known = before is not None and memory is not None and 0 <= memory <= 1 << 50
-        found[pid] = before + memory if known else None  # type: ignore
+        if before is None or memory is None or not 0 <= memory <= 1 << 50:
+            found[pid] = None  # 2^64-1: Windows keeps the books
+        else:
+            found[pid] = before + memory
     return tuple(GpuProcess(pid, found[pid]) for pid in sorted(found))
 
 
@@ -2553,11 +2554,12 @@ class NvmlLibrary:
     """The door to libnvidia-ml.  Raises: OSError where it cannot be opened."""
 
     def __init__(self, path: str) -> None:
-        import ctypes  # 10 ms that a machine without NVIDIA's driver never pays
+        import ctypes  # 3 ms that a machine without NVIDIA's driver never pays
         import struct
         self._ctypes, self._struct = ctypes, struct
         self._library = ctypes.CDLL(path)
         self._functions: Dict[str, Any] = {}
+        self._results: Dict[str, Tuple[Any, Any]] = {}
 
     def has(self, symbol: str) -> bool:
         return hasattr(self._library, symbol)
@@ -2575,14 +2577,22 @@ class NvmlLibrary:
 
     def ask(self, symbol: str, layout: str, *arguments: Any, version: int = 0) -> Tuple[Any, ...]:
         """The members of the result, whose address goes last.  Raises: NvmlError."""
-        size = self._struct.calcsize(layout)
-        result = self._ctypes.create_string_buffer(size)
+        shape, result = self._results.get(layout) or self._result(layout)
         if version:
             self._struct.pack_into("I", result, 0, version)
-        code = self.call(symbol, *arguments, result)
+        if symbol == "nvmlDeviceGetMigMode":  # and the mode after the next reset
+            code = self.call(symbol, *arguments, result, self._result("I")[1])
+        else:
+            code = self.call(symbol, *arguments, result)
         if code:
             raise NvmlError(code)
-        return self._struct.unpack(layout, result.raw)
+        return shape.unpack_from(result)
+
+    def _result(self, layout: str) -> Tuple[Any, Any]:
+        """Room for a result, used again each time."""
+        shape = self._struct.Struct(layout)
+        self._results[layout] = shape, self._ctypes.create_string_buffer(shape.size)
+        return self._results[layout]
 
     def text(self, symbol: str, *arguments: Any) -> str:
         """A text, or "" where the library has none to give."""
@@ -2591,15 +2601,6 @@ class NvmlLibrary:
         if code in _SICK:
             raise NvmlError(code)
         return "" if code else printable(buffer.value.decode("utf-8", "replace"))
-
-    def mig_mode(self, device: int) -> int:
-        """1 where it is on.  Raises: NvmlError."""
-        modes = self._ctypes.create_string_buffer(8)
-        code = self.call("nvmlDeviceGetMigMode", device, modes,
-                         self._ctypes.addressof(modes) + 4)
-        if code:
-            raise NvmlError(code)
-        return self._struct.unpack("II", modes.raw)[0]
 
     def rows(self, symbol: str, layout: str, device: int) -> List[Tuple[Any, ...]]:
         """An array whose length the library says, and may outgrow before it is asked again."""
@@ -2647,12 +2648,11 @@ class Nvml:
         except NvmlError as error:
             self.init_code = error.code
             return self._unopened(error.code)
-        folder = f"{self._root}/proc/driver/nvidia/gpus"
-        buses = read_folder(folder)
+        buses = read_folder(f"{self._root}/proc/driver/nvidia/gpus")
         gpus = tuple(self._read_gpu(index, buses) for index in range(self._count or 0))
         listed = {gpu.bus_id for gpu in gpus}
         hidden = [hidden_gpu_problem(bus_id, self._information(bus_id)) for bus_id in buses
-                  if bus_id not in listed and self._is_ours(bus_id)]
+                  if not listed & {bus_id, ""} and self._is_ours(bus_id)]
         return GpuReading("nvml", gpus, *self._versions, "; ".join(hidden))
 
     def _open(self) -> None:
@@ -2712,8 +2712,9 @@ class Nvml:
             gpu = self._measure(device)
         except NvmlError as error:
             return self._sick(last, error.code)
-        self._last[index] = device.known._replace(
-            memory_total_bytes=gpu.memory_total_bytes, mig_enabled=gpu.mig_enabled)
+        if not gpu.problem:
+            self._last[index] = device.known._replace(
+                memory_total_bytes=gpu.memory_total_bytes, mig_enabled=gpu.mig_enabled)
         return gpu
 
     def _guess(self, index: int, buses: Sequence[str]) -> Gpu:
@@ -2748,18 +2749,18 @@ class Nvml:
         return device
 
     def _measure(self, device: _NvmlDevice) -> Gpu:
-        known, mig = device.known, self._mig_mode(device)
-        before = self._last.get(known.index, known).mig_enabled
-        if mig != before:
-            device.refused.clear()  # a sliced GPU refuses other figures than a whole one
         found, code = self._figures(device.handle, device.refused, NVML_FIGURES)
-        gpu = known._replace(mig_enabled=mig, **possible(found))
+        mig = None if found.get("mig_enabled") is None else found["mig_enabled"] == 1
+        gpu = device.known._replace(**dict(possible(found), mig_enabled=mig))
         if code:
             return self._sick(gpu, code)
+        if mig != self._last.get(gpu.index, gpu).mig_enabled:
+            device.refused.clear()  # a sliced GPU refuses other figures than a whole one
         slices = list(self._slices(device)) if mig else []
         processes = self._processes([device.handle] + [handle for handle, _ in slices])
         gpu = gpu._replace(mig_instances=tuple(part for _, part in slices), processes=processes)
-        shares = device.refused.get(NVML_MEMORY[-1][:1]) == _NOT_SUPPORTED
+        shares = ("memory_total_bytes" not in found
+                  and device.refused.get((NVML_MEMORY[-1].symbol,)) == _NOT_SUPPORTED)
         return with_host_memory(gpu, self._root) if shares else gpu
 
     def _figures(self, handle: int, refused: Dict[Any, int], rows: Sequence[NvmlFigure]
@@ -2784,18 +2785,6 @@ class Nvml:
                          for field, value in zip(row.fields, members) if field)
         return found, 0
 
-    def _mig_mode(self, device: _NvmlDevice) -> Optional[bool]:
-        if "mig" in device.refused:
-            return None
-        try:
-            return self._library.mig_mode(device.handle) == 1
-        except NvmlError as error:
-            if error.code in (_LOST, _NEEDS_RESET):
-                raise
-            if error.code in _REFUSALS:
-                device.refused["mig"] = error.code
-            return None
-
     def _slices(self, device: _NvmlDevice) -> Iterator[Tuple[int, MigInstance]]:
         """(handle, slice): the slots have holes."""
         ask, text = self._library.ask, self._library.text
@@ -2819,8 +2808,8 @@ class Nvml:
         lists = [self._process_list(handle) for handle in handles]
         if lists[0] is None and (len(lists) == 1 or None in lists[1:]):
             return None
-        found = {one.pid: one for one in processes_of(row for rows in lists[1:] for row in rows or ())
-                 + processes_of(lists[0] or ())}
+        sliced = processes_of(row for rows in lists[1:] for row in rows or ())
+        found = {one.pid: one for one in sliced + processes_of(lists[0] or ())}
         return tuple(found[pid] for pid in sorted(found))
 
     def _process_list(self, handle: int) -> Optional[List[Tuple[int, int]]]:

@@ -312,7 +312,6 @@ def test_recorded_information_of_the_kernels_driver(name, expected):
     assert {key: found.get(key) for key in expected} == expected
 
 
-# Symbols that a recorded library lacks, and that another row of ours makes up for: none.
 @pytest.mark.parametrize("name", ["h100", "rtx2080s-610"])
 def test_every_function_that_is_called_is_in_the_recorded_libraries(name):
     exported = set(recording("nvml-symbols_{}.txt".format(name)).split())
@@ -321,7 +320,8 @@ def test_every_function_that_is_called_is_in_the_recorded_libraries(name):
 
 def test_every_figure_is_in_the_list_of_calls_with_its_arguments():
     for row in b9agent.NVML_FIGURES:
-        assert b9agent.NVML_CALLS[row.symbol] == "p" + "u" * len(row.arguments) + "p"
+        assert b9agent.NVML_CALLS[row.symbol] == "p" + "u" * len(row.arguments) + (
+            "pp" if row.fields == ("mig_enabled",) else "p")
         assert set(row.fields) - {""} <= set(Gpu._fields)
     assert {symbol for symbol, _ in b9agent.NVML_PROCESSES} <= set(b9agent.NVML_CALLS)
 
@@ -620,7 +620,7 @@ def test_the_processes_of_a_sliced_gpu_are_those_of_its_slices_where_it_does_not
 
 def test_a_gpu_that_is_sliced_while_the_session_lasts_and_whole_again(fake):
     assert [fake.read(text).gpus[1].utilization_pct
-            for text in ("mig=9", "mig=1", "mig=9", "mig=9")] == [10.0, None, 10.0, 10.0]
+            for text in ("mig=9", "mig=1", "mig=1", "mig=9", "mig=9")] == [10.0, None, None, None, 10.0]
 
 
 def test_a_machine_without_gpus(fake):
@@ -737,6 +737,37 @@ def test_gpus_that_only_the_kernel_knows_are_a_problem(fake):
         "GPU 0000:47:00.0: the driver could not start it: see dmesg for NVRM",
         "GPU 0000:48:00.0: it is excluded (NVreg_ExcludedGpus), or the driver took it out as broken",
         "GPU 0000:49:00.0: the driver knows it, but NVML does not list it: see dmesg"]
+
+
+def test_no_gpu_is_called_hidden_where_nvml_does_not_say_where_its_gpus_are(fake):
+    fake.kernel_knows("0000:0a:00.0", 0, uuid_of(0))
+    fake.kernel_knows("0000:0b:00.0", 1, uuid_of(1))
+    reading = fake.read("count=1 fail=nvmlDeviceGetPciInfo_v3:*:13")
+    assert (reading.gpus[0].bus_id, reading.problem) == ("", "")
+
+
+def test_whatever_fails_the_other_gpus_are_unharmed(fake):
+    hypothesis = pytest.importorskip("hypothesis")
+    strategies = hypothesis.strategies
+    failure = strategies.tuples(
+        strategies.sampled_from(sorted(name for name in b9agent.NVML_CALLS if "Device" in name
+                                       and "Count" not in name) + ["*"]),
+        strategies.sampled_from([1, 2, 3, 4, 6, 7, 10, 13, 15, 16, 25, 26, 27, 999, -1, 2147483647]))
+
+    @hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(strategies.lists(failure, min_size=1, max_size=5), strategies.booleans())
+    def check(failures, later):
+        fake.now_s += 10 * b9agent.NVML_REOPEN_S  # what failed before is asked again
+        if later:
+            fake.read("count=3 mig=1")
+        reading = fake.read("count=3 mig=1 " + " ".join(
+            "fail=%s:1:%d" % one for one in failures))
+        whole_ones = [reading.gpus[0], reading.gpus[2]]
+        assert [one._replace(mig_enabled=None) for one in whole_ones] == [whole(0), whole(2)]
+        if dict(failures).get("*") in (4, 15, 16, 999):
+            assert not b9agent.is_free(reading.gpus[1])
+
+    check()
 
 
 # ---------------------------------------------------------------- which way
