@@ -2534,12 +2534,14 @@ def hidden_gpu_problem(bus_id: str, information: Dict[str, str]) -> str:
 
 
 def has_nvidia_hardware(root: str) -> bool:
-    """Whether an NVIDIA display controller is on the PCI bus; True where there is no telling."""
+    """Whether there is an NVIDIA GPU for a driver to load for: on the PCI bus, in a Jetson, or
+    behind Windows.  True where there is no telling."""
     folder = f"{root}/sys/bus/pci/devices"
     found = [[read_text(f"{folder}/{device}/{name}", 64) or "" for name in ("vendor", "class")]
              for device in read_folder(folder)]
-    return not found or any(vendor.startswith("0x10de") and kind.startswith("0x03")
-                            for vendor, kind in found)
+    other = any(os.path.exists(f"{root}/dev/{name}") for name in ("nvhost-gpu", "dxg"))
+    return other or not found or any(vendor.startswith("0x10de") and kind.startswith("0x03")
+                                     for vendor, kind in found)
 
 
 class NvmlError(Exception):
@@ -2587,6 +2589,13 @@ class NvmlLibrary:
         if code:
             raise NvmlError(code)
         return shape.unpack_from(result)
+
+    def ask_or_none(self, symbol: str, layout: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
+        """For what is nice to know: a sick GPU shows in its figures."""
+        try:
+            return self.ask(symbol, layout, *arguments)
+        except NvmlError:
+            return None
 
     def _result(self, layout: str) -> Tuple[Any, Any]:
         """Room for a result, used again each time."""
@@ -2668,7 +2677,9 @@ class Nvml:
             raise NvmlError(code)
         try:
             count = min(ask("nvmlDeviceGetCount_v2", "I")[0], 256)
-            self._versions = self._library.text("nvmlSystemGetDriverVersion"), self._cuda_version()
+            cuda, = self._library.ask_or_none("nvmlSystemGetCudaDriverVersion_v2", "i") or (0,)
+            self._versions = (self._library.text("nvmlSystemGetDriverVersion"),
+                              f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda > 0 else "")
         except NvmlError:
             self._library.call("nvmlShutdown")
             raise
@@ -2683,13 +2694,6 @@ class Nvml:
         # Images for GPU machines have NVIDIA's library on machines without a GPU as well.
         none = code == _NOT_LOADED and not has_nvidia_hardware(self._root)
         return GpuReading("nvml", ()) if none else GpuReading("nvml", None, problem=problem)
-
-    def _cuda_version(self) -> str:
-        try:
-            version, = self._library.ask("nvmlSystemGetCudaDriverVersion_v2", "i")
-        except NvmlError:
-            return ""
-        return f"{version // 1000}.{version % 1000 // 10}" if version > 0 else ""
 
     def _information(self, bus_id: str) -> Dict[str, str]:
         return parse_gpu_information(
@@ -2738,13 +2742,9 @@ class Nvml:
             handle, = self._library.ask("nvmlDeviceGetHandleByIndex_v2", "P", index)
             known = Gpu(index, "nvidia", self._library.text("nvmlDeviceGetUUID", handle),
                         self._library.text("nvmlDeviceGetName", handle), last.bus_id)
-            try:
-                _, domain, bus, number, *_ = self._library.ask("nvmlDeviceGetPciInfo_v3",
-                                                               "16s5I32s", handle)
-                known = known._replace(bus_id=f"{domain:04x}:{bus:02x}:{number:02x}.0")
-            except NvmlError as error:
-                if error.code in _SICK:
-                    raise
+            pci = self._library.ask_or_none("nvmlDeviceGetPciInfo_v3", "16s5I32s", handle)
+            if pci is not None:
+                known = known._replace(bus_id="{:04x}:{:02x}:{:02x}.0".format(*pci[1:4]))
             device = self._devices[index] = _NvmlDevice(handle, known, {})
         return device
 

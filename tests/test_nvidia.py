@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -640,6 +639,10 @@ def test_a_library_without_a_gpu_on_the_bus_is_a_machine_without_gpus(fake):
     fake.file("sys/bus/pci/devices/0000:00:1f.0/vendor", "0x8086\n")
     fake.file("sys/bus/pci/devices/0000:00:1f.0/class", "0x030000\n")
     assert fake.read("init=9") == GpuReading("nvml", ())
+    for node in ("dev/dxg", "dev/nvhost-gpu"):  # WSL2, Jetson
+        fake.file(node, "")
+        assert fake.read("init=9").gpus is None
+        (fake.root / node).unlink()
     fake.file("sys/bus/pci/devices/0000:01:00.0/vendor", "0x10de\n")
     fake.file("sys/bus/pci/devices/0000:01:00.0/class", "0x030200\n")
     assert fake.read("init=9").gpus is None
@@ -768,6 +771,11 @@ def test_whatever_fails_the_other_gpus_are_unharmed(fake):
             assert not b9agent.is_free(reading.gpus[1])
 
     check()
+
+
+def test_a_version_that_is_not_told_costs_nothing_else(fake):
+    reading = fake.read("count=2 fail=nvmlSystemGetCudaDriverVersion_v2:-1:999")
+    assert (reading.cuda_version, list(reading.gpus)) == ("", [whole(0), whole(1)])
 
 
 # ---------------------------------------------------------------- which way
