@@ -2619,7 +2619,7 @@ class NvmlLibrary:
             code = self.call(symbol, device, place, array)
             if code != _TOO_SMALL:
                 break
-            count.value = min(count.value, 65536) * 2 + 5
+            count.value = min(count.value, 4096) * 2 + 5
             room, array = count.value, self._ctypes.create_string_buffer(count.value * size)
         if code:
             raise NvmlError(code)
@@ -2676,7 +2676,7 @@ class Nvml:
         if code:
             raise NvmlError(code)
         try:
-            count = min(ask("nvmlDeviceGetCount_v2", "I")[0], 256)
+            count = min(ask("nvmlDeviceGetCount_v2", "I")[0], 64)
             cuda, = self._library.ask_or_none("nvmlSystemGetCudaDriverVersion_v2", "i") or (0,)
             self._versions = (self._library.text("nvmlSystemGetDriverVersion"),
                               f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda > 0 else "")
@@ -2789,7 +2789,7 @@ class Nvml:
         """(handle, slice): the slots have holes."""
         ask, text = self._library.ask, self._library.text
         try:
-            slots = min(ask("nvmlDeviceGetMaxMigDeviceCount", "I", device.handle)[0], 64)
+            slots = min(ask("nvmlDeviceGetMaxMigDeviceCount", "I", device.handle)[0], 16)
         except NvmlError:
             return
         for slot in range(slots):
