@@ -2643,38 +2643,559 @@ def is_free(gpu: Gpu, idle_pids: Iterable[int] = ()) -> bool:
 
 
 # ----------------------------------------------------------------------
-# 6b. GPUs: NVIDIA                                         runs nvidia-smi
+# 6b. GPUs: NVIDIA    loads libnvidia-ml.so.1; where there is none, runs nvidia-smi
 # ----------------------------------------------------------------------
+# NVML is the library behind nvidia-smi (nvml.h).  One session with it stays
+# open: without the persistence daemon every new one starts all GPUs, which
+# takes seconds.  Each figure is asked for by itself, for a driver refuses
+# those that a GPU does not have, and a GPU off the bus spoils no other.
 
-NVIDIA_SMI_ARGUMENTS = ("--query-gpu=index,uuid,name,memory.total,memory.used,utilization.gpu",
-                        "--format=csv,noheader,nounits")
+# What is called, and the shape of its arguments: p a pointer or a device, u an unsigned int.
+NVML_CALLS = {
+    "nvmlInit_v2": "", "nvmlShutdown": "", "nvmlSystemGetDriverVersion": "pu",
+    "nvmlSystemGetCudaDriverVersion_v2": "p", "nvmlDeviceGetCount_v2": "p",
+    "nvmlDeviceGetHandleByIndex_v2": "up", "nvmlDeviceGetName": "ppu", "nvmlDeviceGetUUID": "ppu",
+    "nvmlDeviceGetPciInfo_v3": "pp", "nvmlDeviceGetMigMode": "ppp",
+    "nvmlDeviceGetMaxMigDeviceCount": "pp", "nvmlDeviceGetMigDeviceHandleByIndex": "pup",
+    "nvmlDeviceGetMemoryInfo_v2": "pp", "nvmlDeviceGetMemoryInfo": "pp",
+    "nvmlDeviceGetUtilizationRates": "pp", "nvmlDeviceGetTemperature": "pup",
+    "nvmlDeviceGetTemperatureV": "pp", "nvmlDeviceGetPowerUsage": "pp",
+    "nvmlDeviceGetEnforcedPowerLimit": "pp", "nvmlDeviceGetTotalEnergyConsumption": "pp",
+    "nvmlDeviceGetFanSpeed": "pp", "nvmlDeviceGetClockInfo": "pup",
+    "nvmlDeviceGetTotalEccErrors": "puup", "nvmlDeviceGetComputeRunningProcesses_v3": "ppp",
+    "nvmlDeviceGetComputeRunningProcesses_v2": "ppp",
+    "nvmlDeviceGetComputeRunningProcesses": "ppp"}
 
 
-def _smi_name(word: str) -> str:
+class NvmlFigure(NamedTuple):
+    """A call, what goes between the device and the result, and the result.
+
+    layout: of the result, as in the module struct; fields: of Gpu, one for each of its members.
+    scale: to the field's unit; None for an integer.  version: the word that the result begins with.
+    vital: every healthy GPU answers, or says that it does not have it.
+    """
+    symbol: str
+    layout: str
+    fields: Tuple[str, ...]
+    scale: Optional[float] = None
+    arguments: Tuple[int, ...] = ()
+    version: int = 0
+    vital: bool = False
+
+
+# Two rows with the same fields: the second is for drivers that refuse the first.
+NVML_MEMORY = (
+    NvmlFigure("nvmlDeviceGetMemoryInfo_v2", "IQQQQ",
+               ("", "memory_total_bytes", "", "", "memory_used_bytes"), version=0x02000028,
+               vital=True),
+    NvmlFigure("nvmlDeviceGetMemoryInfo", "QQQ", ("memory_total_bytes", "", "memory_used_bytes"),
+               vital=True))
+NVML_FIGURES = (NvmlFigure("nvmlDeviceGetMigMode", "I", ("mig_enabled",)),) + NVML_MEMORY + (
+    NvmlFigure("nvmlDeviceGetUtilizationRates", "II", ("utilization_pct", ""), 1.0, vital=True),
+    NvmlFigure("nvmlDeviceGetTemperature", "I", ("temperature_c",), 1.0, (0,), vital=True),
+    NvmlFigure("nvmlDeviceGetTemperatureV", "IIi", ("", "", "temperature_c"), 1.0,
+               version=0x0100000C, vital=True),
+    NvmlFigure("nvmlDeviceGetPowerUsage", "I", ("power_w",), 0.001),
+    NvmlFigure("nvmlDeviceGetEnforcedPowerLimit", "I", ("power_limit_w",), 0.001),
+    NvmlFigure("nvmlDeviceGetTotalEnergyConsumption", "Q", ("energy_j",), 0.001),
+    NvmlFigure("nvmlDeviceGetFanSpeed", "I", ("fan_pct",), 1.0),
+    NvmlFigure("nvmlDeviceGetClockInfo", "I", ("graphics_clock_mhz",), 1.0, (0,)),
+    NvmlFigure("nvmlDeviceGetClockInfo", "I", ("memory_clock_mhz",), 1.0, (2,)),
+    NvmlFigure("nvmlDeviceGetTotalEccErrors", "Q", ("ecc_errors",), None, (1, 0)))
+
+# The layouts of a process, by symbol.  Some drivers 530 to 535 wrote 32 bytes for _v3.
+NVML_PROCESSES = (("nvmlDeviceGetComputeRunningProcesses_v3", "IQII"),
+                  ("nvmlDeviceGetComputeRunningProcesses_v2", "IQII"),
+                  ("nvmlDeviceGetComputeRunningProcesses", "IQ"))
+_ODD_PROCESS = "IQIIQ"
+
+# nvmlReturn_t.  A refusal holds as long as the session; what is sick may come back in another.
+_NOT_SUPPORTED, _TOO_SMALL, _NOT_LOADED, _NO_SYMBOL, _MISMATCH = 3, 7, 9, 13, 18
+_LOST, _NEEDS_RESET, _UNKNOWN_ERROR = 15, 16, 999
+_REFUSALS = (_NOT_SUPPORTED, _NO_SYMBOL, 25, 26)
+_SICK = (_LOST, _NEEDS_RESET, _UNKNOWN_ERROR)
+NVML_REOPEN_S = 3600.0  # it may cost seconds for each GPU
+
+_GPU_PROBLEMS = {
+    4: "this user may not open it (NVML: no permission): look at the rights of /dev/nvidia*",
+    _LOST: "it fell off the bus (NVML: GPU is lost): reboot the machine",
+    _NEEDS_RESET: "it needs a reset: nvidia-smi --gpu-reset, or reboot the machine",
+    17: "the operating system keeps it from this process: start the container again",
+    _UNKNOWN_ERROR: "its driver fails (NVML: unknown error): see dmesg for Xid; reboot the machine"}
+_INIT_PROBLEMS = {
+    4: "this user may not open the NVIDIA driver: look at the rights of /dev/nvidia*",
+    _NOT_LOADED: "the NVIDIA driver is not loaded: try `modprobe nvidia`; after a new kernel, "
+                 "reinstall the driver",
+    17: "the operating system keeps the NVIDIA GPUs from this process: a container that lost its "
+        "devices has to be started again",
+    _MISMATCH: "the NVIDIA driver and its library are of different versions, as after an update: "
+               "reboot, or reload the module nvidia",
+    _UNKNOWN_ERROR: "the NVIDIA driver fails (NVML: unknown error): a container that lost its "
+                    "devices has to be started again; otherwise see dmesg for Xid"}
+
+# The greatest values that can be true: drivers have said 2^32-1 and 2^64-1 for "unknown".
+_MOST = {"utilization_pct": 100, "temperature_c": 200, "fan_pct": 300, "power_w": 1e5,
+         "power_limit_w": 1e5, "energy_j": 1e15, "graphics_clock_mhz": 1e5, "memory_clock_mhz": 1e5,
+         "ecc_errors": 1 << 60, "memory_total_bytes": 1 << 50, "memory_used_bytes": 1 << 50}
+
+
+def possible(found: Dict[str, Any]) -> Dict[str, Any]:
+    """Figures by their fields of Gpu, without those that cannot be true."""
+    kept = {field: value for field, value in found.items()
+            if field not in _MOST or value is not None and 0 <= value <= _MOST[field]}
+    if kept.get("memory_used_bytes", 0) > kept.get("memory_total_bytes", 1 << 50):
+        del kept["memory_used_bytes"]
+    return kept
+
+
+def processes_of(rows: Iterable[Tuple[int, Optional[int]]]) -> Tuple[GpuProcess, ...]:
+    """From (pid, bytes): a process has a row for each slice of a GPU that it is on."""
+    found: Dict[int, Optional[int]] = {}
+    for pid, memory in rows:
+        before = found.get(pid, 0)
+        if before is None or memory is None or not 0 <= memory <= 1 << 50:
+            found[pid] = None  # 2^64-1: Windows keeps the books
+        else:
+            found[pid] = before + memory
+    return tuple(GpuProcess(pid, found[pid]) for pid in sorted(found))
+
+
+def with_host_memory(gpu: Gpu, root: str) -> Gpu:
+    """A GPU that shares the machine's memory (GB10, Jetson), of which NVML says nothing: all of it
+    is the GPU's, and what its processes hold is in use."""
+    total = parse_meminfo(read_text(f"{root}/proc/meminfo") or "").get("MemTotal")
+    held = None if gpu.processes is None else [process.memory_bytes for process in gpu.processes]
+    used = None if held is None or None in held else sum(map(int, filter(None, held)))
+    return gpu._replace(memory_total_bytes=total, memory_used_bytes=used, integrated=True)
+
+
+def parse_gpu_information(text: str) -> Dict[str, str]:
+    """/proc/driver/nvidia/gpus/BUS/information.
+
+    >>> parse_gpu_information("Model: \\t\\t Tesla T4\\nGPU Excluded:\\t No\\n")["GPU Excluded"]
+    'No'
+    """
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
+
+
+def read_folder(path: str) -> List[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def hidden_gpu_problem(bus_id: str, information: Dict[str, str]) -> str:
+    """Why NVML may not list a GPU that the kernel's driver knows."""
+    why = "the driver knows it, but NVML does not list it: see dmesg"
+    if information.get("GPU Excluded", information.get("Blacklisted")) == "Yes":
+        why = "it is excluded (NVreg_ExcludedGpus), or the driver took it out as broken"
+    elif information.get("Video BIOS", "").startswith("??"):
+        why = "the driver could not start it: see dmesg for NVRM"
+    return f"GPU {bus_id}: {why}"
+
+
+def has_nvidia_hardware(root: str) -> bool:
+    """Whether there is an NVIDIA GPU for a driver to load for: on the PCI bus, in a Jetson, or
+    behind Windows.  True where there is no telling."""
+    folder = f"{root}/sys/bus/pci/devices"
+    found = [[read_text(f"{folder}/{device}/{name}", 64) or "" for name in ("vendor", "class")]
+             for device in read_folder(folder)]
+    other = any(os.path.exists(f"{root}/dev/{name}") for name in ("nvhost-gpu", "dxg"))
+    return other or not found or any(vendor.startswith("0x10de") and kind.startswith("0x03")
+                                     for vendor, kind in found)
+
+
+class NvmlError(Exception):
+    """A call that failed.  code: nvmlReturn_t."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class NvmlLibrary:
+    """The door to libnvidia-ml.  Raises: OSError where it cannot be opened."""
+
+    def __init__(self, path: str) -> None:
+        import ctypes  # 3 ms that a machine without NVIDIA's driver never pays
+        import struct
+        self._ctypes, self._struct = ctypes, struct
+        self._library = ctypes.CDLL(path)
+        self._functions: Dict[str, Any] = {}
+        self._results: Dict[str, Tuple[Any, Any]] = {}
+
+    def has(self, symbol: str) -> bool:
+        return hasattr(self._library, symbol)
+
+    def call(self, symbol: str, *arguments: Any) -> int:
+        """What a function returns; 13 where this library lacks it."""
+        function = self._functions.get(symbol)
+        if function is None:
+            if not self.has(symbol):
+                return _NO_SYMBOL
+            kinds = {"p": self._ctypes.c_void_p, "u": self._ctypes.c_uint32}
+            function = self._functions[symbol] = getattr(self._library, symbol)
+            function.argtypes = [kinds[letter] for letter in NVML_CALLS[symbol]]
+        return function(*arguments)
+
+    def ask(self, symbol: str, layout: str, *arguments: Any, version: int = 0) -> Tuple[Any, ...]:
+        """The members of the result, whose address goes last.  Raises: NvmlError."""
+        shape, result = self._results.get(layout) or self._result(layout)
+        if version:
+            self._struct.pack_into("I", result, 0, version)
+        if symbol == "nvmlDeviceGetMigMode":  # and the mode after the next reset
+            code = self.call(symbol, *arguments, result, self._result("I")[1])
+        else:
+            code = self.call(symbol, *arguments, result)
+        if code:
+            raise NvmlError(code)
+        return shape.unpack_from(result)
+
+    def ask_or_none(self, symbol: str, layout: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
+        """For what is nice to know: a sick GPU shows in its figures."""
+        try:
+            return self.ask(symbol, layout, *arguments)
+        except NvmlError:
+            return None
+
+    def _result(self, layout: str) -> Tuple[Any, Any]:
+        """Room for a result, used again each time."""
+        shape = self._struct.Struct(layout)
+        self._results[layout] = shape, self._ctypes.create_string_buffer(shape.size)
+        return self._results[layout]
+
+    def text(self, symbol: str, *arguments: Any) -> str:
+        """A text, or "" where the library has none to give."""
+        buffer = self._ctypes.create_string_buffer(96)
+        code = self.call(symbol, *arguments, buffer, 96)
+        if code in _SICK:
+            raise NvmlError(code)
+        return "" if code else printable(buffer.value.decode("utf-8", "replace"))
+
+    def rows(self, symbol: str, layout: str, device: int) -> List[Tuple[Any, ...]]:
+        """An array whose length the library says, and may outgrow before it is asked again."""
+        size, count = self._struct.calcsize(layout), self._ctypes.c_uint32(0)
+        place, array, code = self._ctypes.addressof(count), None, _TOO_SMALL
+        for _ in range(4):
+            code = self.call(symbol, device, place, array)
+            if code != _TOO_SMALL:
+                break
+            count.value = min(count.value, 4096) * 2 + 5
+            room, array = count.value, self._ctypes.create_string_buffer(count.value * size)
+        if code:
+            raise NvmlError(code)
+        used = 0 if array is None else min(count.value, room) * size
+        return list(self._struct.iter_unpack(layout, array.raw[:used])) if array else []
+
+
+class _NvmlDevice(NamedTuple):
+    """A GPU in a session.  known: what does not change; refused: codes by symbol and arguments."""
+    handle: int
+    known: Gpu
+    refused: Dict[Any, int]
+
+
+class Nvml:
+    """A session with NVML, and what is remembered of its GPUs.  One thread at a time calls read().
+
+    root: the folder under which proc and sys lie.
+    """
+
+    def __init__(self, library: NvmlLibrary, root: str = "",
+                 clock: Callable[[], float] = now_s) -> None:
+        self._library, self._root, self._clock = library, root, clock
+        self._count: Optional[int] = None  # while the session is open
+        self._last_count = 0
+        self._reopen_s: Optional[float] = None  # on the clock, where a GPU is sick
+        self._devices: Dict[int, _NvmlDevice] = {}
+        self._last: Dict[int, Gpu] = {}
+        self._versions = ("", "")
+        self.init_code = 0
+
+    def read(self) -> GpuReading:
+        try:
+            self._open()
+        except NvmlError as error:
+            self.init_code = error.code
+            return self._unopened(error.code)
+        buses = read_folder(f"{self._root}/proc/driver/nvidia/gpus")
+        gpus = tuple(self._read_gpu(index, buses) for index in range(self._count or 0))
+        listed = {gpu.bus_id for gpu in gpus}
+        hidden = [hidden_gpu_problem(bus_id, self._information(bus_id)) for bus_id in buses
+                  if not listed & {bus_id, ""} and self._is_ours(bus_id)]
+        return GpuReading("nvml", gpus, *self._versions, "; ".join(hidden))
+
+    def _open(self) -> None:
+        """Raises: NvmlError."""
+        ask, now = self._library.ask, self._clock()
+        if self._count is not None and self._reopen_s is not None and now >= self._reopen_s:
+            self._library.call("nvmlShutdown")
+            self._count = None
+        if self._count is not None:
+            return
+        code = self._library.call("nvmlInit_v2")
+        if code:
+            raise NvmlError(code)
+        try:
+            count = min(ask("nvmlDeviceGetCount_v2", "I")[0], 64)
+            cuda, = self._library.ask_or_none("nvmlSystemGetCudaDriverVersion_v2", "i") or (0,)
+            self._versions = (self._library.text("nvmlSystemGetDriverVersion"),
+                              f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda > 0 else "")
+        except NvmlError:
+            self._library.call("nvmlShutdown")
+            raise
+        if count != self._last_count:
+            self._last.clear()  # other GPUs may stand at these indexes now
+        self._devices.clear()
+        self._count = self._last_count = count
+        self._reopen_s, self.init_code = None, 0
+
+    def _unopened(self, code: int) -> GpuReading:
+        problem = _INIT_PROBLEMS.get(code, f"NVIDIA's library does not start (NVML code {code})")
+        # Images for GPU machines have NVIDIA's library on machines without a GPU as well.
+        none = code == _NOT_LOADED and not has_nvidia_hardware(self._root)
+        return GpuReading("nvml", ()) if none else GpuReading("nvml", None, problem=problem)
+
+    def _information(self, bus_id: str) -> Dict[str, str]:
+        return parse_gpu_information(
+            read_text(f"{self._root}/proc/driver/nvidia/gpus/{bus_id}/information", 65536) or "")
+
+    def _is_ours(self, bus_id: str) -> bool:
+        """False for a GPU that another container has: its device node is not here."""
+        minor = self._information(bus_id).get("Device Minor", "")
+        return not minor.isdigit() or os.path.exists(f"{self._root}/dev/nvidia{minor}")
+
+    def _read_gpu(self, index: int, buses: Sequence[str]) -> Gpu:
+        last = self._last.get(index) or self._guess(index, buses)
+        path = f"{self._root}/sys/bus/pci/devices/{last.bus_id}/power/runtime_status"
+        if last.bus_id and (read_text(path, 64) or "").strip() == "suspended":
+            # Any question would wake it.  It sleeps because nobody computes on it.
+            return last._replace(asleep=True, memory_used_bytes=0, utilization_pct=0.0,
+                                 processes=())
+        try:
+            device = self._device(index, last)
+            gpu = self._measure(device)
+        except NvmlError as error:
+            return self._sick(last, error.code)
+        if not gpu.problem:
+            self._last[index] = device.known._replace(
+                memory_total_bytes=gpu.memory_total_bytes, mig_enabled=gpu.mig_enabled)
+        return gpu
+
+    def _guess(self, index: int, buses: Sequence[str]) -> Gpu:
+        """What the kernel says of a GPU that was never asked.  NVML counts in the bus's order."""
+        if len(buses) != self._count:
+            return Gpu(index, "nvidia")
+        known = self._information(buses[index])
+        uuid, name = known.get("GPU UUID", ""), known.get("Model", "")
+        return Gpu(index, "nvidia", "" if "?" in uuid else uuid, "" if name == "Unknown" else name,
+                   buses[index])
+
+    def _sick(self, gpu: Gpu, code: int) -> Gpu:
+        if code in _SICK and self._reopen_s is None:
+            self._reopen_s = self._clock() + NVML_REOPEN_S
+        return gpu._replace(problem=_GPU_PROBLEMS.get(code, f"its driver fails (NVML code {code})"))
+
+    def _device(self, index: int, last: Gpu) -> _NvmlDevice:
+        """Raises: NvmlError."""
+        device = self._devices.get(index)
+        if device is None:
+            handle, = self._library.ask("nvmlDeviceGetHandleByIndex_v2", "P", index)
+            known = Gpu(index, "nvidia", self._library.text("nvmlDeviceGetUUID", handle),
+                        self._library.text("nvmlDeviceGetName", handle), last.bus_id)
+            pci = self._library.ask_or_none("nvmlDeviceGetPciInfo_v3", "16s5I32s", handle)
+            if pci is not None:
+                known = known._replace(bus_id="{:04x}:{:02x}:{:02x}.0".format(*pci[1:4]))
+            device = self._devices[index] = _NvmlDevice(handle, known, {})
+        return device
+
+    def _measure(self, device: _NvmlDevice) -> Gpu:
+        found, code = self._figures(device.handle, device.refused, NVML_FIGURES)
+        mig = None if found.get("mig_enabled") is None else found["mig_enabled"] == 1
+        gpu = device.known._replace(**dict(possible(found), mig_enabled=mig))
+        if code:
+            return self._sick(gpu, code)
+        if mig != self._last.get(gpu.index, gpu).mig_enabled:
+            device.refused.clear()  # a sliced GPU refuses other figures than a whole one
+        slices = list(self._slices(device)) if mig else []
+        processes = self._processes([device.handle] + [handle for handle, _ in slices])
+        gpu = gpu._replace(mig_instances=tuple(part for _, part in slices), processes=processes)
+        shares = ("memory_total_bytes" not in found
+                  and device.refused.get((NVML_MEMORY[-1].symbol,)) == _NOT_SUPPORTED)
+        return with_host_memory(gpu, self._root) if shares else gpu
+
+    def _figures(self, handle: int, refused: Dict[Any, int], rows: Sequence[NvmlFigure]
+                 ) -> Tuple[Dict[str, Any], int]:
+        """(figures by their fields, 0 or the code that says that the GPU is sick)."""
+        found: Dict[str, Any] = {}
+        for row in rows:
+            key = (row.symbol,) + row.arguments
+            if key in refused or any(field in found for field in row.fields):
+                continue
+            try:
+                members = self._library.ask(row.symbol, row.layout, handle, *row.arguments,
+                                            version=row.version)
+            except NvmlError as error:
+                if error.code in _REFUSALS:
+                    refused[key] = error.code
+                # Unknown errors of a power or fan sensor alone are common on laptops.
+                elif error.code in (_LOST, _NEEDS_RESET) or row.vital and error.code in _SICK:
+                    return found, error.code
+                continue
+            found.update((field, value if row.scale is None else value * row.scale)
+                         for field, value in zip(row.fields, members) if field)
+        return found, 0
+
+    def _slices(self, device: _NvmlDevice) -> Iterator[Tuple[int, MigInstance]]:
+        """(handle, slice): the slots have holes."""
+        ask, text = self._library.ask, self._library.text
+        try:
+            slots = min(ask("nvmlDeviceGetMaxMigDeviceCount", "I", device.handle)[0], 16)
+        except NvmlError:
+            return
+        for slot in range(slots):
+            try:
+                handle, = ask("nvmlDeviceGetMigDeviceHandleByIndex", "P", device.handle, slot)
+                uuid, name = text("nvmlDeviceGetUUID", handle), text("nvmlDeviceGetName", handle)
+            except NvmlError:
+                continue
+            memory = possible(self._figures(handle, {}, NVML_MEMORY)[0])
+            yield handle, MigInstance(uuid, name, memory.get("memory_total_bytes"),
+                                      memory.get("memory_used_bytes"))
+
+    def _processes(self, handles: Sequence[int]) -> Optional[Tuple[GpuProcess, ...]]:
+        """Of a GPU and its slices: the GPU's own list needs rights where it is sliced, and has
+        those of the slices where we have them."""
+        lists = [self._process_list(handle) for handle in handles]
+        if lists[0] is None and (len(lists) == 1 or None in lists[1:]):
+            return None
+        sliced = processes_of(row for rows in lists[1:] for row in rows or ())
+        found = {one.pid: one for one in sliced + processes_of(lists[0] or ())}
+        return tuple(found[pid] for pid in sorted(found))
+
+    def _process_list(self, handle: int) -> Optional[List[Tuple[int, int]]]:
+        odd = (self._library.has("nvmlDeviceGetConfComputeMemSizeInfo")
+               and not self._library.has("nvmlDeviceGetRunningProcessDetailList"))
+        for symbol, layout in NVML_PROCESSES:
+            if odd and symbol.endswith("_v3"):
+                layout = _ODD_PROCESS
+            try:
+                return [row[:2] for row in self._library.rows(symbol, layout, handle)]
+            except NvmlError as error:
+                if error.code not in _REFUSALS:
+                    return None
+        return None
+
+
+def _smi_text(word: str) -> str:
     return "" if word.startswith("[") or word in ("N/A", "ERR!") else word
 
 
-def parse_nvidia_smi(text: str) -> List[Gpu]:
+def _smi_bus_id(word: str) -> str:
+    """
+    >>> _smi_bus_id("00000000:0C:00.0"), _smi_bus_id("[N/A]")
+    ('0000:0c:00.0', '')
+    """
+    match = re.match(r"(?:0000)?([0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f])$", word.lower())
+    return match.group(1) if match else ""
+
+
+def _smi_number(word: str) -> Optional[float]:
+    """The number before a unit; a word in brackets is none."""
+    try:
+        value = float(word.split()[0]) if 0 < len(word) <= 24 else None
+    except (ValueError, IndexError):
+        return None
+    return value if value is not None and abs(value) < 1e12 else None  # nan is not less
+
+
+def _smi_bytes(word: str) -> Optional[int]:
+    mib = parse_int((word.split() or [""])[0])
+    return None if mib is None else mib << 20
+
+
+# Columns of --query-gpu, the fields of Gpu that they fill, and how.
+NVIDIA_SMI_COLUMNS: Tuple[Tuple[str, str, Callable[[str], Any]], ...] = (
+    ("index", "index", parse_int), ("uuid", "uuid", _smi_text), ("name", "name", _smi_text),
+    ("memory.total", "memory_total_bytes", _smi_bytes),
+    ("memory.used", "memory_used_bytes", _smi_bytes),
+    ("utilization.gpu", "utilization_pct", _smi_number),
+    ("temperature.gpu", "temperature_c", _smi_number),
+    # From here on those that an old driver may not have.
+    ("pci.bus_id", "bus_id", _smi_bus_id), ("power.draw", "power_w", _smi_number),
+    ("enforced.power.limit", "power_limit_w", _smi_number), ("fan.speed", "fan_pct", _smi_number),
+    ("clocks.gr", "graphics_clock_mhz", _smi_number),
+    ("clocks.mem", "memory_clock_mhz", _smi_number),
+    ("ecc.errors.uncorrected.volatile.total", "ecc_errors", parse_int),
+    ("mig.mode.current", "mig_enabled", {"Enabled": True, "Disabled": False}.get),
+    ("driver_version", "", _smi_text))
+NVIDIA_SMI_BASIC = NVIDIA_SMI_COLUMNS[:7]
+_SMI_SICK = {"[GPU is lost]": _LOST, "[GPU requires reset]": _NEEDS_RESET,
+             "[Unknown Error]": _UNKNOWN_ERROR, "ERR!": _UNKNOWN_ERROR}
+
+
+def _smi_rows(text: str, columns: int) -> List[List[str]]:
     """The rows that are GPUs.  Sentences and rows of [Unknown Error] between them, which a failing
-    GPU leaves, are passed over; a value in brackets or `ERR!` is None."""
-    gpus = []
+    GPU leaves, are passed over."""
+    rows = []
     for line in text.splitlines():
         words = [word.strip() for word in line.split(",")]
-        index = parse_int(words[0])
-        if len(words) < 6 or index is None or index < 0:
-            continue
-        total_mib, used_mib, busy = [parse_int((word.split() or [""])[0]) for word in words[-3:]]
-        gpus.append(Gpu(index, "nvidia", _smi_name(words[1]), _smi_name(",".join(words[2:-3])),
-                        memory_total_bytes=None if total_mib is None else total_mib << 20,
-                        memory_used_bytes=None if used_mib is None else used_mib << 20,
-                        utilization_pct=share_pct(busy, 100)))
+        index, after_name = parse_int(words[0]), len(words) - columns + 3
+        if (index is not None and 0 <= index < 256 and len(words) >= columns
+                and re.match(r"GPU-|\[|N/A|ERR!|$", words[1])):
+            # A name may hold commas.
+            rows.append(words[:2] + [", ".join(words[2:after_name])] + words[after_name:])
+    return rows
+
+
+def parse_nvidia_smi(text: str, columns: Sequence[Tuple] = NVIDIA_SMI_COLUMNS) -> List[Gpu]:
+    """A value in brackets, or `ERR!`, is None."""
+    gpus = []
+    for words in _smi_rows(text, len(columns)):
+        found = {field: parse(word) for (_, field, parse), word in zip(columns, words) if field}
+        # Of the unknown errors only those of memory, load and temperature count: see _figures.
+        codes = [_SMI_SICK[word] for place, word in enumerate(words) if word in _SMI_SICK
+                 and (3 <= place <= 6 or _SMI_SICK[word] != _UNKNOWN_ERROR)]
+        gpus.append(Gpu(vendor="nvidia", problem=_GPU_PROBLEMS[codes[0]] if codes else "",
+                        **possible(found)))
     return gpus
 
 
-def parse_nvidia_smi_answer(text: str) -> Optional[List[Gpu]]:
+def parse_lost_gpus(text: str) -> List[str]:
+    """Sentences of nvidia-smi about GPUs that it cannot open, as problems.
+
+    >>> parse_lost_gpus("Unable to determine the device handle for GPU1: 0000:34:00.0: Lost")
+    ['GPU 0000:34:00.0: Lost']
+    """
+    found = re.findall(r"handle for GPU ?(?:[0-9]+: )?([0-9A-Fa-f:.]{7,16}): (.{1,200})", text)
+    return [f"GPU {_smi_bus_id(bus_id) or bus_id}: {printable(why.strip())}"
+            for bus_id, why in found]
+
+
+def parse_nvidia_smi_answer(text: str, columns: Sequence[Tuple] = NVIDIA_SMI_COLUMNS
+                            ) -> Optional[List[Gpu]]:
     """[] only where no GPU is all that it says: a lost GPU brings that sentence and another one."""
-    gpus = parse_nvidia_smi(text)
+    gpus = parse_nvidia_smi(text, columns)
     return gpus if gpus or text.strip() == "No devices were found" else None
+
+
+def parse_compute_apps(text: str) -> Dict[str, Optional[Tuple[GpuProcess, ...]]]:
+    """Processes by the UUID of their GPU, from rows of gpu_uuid, pid, used_memory.  None where a
+    row does not say which process it is."""
+    rows: Dict[str, List[Tuple[int, Optional[int]]]] = {}
+    unknown = set()
+    for line in text.splitlines():
+        uuid, *words = [word.strip() for word in line.split(",")]
+        if len(words) == 2 and uuid.startswith("GPU-"):
+            pid = parse_int(words[0])
+            if pid is None or pid < 0:
+                unknown.add(uuid)
+            else:
+                rows.setdefault(uuid, []).append((pid, _smi_bytes(words[1])))
+    return dict({uuid: processes_of(pairs) for uuid, pairs in rows.items()},
+                **dict.fromkeys(unknown))
 
 
 class NvidiaSmi(GpuSource):
@@ -2687,10 +3208,10 @@ class NvidiaSmi(GpuSource):
     vendor = "nvidia"
 
     def __init__(self, search_path: Optional[str] = None,
-                 run: Callable[..., CommandResult] = run_command) -> None:
-        self._search_path = search_path
-        self._run = run
+                 run: Callable[..., CommandResult] = run_command, root: str = "") -> None:
+        self._search_path, self._run, self._root = search_path, run, root
         self._stuck: Any = None
+        self._columns = NVIDIA_SMI_COLUMNS
 
     def present(self) -> bool:
         return self._find() is not None
@@ -2698,15 +3219,50 @@ class NvidiaSmi(GpuSource):
     def read(self, limit_s: float = 60.0) -> GpuReading:
         if self._stuck is not None and self._stuck.poll() is None:
             return GpuReading("nvidia-smi", None, problem="nvidia-smi hangs in the driver")
-        program = self._find()
+        program, until_s = self._find(), now_s() + limit_s
         if program is None:
             return GpuReading("nvidia-smi", ())
-        result = self._run((program,) + NVIDIA_SMI_ARGUMENTS, limit_s)
-        self._stuck = result.stuck
+        result = self._query(program, until_s)
         # It may fail and still show what works: so the text counts, not its exit code.
-        gpus = None if result.problem else parse_nvidia_smi_answer(result.output)
-        return GpuReading("nvidia-smi", None if gpus is None else tuple(gpus),
-                          problem=result.problem if gpus is None else "")
+        gpus = None if result.problem else parse_nvidia_smi_answer(result.output, self._columns)
+        if gpus is None:
+            first = printable(" ".join(result.output.split())[:200])
+            return GpuReading("nvidia-smi", None,
+                              problem=f"nvidia-smi: {result.problem or first or 'no answer'}")
+        problem = "; ".join(parse_lost_gpus(result.output))
+        version = ""
+        if gpus and self._columns is NVIDIA_SMI_COLUMNS:
+            version = _smi_text(_smi_rows(result.output, len(self._columns))[0][-1])
+        return GpuReading("nvidia-smi", tuple(self._with_processes(program, gpus, until_s)),
+                          version, problem=problem)
+
+    def _ask(self, program: str, query: str, until_s: float) -> CommandResult:
+        result = self._run((program, query, "--format=csv,noheader,nounits"),
+                           max(1.0, until_s - now_s()))
+        self._stuck = result.stuck
+        return result
+
+    def _query(self, program: str, until_s: float) -> CommandResult:
+        """Once a driver does not know a column, it is asked for the basic ones alone."""
+        while True:
+            names = ",".join(name for name, _, _ in self._columns)
+            result = self._ask(program, f"--query-gpu={names}", until_s)
+            if (self._columns is NVIDIA_SMI_BASIC or result.problem
+                    or "is not a valid field to query" not in result.output):
+                return result
+            self._columns = NVIDIA_SMI_BASIC
+
+    def _with_processes(self, program: str, gpus: Sequence[Gpu], until_s: float) -> Iterator[Gpu]:
+        found: Dict[str, Optional[Tuple[GpuProcess, ...]]] = {}
+        result = CommandResult(None, "")
+        if gpus:
+            result = self._ask(program, "--query-compute-apps=gpu_uuid,pid,used_memory", until_s)
+            found = parse_compute_apps(result.output)
+        for gpu in gpus:
+            known = result.exit_code == 0 and gpu.uuid
+            gpu = gpu._replace(processes=found.get(gpu.uuid, ()) if known else None)
+            shares = gpu.memory_total_bytes is None and not gpu.problem
+            yield with_host_memory(gpu, self._root) if shares else gpu
 
     def _find(self) -> Optional[str]:
         """A look-up of our own: a try to start a missing program costs a fork."""
@@ -2718,6 +3274,60 @@ class NvidiaSmi(GpuSource):
             if os.access(program, os.X_OK) and os.path.isfile(program):
                 return program
         return None
+
+
+class Nvidia(GpuSource):
+    """NVIDIA's GPUs, by whatever way is there.
+
+    library: of NVML.  root: the folder under which dev, proc and sys lie.  search_path: as PATH.
+    """
+
+    vendor = "nvidia"
+
+    def __init__(self, library: str = "libnvidia-ml.so.1", root: str = "/",
+                 search_path: Optional[str] = None, clock: Callable[[], float] = now_s) -> None:
+        self._path, self._root, self._clock = library, root.rstrip("/"), clock
+        self._smi = NvidiaSmi(search_path, root=self._root)
+        self._nvml: Optional[Nvml] = None
+
+    def present(self) -> bool:
+        traces = ("dev/nvidiactl", "proc/driver/nvidia/version",
+                  "usr/lib/wsl/lib/libnvidia-ml.so.1")
+        return any(os.path.exists(f"{self._root}/{trace}") for trace in traces) or (
+            self._smi.present())
+
+    def read(self) -> GpuReading:
+        nvml = self._nvml = self._nvml or self._load()
+        if nvml is None:
+            return self._read_without()
+        reading = nvml.read()
+        if nvml.init_code == _MISMATCH and self._smi.present():
+            # The library in our memory may be the old one: a new process has the new one.
+            other = self._smi.read()
+            return reading if other.gpus is None else other
+        return reading
+
+    def _load(self) -> Optional[Nvml]:
+        wsl = f"{self._root}/usr/lib/wsl"
+        paths = [f"{wsl}/lib"] + [f"{wsl}/drivers/{one}" for one in read_folder(f"{wsl}/drivers")]
+        paths = [f"{path}/libnvidia-ml.so.1" for path in paths]
+        for path in [self._path] + [path for path in paths if os.path.exists(path)]:
+            try:
+                return Nvml(NvmlLibrary(path), self._root, self._clock)
+            except OSError:
+                pass  # it is not here, or of another architecture
+        return None
+
+    def _read_without(self) -> GpuReading:
+        if self._smi.present():
+            return self._smi.read()
+        if os.path.exists(f"{self._root}/dev/nvidiactl"):
+            return GpuReading("nvml", None, problem="libnvidia-ml.so.1 cannot be opened, and there "
+                              "is no nvidia-smi: install what the driver has for compute")
+        # /proc shows a container the driver of its host.
+        trace = os.path.exists(f"{self._root}/proc/driver/nvidia/version")
+        return GpuReading("nvml", (), problem="NVIDIA's driver runs, but no device of it is here: "
+                          "start the container with --gpus all" if trace else "")
 
 
 # ----------------------------------------------------------------------
@@ -2821,7 +3431,7 @@ class GpuSampler:
 
 def make_gpu_sources() -> List[GpuSource]:
     """In the order in which a machine with several is taken for one vendor's."""
-    return [NvidiaSmi()]
+    return [Nvidia()]
 
 
 # ----------------------------------------------------------------------
