@@ -2661,9 +2661,8 @@ _ROCM_SMI_TEXTS = (("device name", "card series", "card model"), ("device id", "
 _AMD_SMI_TEXTS = (("asic.market_name", "board.product_name"), ("asic.device_id",),
                   "asic.asic_serial", "bus.bdf", "asic.target_graphics_version")
 ROCM_SMI_ARGUMENTS = (
-    "--showid", "--showuniqueid", "--showproductname", "--showbus", "--showtemp", "--showuse",
-    "--showpower", "--showmaxpower", "--showclocks", "--showfan", "--showdriverversion",
-    "--showmeminfo", "vram", "gtt", "--json")
+    "--showid --showuniqueid --showproductname --showbus --showtemp --showuse --showpower --showfan "
+    "--showmaxpower --showclocks --showdriverversion --showmeminfo vram gtt --json").split()
 # Tools do not say which GPUs are part of a CPU; these architectures are.
 _AMD_APU = r"gfx(902|909|90c|1033|1035|1036|1037|1103|115[0-3])\b"
 
@@ -2674,7 +2673,8 @@ def amd_uuid(text: Any) -> str:
     >>> amd_uuid("0x2150e7d042a1124"), amd_uuid("N/A")
     ('GPU-02150e7d042a1124', '')
     """
-    match = re.fullmatch("(?:0x)?0*([1-9a-fA-F][0-9a-fA-F]{0,15})", str(text)[:20])
+    match = re.fullmatch("(?:0x)?0*([1-9a-fA-F][0-9a-fA-F]{0,15})",
+                         text if isinstance(text, str) else "")
     return "GPU-" + match.group(1).lower().zfill(16) if match else ""
 
 
@@ -2694,10 +2694,11 @@ def amd_gpu(index: int, figures: Dict[str, Any], integrated: bool, **more: Any) 
 def _amd_gpu_of_tool(index: int, table: Sequence[Figure], texts: Any,
                      look: Callable[[str], Any]) -> Gpu:
     names, codes, uuid, place, architecture = texts
-    code = next((look(key) for key in codes if look(key)), index)
+    code = next((printable(look(key)[:20]) for key in codes if isinstance(look(key), str)),
+                index)
     return amd_gpu(index, read_figures(table, look),
-                   bool(re.match(_AMD_APU, str(look(architecture))[:20])),
-                   name=first_text(look, *names) or f"AMD GPU {printable(str(code)[:20])}",
+                   bool(re.match(_AMD_APU, first_text(look, architecture))),
+                   name=first_text(look, *names) or f"AMD GPU {code}",
                    uuid=amd_uuid(look(uuid)), bus_id=first_text(look, place).lower())
 
 
@@ -2866,9 +2867,9 @@ def parse_xpu_smi(text: str) -> Dict[int, Dict[str, Any]]:
     devices = {}
     for row in rows:
         names = ("device_id", "Device ID", "DeviceId") if isinstance(row, dict) else ()
-        number = next((parse_int(str(row[name])[:30]) for name in names if name in row), None)
+        number = next((parse_figure(row[name]) for name in names if name in row), None)
         if number is not None:
-            devices[number] = row
+            devices[int(number)] = row
     return devices
 
 
@@ -2882,13 +2883,6 @@ def awake_pct(old: Dict[str, float], new: Dict[str, float], passed_s: float) -> 
     shares = [share_pct(1000 * passed_s - (new[name] - old[name]), 1000 * passed_s)
               for name in new if new[name] and name in old and new[name] >= old[name]]
     return max((share for share in shares if share is not None), default=None)
-
-
-class IntelCounters(NamedTuple):
-    """idle_ms: of every GT (a GPU has one or several), by file."""
-    at_s: float
-    energy_j: Optional[float]
-    idle_ms: Dict[str, float]
 
 
 class Intel(GpuSource):
@@ -2908,7 +2902,7 @@ class Intel(GpuSource):
         self._clock = clock
         self._tool = Tool("xpu-smi", search_path, run)
         self._devices: Dict[int, Dict[str, Any]] = {}  # asked for once: they do not change
-        self._last: Dict[str, IntelCounters] = {}
+        self._last: Dict[str, Any] = {}  # by bus_id: time, energy, sleep of each GT in ms
 
     def present(self) -> bool:
         return bool(self._cards())
@@ -2917,10 +2911,11 @@ class Intel(GpuSource):
         cards = self._cards()
         # xpu-smi wakes GPUs up: it is asked only where one is awake anyway.
         ask = any(not (card.asleep or self._is_integrated(card)) for card in cards)
-        told = self._ask_tool() if ask and self._tool.find() else {}
-        return GpuReading("+".join(sorted({card.driver for card in cards})),
-                          tuple(self._read_card(index, card, told) for index, card
-                                in enumerate(cards)))
+        told = self._ask_tool() if ask else {}
+        return GpuReading("+".join(sorted({card.driver for card in cards})), tuple(
+            self._read_card(index, card, told) for index, card in enumerate(cards)),
+            problem="" if told or not ask else "without a working xpu-smi the memory of Intel's "
+                                               "cards is unknown")
 
     def _cards(self) -> List[Card]:
         return list_cards(self._root, ("i915", "xe"))
@@ -2948,14 +2943,14 @@ class Intel(GpuSource):
         paths = [path for pattern in ("device/tile*/gt*/gtidle/idle_residency_ms",
                                       "gt/gt*/rc6_residency_ms")
                  for path in glob.glob(glob.escape(card.folder) + pattern)]
-        idle_ms = {path: parse_figure(read_sysfs(path)[0]) or 0 for path in paths}
-        now = IntelCounters(self._clock(), energy_j, idle_ms)
-        old = self._last.get(card.bus_id, IntelCounters(now.at_s, None, {}))
-        self._last[card.bus_id] = now
-        passed_s, known = now.at_s - old.at_s, None not in (energy_j, old.energy_j)
-        found = {"utilization_pct": awake_pct(old.idle_ms, now.idle_ms, passed_s),
-                 "power_w": (energy_j - old.energy_j) / passed_s if known and passed_s > 0
-                 else None}
+        slept_ms = {path: parse_figure(read_sysfs(path)[0]) or 0 for path in paths}
+        now_at_s = self._clock()
+        old_at_s, old_j, old_ms = self._last.get(card.bus_id, (now_at_s, None, {}))
+        self._last[card.bus_id] = now_at_s, energy_j, slept_ms
+        passed_s = now_at_s - old_at_s
+        found: Dict[str, Any] = {"utilization_pct": awake_pct(old_ms, slept_ms, passed_s)}
+        if passed_s > 0 and energy_j is not None and old_j is not None:
+            found["power_w"] = (energy_j - old_j) / passed_s
         # A counter that begins again at 0 would say less than nothing.
         return read_figures([Figure(name, (name,)) for name in found], found.get)
 
@@ -2969,7 +2964,7 @@ class Intel(GpuSource):
         figures = parse_xpu_smi(self._tool.ask("dump", "-d", "-1", "-m", "0,1,2,3,18", "-i", "1",
                                                "-n", "1").output)
         return {first_text(row.get, "PCI BDF Address", "pci_bdf_address").lower():
-                dict(row, **figures.get(number, {})) for number, row in self._devices.items()}
+                {**row, **figures.get(number, {})} for number, row in self._devices.items()}
 
 
 # Apple.  Sources: ioreg as recorded from M1 to M5, macmon, exelban/stats.
@@ -3008,11 +3003,12 @@ def parse_ioreg(text: str) -> Optional[List[Dict[str, Any]]]:
             RecursionError):
         return None
     found: Dict[Any, Dict[str, Any]] = {}
+    # Nothing is turned into text that may be nested deeper than Python's stack.
     load = lambda entry: parse_figure(entry["PerformanceStatistics"].get("Device Utilization %"))
     for entry in entries if isinstance(entries, list) else ():
         if (isinstance(entry, dict) and isinstance(entry.get("PerformanceStatistics"), dict)
-                and str(entry.get("IOClass")).startswith("AGXAccelerator")):
-            key = str(entry.get("IORegistryEntryID", entry["IOClass"]))
+                and first_text(entry.get, "IOClass").startswith("AGXAccelerator")):
+            key = parse_figure(entry.get("IORegistryEntryID")) or entry["IOClass"]
             found[key] = max(found.get(key, entry), entry, key=lambda one: load(one) or 0)
     return list(found.values())
 
@@ -3077,8 +3073,8 @@ class Apple(GpuSource):
         if self._default_limit is None:
             result = self._run((sys.executable, "-I", "-c", METAL_LIMIT), 20.0)
             memory = parse_int(self._sysctl.ask("-n", "hw.memsize").output) or 0
-            allowed = parse_int(result.output) if result.exit_code == 0 else None
-            self._default_limit = allowed if allowed and 0 < allowed <= memory else memory * 2 // 3
+            allowed = (parse_int(result.output) if result.exit_code == 0 else None) or 0
+            self._default_limit = allowed if 0 < allowed <= memory else memory * 2 // 3
         return self._default_limit or None
 
 

@@ -553,9 +553,11 @@ def test_a_card_with_memory_of_its_own_is_asked_of_xpu_smi_and_what_stands_only_
 def test_without_xpu_smi_or_with_a_broken_one_memory_is_unknown_and_the_card_not_free(tmp_path):
     plant_card(tmp_path, **ARC)
     for path in (str(tmp_path / "none"), program(tmp_path / "bin", "xpu-smi", "echo Error: no Level Zero\nexit 1\n")):
-        (card,) = Intel(str(tmp_path), path).read().gpus
+        reading = Intel(str(tmp_path), path).read()
+        (card,) = reading.gpus
         assert (card.memory_total_bytes, card.memory_used_bytes) == (None, None)
         assert not b9agent.is_free(card)
+        assert "xpu-smi" in reading.problem
 
 
 def test_a_sleeping_card_is_left_asleep(tmp_path):
@@ -870,6 +872,20 @@ def test_mutated_text_ends_in_figures_or_none_and_never_in_an_exception():
         read_everything(text)
 
     check()
+
+
+@pytest.mark.parametrize("depth", [100, 900, 940, 960, 980, 990, 1000, 100000])
+def test_values_nested_deeper_than_the_stack_are_no_figures(depth):
+    deep = "[" * depth + "]" * depth
+    parse_everything('{"card0": {"Device ID": %s, "Unique ID": %s, "GFX Version": %s, "GPU use (%%)": %s}}' % (
+        (deep,) * 4))
+    parse_everything('{"gpu_data": [{"gpu": 0, "asic": {"device_id": %s, "asic_serial": %s}}]}' % (deep, deep))
+    parse_everything('{"device_list": [{"device_id": %s}]}' % deep)
+    nested = "<array>" * depth + "</array>" * depth
+    entry = "<key>PerformanceStatistics</key><dict/><key>IORegistryEntryID</key>{0}<key>model</key>{0}".format(nested)
+    for io_class in (nested, "<string>AGXAcceleratorG</string>"):
+        parse_everything('<?xml version="1.0"?><plist version="1.0"><array><dict><key>IOClass</key>{}{}'
+                         '</dict></array></plist>'.format(io_class, entry))
 
 
 def test_json_of_any_shape_ends_in_figures_or_none():
