@@ -2661,8 +2661,9 @@ _ROCM_SMI_TEXTS = (("device name", "card series", "card model"), ("device id", "
 _AMD_SMI_TEXTS = (("asic.market_name", "board.product_name"), ("asic.device_id",),
                   "asic.asic_serial", "bus.bdf", "asic.target_graphics_version")
 ROCM_SMI_ARGUMENTS = (
-    "--showid --showuniqueid --showproductname --showbus --showtemp --showuse --showpower --showfan "
-    "--showmaxpower --showclocks --showdriverversion --showmeminfo vram gtt --json").split()
+    "--showid --showuniqueid --showproductname --showbus --showtemp --showuse --showpower "
+    "--showmaxpower --showclocks --showfan --showdriverversion "
+    "--showmeminfo vram gtt --json").split()
 # Tools do not say which GPUs are part of a CPU; these architectures are.
 _AMD_APU = r"gfx(902|909|90c|1033|1035|1036|1037|1103|115[0-3])\b"
 
