@@ -2564,6 +2564,18 @@ class GpuSource:
         return GpuReading(self.vendor, ())
 
 
+# The greatest values that can be true, by field or the ending of its name: for "unknown" drivers
+# have said 2^32-1 and 2^64-1.
+_MOST = {"pct": 100, "fan_pct": 300, "c": 200, "w": 1e4, "mhz": 1e5, "j": 1e15, "bytes": 1 << 50,
+         "errors": 1 << 60}
+
+
+def can_be(field: str, value: Any) -> bool:
+    """Whether a figure of Gpu's field can be true; what has no bound can."""
+    most = _MOST.get(field) or _MOST.get(field.rpartition("_")[2])
+    return most is None or value is not None and 0 <= value <= most
+
+
 # The names that Beta9's scheduler knows.  A laptop's chip, or a slice of a GPU (vGPU), is not the
 # GPU whose name it bears: work that needs that one's memory would fail on it.
 _GPU_TYPES = (
@@ -2591,6 +2603,41 @@ def gpu_type(name: str) -> str:
     return ""
 
 
+def list_folder(path: str) -> List[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+class Tool:
+    """A vendor's program.  It may hang in a driver, where nothing can end it; until it has ended no
+    second one is started.  search_path: folders as in PATH, which is also the default."""
+
+    def __init__(self, name: str, search_path: Optional[str] = None,
+                 run: Callable[..., CommandResult] = run_command, limit_s: float = 30.0) -> None:
+        self.name, self._search_path, self._run, self._limit_s = name, search_path, run, limit_s
+        self._stuck: Any = None
+
+    def find(self) -> Optional[str]:
+        """A look-up of our own: a try to start a missing program costs a fork."""
+        path = self._search_path
+        path = os.environ.get("PATH", os.defpath) if path is None else path
+        programs = (os.path.join(folder, self.name) for folder in path.split(":") if folder)
+        return next((program for program in programs
+                     if os.access(program, os.X_OK) and os.path.isfile(program)), None)
+
+    def ask(self, *arguments: str) -> CommandResult:
+        program = self.find()
+        if program is None:
+            return CommandResult(None, "", f"{self.name} is not installed")
+        if self._stuck is not None and self._stuck.poll() is None:
+            return CommandResult(None, "", f"{self.name} hangs in the driver")
+        result = self._run((program,) + arguments, self._limit_s)
+        self._stuck = result.stuck
+        return result
+
+
 def _visible(gpus: Sequence[Gpu], variable: str) -> List[Gpu]:
     """What CUDA_VISIBLE_DEVICES leaves: indexes, or the beginnings of UUIDs; the first word that is
     none of them, and what comes after it, counts for nothing (CUDA C Programming Guide)."""
@@ -2608,14 +2655,15 @@ def _visible(gpus: Sequence[Gpu], variable: str) -> List[Gpu]:
 def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tuple[str, int]]],
                  max_gpus: Optional[int], visible: Optional[str] = None) -> List[Gpu]:
     """The GPUs that the gateway is told of: a pool has GPUs of one type, so they are of one vendor,
-    and one that is part of the CPU counts only where there is no other.
+    and one that is part of the CPU counts only where there is no other, and with known memory.
 
     gpu_ids: (vendor, index) of the ones that are chosen instead; "" means `vendor`.  None is no
     choice, an empty list is no GPU.  visible: CUDA_VISIBLE_DEVICES, about NVIDIA's GPUs only.
     """
     if gpu_ids is None:
         own = [gpu for gpu in gpus if gpu.vendor == vendor]
-        chosen = [gpu for gpu in own if not gpu.integrated] or own
+        chosen = [gpu for gpu in own if not gpu.integrated] or [
+            gpu for gpu in own if gpu.memory_total_bytes is not None]
     else:
         wanted = {(named or vendor, index) for named, index in gpu_ids}
         chosen = [gpu for gpu in gpus if (gpu.vendor, gpu.index) in wanted]
@@ -2733,16 +2781,9 @@ _INIT_PROBLEMS = {
     _UNKNOWN_ERROR: "the NVIDIA driver fails (NVML: unknown error): a container that lost its "
                     "devices has to be started again; otherwise see dmesg for Xid"}
 
-# The greatest values that can be true: drivers have said 2^32-1 and 2^64-1 for "unknown".
-_MOST = {"utilization_pct": 100, "temperature_c": 200, "fan_pct": 300, "power_w": 1e5,
-         "power_limit_w": 1e5, "energy_j": 1e15, "graphics_clock_mhz": 1e5, "memory_clock_mhz": 1e5,
-         "ecc_errors": 1 << 60, "memory_total_bytes": 1 << 50, "memory_used_bytes": 1 << 50}
-
-
 def possible(found: Dict[str, Any]) -> Dict[str, Any]:
     """Figures by their fields of Gpu, without those that cannot be true."""
-    kept = {field: value for field, value in found.items()
-            if field not in _MOST or value is not None and 0 <= value <= _MOST[field]}
+    kept = {field: value for field, value in found.items() if can_be(field, value)}
     if kept.get("memory_used_bytes", 0) > kept.get("memory_total_bytes", 1 << 50):
         del kept["memory_used_bytes"]
     return kept
@@ -2779,13 +2820,6 @@ def parse_gpu_information(text: str) -> Dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
 
 
-def read_folder(path: str) -> List[str]:
-    try:
-        return sorted(os.listdir(path))
-    except OSError:
-        return []
-
-
 def hidden_gpu_problem(bus_id: str, information: Dict[str, str]) -> str:
     """Why NVML may not list a GPU that the kernel's driver knows."""
     why = "the driver knows it, but NVML does not list it: see dmesg"
@@ -2801,7 +2835,7 @@ def has_nvidia_hardware(root: str) -> bool:
     behind Windows.  True where there is no telling."""
     folder = f"{root}/sys/bus/pci/devices"
     found = [[read_text(f"{folder}/{device}/{name}", 64) or "" for name in ("vendor", "class")]
-             for device in read_folder(folder)]
+             for device in list_folder(folder)]
     other = any(os.path.exists(f"{root}/dev/{name}") for name in ("nvhost-gpu", "dxg"))
     return other or not found or any(vendor.startswith("0x10de") and kind.startswith("0x03")
                                      for vendor, kind in found)
@@ -2920,7 +2954,7 @@ class Nvml:
         except NvmlError as error:
             self.init_code = error.code
             return self._unopened(error.code)
-        buses = read_folder(f"{self._root}/proc/driver/nvidia/gpus")
+        buses = list_folder(f"{self._root}/proc/driver/nvidia/gpus")
         gpus = tuple(self._read_gpu(index, buses) for index in range(self._count or 0))
         listed = {gpu.bus_id for gpu in gpus}
         hidden = [hidden_gpu_problem(bus_id, self._information(bus_id)) for bus_id in buses
@@ -3199,30 +3233,23 @@ def parse_compute_apps(text: str) -> Dict[str, Optional[Tuple[GpuProcess, ...]]]
 
 
 class NvidiaSmi(GpuSource):
-    """Asks nvidia-smi, which hangs when the driver does and then cannot be killed.
-
-    Until such a child has ended no second one is started.  search_path: folders as in PATH, which
-    is also the default.
-    """
+    """Asks nvidia-smi.  search_path, run: as a Tool's."""
 
     vendor = "nvidia"
 
     def __init__(self, search_path: Optional[str] = None,
-                 run: Callable[..., CommandResult] = run_command, root: str = "") -> None:
-        self._search_path, self._run, self._root = search_path, run, root
-        self._stuck: Any = None
+                 run: Callable[..., CommandResult] = run_command, root: str = "",
+                 limit_s: float = 30.0) -> None:
+        self._tool, self._root = Tool("nvidia-smi", search_path, run, limit_s), root
         self._columns = NVIDIA_SMI_COLUMNS
 
     def present(self) -> bool:
-        return self._find() is not None
+        return self._tool.find() is not None
 
-    def read(self, limit_s: float = 60.0) -> GpuReading:
-        if self._stuck is not None and self._stuck.poll() is None:
-            return GpuReading("nvidia-smi", None, problem="nvidia-smi hangs in the driver")
-        program, until_s = self._find(), now_s() + limit_s
-        if program is None:
+    def read(self) -> GpuReading:
+        if not self.present():
             return GpuReading("nvidia-smi", ())
-        result = self._query(program, until_s)
+        result = self._query()
         # It may fail and still show what works: so the text counts, not its exit code.
         gpus = None if result.problem else parse_nvidia_smi_answer(result.output, self._columns)
         if gpus is None:
@@ -3233,47 +3260,31 @@ class NvidiaSmi(GpuSource):
         version = ""
         if gpus and self._columns is NVIDIA_SMI_COLUMNS:
             version = _smi_text(_smi_rows(result.output, len(self._columns))[0][-1])
-        return GpuReading("nvidia-smi", tuple(self._with_processes(program, gpus, until_s)),
+        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus)),
                           version, problem=problem)
 
-    def _ask(self, program: str, query: str, until_s: float) -> CommandResult:
-        result = self._run((program, query, "--format=csv,noheader,nounits"),
-                           max(1.0, until_s - now_s()))
-        self._stuck = result.stuck
-        return result
+    def _ask(self, query: str) -> CommandResult:
+        return self._tool.ask(query, "--format=csv,noheader,nounits")
 
-    def _query(self, program: str, until_s: float) -> CommandResult:
+    def _query(self) -> CommandResult:
         """Once a driver does not know a column, it is asked for the basic ones alone."""
         while True:
-            names = ",".join(name for name, _, _ in self._columns)
-            result = self._ask(program, f"--query-gpu={names}", until_s)
+            result = self._ask("--query-gpu=" + ",".join(name for name, _, _ in self._columns))
             if (self._columns is NVIDIA_SMI_BASIC or result.problem
                     or "is not a valid field to query" not in result.output):
                 return result
             self._columns = NVIDIA_SMI_BASIC
 
-    def _with_processes(self, program: str, gpus: Sequence[Gpu], until_s: float) -> Iterator[Gpu]:
-        found: Dict[str, Optional[Tuple[GpuProcess, ...]]] = {}
-        result = CommandResult(None, "")
-        if gpus:
-            result = self._ask(program, "--query-compute-apps=gpu_uuid,pid,used_memory", until_s)
-            found = parse_compute_apps(result.output)
+    def _with_processes(self, gpus: Sequence[Gpu]) -> Iterator[Gpu]:
+        if not gpus:
+            return
+        result = self._ask("--query-compute-apps=gpu_uuid,pid,used_memory")
+        found = parse_compute_apps(result.output)
         for gpu in gpus:
             known = result.exit_code == 0 and gpu.uuid
             gpu = gpu._replace(processes=found.get(gpu.uuid, ()) if known else None)
             shares = gpu.memory_total_bytes is None and not gpu.problem
             yield with_host_memory(gpu, self._root) if shares else gpu
-
-    def _find(self) -> Optional[str]:
-        """A look-up of our own: a try to start a missing program costs a fork."""
-        path = self._search_path
-        if path is None:
-            path = os.environ.get("PATH", os.defpath)
-        for folder in filter(None, path.split(":")):
-            program = os.path.join(folder, "nvidia-smi")
-            if os.access(program, os.X_OK) and os.path.isfile(program):
-                return program
-        return None
 
 
 class Nvidia(GpuSource):
@@ -3309,7 +3320,7 @@ class Nvidia(GpuSource):
 
     def _load(self) -> Optional[Nvml]:
         wsl = f"{self._root}/usr/lib/wsl"
-        paths = [f"{wsl}/lib"] + [f"{wsl}/drivers/{one}" for one in read_folder(f"{wsl}/drivers")]
+        paths = [f"{wsl}/lib"] + [f"{wsl}/drivers/{one}" for one in list_folder(f"{wsl}/drivers")]
         paths = [f"{path}/libnvidia-ml.so.1" for path in paths]
         for path in [self._path] + [path for path in paths if os.path.exists(path)]:
             try:
@@ -3328,6 +3339,586 @@ class Nvidia(GpuSource):
         trace = os.path.exists(f"{self._root}/proc/driver/nvidia/version")
         return GpuReading("nvml", (), problem="NVIDIA's driver runs, but no device of it is here: "
                           "start the container with --gpus all" if trace else "")
+
+
+# ----------------------------------------------------------------------
+# 6c. GPUs: AMD, Intel, Apple     reads /sys; runs rocm-smi, xpu-smi, ioreg
+# ----------------------------------------------------------------------
+# Linux shows AMD's and Intel's GPUs in files that every user may read: no
+# library, no root, no ROCm.  What those leave out comes from the vendor's
+# tool, where one is installed.  Tables say where a field of Gpu is found.
+
+class Figure(NamedTuple):
+    """keys: the first one that holds a number counts.  unit: what 1 is worth in the field's."""
+    field: str
+    keys: Tuple[str, ...]
+    unit: float = 1
+
+
+def parse_figure(word: Any) -> Optional[float]:
+    """The number of a file, of a JSON value, or of a word with its unit; None where it is none.
+
+    >>> parse_figure("(1402Mhz)"), parse_figure({"value": 94, "unit": "%"}), parse_figure("N/A")
+    (1402.0, 94.0, None)
+    """
+    if isinstance(word, dict):
+        word = word.get("value")
+    if isinstance(word, (int, float)) and not isinstance(word, bool):
+        return float(word) if 0 <= word < 1e18 else None
+    if not isinstance(word, str) or len(word) > 64:
+        return None
+    match = re.fullmatch(r"\s*\(?([0-9]{1,18}(\.[0-9]{1,18})?)\s*[A-Za-z%]*\)?\s*", word)
+    return float(match.group(1)) if match else None
+
+
+def read_figures(table: Sequence[Figure], look: Callable[[str], Any]) -> Dict[str, Any]:
+    """{field: figure} of those that are known.  look: what is found under a key."""
+    found: Dict[str, Any] = {}
+    for field, keys, unit in table:
+        values = (parse_figure(look(key)) for key in keys)
+        value = next((one for one in values if one is not None), None)
+        if value is not None and can_be(field, value * unit):
+            found[field] = (int(value * unit) if field.endswith("_bytes") else
+                            round(value * unit, 6))
+    return found
+
+
+def first_text(look: Callable[[str], Any], *keys: str) -> str:
+    """The first that is a name: no number, no "N/A", no "Not supported".  Bytes end with a zero."""
+    for text in map(look, keys):
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace").rstrip("\0")
+        if isinstance(text, str) and not re.match("(?i)\\s*(N/A|not supp|unknown|0x|$)", text):
+            return printable(text.strip()[:200])
+    return ""
+
+
+def parse_json_within(text: str) -> Any:
+    """The first JSON object, or list of objects, at the beginning of a line; None without one.
+    Tools print warnings around it."""
+    decoder = json.JSONDecoder(parse_int=parse_int, parse_constant=lambda name: None)
+    for _, match in zip(range(20), re.finditer(r"^[ \t]*(?=[\[{])", text, re.MULTILINE)):
+        try:
+            value, _ = decoder.raw_decode(text, match.end())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) or value and isinstance(value[0], dict):
+            return value
+    return None
+
+
+# Linux: cards.  Source: the kernel's sysfs documents of amdgpu, i915 and xe.
+
+
+def read_sysfs(path: str) -> Tuple[str, bool]:
+    """(text, asleep): since Linux 6.15 amdgpu refuses with EPERM rather than wake a GPU up."""
+    try:
+        with open(path, "rb", buffering=0) as handle:
+            return handle.read(65536).decode("utf-8", "replace").strip(), False
+    except OSError as error:
+        return "", error.errno == 1  # a file that is not for us says EACCES
+
+
+class Card:
+    """A GPU in /sys.  Names of files are relative to /sys/class/drm/cardN, "hwmon/" is the folder
+    of its sensors.  asleep: most files would wake it up, and are not read."""
+
+    def __init__(self, root: str, name: str, read: Callable[[str], Tuple[str, bool]]) -> None:
+        self._read = read
+        self.asleep = False
+        self.folder = f"{root}/sys/class/drm/{name}/"
+        self.sensors = (list_folder(self.folder + "device/hwmon") + [""])[0]
+        if self.text("device/power/runtime_status") == "suspended":
+            self.asleep = True
+        facts = dict(line.partition("=")[::2] for line in self.text("device/uevent").splitlines())
+        self.driver, self.code = facts.get("DRIVER", ""), facts.get("PCI_ID", "")[5:].lower()
+        self.bus_id = facts.get("PCI_SLOT_NAME", "").lower()
+        # A container sees the host's /sys, but only the devices that it was given.
+        self.is_ours = any(os.path.exists(f"{root}/dev/dri/{node}") for node in
+                           [name] + list_folder(self.folder + "device/drm"))
+
+    def path(self, name: str) -> str:
+        return self.folder + name.replace("hwmon/", f"device/hwmon/{self.sensors or 'none'}/")
+
+    def text(self, name: str) -> str:
+        text, asleep = self._read(self.path(name))
+        self.asleep = self.asleep or asleep
+        return text
+
+    def temperature(self, *labels: str) -> Dict[str, Any]:
+        """Of the sensor with the first of these labels; "": of one without a label."""
+        numbers = {self.text(f"hwmon/temp{number}_label"): number for number in (3, 2, 1)}
+        number = next((numbers[label] for label in labels if label in numbers), 0)
+        return read_figures([Figure("temperature_c", (f"hwmon/temp{number}_input",), 1e-3)],
+                            self.text)
+
+
+def list_cards(root: str, drivers: Sequence[str],
+               read: Callable[[str], Tuple[str, bool]] = read_sysfs) -> List[Card]:
+    """In the order of the PCI bus.  Connectors (card1-DP-1) and render nodes are no cards."""
+    cards = [Card(root, name, read) for name in list_folder(f"{root}/sys/class/drm")
+             if re.fullmatch("card[0-9]{1,4}", name)]
+    return sorted((card for card in cards if card.driver in drivers and card.is_ours),
+                  key=lambda card: (len(card.bus_id), card.bus_id))
+
+
+# AMD.  Sources: the kernel's amdgpu documents, amdgpu_pm.c and kfd_process.c; rocm-smi and amd-smi
+# as recorded from ROCm 4.3 to 7.2.
+
+_AMD_MEMORY = [(f"{kind}_{part}_bytes", kind, part)
+               for kind in ("vram", "gtt") for part in ("total", "used")]
+AMD_MEMORY = [Figure(field, (f"device/mem_info_{kind}_{part}",))
+              for field, kind, part in _AMD_MEMORY]
+AMD_SENSORS = [
+    Figure("utilization_pct", ("device/gpu_busy_percent",)),
+    Figure("power_w", ("hwmon/power1_average", "hwmon/power1_input"), 1e-6),
+    Figure("power_limit_w", ("hwmon/power1_cap",), 1e-6),
+    Figure("graphics_clock_mhz", ("hwmon/freq1_input",), 1e-6),
+    Figure("memory_clock_mhz", ("hwmon/freq2_input",), 1e-6),
+    Figure("fan_pct", ("hwmon/pwm1",), 100 / 255)]
+# In lower case: what was "Card series" is "Card Series" since ROCm 6.1, and others alike.
+ROCM_SMI = [
+    Figure("utilization_pct", ("gpu use (%)",)),
+    Figure("temperature_c", ("temperature (sensor edge) (c)", "temperature (sensor junction) (c)")),
+    Figure("power_w", ("average graphics package power (w)",
+                       "current socket graphics package power (w)")),
+    Figure("power_limit_w", ("max graphics package power (w)",)),
+    Figure("graphics_clock_mhz", ("sclk clock speed:",)),
+    Figure("memory_clock_mhz", ("mclk clock speed:",)),
+    Figure("fan_pct", ("fan speed (%)",))] + [
+        Figure(field, (f"{kind} total {'used ' if part == 'used' else ''}memory (b)",))
+        for field, kind, part in _AMD_MEMORY]
+AMD_SMI = [
+    Figure("utilization_pct", ("usage.gfx_activity",)),
+    Figure("temperature_c", ("temperature.edge", "temperature.hotspot")),
+    Figure("power_w", ("power.socket_power",)),
+    Figure("power_limit_w", ("limit.socket_power", "limit.ppt0.socket_power_limit")),
+    Figure("graphics_clock_mhz", ("clock.gfx_0.clk",)),
+    Figure("memory_clock_mhz", ("clock.mem_0.clk",)),
+    Figure("fan_pct", ("fan.usage",))] + [  # its MB are MiB
+        Figure(field, (f"mem_usage.{part}_{kind}",), 1 << 20) for field, kind, part in _AMD_MEMORY]
+# Name, number of the model, identity, place, architecture.
+_ROCM_SMI_TEXTS = (("device name", "card series", "card model"), ("device id", "gpu id"),
+                   "unique id", "pci bus", "gfx version")
+_AMD_SMI_TEXTS = (("asic.market_name", "board.product_name"), ("asic.device_id",),
+                  "asic.asic_serial", "bus.bdf", "asic.target_graphics_version")
+ROCM_SMI_ARGUMENTS = (
+    "--showid --showuniqueid --showproductname --showbus --showtemp --showuse --showpower "
+    "--showmaxpower --showclocks --showfan --showdriverversion "
+    "--showmeminfo vram gtt --json").split()
+# Tools do not say which GPUs are part of a CPU; these architectures are.
+_AMD_APU = r"gfx(902|909|90c|1033|1035|1036|1037|1103|115[0-3])\b"
+
+
+def amd_uuid(text: Any) -> str:
+    """As ROCR_VISIBLE_DEVICES takes it.
+
+    >>> amd_uuid("0x2150e7d042a1124"), amd_uuid("N/A")
+    ('GPU-02150e7d042a1124', '')
+    """
+    match = re.fullmatch("(?:0x)?0*([1-9a-fA-F][0-9a-fA-F]{0,15})",
+                         text if isinstance(text, str) else "")
+    return "GPU-" + match.group(1).lower().zfill(16) if match else ""
+
+
+def amd_gpu(index: int, figures: Dict[str, Any], integrated: bool, **more: Any) -> Gpu:
+    """One GPU.  An APU has a small carve-out (VRAM) and may use system memory beside it (GTT): a
+    model lies in both, so its memory is both together.  For others GTT is only on the way."""
+    kinds = ("vram", "gtt") if integrated else ("vram",)
+    parts = [[figures.get(f"{kind}_{part}_bytes") for kind in kinds] for part in ("total", "used")]
+    total, used = [None if None in sizes else sum(sizes) for sizes in parts]
+    if total is not None and used is not None and used > total:
+        used = None
+    figures = {field: value for field, value in figures.items() if not field.endswith("_bytes")}
+    return Gpu(index, "amd", memory_total_bytes=total or None, memory_used_bytes=used,
+               integrated=integrated, **figures, **more)
+
+
+def _amd_gpu_of_tool(index: int, table: Sequence[Figure], texts: Any,
+                     look: Callable[[str], Any]) -> Gpu:
+    names, codes, uuid, place, architecture = texts
+    code = next((printable(look(key)[:20]) for key in codes if isinstance(look(key), str)),
+                index)
+    return amd_gpu(index, read_figures(table, look),
+                   bool(re.match(_AMD_APU, first_text(look, architecture))),
+                   name=first_text(look, *names) or f"AMD GPU {code}",
+                   uuid=amd_uuid(look(uuid)), bus_id=first_text(look, place).lower())
+
+
+def parse_rocm_smi(text: str) -> Tuple[List[Gpu], str]:
+    """(GPUs, version of the driver) from rocm-smi's JSON."""
+    found = parse_json_within(text)
+    cards = {name: {key.lower(): value for key, value in card.items()}
+             for name, card in (found.items() if isinstance(found, dict) else ())
+             if isinstance(card, dict)}
+    return [_amd_gpu_of_tool(int(name[4:]), ROCM_SMI, _ROCM_SMI_TEXTS, card.get)
+            for name, card in cards.items() if re.fullmatch("card[0-9]{1,4}", name)], first_text(
+                cards.get("system", {}).get, "driver version")
+
+
+def parse_amd_smi(*texts: str) -> Tuple[List[Gpu], str]:
+    """(GPUs, version of the driver) from the JSON of `amd-smi static` and `amd-smi metric`: a list
+    up to ROCm 6, in ROCm 7 an object around it.  "N/A" may stand for a value or for a group."""
+    gpus: Dict[int, Dict[str, Any]] = {}
+    for text in texts:
+        found = parse_json_within(text)
+        rows = found.get("gpu_data") if isinstance(found, dict) else found
+        for row in rows if isinstance(rows, list) else ():
+            number = row.get("gpu") if isinstance(row, dict) else None
+            if type(number) is int and 0 <= number < 10000:
+                gpus.setdefault(number, {}).update(row)
+
+    def look(number: int, path: str) -> Any:
+        value: Any = gpus[number]
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    looks = {number: (lambda path, number=number: look(number, path)) for number in sorted(gpus)}
+    return [_amd_gpu_of_tool(number, AMD_SMI, _AMD_SMI_TEXTS, find)
+            for number, find in looks.items()], next(
+                filter(None, (first_text(find, "driver.version") for find in looks.values())), "")
+
+
+def parse_dpm_clock(text: str) -> Optional[str]:
+    """The line with the star, `1: 800Mhz *`; lines may be unsorted or doubled."""
+    match = re.search(r"(?im)^\s*\w{1,3}:\s*([0-9]{1,5}Mhz)\s*\*", text)
+    return match.group(1) if match else None
+
+
+def read_amd_processes(root: str, bus_id: str) -> Optional[Tuple[GpuProcess, ...]]:
+    """Processes that hold memory of a GPU through ROCm's driver; None where that does not show the
+    GPU.  One that computes through Vulkan shows in the memory that is used, and not here."""
+    folder, numbers = f"{root}/sys/class/kfd/kfd", set()
+    place = re.fullmatch("([0-9a-f]{4,8}):([0-9a-f]{2}):([01][0-9a-f])[.][0-7]", bus_id)
+    for node in list_folder(f"{folder}/topology/nodes") if place else ():
+        facts = parse_keyed(read_sysfs(f"{folder}/topology/nodes/{node}/properties")[0])
+        domain, bus, device = (int(part, 16) for part in place.groups())
+        # The last three bits are the function, or the partition of an MI300.
+        if (facts.get("domain", 0), facts.get("location_id", 0) >> 3) == (
+                domain, bus << 5 | device):
+            numbers.add(parse_int(read_sysfs(f"{folder}/topology/nodes/{node}/gpu_id")[0]))
+    if not any(numbers):
+        return None
+    held = {parse_int(pid): sum(parse_int(read_sysfs(f"{folder}/proc/{pid}/vram_{number}")[0]) or 0
+                                for number in numbers) for pid in list_folder(f"{folder}/proc")}
+    # Whoever opens the driver is listed for every GPU, with 0 for those that it does not use.
+    return tuple(GpuProcess(pid, size) for pid, size in held.items() if pid and size > 0)
+
+
+class Amd(GpuSource):
+    """amdgpu's files; where these show no GPU though there is a device, amd-smi, then rocm-smi.
+
+    root: the folder under which dev and sys lie.  read: the door to files of /sys.
+    """
+
+    vendor = "amd"
+
+    def __init__(self, root: str = "/", search_path: Optional[str] = None,
+                 run: Callable[..., CommandResult] = run_command,
+                 read: Callable[[str], Tuple[str, bool]] = read_sysfs) -> None:
+        self._root = root.rstrip("/")
+        self._read = read
+        self._amd_smi, self._rocm_smi = [Tool(name, search_path, run)
+                                         for name in ("amd-smi", "rocm-smi")]
+
+    def present(self) -> bool:
+        return bool(self._cards()) or self._has_device("kfd", "dxg") and bool(
+            self._amd_smi.find() or self._rocm_smi.find())
+
+    def read(self) -> GpuReading:
+        cards = self._cards()
+        if not cards:
+            return self._ask_tools()
+        return GpuReading("amdgpu", tuple(self._read_card(*pair) for pair in enumerate(cards)),
+                          self._read(f"{self._root}/sys/module/amdgpu/version")[0])
+
+    def _cards(self) -> List[Card]:
+        return list_cards(self._root, ("amdgpu",), self._read)
+
+    def _has_device(self, *names: str) -> bool:
+        return any(os.path.exists(f"{self._root}/dev/{name}") for name in names)
+
+    @staticmethod
+    def _is_apu(card: Card) -> bool:
+        """By what amdgpu leaves out for an APU: the maker and load of its memory, the form of the
+        board, a critical temperature.  Sizes say nothing: a carve-out may have 96 GB."""
+        return card.text("device/mem_info_vram_vendor") in ("", "unknown") and not any(
+            os.path.exists(card.path(name)) for name in (
+                "device/board_info", "device/mem_busy_percent", "hwmon/temp1_crit"))
+
+    def _read_card(self, index: int, card: Card) -> Gpu:
+        figures = read_figures(AMD_MEMORY, card.text)  # which wakes nothing up
+        if not card.asleep:
+            figures.update(read_figures([Figure("graphics_clock_mhz", ("device/pp_dpm_sclk",))],
+                                        lambda name: parse_dpm_clock(card.text(name))))
+            figures.update(read_figures(AMD_SENSORS, card.text))
+            figures.update(card.temperature("edge", "junction", ""))
+        return amd_gpu(
+            index, figures, self._is_apu(card), asleep=card.asleep, bus_id=card.bus_id,
+            name=first_text(card.text, "device/product_name") or f"AMD GPU 0x{card.code}",
+            uuid=amd_uuid(card.text("device/unique_id")),
+            processes=read_amd_processes(self._root, card.bus_id))
+
+    def _ask_tools(self) -> GpuReading:
+        results = [self._amd_smi.ask(what, "--json") for what in ("static", "metric")]
+        gpus, version = parse_amd_smi(*(result.output for result in results))
+        if gpus:
+            return GpuReading("amd-smi", tuple(gpus), version)
+        result = self._rocm_smi.ask(*ROCM_SMI_ARGUMENTS)
+        gpus, version = parse_rocm_smi(result.output)
+        if gpus:
+            return GpuReading("rocm-smi", tuple(gpus), version)
+        # A tool that fails may exit 0.  And dxg, Windows' door, is there whatever its GPU is.
+        return GpuReading("rocm-smi", None if self._has_device("kfd") else (),
+                          problem=result.problem or "amd-smi and rocm-smi name no GPU")
+
+
+# Intel.  Sources: the kernel's sysfs-driver-intel-i915-hwmon and -xe-hwmon, xpu-smi's user guide.
+
+INTEL_SENSORS = [  # hwmon: of the card, else of the chip
+    Figure("energy_j", ("hwmon/energy1_input", "hwmon/energy2_input"), 1e-6),
+    Figure("power_limit_w", ("hwmon/power1_max", "hwmon/power2_max"), 1e-6),
+    Figure("graphics_clock_mhz", ("device/tile0/gt0/freq0/act_freq", "gt_act_freq_mhz"))]
+XPU_SMI = [
+    Figure("memory_total_bytes", ("Memory Physical Size",), 1 << 20),
+    Figure("memory_used_bytes", ("GPU Memory Used (MiB)",), 1 << 20),
+    Figure("utilization_pct", ("GPU Utilization (%)",)),
+    Figure("power_w", ("GPU Power (W)",)),
+    Figure("graphics_clock_mhz", ("GPU Frequency (MHz)",)),
+    Figure("temperature_c", ("GPU Core Temperature (Celsius Degree)",))]
+
+
+def parse_xpu_smi(text: str) -> Dict[int, Dict[str, Any]]:
+    """{device: row} by the names of the columns, from xpu-smi's CSV, which may be quoted or padded,
+    or from the JSON of `discovery -j`.  Of several rows of a device the last counts."""
+    import csv
+    found = parse_json_within(text)
+    rows = found.get("device_list") if isinstance(found, dict) else None
+    if not isinstance(rows, list):
+        header, rows = [], []
+        for line in text.replace("\0", "").splitlines():
+            try:
+                words = next(csv.reader([line], skipinitialspace=True), [])
+            except csv.Error:
+                continue
+            words = [word.strip() for word in words]
+            if "Device ID" in words or "DeviceId" in words:
+                header = words
+            elif header and len(words) == len(header):
+                rows.append(dict(zip(header, words)))
+    devices = {}
+    for row in rows:
+        names = ("device_id", "Device ID", "DeviceId") if isinstance(row, dict) else ()
+        number = next((parse_figure(row[name]) for name in names if name in row), None)
+        if number is not None:
+            devices[int(number)] = row
+    return devices
+
+
+def awake_pct(old: Dict[str, float], new: Dict[str, float], passed_s: float) -> Optional[float]:
+    """How long the busiest part of a GPU was awake, from counters of milliseconds in deep sleep.
+    One that stands at 0 has its deep sleep switched off, and tells nothing.
+
+    >>> awake_pct({"gt0": 1000, "gt1": 0}, {"gt0": 1250, "gt1": 0}, 1.0)
+    75.0
+    """
+    shares = [share_pct(1000 * passed_s - (new[name] - old[name]), 1000 * passed_s)
+              for name in new if new[name] and name in old and new[name] >= old[name]]
+    return max((share for share in shares if share is not None), default=None)
+
+
+class Intel(GpuSource):
+    """Files of i915 and xe; for cards with memory of their own xpu-smi, since no driver says how
+    much of it is used.  Without xpu-smi that is unknown, and such a card is never free.
+
+    Load is how long the GPU was not in deep sleep since the read before, and power what the energy
+    counter gained.  The load that fdinfo shows is that of our own processes, and is not asked.
+    """
+
+    vendor = "intel"
+
+    def __init__(self, root: str = "/", search_path: Optional[str] = None,
+                 run: Callable[..., CommandResult] = run_command,
+                 clock: Callable[[], float] = now_s) -> None:
+        self._root = root.rstrip("/")
+        self._clock = clock
+        self._tool = Tool("xpu-smi", search_path, run)
+        self._devices: Dict[int, Dict[str, Any]] = {}  # asked for once: they do not change
+        self._last: Dict[str, Any] = {}  # by bus_id: time, energy, sleep of each GT in ms
+
+    def present(self) -> bool:
+        return bool(self._cards())
+
+    def read(self) -> GpuReading:
+        cards = self._cards()
+        # xpu-smi wakes GPUs up: it is asked only where one is awake anyway.
+        ask = any(not (card.asleep or self._is_integrated(card)) for card in cards)
+        told = self._ask_tool() if ask else {}
+        return GpuReading("+".join(sorted({card.driver for card in cards})), tuple(
+            self._read_card(index, card, told) for index, card in enumerate(cards)),
+            problem="" if told or not ask else "without a working xpu-smi the memory of Intel's "
+                                               "cards is unknown")
+
+    def _cards(self) -> List[Card]:
+        return list_cards(self._root, ("i915", "xe"))
+
+    @staticmethod
+    def _is_integrated(card: Card) -> bool:
+        """A CPU's own GPU is always at this place; only other cards have sensors."""
+        return card.bus_id.startswith("0000:00:02.") and not card.sensors
+
+    def _read_card(self, index: int, card: Card, told_of: Dict[str, Dict[str, Any]]) -> Gpu:
+        integrated = self._is_integrated(card)  # then its memory is the machine's
+        told = {} if integrated else told_of.get(card.bus_id, {})
+        figures = read_figures(XPU_SMI, told.get)
+        if not card.asleep:
+            figures.update(read_figures(INTEL_SENSORS, card.text))
+            figures.update(card.temperature("pkg", ""))
+            figures.update(self._differences(card, figures.get("energy_j")))
+        return Gpu(index, "intel", first_text(told.get, "UUID", "SOC UUID", "uuid"),
+                   first_text(told.get, "Device Name", "device_name") or f"Intel GPU 0x{card.code}",
+                   card.bus_id, asleep=card.asleep, integrated=integrated, **figures)
+
+    def _differences(self, card: Card, energy_j: Optional[float]) -> Dict[str, Any]:
+        """Power and load since the read before; nothing in the first."""
+        import glob
+        paths = [path for pattern in ("device/tile*/gt*/gtidle/idle_residency_ms",
+                                      "gt/gt*/rc6_residency_ms")
+                 for path in glob.glob(glob.escape(card.folder) + pattern)]
+        slept_ms = {path: parse_figure(read_sysfs(path)[0]) or 0 for path in paths}
+        now_at_s = self._clock()
+        old_at_s, old_j, old_ms = self._last.get(card.bus_id, (now_at_s, None, {}))
+        self._last[card.bus_id] = now_at_s, energy_j, slept_ms
+        passed_s = now_at_s - old_at_s
+        found: Dict[str, Any] = {"utilization_pct": awake_pct(old_ms, slept_ms, passed_s)}
+        if passed_s > 0 and energy_j is not None and old_j is not None:
+            found["power_w"] = (energy_j - old_j) / passed_s
+        # A counter that begins again at 0 would say less than nothing.
+        return read_figures([Figure(name, (name,)) for name in found], found.get)
+
+    def _ask_tool(self) -> Dict[str, Dict[str, Any]]:
+        """{bus_id: what xpu-smi says}"""
+        if not self._devices:
+            # Device ID, name, UUID, PCI address, memory; an old xpu-smi knows only the second form.
+            self._devices = parse_xpu_smi(
+                self._tool.ask("discovery", "--dump", "1,2,4,11,16").output) or parse_xpu_smi(
+                    self._tool.ask("discovery", "-j").output)
+        figures = parse_xpu_smi(self._tool.ask("dump", "-d", "-1", "-m", "0,1,2,3,18", "-i", "1",
+                                               "-n", "1").output)
+        return {first_text(row.get, "PCI BDF Address", "pci_bdf_address").lower():
+                {**row, **figures.get(number, {})} for number, row in self._devices.items()}
+
+
+# Apple.  Sources: ioreg as recorded from M1 to M5, macmon, exelban/stats.
+
+APPLE_FIGURES = [Figure("utilization_pct", ("Device Utilization %",)),
+                 Figure("memory_used_bytes", ("In use system memory",))]
+# What Metal allows a GPU.  In a process of its own: a framework may end the process that loads it.
+METAL_LIMIT = """\
+from ctypes import CDLL, c_char_p, c_uint64, c_void_p
+metal = CDLL("/System/Library/Frameworks/Metal.framework/Metal")
+objc = CDLL("/usr/lib/libobjc.A.dylib")
+metal.MTLCreateSystemDefaultDevice.restype = objc.sel_registerName.restype = c_void_p
+objc.sel_registerName.argtypes = [c_char_p]
+objc.objc_msgSend.restype, objc.objc_msgSend.argtypes = c_uint64, [c_void_p, c_void_p]
+device = metal.MTLCreateSystemDefaultDevice()
+selector = objc.sel_registerName(b"recommendedMaxWorkingSetSize")
+print(objc.objc_msgSend(device, selector) if device else 0)
+"""
+
+
+def parse_ioreg(text: str) -> Optional[List[Dict[str, Any]]]:
+    """The GPUs of Apple silicon in the answer of `ioreg -a`; None for what is none.
+
+    Left out: GPUs of Intel Macs, which no engine of ours uses; a virtual machine's, which has no
+    figures; entries that say IOAccelerator for old programs' sake.  What is there twice counts
+    once, with its higher load.
+    """
+    import plistlib
+    from xml.parsers.expat import ExpatError
+    begin, end = text.find("<?xml"), text.rfind("</plist>")
+    if not text.strip():
+        return []  # it prints nothing where there is no accelerator
+    try:
+        entries = plistlib.loads(text[max(0, begin):end + 8].encode("utf-8"), fmt=plistlib.FMT_XML)
+    except (ExpatError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+            RecursionError):
+        return None
+    found: Dict[Any, Dict[str, Any]] = {}
+    # Nothing is turned into text that may be nested deeper than Python's stack.
+    load = lambda entry: parse_figure(entry["PerformanceStatistics"].get("Device Utilization %"))
+    for entry in entries if isinstance(entries, list) else ():
+        if (isinstance(entry, dict) and isinstance(entry.get("PerformanceStatistics"), dict)
+                and first_text(entry.get, "IOClass").startswith("AGXAccelerator")):
+            key = parse_figure(entry.get("IORegistryEntryID")) or entry["IOClass"]
+            found[key] = max(found.get(key, entry), entry, key=lambda one: load(one) or 0)
+    return list(found.values())
+
+
+def parse_displays(text: str) -> Tuple[str, Optional[float]]:
+    """(name, cores) of Apple's GPU from `system_profiler SPDisplaysDataType -json`."""
+    found = parse_json_within(text)
+    rows = found.get("SPDisplaysDataType") if isinstance(found, dict) else None
+    for row in rows if isinstance(rows, list) else ():
+        name = first_text(row.get, "sppci_model") if isinstance(row, dict) else ""
+        if name.startswith("Apple"):
+            return name, parse_figure(row.get("sppci_cores"))
+    return "", None
+
+
+class Apple(GpuSource):
+    """Apple silicon through ioreg.  Power, clocks and temperature need root there: unknown.
+
+    Its memory is the machine's; still it is not marked as integrated, for it is the machine's GPU.
+    """
+
+    vendor = "apple"
+
+    def __init__(self, search_path: str = "/usr/sbin",
+                 run: Callable[..., CommandResult] = run_command) -> None:
+        self._run = run
+        self._ioreg, self._sysctl, self._profiler = [
+            Tool(name, search_path, run) for name in ("ioreg", "sysctl", "system_profiler")]
+        self._displays: Optional[Tuple[str, Optional[float]]] = None
+        self._default_limit: Optional[int] = None
+
+    def present(self) -> bool:
+        return self._ioreg.find() is not None
+
+    def read(self) -> GpuReading:
+        result = self._ioreg.ask("-r", "-d", "1", "-w", "0", "-c", "IOAccelerator", "-a")
+        entries = None if result.problem else parse_ioreg(result.output)
+        if entries is None:
+            return GpuReading("ioreg", None, problem=result.problem or "ioreg says nothing of use")
+        total = self._read_limit() if entries else None
+        return GpuReading("ioreg", tuple(self._make(index, entry, total)
+                                         for index, entry in enumerate(entries)))
+
+    def _make(self, index: int, entry: Dict[str, Any], total: Optional[int]) -> Gpu:
+        name, cores = first_text(entry.get, "model"), parse_figure(entry.get("gpu-core-count"))
+        if not (name and cores) and self._displays is None:  # takes seconds: once
+            self._displays = parse_displays(
+                self._profiler.ask("SPDisplaysDataType", "-json").output)
+        known = self._displays or ("", None)
+        cores = cores or known[1]
+        return Gpu(index, "apple", name=name or known[0] or "Apple GPU", memory_total_bytes=total,
+                   cores=int(cores) if cores and cores < 10000 else None,
+                   **read_figures(APPLE_FIGURES, entry["PerformanceStatistics"].get))
+
+    def _read_limit(self) -> Optional[int]:
+        """Bytes that the GPU may use: what the owner set, else what Metal says, else two thirds of
+        the memory, which is a guess (macOS allows 0.67 to 0.84 of it)."""
+        text = self._sysctl.ask("iogpu.wired_limit_mb").output
+        match = re.search(r"(?m)^iogpu\.wired_limit_mb: ([0-9]{1,8})\s*$", text)
+        if match and int(match.group(1)):
+            return int(match.group(1)) << 20
+        if self._default_limit is None:
+            result = self._run((sys.executable, "-I", "-c", METAL_LIMIT), 20.0)
+            memory = parse_int(self._sysctl.ask("-n", "hw.memsize").output) or 0
+            allowed = (parse_int(result.output) if result.exit_code == 0 else None) or 0
+            self._default_limit = allowed if 0 < allowed <= memory else memory * 2 // 3
+        return self._default_limit or None
 
 
 # ----------------------------------------------------------------------
@@ -3431,7 +4022,7 @@ class GpuSampler:
 
 def make_gpu_sources() -> List[GpuSource]:
     """In the order in which a machine with several is taken for one vendor's."""
-    return [Nvidia()]
+    return [Apple()] if sys.platform == "darwin" else [Nvidia(), Amd(), Intel()]
 
 
 # ----------------------------------------------------------------------

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=5de0929e97b27dbaffdc20cb845a2fba646f753d3de7285cee3765293d40c5d3
+  sha256=38fac565995ae0dec1bae0404423049286495ab8a8a4eed41ca455e92dce4ef4
 }
 
 usage() {

@@ -208,3 +208,12 @@ def files_with(folder, secret):
             except OSError:
                 pass  # gone in between, or a socket
     return found
+
+
+def nvidia_smi_script(rows, processes=""):
+    """An nvidia-smi of an old driver, which knows the basic columns alone: index, uuid, name, memory
+    in all and in use (MiB), load, temperature; and processes: gpu_uuid, pid, memory."""
+    # Only what the shell has built in: a test may leave nothing else on PATH.
+    return ("#!/bin/sh\ncase $1 in\n"
+            "*pci.bus_id*) echo 'Field \"pci.bus_id\" is not a valid field to query.'; exit 2;;\n"
+            "*compute-apps*) printf '%%s' '%s';;\n*) printf '%%s' '%s';;\nesac\n" % (processes, rows))

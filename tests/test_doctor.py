@@ -11,7 +11,7 @@ import pytest
 
 import b9agent
 from b9agent import Exit, Finding
-from helpers import HERE, run_agent, tree, wait_until
+from helpers import HERE, run_agent, tree, wait_until, nvidia_smi_script
 from hostile_gateway import PROBES, TOKEN, HostileGateway, server_context
 
 GIB = 1 << 30
@@ -439,12 +439,12 @@ def test_a_machine_that_cannot_be_measured(monkeypatch):
 
 # -- GPUs --------------------------------------------------------------------------
 
-TWO_GPUS = ("0, GPU-aa01, NVIDIA H100 80GB HBM3, 81559, 4, 0\n"
-            "1, GPU-bb02, NVIDIA H100 80GB HBM3, 81559, 70000, 90\n")
+TWO_GPUS = ("0, GPU-aa01, NVIDIA H100 80GB HBM3, 81559, 4, 0, 31\n"
+            "1, GPU-bb02, NVIDIA H100 80GB HBM3, 81559, 70000, 90, 64\n")
 
 
 def test_gpus_that_are_free_busy_and_left_out(doctor, hostile, tmp_path):
-    program(tmp_path, "nvidia-smi", "echo '%s'\n" % TWO_GPUS.strip().replace("\n", "'; echo '"))
+    program(tmp_path, "nvidia-smi", nvidia_smi_script(TWO_GPUS).partition("\n")[2])
     code, found, _ = doctor(hostile)
     assert code == 0 and levels(found["gpus"][:2]) == ["ok", "ok"]
     assert found["gpus"][0].seen.startswith("2 of 2 offered, 1 free")

@@ -66,6 +66,12 @@ def test_a_machine_with_several_vendors_offers_one_vendors_and_no_part_of_a_cpu(
     assert indexes(b9agent.offered_gpus(amd[1:], "amd", None, None)) == [("amd", 1)]
 
 
+def test_a_part_of_a_cpu_of_which_no_memory_is_known_makes_no_machine_with_a_gpu():
+    office_pc = [gpu(0, "intel", total_mib=None, used_mib=None, integrated=True)]
+    assert b9agent.offered_gpus(office_pc, "intel", None, None) == []
+    assert indexes(b9agent.offered_gpus(office_pc, "intel", (("", 0),), None)) == [("intel", 0)]
+
+
 @pytest.mark.parametrize("variable, expected", [
     ("0,2", [0, 2]), ("", []), ("-1", []), ("1,-1,0", [1]), ("NoDevFiles", []), (" 1 , 0 ", [0, 1]),
     ("GPU-1", [1]), ("GPU-", []), ("GPU-9", []), ("0,0", [0]), ("3", []), ("MIG-x", [2])])

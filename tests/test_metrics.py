@@ -16,7 +16,7 @@ import b9agent
 from b9agent import (Capacity, Energy, EnergyTotals, Failures, Gpu, GpuProcess, GpuReading, GpuSample,
                      HostFacts, HostSample, Identity, MachineSample, MetricsView, MigInstance,
                      ProcessFigures, Snapshot, State)
-from helpers import Program, environment, run_agent, tree, wait_until
+from helpers import nvidia_smi_script, Program, environment, run_agent, tree, wait_until
 from hostile_gateway import TOKEN
 from test_control_api import Control
 
@@ -646,8 +646,8 @@ def test_a_scrape_asks_no_driver(agent, hostile, state, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     calls = tmp_path / "calls"
-    (tools / "nvidia-smi").write_text(
-        "#!/bin/sh\necho x >> '%s'\necho '0, GPU-5f, NVIDIA L4, 23034, 1, 7'\n" % calls)
+    script = nvidia_smi_script("0, GPU-5f, NVIDIA L4, 23034, 1, 7, 40\n")
+    (tools / "nvidia-smi").write_text(script.replace("\n", "\necho x >> '%s'\n" % calls, 1))
     (tools / "nvidia-smi").chmod(0o755)
     program = start(agent, hostile, "--keepalive-interval", "150",
                     PATH="%s:%s" % (tools, os.environ["PATH"]))
@@ -655,8 +655,9 @@ def test_a_scrape_asks_no_driver(agent, hostile, state, tmp_path):
     control, before = Control(program, state), calls.read_text()
     for _ in range(5):
         said, _ = parse(scrape(control)[2])
-    if ("b9agent_gpu_utilization_ratio", (("index", "0"), ("vendor", "nvidia"))) in said:
-        assert said["b9agent_gpu_memory_size_bytes", (("index", "0"), ("vendor", "nvidia"))] == 23034 << 20
+    gpu = (("index", "0"), ("vendor", "nvidia"))
+    assert said["b9agent_gpu_utilization_ratio", gpu] == 0.07
+    assert said["b9agent_gpu_memory_size_bytes", gpu] == 23034 << 20
     assert calls.read_text() == before
 
 

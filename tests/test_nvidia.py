@@ -423,8 +423,8 @@ def test_a_program_that_cannot_be_started_is_unknown(tmp_path):
 
 def test_a_program_that_hangs_is_ended_and_the_next_sample_asks_again(tmp_path):
     path = program(tmp_path, "echo $$ >> {}/started\nsleep 1000\n".format(tmp_path))
-    source = NvidiaSmi(path)
-    assert source.read(0.5).gpus is None
+    source = NvidiaSmi(path, limit_s=0.5)
+    assert source.read().gpus is None
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "started").read_text()), 0)
     program(tmp_path, answers())
