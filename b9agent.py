@@ -6,28 +6,37 @@ it alive with true figures.  One file, the standard library of Python 3.8, Linux
 What it does to this machine, all of it:
 
 files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
-          reads   STATE/config.yaml, a token file if one is set, /proc, /sys/fs/cgroup
+          reads   STATE/config.yaml, a token file if one is set; /proc, /sys, /etc/os-release, and
+                  whether the devices of GPUs are there
           writes  STATE/config.yaml 0600 (`init`; config.yaml.old 0600 where it had comments),
                   machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
-                  journald), control.token 0600, control.addr;
+                  journald), energy.json 0600 (energy.json.bad where it was broken),
+                  control.token 0600, control.addr;
                   gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
                   folder (`demo`), removed; `service install`: what its --dry-run prints
-ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`
-hosts     the gateway that is configured, or the proxy set for it; nobody else.  The machine token
-          goes there and nowhere else, and no redirect is followed
-programs  nvidia-smi where it is installed; on macOS sysctl, vm_stat, netstat; `init` asks
-          tailscale; `service` runs systemctl, loginctl, useradd, launchctl or rc-service
-threads   main (signals, systemd), membership (the requests to the gateway), control or gateway
-          (accepts), and one for each connection to those, 64 or 256 at most
+ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`;
+          `doctor` binds the ports it tells of for an instant
+hosts     the gateway that is configured, or the proxy set for it; `doctor` also k3s, on
+          127.0.0.1:6443 and without a token; nobody else.  The machine token goes to the gateway
+          and nowhere else, and no redirect is followed
+loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
+programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi where the kernel's
+          files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
+          python3 with Metal; `init` and `doctor` ask tailscale; `service` runs systemctl, loginctl,
+          useradd, launchctl or rc-service, and `doctor` asks them
+threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
+          vendor's driver, and ends), control or gateway (accepts), and one for each connection to
+          those, 64 or 256 at most; check-NAME (`doctor`)
 
 To read it: sections stand in order, and each uses only names from above it.
 
-   1 errors, exit codes, redaction, clock      12 HTTP server core
+   1 errors, exit codes, redaction, clock      12 HTTP server core, 12b metrics
    2 doors: files, programs, the network       14 control API
    3 settings: one table, YAML subset, flags   17 embedded gateway
    4 log and snapshot                          19 agent: the composition
-   5 host metrics, 6 GPUs                      20 service installation
-   7 gateway client and membership             21 commands, main
+   5 host metrics                              20 service installation, 20b doctor
+   6 GPUs, energy and carbon                   21 commands, main
+   7 gateway client and membership
 """
 import sys
 
@@ -2654,8 +2663,9 @@ def _visible(gpus: Sequence[Gpu], variable: str) -> List[Gpu]:
 
 def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tuple[str, int]]],
                  max_gpus: Optional[int], visible: Optional[str] = None) -> List[Gpu]:
-    """The GPUs that the gateway is told of: a pool has GPUs of one type, so they are of one vendor,
-    and one that is part of the CPU counts only where there is no other, and with known memory.
+    """The healthy GPUs that the gateway is told of: a pool has GPUs of one type, so they are of one
+    vendor, and one that is part of the CPU counts only where there is no other, and with known
+    memory.
 
     gpu_ids: (vendor, index) of the ones that are chosen instead; "" means `vendor`.  None is no
     choice, an empty list is no GPU.  visible: CUDA_VISIBLE_DEVICES, about NVIDIA's GPUs only.
@@ -2670,6 +2680,7 @@ def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tu
     if visible is not None:
         seen = _visible([gpu for gpu in gpus if gpu.vendor == "nvidia"], visible)
         chosen = [gpu for gpu in chosen if gpu.vendor != "nvidia" or gpu in seen]
+    chosen = [gpu for gpu in chosen if gpu.stale or not gpu.problem]
     return chosen if max_gpus is None else chosen[:max(0, max_gpus)]
 
 
@@ -6097,8 +6108,7 @@ class Agent:
         if offered is None:
             self._log("warning", "gpus_unknown", what="; ".join(gpus.problems),
                       do="Registering without GPUs; see `b9agent.py doctor`, then restart")
-        gpu_count = sum(1 for gpu in offered or () if not gpu.problem)
-        return register_payload(self.identity, cpu_millicores, memory_bytes, gpu_count,
+        return register_payload(self.identity, cpu_millicores, memory_bytes, len(offered or ()),
                                 read_private_ip(self.settings.gateway_host))
 
     def keepalive_payload(self) -> Dict[str, Any]:
@@ -8255,9 +8265,8 @@ def energy_line(energy: Dict[str, Any]) -> str:
     """What was used since the state folder was made, each figure with its basis; "" for nothing.
 
     >>> energy_line({"total": {"gpu_measured_wh": 1250.0, "gpu_estimated_wh": 0.0,
-    ...     "cpu_measured_wh": 0.0, "cpu_estimated_wh": 310.4, "co2e_g": 98.76,
-    ...     "co2e_basis": "estimated"}, "gpu_w": 312.4, "cpu_w": None, "since": "T"})
-    'GPUs 1250 Wh measured, CPUs 310.4 Wh estimated, 98.8 g CO2e estimated, since T; now GPUs 312 W'
+    ...     "co2e_g": 98.76, "co2e_basis": "estimated"}, "cpu_w": 9.6, "cpu_basis": "estimated", "since": "T"})
+    'GPUs 1250 Wh measured, 98.8 g CO2e estimated, since T; now CPUs 10 W estimated'
     """
     total = energy.get("total") or {}
     parts = [f"{label} {total[f'{part}_{basis}_wh']:.4g} Wh {basis}"
@@ -8265,8 +8274,9 @@ def energy_line(energy: Dict[str, Any]) -> str:
              for basis in ("measured", "estimated") if total.get(f"{part}_{basis}_wh")]
     if total.get("co2e_g") is not None:
         parts.append(f"{total['co2e_g']:.3g} g CO2e {total['co2e_basis']}".rstrip())
-    now = [f"{label} {energy[part]:.0f} W" for part, label in (("gpu_w", "GPUs"), ("cpu_w", "CPUs"))
-           if energy.get(part) is not None]
+    now = [f"{label} {energy[part + '_w']:.0f} W {energy[part + '_basis']}"
+           for part, label in (("gpu", "GPUs"), ("cpu", "CPUs"))
+           if energy.get(part + "_w") is not None]
     return (", ".join(parts) + f", since {energy['since']}" if parts else "") + (
         f"; now {', '.join(now)}" if parts and now else "")
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=38fac565995ae0dec1bae0404423049286495ab8a8a4eed41ca455e92dce4ef4
+  sha256=d3cc87eabdba7eaf5b57d13929efa7d81a9b9750c1b8006c88bc52a22eadd0fe
 }
 
 usage() {

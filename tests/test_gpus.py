@@ -80,6 +80,13 @@ def test_cuda_visible_devices_hides_gpus(variable, expected):
     assert indexes(b9agent.offered_gpus(three, "nvidia", None, None, variable)) == expected
 
 
+def test_a_sick_gpu_is_not_offered_and_makes_room_for_the_next():
+    three = [gpu(0, problem="is lost"), gpu(1, stale=True, problem="silent"), gpu(2)]
+    assert indexes(b9agent.offered_gpus(three, "nvidia", None, None)) == [1, 2]
+    assert indexes(b9agent.offered_gpus(three, "nvidia", None, 1)) == [1]
+    assert b9agent.offered_gpus(three, "nvidia", (("", 0),), None) == []
+
+
 def test_cuda_visible_devices_says_nothing_of_other_vendors():
     assert len(b9agent.offered_gpus([gpu(0, "amd")], "amd", None, None, "")) == 1
 
