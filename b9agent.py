@@ -7563,6 +7563,7 @@ def why_not_offered(gpu: Gpu, sample: GpuSample, settings: Any, visible: Optiona
         return gpu in offered_gpus(sample.gpus, sample.vendor, settings.gpu_ids, max_gpus, seen)
     if not kept(None, None):
         return ("left out by limits.gpu_ids (--gpu-ids)" if settings.gpu_ids is not None else
+                "left out: it is part of the processor" if gpu.integrated else
                 f"left out: a pool has GPUs of one type, and {sample.vendor}'s come first")
     if not kept(None, visible):
         return f"left out by CUDA_VISIBLE_DEVICES={visible}"
@@ -7589,7 +7590,7 @@ def judge_gpus(sample: GpuSample, settings: Any, visible: Optional[str]) -> Iter
         reading.cuda_version and f"CUDA {reading.cuda_version}"))) for reading in sample.readings)
     if not sample.known:
         yield Finding("warn", "not known, so none is offered", mend_of_gpu(str(sample.problems)))
-    elif sample.gpus and not offered:
+    elif not offered and any(not (gpu.problem or gpu.integrated) for gpu in sample.gpus):
         yield Finding("warn", f"none of {len(sample.gpus)} offered ({drivers})",
                       "unset CUDA_VISIBLE_DEVICES   # or mend limits.gpu_ids, limits.gpus")
     else:
@@ -8265,7 +8266,8 @@ def energy_line(energy: Dict[str, Any]) -> str:
     """What was used since the state folder was made, each figure with its basis; "" for nothing.
 
     >>> energy_line({"total": {"gpu_measured_wh": 1250.0, "gpu_estimated_wh": 0.0,
-    ...     "co2e_g": 98.76, "co2e_basis": "estimated"}, "cpu_w": 9.6, "cpu_basis": "estimated", "since": "T"})
+    ...     "co2e_g": 98.76, "co2e_basis": "estimated"}, "cpu_w": 9.6,
+    ...     "cpu_basis": "estimated", "since": "T"})
     'GPUs 1250 Wh measured, 98.8 g CO2e estimated, since T; now CPUs 10 W estimated'
     """
     total = energy.get("total") or {}

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=d3cc87eabdba7eaf5b57d13929efa7d81a9b9750c1b8006c88bc52a22eadd0fe
+  sha256=6429ad4e8e87c07d22c35ec814dccdbd87df6375f32fcf2a699caecb1fe9c2df
 }
 
 usage() {
