@@ -52,6 +52,7 @@ if os.name != "posix":
     sys.exit(2)
 
 import collections
+import contextlib
 import enum
 import io
 import json
@@ -624,18 +625,17 @@ def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
         raise
 
 
-def _read_exactly(stream: io.BufferedReader, length: int, max_bytes: int) -> bytes:
-    if length > max_bytes:
-        raise HttpFailure("too_large", f"an answer of more than {max_bytes} bytes")
-    body = stream.read(length)
-    if len(body) < length:
-        raise HttpFailure("closed", "the answer was cut off")
-    return body
+def _pieces_of(stream: io.BufferedReader, length: int) -> Iterator[bytes]:
+    while length > 0:
+        piece = stream.read1(min(length, 65536))
+        if not piece:
+            raise HttpFailure("closed", "the answer was cut off")
+        length -= len(piece)
+        yield piece
 
 
-def _read_chunks(stream: io.BufferedReader, max_bytes: int) -> bytes:
+def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:
     """A chunked body.  Source: RFC 9112, section 7.1."""
-    body = bytearray()
     while True:
         size = _read_line(stream, 1024).split(b";")[0].strip()
         if not re.fullmatch(b"[0-9a-fA-F]{1,8}", size):
@@ -643,77 +643,172 @@ def _read_chunks(stream: io.BufferedReader, max_bytes: int) -> bytes:
         if int(size, 16) == 0:
             while _read_line(stream, 65536).strip():
                 pass  # trailers
-            return bytes(body)
-        body += _read_exactly(stream, int(size, 16), max_bytes - len(body))
+            return
+        yield from _pieces_of(stream, int(size, 16))
         if _read_line(stream, 3).strip():
             raise HttpFailure("garbage", "a chunk longer than it says")
 
 
-def _read_reply(source: _TimedSocket, method: str, max_bytes: int) -> HttpReply:
-    """An answer to its last byte.  A head or a body that was cut off is a failure, never a short
-    answer (http.client takes half a head for a whole one, and costs 14 ms to import)."""
-    stream = io.BufferedReader(source)
-    status = 100
-    for _ in range(10):
-        first, headers = _read_head(stream)
-        match = re.fullmatch(r"HTTP/1\.[01] ([1-5][0-9]{2})( .*)?", first)
-        if not match:
-            raise HttpFailure("garbage", "not an HTTP answer")
-        status = int(match.group(1))
-        if status >= 200:
-            break
-    length = headers.get("content-length")
-    if status < 200 or length and (not re.fullmatch("[0-9]{1,15}", length)
-                                   or "transfer-encoding" in headers):
-        raise HttpFailure("garbage", "an answer without a clear end")
-    if method == "HEAD" or status in (204, 304):
-        body = b""
-    elif headers.get("transfer-encoding"):
-        body = _read_chunks(stream, max_bytes)
-    elif length:
-        body = _read_exactly(stream, int(length), max_bytes)
-    else:
-        body = stream.read(max_bytes + 1)
-        if len(body) > max_bytes:
-            raise HttpFailure("too_large", f"an answer of more than {max_bytes} bytes")
-    return HttpReply(status, headers, body)
+class Upload(NamedTuple):
+    """A body that is sent as it is read."""
+    length: int
+    pieces: Iterable[bytes]
 
 
-def http_request(method: str, endpoint: Endpoint, path: str, headers: Dict[str, str],
-                 body: Optional[bytes], limit_s: float, max_bytes: int = 1 << 20) -> HttpReply:
-    """One request on a connection of its own, whole within limit_s (a name look-up apart).
+@contextlib.contextmanager
+def _http_failures(slow: str) -> Iterator[None]:
+    """Whatever a socket does is a HttpFailure.  slow: what to say of a time limit."""
+    try:
+        yield
+    except HttpFailure:
+        raise
+    except socket.timeout as error:
+        raise HttpFailure("timeout", slow) from error
+    except (OSError, ValueError) as error:  # ValueError: closed by another thread
+        raise _http_failure(error) from error
+
+
+class HttpStream:
+    """An answer that is read as it comes.  A head or a body that was cut off is a failure, never a
+    short answer (http.client takes half a head for a whole one, and costs 14 ms to import).
+
+    The head is there within limit_s; so is the body, unless the peer may go on for ever and be
+    silent for idle_limit_s at most.
+    """
+
+    def __init__(self, sock: socket.socket, method: str, limit_s: float, until_s: float,
+                 idle_limit_s: Optional[float]) -> None:
+        self._sock = sock
+        self._source = source = _TimedSocket(sock, until_s)
+        self._idle_limit_s = idle_limit_s
+        self._slow = (f"no answer within {limit_s:g} s" if idle_limit_s is None else
+                      f"the answer stopped for {idle_limit_s:g} s")
+        self._stream = io.BufferedReader(source)
+        self.status = 100
+        for _ in range(10):
+            first, self.headers = _read_head(self._stream)
+            match = re.fullmatch(r"HTTP/1\.[01] ([1-5][0-9]{2})( .*)?", first)
+            if not match:
+                raise HttpFailure("garbage", "not an HTTP answer")
+            self.status = int(match.group(1))
+            if self.status >= 200:
+                break
+        length = self.headers.get("content-length")
+        if self.status < 200 or length and (not re.fullmatch("[0-9]{1,15}", length)
+                                            or "transfer-encoding" in self.headers):
+            raise HttpFailure("garbage", "an answer without a clear end")
+        if method == "HEAD" or self.status in (204, 304):
+            self._body: Iterator[bytes] = iter(())
+        elif self.headers.get("transfer-encoding"):
+            self._body = _chunks(self._stream)
+        elif length:
+            self._body = _pieces_of(self._stream, int(length))
+        else:
+            self._body = iter(lambda: self._stream.read1(65536), b"")
+
+    def pieces(self) -> Iterator[bytes]:
+        """What is left of the body.  Raises: HttpFailure."""
+        with _http_failures(self._slow):
+            while True:
+                if self._idle_limit_s is not None:
+                    self._source.allow(self._idle_limit_s)
+                piece = next(self._body, None)
+                if piece is None:
+                    return
+                yield piece
+
+    def lines(self, max_bytes: int = 1 << 20) -> Iterator[bytes]:
+        """Lines without their ends; the last one may lack one.  Raises: HttpFailure."""
+        rest = b""
+        for piece in self.pieces():
+            *whole, rest = (rest + piece).split(b"\n")
+            if len(rest) > max_bytes:
+                raise HttpFailure("too_large", f"a line of more than {max_bytes} bytes")
+            yield from whole
+        if rest:
+            yield rest
+
+    def read(self, max_bytes: int = 1 << 20) -> bytes:
+        """The rest of the body.  Raises: HttpFailure."""
+        body = bytearray()
+        for piece in self.pieces():
+            body += piece
+            if len(body) > max_bytes:
+                raise HttpFailure("too_large", f"an answer of more than {max_bytes} bytes")
+        return bytes(body)
+
+    def close(self) -> None:
+        """From any thread: who reads it now gets a HttpFailure."""
+        try:
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+        self._sock.close()
+
+    def __enter__(self) -> "HttpStream":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _request_head(method: str, endpoint: Endpoint, path: str, headers: Dict[str, str],
+                  body_bytes: Optional[int]) -> bytes:
+    absolute = endpoint.url if endpoint.proxy and endpoint.scheme == "http" else ""
+    fields = {"Host": host_port(endpoint.host, endpoint.port), "Accept": "application/json",
+              "User-Agent": f"b9agent/{VERSION}", "Connection": "close", **headers}
+    if absolute and endpoint.proxy[2]:
+        fields["Proxy-Authorization"] = endpoint.proxy[2]
+    if body_bytes is not None:
+        fields["Content-Length"] = str(body_bytes)
+    head = [f"{method} {absolute}{path} HTTP/1.1"]
+    head += [f"{name}: {value}" for name, value in fields.items()]
+    if any(char in line for line in head for char in "\r\n\0"):
+        raise HttpFailure("garbage", "a header or path with a line break was not sent")
+    return "\r\n".join(head + ["", ""]).encode("utf-8")
+
+
+def _send_upload(sock: socket.socket, upload: Upload, idle_limit_s: float) -> None:
+    """A peer that has seen enough may answer and close before the end: then its answer counts."""
+    try:
+        for piece in upload.pieces:
+            sock.settimeout(idle_limit_s)
+            sock.sendall(piece)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+
+
+def http_stream(method: str, endpoint: Endpoint, path: str, headers: Dict[str, str],
+                body: Any, limit_s: float, idle_limit_s: Optional[float] = None) -> HttpStream:
+    """One request on a connection of its own; the head of the answer is there within limit_s (a
+    name look-up and an upload apart).  body: bytes, an Upload, or None.
 
     Redirects are answers like any other: nothing is followed, so a token goes nowhere else.
     Raises: HttpFailure.
     """
     until_s = now_s() + limit_s
-    absolute = endpoint.url if endpoint.proxy and endpoint.scheme == "http" else ""
-    head = [f"{method} {absolute}{path} HTTP/1.1"]
-    fields = {"Host": host_port(endpoint.host, endpoint.port), "Accept": "application/json",
-              "User-Agent": f"b9agent/{VERSION}", "Connection": "close", **headers}
-    if absolute and endpoint.proxy[2]:
-        fields["Proxy-Authorization"] = endpoint.proxy[2]
-    if body is not None:
-        fields["Content-Length"] = str(len(body))
-    head += [f"{name}: {value}" for name, value in fields.items()]
-    if any(char in line for line in head for char in "\r\n\0"):
-        raise HttpFailure("garbage", "a header or path with a line break was not sent")
-    message = "\r\n".join(head + ["", ""]).encode("utf-8") + (body or b"")
-    sock = None
-    try:
+    upload = body if isinstance(body, Upload) else None
+    size = upload.length if upload else None if body is None else len(body)
+    head = _request_head(method, endpoint, path, headers, size)
+    with _http_failures(f"no answer within {limit_s:g} s"):
         sock = _open_connection(endpoint, until_s)
-        sock.settimeout(_left_s(until_s))
-        sock.sendall(message)
-        return _read_reply(_TimedSocket(sock, until_s), method, max_bytes)
-    except HttpFailure:
-        raise
-    except socket.timeout as error:
-        raise HttpFailure("timeout", f"no answer within {limit_s:g} s") from error
-    except OSError as error:
-        raise _http_failure(error) from error
-    finally:
-        if sock is not None:
+        try:
+            sock.settimeout(_left_s(until_s))
+            sock.sendall(head + (b"" if upload else body or b""))
+            if upload:
+                _send_upload(sock, upload, limit_s)
+                until_s = now_s() + limit_s
+            return HttpStream(sock, method, limit_s, until_s, idle_limit_s)
+        except BaseException:
             sock.close()
+            raise
+
+
+def http_request(method: str, endpoint: Endpoint, path: str, headers: Dict[str, str],
+                 body: Optional[bytes], limit_s: float, max_bytes: int = 1 << 20) -> HttpReply:
+    """One request and its answer, whole within limit_s.  Raises: HttpFailure, as http_stream()."""
+    with http_stream(method, endpoint, path, headers, body, limit_s) as stream:
+        return HttpReply(stream.status, stream.headers, stream.read(max_bytes))
 
 
 # ----------------------------------------------------------------------

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=6429ad4e8e87c07d22c35ec814dccdbd87df6375f32fcf2a699caecb1fe9c2df
+  sha256=e4befadef06ff22b25ea17b8f021630f706e83829be0d63223666771c151dd7b
 }
 
 usage() {

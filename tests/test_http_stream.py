@@ -1,0 +1,150 @@
+"""Answers that are read as they come: lines over chunks, silence, a reader that is told to stop."""
+import socket
+import threading
+
+import pytest
+
+from b9agent import Endpoint, HttpFailure, Upload, http_stream
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+def serve():
+    """serve(talk): a peer on loopback that takes one connection and says what talk(sock) says."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    threads = []
+
+    def start(talk):
+        def one():
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(20)
+                talk(sock)
+        threads.append(threading.Thread(target=one))
+        threads[-1].start()
+        return Endpoint("http", "127.0.0.1", listener.getsockname()[1])
+    yield start
+    for thread in threads:
+        thread.join(20)
+    listener.close()
+
+
+def head_of(sock):
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += sock.recv(65536)
+    return data
+
+
+def test_lines_are_whole_however_they_are_cut(serve):
+    def talk(sock):
+        head_of(sock)
+        sock.sendall(CHUNKED)
+        for piece in (b'{"a"', b":1}\n{", b'"b":2}\n{"c":3}'):
+            sock.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
+        sock.sendall(b"0\r\n\r\n")
+    with http_stream("GET", serve(talk), "/", {}, None, 5, 5) as stream:
+        assert stream.status == 200
+        assert list(stream.lines()) == [b'{"a":1}', b'{"b":2}', b'{"c":3}']
+
+
+def test_a_line_without_end_is_refused(serve):
+    def talk(sock):
+        head_of(sock)
+        try:
+            sock.sendall(HEAD + b"\r\n" + b"x" * 3_000_000)
+        except OSError:
+            pass  # it has heard enough
+    with http_stream("GET", serve(talk), "/", {}, None, 5, 5) as stream:
+        with pytest.raises(HttpFailure) as failure:
+            list(stream.lines())
+    assert failure.value.kind == "too_large"
+
+
+def test_an_answer_that_is_cut_off_is_a_failure(serve):
+    def talk(sock):
+        head_of(sock)
+        sock.sendall(CHUNKED + b"5\r\nabc")
+    with http_stream("GET", serve(talk), "/", {}, None, 5, 5) as stream:
+        with pytest.raises(HttpFailure) as failure:
+            stream.read()
+    assert failure.value.kind == "closed"
+
+
+def test_silence_has_a_limit_but_a_slow_talker_may_go_on(serve):
+    go = threading.Event()
+
+    def talk(sock):
+        head_of(sock)
+        sock.sendall(CHUNKED)
+        for _ in range(6):  # longer in all than the limit on silence
+            sock.sendall(b"2\r\nx\n\r\n")
+            go.wait(0.15)
+        go.wait(20)
+    heard = []
+    with http_stream("GET", serve(talk), "/", {}, None, 5, 0.6) as stream:
+        with pytest.raises(HttpFailure) as failure:
+            for line in stream.lines():
+                heard.append(line)
+    go.set()
+    assert heard == [b"x"] * 6
+    assert failure.value.kind == "timeout" and "stopped for 0.6 s" in failure.value.what
+
+
+def test_closing_ends_a_reader_in_another_thread(serve):
+    def talk(sock):
+        head_of(sock)
+        sock.sendall(CHUNKED + b"2\r\nx\n\r\n")
+        assert sock.recv(1) == b""  # until the other end hangs up
+    stream = http_stream("GET", serve(talk), "/", {}, None, 5, 20)
+    heard, ends = threading.Event(), []
+
+    def read():
+        try:
+            for _ in stream.lines():
+                heard.set()
+        except HttpFailure as failure:
+            ends.append(failure.kind)
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert heard.wait(10)
+    stream.close()
+    reader.join(10)
+    assert ends in (["closed"], ["network"])
+
+
+def test_an_upload_is_sent_as_it_is_read(serve):
+    got = []
+
+    def talk(sock):
+        head, _, body = head_of(sock).partition(b"\r\n\r\n")
+        while len(body) < 300_000:
+            body += sock.recv(65536)
+        got.extend((b"Content-Length: 300000" in head, body))
+        sock.sendall(HEAD + b"Content-Length: 2\r\n\r\nok")
+    pieces = (b"%d" % digit * 100_000 for digit in range(3))
+    with http_stream("POST", serve(talk), "/", {}, Upload(300_000, pieces), 5, 5) as stream:
+        assert stream.read() == b"ok"
+    assert got == [True, b"0" * 100_000 + b"1" * 100_000 + b"2" * 100_000]
+
+
+def test_an_answer_before_the_end_of_an_upload_counts(serve):
+    def talk(sock):
+        head_of(sock)
+        sock.sendall(HEAD.replace(b"200 OK", b"400 Bad") + b"Content-Length: 3\r\n\r\nbad")
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(65536):
+            pass
+    pieces = (b"x" * 65536 for _ in range(64))
+    with http_stream("POST", serve(talk), "/", {}, Upload(64 * 65536, pieces), 5, 5) as stream:
+        assert (stream.status, stream.read()) == (400, b"bad")
+
+
+def test_a_refused_connection_is_told_as_such():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(HttpFailure) as failure:
+        http_stream("GET", Endpoint("http", "127.0.0.1", port), "/", {}, None, 5, 5)
+    assert failure.value.kind == "refused"
