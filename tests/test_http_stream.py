@@ -90,7 +90,7 @@ def test_silence_has_a_limit_but_a_slow_talker_may_go_on(serve):
                 heard.append(line)
     go.set()
     assert heard == [b"x"] * 6
-    assert failure.value.kind == "timeout" and "stopped for 0.6 s" in failure.value.what
+    assert failure.value.kind == "timeout" and "stopped for 0.6 s" in str(failure.value)
 
 
 def test_closing_ends_a_reader_in_another_thread(serve):
