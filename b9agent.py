@@ -2913,7 +2913,9 @@ def with_host_memory(gpu: Gpu, root: str) -> Gpu:
     total = parse_meminfo(read_text(f"{root}/proc/meminfo") or "").get("MemTotal")
     held = None if gpu.processes is None else [process.memory_bytes for process in gpu.processes]
     used = None if held is None or None in held else sum(map(int, filter(None, held)))
-    return gpu._replace(memory_total_bytes=total, memory_used_bytes=used, integrated=True)
+    found = possible({"memory_total_bytes": total, "memory_used_bytes": used})
+    return gpu._replace(memory_total_bytes=found.get("memory_total_bytes"),
+                        memory_used_bytes=found.get("memory_used_bytes"), integrated=True)
 
 
 def parse_gpu_information(text: str) -> Dict[str, str]:
@@ -3709,7 +3711,7 @@ def read_amd_processes(root: str, bus_id: str) -> Optional[Tuple[GpuProcess, ...
     held = {parse_int(pid): sum(parse_int(read_sysfs(f"{folder}/proc/{pid}/vram_{number}")[0]) or 0
                                 for number in numbers) for pid in list_folder(f"{folder}/proc")}
     # Whoever opens the driver is listed for every GPU, with 0 for those that it does not use.
-    return tuple(GpuProcess(pid, size) for pid, size in held.items() if pid and size > 0)
+    return processes_of((pid, size) for pid, size in held.items() if pid and size > 0)
 
 
 class Amd(GpuSource):
@@ -3884,7 +3886,7 @@ class Intel(GpuSource):
             figures.update(self._differences(card, figures.get("energy_j")))
         return Gpu(index, "intel", first_text(told.get, "UUID", "SOC UUID", "uuid"),
                    first_text(told.get, "Device Name", "device_name") or f"Intel GPU 0x{card.code}",
-                   card.bus_id, asleep=card.asleep, integrated=integrated, **figures)
+                   card.bus_id, asleep=card.asleep, integrated=integrated, **possible(figures))
 
     def _differences(self, card: Card, energy_j: Optional[float]) -> Dict[str, Any]:
         """Power and load since the read before; nothing in the first."""
@@ -4024,7 +4026,8 @@ class Apple(GpuSource):
             memory = parse_int(self._sysctl.ask("-n", "hw.memsize").output) or 0
             allowed = (parse_int(result.output) if result.exit_code == 0 else None) or 0
             self._default_limit = allowed if 0 < allowed <= memory else memory * 2 // 3
-        return self._default_limit or None
+        limit = self._default_limit or None
+        return limit if can_be("memory_total_bytes", limit) else None
 
 
 # ----------------------------------------------------------------------
