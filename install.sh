@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=e4befadef06ff22b25ea17b8f021630f706e83829be0d63223666771c151dd7b
+  sha256=215b6b14001f1a2c87debe577174e6f3657f2fbd8dc75a0f92ccbf2f7acf953f
 }
 
 usage() {
