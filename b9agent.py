@@ -82,6 +82,7 @@ class Exit(enum.IntEnum):
     them, because the same start would end the same way."""
 
     OK = 0
+    FAILED = 1
     USAGE = 2
     TOKEN_REFUSED = 3
     REQUEST_REFUSED = 4
@@ -95,6 +96,8 @@ class Exit(enum.IntEnum):
 
 EXIT_MEANINGS = (
     (Exit.OK, "done, or stopped by a signal"),
+    (Exit.FAILED, "an engine or a model did not do what was asked (`start`, `pull`, `models`, "
+                  "`smoke`)"),
     (Exit.USAGE, "usage or configuration: the message names the flag, variable or line; "
                  "`doctor`: something here keeps the machine from ready"),
     (Exit.TOKEN_REFUSED, "the gateway refused the token"),
@@ -1182,6 +1185,21 @@ def parse_port(text: str) -> int:
     return int(text)
 
 
+ENGINE_NAMES = ("ollama", "vllm", "sglang", "llama-server", "mlx")
+
+
+def _whole_within(least: int, most: int, what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"{what}, {least} to {most}")
+        return int(text)
+    return parse
+
+
+parse_tokens = _whole_within(128, 1 << 24, "a number of tokens")
+parse_parallel = _whole_within(1, 256, "a number of requests")
+
+
 def parse_listen_port(text: str) -> int:
     return 0 if text == "0" else parse_port(text)
 
@@ -1335,6 +1353,28 @@ SETTINGS = tuple(Setting(*row) for row in (
     ("cpu_watts", "--cpu-watts", "B9AGENT_CPU_WATTS", "energy.cpu_watts", "", "WATTS",
      number_within(1, 10000, "watts, 1 to 10000"), "", False,
      "what the CPUs draw at full load, where that cannot be measured; default 3.5 W a thread"),
+    ("inference_engine", "--inference-engine", "B9AGENT_INFERENCE_ENGINE", "inference.engine", "",
+     "ENGINE", one_of("auto", *ENGINE_NAMES), "auto", False,
+     f"engine that `start` takes: {', '.join(ENGINE_NAMES)}; auto chooses by model and hardware"),
+    ("inference_model", "--inference-model", "B9AGENT_INFERENCE_MODEL", "inference.model", "",
+     "MODEL", parse_label, "", False, "model that `start` takes: a name, a GGUF file, or a folder"),
+    ("inference_autostart", "--inference-autostart", "B9AGENT_INFERENCE_AUTOSTART",
+     "inference.autostart", "", "", parse_switch, "false", False,
+     "start the engine with the agent"),
+    ("inference_host", "--inference-host", "B9AGENT_INFERENCE_HOST", "inference.host", "", "HOST",
+     parse_host, "127.0.0.1", False,
+     "address the engine listens on; engines ask nobody for a token, so whoever reaches it may "
+     "use it"),
+    ("inference_port", "--inference-port", "B9AGENT_INFERENCE_PORT", "inference.port", "", "PORT",
+     parse_listen_port, "11434", False, "port of the engine; 0 takes a free one"),
+    ("inference_context", "--inference-context", "B9AGENT_INFERENCE_CONTEXT",
+     "inference.context_tokens", "", "TOKENS", parse_tokens, "", False,
+     "context of each request; default 8192, or the model's own where that is less"),
+    ("inference_parallel", "--inference-parallel", "B9AGENT_INFERENCE_PARALLEL",
+     "inference.parallel", "", "N", parse_parallel, "1", False,
+     "requests that are computed at once, each with a context of its own; 1 to 256"),
+    ("inference_program", "--inference-program", "B9AGENT_INFERENCE_PROGRAM", "inference.program",
+     "", "PATH", parse_path, "", False, "the engine's program, where it is not on PATH"),
     ("control_host", "--control-host", "B9AGENT_CONTROL_HOST", "control.host", "", "HOST",
      parse_host, "127.0.0.1", False, "address the control API listens on"),
     ("control_port", "--control-port", "B9AGENT_CONTROL_PORT", "control.port", "", "PORT",

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=215b6b14001f1a2c87debe577174e6f3657f2fbd8dc75a0f92ccbf2f7acf953f
+  sha256=1ca84e28b583b2448729a1d63f97d36e25ae8d2ad9c0b8ac50e4b84c2f4d69cc
 }
 
 usage() {
