@@ -4587,10 +4587,13 @@ def metrics_payload(values: Dict[str, Any]) -> Dict[str, Any]:
             for name, kind in _METRICS.items() if values.get(name) is not None}
 
 
-def keepalive_payload(identity: Identity, metrics: Dict[str, Any]) -> Dict[str, Any]:
-    return {"machine_id": identity.machine_id, "pool_name": identity.pool_name,
-            "provider_name": identity.provider_name, "agent_version": VERSION,
-            "metrics": metrics_payload(metrics)}
+def keepalive_payload(identity: Identity, metrics: Dict[str, Any],
+                      inference: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """inference: status, ip, port, models; None where the gateway could reach no engine here."""
+    payload = {"machine_id": identity.machine_id, "pool_name": identity.pool_name,
+               "provider_name": identity.provider_name, "agent_version": VERSION,
+               "metrics": metrics_payload(metrics)}
+    return payload if inference is None else dict(payload, inference=inference)
 
 
 def _no_proxy(host: str, rule: str) -> bool:
@@ -4726,6 +4729,14 @@ class GatewayClient:
         if answer.get("status") != "ok":
             raise self._unwell("it answered 200 without status ok")
 
+    def heartbeat(self, machine_id: str, models: Sequence[str]) -> bool:
+        """Tell the gateway's inference router that these models answer here: it drops a node that
+        is silent for 30 s, half of a keepalive's interval.  False where it has no such route."""
+        body = {"models": {name: {"name": name, "load_state": "ready"} for name in models}}
+        reply = self._send("POST", f"inference/nodes/{machine_id}/heartbeat",
+                           json.dumps(body).encode(), 5.0)
+        return reply.status not in (404, 405)
+
     def health(self) -> None:
         reply = self._send("GET", "health", None, self._keepalive_limit_s)
         if reply.status != 200 or _json_object(reply.body).get("status") != "ok":
@@ -4753,7 +4764,7 @@ class GatewayClient:
         self._log("debug", "request", request=name, url=self._endpoint.url,
                   body=body and _without_token(body))
         try:
-            reply = http_request(method, self._endpoint, f"/api/v1/{_ROUTES[name]}",
+            reply = http_request(method, self._endpoint, f"/api/v1/{_ROUTES.get(name, name)}",
                                  headers if body else {}, body, limit_s)
         except HttpFailure as failure:
             raise self._failure(failure) from failure
@@ -4849,7 +4860,12 @@ class Membership:
         self._must_register = True
         self._failures_in_row = 0
         self._refused_since_s: Optional[float] = None
+        self._hurried = False
         self.snapshot = Snapshot(since_s=clock())
+
+    def hurry(self) -> None:
+        """From any thread: there is news; send the next keepalive soon, if the machine is ready."""
+        self._hurried = True
 
     def _enter(self, state: State, **changes: Any) -> None:
         old = self.snapshot
@@ -4943,11 +4959,15 @@ class Membership:
         due_s = self._clock()
         while not stopping():
             left_s = due_s - self._clock()
+            if self._hurried and self.snapshot.state is State.READY and (
+                    self._clock() - (self.snapshot.last_ready_s or 0.0) >= 1.0):
+                left_s = 0.0
             if left_s > 0:
                 tick(KEEPALIVE_LIMIT_S)
                 wake.wait(min(left_s, 5.0))
                 continue
             tick(6 * REGISTER_LIMIT_S)  # two requests, GPUs, and name look-ups that have no limit
+            self._hurried = False
             wait_s = self._safe_step()
             due_s = self._clock() + wait_s
         self._enter(State.STOPPED)
@@ -4962,6 +4982,2791 @@ class Membership:
             self._log("error", "defect", what=f"{type(error).__name__}: {error}",
                       where=defect_place(error))
             return self._interval_s
+
+
+# ----------------------------------------------------------------------
+# 8. Child processes       programs; STATE/children, STATE/logs; /proc or ps
+# ----------------------------------------------------------------------
+# One supervisor for every program that lives beside the agent.  One thread
+# owns a child from start to stop; it reads the output, so that no child ever
+# waits on a full pipe, and while a child gets ready a second one asks whether
+# it is.  Stopped means looked for and not found: every descendant carries a
+# mark in its environment, and what a killed agent left is ended at the start
+# of the next one, by pid, start time and command, never by pid alone.
+
+RING_LINES, LINE_CHARS, LINE_BYTES = 200, 2000, 16384
+KEPT_BYTES_PER_S = 1 << 20  # of what a child says; of a flood, each second's last lines
+LOG_BYTES, LOGS_KEPT = 16 << 20, 5
+KILL_LIMIT_S = 5.0  # after SIGKILL: what is stuck in a driver does not go even then
+LEFTOVER_GRACE_S = 5.0
+Table = Dict[int, "ProcessRow"]
+
+
+class ChildState(enum.Enum):
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    BACKOFF = "backoff"
+    STOPPING = "stopping"
+    ERROR = "error"
+
+
+class Probe(NamedTuple):
+    """What a look at a child that starts has found.  progress: any value; a change of it restarts
+    the stall limit.  said: for people, such as "loading 45 %"."""
+    ready: bool
+    progress: Any = None
+    said: str = ""
+
+
+class ChildSpec(NamedTuple):
+    """What to run.  environment: added to clean_environment().  probe: may block, two seconds at
+    most.  still_held: "" once what it used (GPU memory) is free again, else what is not."""
+    name: str
+    argv: Sequence[str]
+    environment: Dict[str, str]
+    ports: Tuple[Tuple[str, int], ...]
+    probe: Callable[[], Probe]
+    stall_limit_s: float = 120.0
+    ready_limit_s: float = 3600.0
+    stop_grace_s: float = 10.0
+    still_held: Callable[[], str] = lambda: ""
+    cwd: Optional[str] = None
+
+
+class ChildSnapshot(NamedTuple):
+    """starts: all of them; exits: those that nobody asked for.  message: why it is in BACKOFF or
+    ERROR, or what it left when it was stopped."""
+    state: ChildState = ChildState.STOPPED
+    pid: Optional[int] = None
+    since_s: float = 0.0
+    starts: int = 0
+    exits: int = 0
+    message: str = ""
+    said: str = ""
+    log_path: str = ""
+
+
+class Pace(NamedTuple):
+    """How a child that ends by itself is started again, and when no more: after `exits` within
+    window_s.  healthy_s: so long in RUNNING, and the first wait is the shortest again."""
+    first_s: float = 1.0
+    most_s: float = 60.0
+    healthy_s: float = 60.0
+    exits: int = 5
+    window_s: float = 120.0
+    held_s: float = 10.0
+
+
+def backoff_s(exits: int, pace: Pace, uniform: Callable[[float, float], float]) -> float:
+    """Full jitter below a ceiling that doubles with each exit in a row."""
+    return uniform(0.0, min(pace.most_s, pace.first_s * 2.0 ** min(exits - 1, 16)))
+
+
+def exit_words(code: int) -> str:
+    """
+    >>> exit_words(3), exit_words(-9), exit_words(139)
+    ('exit code 3', 'signal SIGKILL', 'exit code 139, as after signal SIGSEGV')
+    """
+    number = -code if code < 0 else code - 128
+    name = next((known.name for known in signal.Signals if known == number), str(number))
+    if code < 0:
+        return f"signal {name}"
+    return f"exit code {code}" + (f", as after signal {name}" if 0 < number < 65 else "")
+
+
+class Output:
+    """What a child says: its last lines, and one log file per start.
+
+    feed(), settle(), open() and close() are the child's thread's.  _lock guards _ring and _count,
+    which others read.
+    """
+
+    def __init__(self, folder: str, name: str, log: Log) -> None:
+        self._folder, self._name, self._log = folder, name, log
+        self._lock = threading.Lock()
+        self._ring: Any = collections.deque(maxlen=RING_LINES)
+        self._file: Any = None
+        self._partial = self._skipped_end = b""
+        self._second_s = self._kept_bytes = self._skipped_bytes = self._count = 0
+        self.received_bytes = 0
+
+    def open(self, pid: int) -> str:
+        """Returns: the path of a new log file, "" where there can be none.  The oldest ones go."""
+        name = f"{self._name}-{utc_stamp().replace(':', '')}-{pid}.log"
+        ours = re.escape(self._name) + r"-[0-9-]{10}T[0-9]{6}Z-[0-9]+\.log"
+        try:
+            make_private_folder(self._folder)
+            paths = [os.path.join(self._folder, other) for other in list_folder(self._folder)
+                     if re.fullmatch(ours, other) and other != name]
+            for old in sorted(paths, key=lambda path: os.stat(path).st_mtime_ns)[:1 - LOGS_KEPT]:
+                remove_file(old)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            descriptor = os.open(os.path.join(self._folder, name), flags, 0o600)
+        except (OSError, UsageError) as error:
+            self._log("warning", "child", name=self._name, what=f"no log file: {error}")
+            return ""
+        self._file = os.fdopen(descriptor, "ab", buffering=0)
+        return os.path.join(self._folder, name)
+
+    def feed(self, data: bytes) -> None:
+        self.received_bytes += len(data)
+        self.settle()
+        if self._kept_bytes < KEPT_BYTES_PER_S:
+            self._kept_bytes += len(data)
+            self._keep(data)
+        else:
+            self._skipped_bytes += len(data)
+            self._skipped_end = (self._skipped_end + data)[-LINE_BYTES:]
+
+    def settle(self, at_end: bool = False) -> None:
+        """Once a second is over: of what was skipped in it, keep the last lines."""
+        if at_end or int(now_s()) != self._second_s:
+            self._second_s, self._kept_bytes = int(now_s()), 0
+            if self._skipped_bytes:
+                note = f"\n[{self._skipped_bytes} bytes left out: too much at once]\n".encode()
+                end = self._skipped_end.partition(b"\n")[2]
+                self._skipped_bytes, self._skipped_end = 0, b""
+                self._keep(note + end)
+
+    def _keep(self, data: bytes) -> None:
+        # Progress bars end their lines with a carriage return.
+        *whole, rest = re.split(b"[\r\n]+", self._partial + data)
+        self._partial = rest[:LINE_BYTES + 1]
+        lines = [self._line(raw) for raw in whole if raw]
+        with self._lock:
+            self._ring.extend(lines)
+            self._count += len(lines)
+        if self._file is not None and lines:
+            self._write("".join(line + "\n" for line in lines).encode())
+
+    def _line(self, raw: bytes) -> str:
+        text = REDACTOR.scrub(raw[:LINE_BYTES].decode("utf-8", "replace").expandtabs(4))
+        if len(raw) > LINE_BYTES:
+            text = text[:-2048]  # a secret that the cut went through is not recognised
+        text = printable(text)
+        return text if len(text) <= LINE_CHARS else text[:LINE_CHARS - 1] + "…"
+
+    def _write(self, data: bytes) -> None:
+        try:
+            full = self._file.tell() + len(data) > LOG_BYTES
+            self._file.write(b"[cut here: the file has reached its limit]\n" if full else data)
+            if full:
+                self._close_file()
+        except OSError as error:  # a full disk costs the file, and nothing else
+            self._log("warning", "child", name=self._name, what=f"log file: {error.strerror}")
+            self._close_file()
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        try:
+            if file is not None:
+                file.close()
+        except OSError:
+            pass  # the disk is full
+
+    def close(self) -> None:
+        self.settle(at_end=True)
+        self._keep(b"\n")  # the last line may lack its end
+        self._close_file()
+
+    def since(self, position: int) -> Tuple[int, List[str]]:
+        """(position for the next call, the lines from a position on as far as they are kept)."""
+        with self._lock:
+            new = max(0, min(self._count - position, len(self._ring)))
+            return self._count, list(self._ring)[len(self._ring) - new:]
+
+
+class ProcessRow(NamedTuple):
+    """A row of the table of processes.  start: as the system has it, never the same for two
+    processes with one pid.  command: "" where it has to be read.  marked: has our mark."""
+    pid: int
+    parent: int
+    group: int
+    session: int
+    zombie: bool
+    cpu_s: float
+    start: str
+    name: str
+    command: str = ""
+    marked: bool = False
+
+
+def parse_proc_stat(text: str, ticks_per_s: float = 100.0) -> Optional[ProcessRow]:
+    """/proc/PID/stat.  Source: proc(5).
+
+    >>> parse_proc_stat("7 (a) b) Z 1 7 6 0 0 0 0 0 0 0 3 4 5 8 0 0 1 0 4711 0")
+    ProcessRow(pid=7, parent=1, group=7, session=6, zombie=True, cpu_s=0.2, start='4711', \
+name='a) b', command='', marked=False)
+    """
+    head, _, rest = text.rpartition(")")
+    pid, _, name = head.partition(" (")
+    words = rest.split()
+    numbers = [parse_int(word) for word in [pid] + words[1:20]]
+    if len(numbers) < 20 or None in numbers:
+        return None
+    return ProcessRow(numbers[0], *numbers[1:4], words[0] in "ZX", sum(numbers[11:15]) / ticks_per_s,
+                      words[19], name)
+
+
+def read_proc(mark: str, root: str = "/proc") -> Optional[Table]:
+    ticks_per_s, table = os.sysconf("SC_CLK_TCK"), {}
+    for name in list_folder(root):
+        row = parse_proc_stat(read_text(f"{root}/{name}/stat", 4096) or "", ticks_per_s) \
+            if name.isdigit() else None
+        if row is not None:
+            environment = "\0" + (read_text(f"{root}/{name}/environ") or "") + "\0"
+            table[row.pid] = row._replace(marked=f"\0{mark}\0" in environment)
+    return table or None
+
+
+def parse_ps(text: str) -> Table:
+    """`ps -o pid=,ppid=,pgid=,stat=,time=,lstart=,command=`; there are no sessions and no marks.
+
+    >>> row = parse_ps("  7  1  6 Ss  1:02.50 Sun Nov  1 09:05:07 2026   /opt/x serve  now")[7]
+    >>> row.cpu_s, row.start, row.command, row.zombie
+    (62.5, 'Sun Nov 1 09:05:07 2026', '/opt/x serve  now', False)
+    """
+    table = {}
+    for line in text.splitlines():
+        words = line.split(None, 10)
+        numbers = [parse_int(word) for word in words[:3]]
+        if len(words) < 11 or None in numbers:
+            continue
+        cpu_s = 0.0
+        for part in re.findall(r"[0-9]{1,9}(?:\.[0-9]{1,9})?", words[4]):  # [days-][hours:]m:s.cc
+            cpu_s = cpu_s * 60 + float(part)
+        command = words[10].strip()
+        table[numbers[0]] = ProcessRow(*numbers, 0, words[3][0] == "Z", cpu_s, " ".join(words[5:10]),
+                                       os.path.basename(command.split()[0]), command)
+    return table
+
+
+def read_ps(_mark: str = "") -> Optional[Table]:
+    result = run_command(["ps", "-axww", "-o", "pid=,ppid=,pgid=,stat=,time=,lstart=,command="],
+                         10.0, 8 << 20)
+    return parse_ps(result.output) if result.exit_code == 0 else None
+
+
+def read_processes(mark: str) -> Optional[Table]:
+    """All processes, None where they cannot be read.  mark: NAME=value in an environment."""
+    return read_ps() if sys.platform == "darwin" else read_proc(mark)
+
+
+def read_command(row: ProcessRow) -> str:
+    text = row.command or read_text(f"/proc/{row.pid}/cmdline", 4096) or ""
+    return text.replace("\0", " ").strip()
+
+
+def family_of(table: Table, known: Dict[int, str], group: int) -> Table:
+    """Those of one child: marked, known by pid and start, of its group or session, and whatever
+    descends from these.  Zombies have ended.  group: 0 where it may be somebody else's by now."""
+    found = {pid: row for pid, row in table.items() if row.marked or known.get(pid) == row.start
+             or group and group in (row.group, row.session)}
+    more = found
+    while more:
+        more = {pid: row for pid, row in table.items() if row.parent in found and pid not in found}
+        found.update(more)
+    return {pid: row for pid, row in found.items() if not row.zombie and pid != os.getpid()}
+
+
+def read_effort(family: Table) -> Tuple[float, int]:
+    """(CPU seconds, bytes read and written) of all of them; macOS does not tell the bytes."""
+    fields = (parse_keyed((read_text(f"/proc/{pid}/io", 1024) or "").replace(":", " "))
+              for pid in family)
+    return sum(row.cpu_s for row in family.values()), sum(sum(one.values()) for one in fields)
+
+
+def _signal(pid: int, *numbers: int) -> None:
+    try:
+        for number in numbers:
+            os.kill(pid, number)
+    except OSError:
+        pass  # gone, or another user's: the next look tells
+
+
+def end_processes(look: Callable[[], Optional[Table]], grace_s: float,
+                  pause: Callable[[float], Any], first: int = 0) -> str:
+    """SIGTERM to `first` alone as long as it lives, for it ends its own; then to the others; after
+    grace_s SIGKILL to all.  Returns: "", or what lives on."""
+    began_s, asked, misses, found = now_s(), set(), 0, None
+    while misses < 2:  # a process in the middle of fork or exec hides from one look
+        found, passed_s = look(), now_s() - began_s
+        misses = misses + 1 if found == {} else 0
+        for pid in found or ():
+            if passed_s >= grace_s:
+                _signal(pid, signal.SIGKILL)
+            elif pid not in asked and (pid == first or first not in found):
+                asked.add(pid)
+                _signal(pid, signal.SIGTERM, signal.SIGCONT)  # a stopped one cannot hear
+        if passed_s > grace_s + KILL_LIMIT_S and misses == 0:
+            return ("the table of processes cannot be read" if found is None else "lives on: " +
+                    ", ".join(f"{row.name}, pid {pid}" for pid, row in sorted(found.items())[:8]))
+        pause(min(0.2, 0.02 + passed_s / 20))
+    return ""
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Somebody listens there."""
+    import errno
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+        with socket.socket(family) as probe:  # BSD lets us bind beside a wildcard
+            probe.settimeout(1.0)
+            probe.connect((host, port))
+            # Loopback may connect a free port of the ephemeral range with itself.
+            return probe.getsockname() != probe.getpeername()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+
+
+def read_oom_kills() -> Optional[int]:
+    return parse_keyed(read_text("/proc/vmstat") or "").get("oom_kill")
+
+
+class _Motion:
+    """Whether something still moves in a child that starts: the probe's progress, its output, or
+    a tenth of a core or a MiB of traffic of all its processes."""
+
+    def __init__(self, limit_s: float, effort: Callable[[], Tuple[float, int]]) -> None:
+        self._limit_s, self._read_effort = limit_s, effort
+        self._moved_s = self._looked_s = now_s()
+        self._seen: Any = None
+        self._effort: Optional[Tuple[float, int]] = None
+
+    def stalled(self, seen: Any) -> bool:
+        now = now_s()
+        passed_s = now - self._looked_s
+        if seen != self._seen:
+            self._seen, self._moved_s, self._effort = seen, now, None
+        elif passed_s >= min(2.0, self._limit_s / 4):
+            before, self._effort, self._looked_s = self._effort, self._read_effort(), now
+            if before and (abs(self._effort[0] - before[0]) >= passed_s / 10
+                           or abs(self._effort[1] - before[1]) >= 1 << 20):
+                self._moved_s = now
+        return now - self._moved_s > self._limit_s
+
+
+class Child:
+    """The life of one program: start() and stop() from any thread, but not from on_change, which
+    the child's thread calls after every change of `snapshot` and which must not block.
+
+    _lock guards _thread, _wake, _stopping and _waiters; Wake.set() under it never blocks, and
+    finds the wake open.  What else is private belongs to the child's thread.
+    """
+
+    def __init__(self, spec: ChildSpec, state_dir: str, log: Log,
+                 on_change: Callable[[], None] = lambda: None, pace: Pace = Pace(),
+                 processes: Callable[[str], Optional[Table]] = read_processes) -> None:
+        self.spec, self._log, self._on_change, self._pace = spec, log, on_change, pace
+        self._processes = processes
+        self.output = Output(os.path.join(state_dir, "logs"), spec.name, log)
+        self._pidfile = os.path.join(state_dir, "children", spec.name + ".json")
+        self._lock = threading.Lock()
+        self._thread: Any = None
+        self._wake: Optional[Wake] = None
+        self._stopping = False
+        self._waiters: List[Wake] = []
+        self._process: Any = None
+        self._mark, self._known = "", {}
+        self._prober: Any = None
+        self._ready_s: Optional[float] = None
+        self._seen_ready = False
+        self._eof_s = 0.0
+        self._left = self._lives_on = ""
+        self.snapshot = ChildSnapshot(since_s=now_s())
+
+    # -- for others
+
+    def start(self) -> None:
+        """Returns at once; wait() tells what came of it.  Raises: UsageError while it is stopped."""
+        with self._lock:
+            if self._wake is not None and self._stopping:
+                raise UsageError(f"{self.spec.name} is being stopped", "Start it when it has ended")
+            if self._wake is not None:
+                return
+            self._wake, self._stopping = Wake(), False
+            self.snapshot = self._changed(ChildState.STARTING, message="", said="")
+            self._thread = threading.Thread(target=self._live, name=f"child-{self.spec.name}",
+                                            daemon=True)
+            self._thread.start()
+
+    def stop(self) -> str:
+        """Returns when it has ended: "", or what is left of it."""
+        with self._lock:
+            self._stopping = True
+            thread = self._thread
+        self._poke()
+        if thread is not None:
+            thread.join()  # as long as its own limits last
+        with self._lock:
+            settled = self._wake is None and self.snapshot.state is ChildState.ERROR
+            if settled and not self._lives_on:
+                self.snapshot = self._changed(ChildState.STOPPED, message=self._left)
+        return self._left
+
+    def wait(self, states: Sequence[ChildState], limit_s: float) -> ChildSnapshot:
+        """The snapshot once it is in one of the states, or after limit_s."""
+        wake, until_s = Wake(), now_s() + limit_s
+        with self._lock:
+            self._waiters.append(wake)
+        try:
+            while self.snapshot.state not in states and now_s() < until_s:
+                wake.wait(min(5.0, until_s - now_s()))
+        finally:
+            with self._lock:
+                self._waiters.remove(wake)
+                wake.close()
+        return self.snapshot
+
+    def tail(self, lines: int = 20) -> List[str]:
+        return self.output.since(0)[1][-lines:]
+
+    # -- the child's thread
+
+    def _poke(self) -> None:
+        with self._lock:
+            if self._wake is not None:
+                self._wake.set()
+
+    def _changed(self, state: ChildState, **changes: Any) -> ChildSnapshot:
+        if state is not self.snapshot.state:
+            changes["since_s"] = now_s()
+        return self.snapshot._replace(state=state, **changes)
+
+    def _enter(self, state: ChildState, level: str = "info", **changes: Any) -> None:
+        before, self.snapshot = self.snapshot, self._changed(state, **changes)
+        self._tell(level if state is not before.state else "debug")
+
+    def _tell(self, level: str) -> None:
+        now = self.snapshot
+        self._log(level, "child", name=self.spec.name, state=now.state.value, pid=now.pid,
+                  what=now.message or None, log=now.log_path or None)
+        with self._lock:
+            for wake in self._waiters:
+                wake.set()
+        try:
+            self._on_change()
+        except Exception as error:  # somebody else's defect must not cost the child
+            self._defect(error)
+
+    def _defect(self, error: BaseException) -> None:
+        self._log("error", "defect", what=f"{type(error).__name__}: {error}",
+                  where=defect_place(error))
+
+    def _live(self) -> None:
+        try:
+            state, message = self._supervise()
+        except Exception as error:
+            self._defect(error)
+            state, message = ChildState.ERROR, f"a defect of ours: {type(error).__name__}: {error}"
+            if self._process is not None and self._process.poll() is None:
+                _kill(self._process)
+        with self._lock:
+            wake, self._wake = self._wake, None
+            wake.close()
+            self.snapshot = self._changed(state, message=message, pid=None, said="")
+        self._tell("error" if state is ChildState.ERROR else "info")
+
+    def _supervise(self) -> Tuple[ChildState, str]:
+        """Start it until it is stopped or there is no use.  Returns: the last state, message."""
+        ends: Any = collections.deque(maxlen=self._pace.exits)
+        in_row, self._seen_ready, self._process, self._left, self._lives_on = 0, False, None, "", ""
+        while not self._stopping:
+            self.snapshot = self._changed(ChildState.STARTING, starts=self.snapshot.starts + 1)
+            self._ready_s, begun = None, self.output.since(0)[0]
+            problem, no_use = self._run_once()
+            if self._stopping:
+                break
+            self._left = self._lives_on or self._await_freed()
+            problem += f" ({self._left})" if self._left else ""
+            self.snapshot = self.snapshot._replace(exits=self.snapshot.exits + 1, pid=None)
+            ends.append(now_s())
+            often = len(ends) == ends.maxlen and ends[-1] - ends[0] <= self._pace.window_s
+            if no_use or often or self._lives_on:
+                times = f" {len(ends)} times in a row, the last time" if often else ""
+                last = [line[:300] for line in self.output.since(begun)[1][-20:]]
+                return ChildState.ERROR, "\n".join([f"{self.spec.name}{times} {problem}"] + last)
+            healthy = self._ready_s is not None and now_s() - self._ready_s >= self._pace.healthy_s
+            in_row = 1 if healthy else in_row + 1
+            self._back_off(problem, backoff_s(in_row, self._pace, random_between))
+        self._enter(ChildState.STOPPING, said="")
+        self._left = self._lives_on or self._await_freed()
+        return ChildState.ERROR if self._lives_on else ChildState.STOPPED, self._left
+
+    def _back_off(self, problem: str, wait_s: float) -> None:
+        until_s = now_s() + wait_s
+        self._enter(ChildState.BACKOFF, "warning", said="",
+                    message=f"{self.spec.name} {problem}; starts again in {wait_s:.1f} s")
+        while not self._stopping and now_s() < until_s:
+            self._pump(until_s - now_s())
+
+    def _run_once(self) -> Tuple[str, bool]:
+        """From its start to its end: (what it came to, whether another start has no use)."""
+        oom_kills = read_oom_kills()
+        try:
+            self._spawn()
+        except UsageError as error:
+            return str(error), True
+        except OSError as error:
+            return f"cannot be started: {error.strerror}", False
+        late = self._await_ready()
+        while not late and self._process.poll() is None and not self._stopping:
+            # After the end of its output it has often just ended, and may live on for years.
+            self._pump(0.02 if now_s() - self._eof_s < 1.0 else 0.5)
+        code = self._process.poll()
+        self._end(self.spec.stop_grace_s if code is None else 0.0)
+        if code is None:
+            return late, not self._seen_ready
+        problem = f"ended with {exit_words(code)}"
+        if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+            problem += (": the kernel ran out of memory while it ran"
+                        if oom_kills is not None and (read_oom_kills() or 0) > oom_kills else
+                        ": somebody ended it, or the system for lack of memory")
+        return problem, False
+
+    def _spawn(self) -> None:
+        """Raises: UsageError where another try would come to the same; OSError."""
+        import subprocess
+        for host, port in self.spec.ports:
+            if is_taken(host, port):
+                raise UsageError(f"cannot be started: {host_port(host, port)} is taken by another "
+                                 "program", "End that one, or choose another port")
+        self._mark = "B9AGENT_CHILD=" + os.urandom(16).hex()
+        self._known, self._process = {}, None
+        # Written before there is a process: if we are killed now, its mark is known.
+        self._write_pidfile({})
+        name, _, value = self._mark.partition("=")
+        try:
+            self._process = subprocess.Popen(
+                self.spec.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0,
+                stderr=subprocess.STDOUT, cwd=self.spec.cwd, start_new_session=True,
+                env=dict(clean_environment(), **self.spec.environment, **{name: value}))
+        except (OSError, ValueError) as error:
+            remove_file(self._pidfile)
+            if isinstance(error, (FileNotFoundError, PermissionError, ValueError)):
+                what = f"{getattr(error, 'filename', None) or self.spec.argv[0]}: "
+                raise UsageError("cannot be started: " + what
+                                 + str(getattr(error, "strerror", error))) from error
+            raise
+        self._eof_s = 0.0
+        self._write_pidfile(self._look() or {})
+        self.snapshot = self._changed(ChildState.STARTING, pid=self._process.pid, message="",
+                                      log_path=self.output.open(self._process.pid))
+        self._tell("info")
+
+    def _write_pidfile(self, family: Table) -> None:
+        record = {"pid": self._process and self._process.pid, "mark": self._mark,
+                  "argv": [REDACTOR.scrub(word) for word in self.spec.argv],
+                  "ports": self.spec.ports,
+                  "processes": [(row.pid, row.start, read_command(row)) for row in family.values()]}
+        try:
+            make_private_folder(os.path.dirname(self._pidfile))
+            write_atomic(self._pidfile, json.dumps(record) + "\n")
+        except (OSError, UsageError) as error:
+            self._log("warning", "child", name=self.spec.name, what=f"no pidfile: {error}")
+
+    def _look(self) -> Optional[Table]:
+        """Its processes.  Those once seen are known even when they leave group and parent."""
+        self._process.poll()
+        table = self._processes(self._mark)
+        if table is None:
+            return None
+        family = family_of(table, self._known, self._process.pid)
+        self._known.update((pid, row.start) for pid, row in family.items())
+        return family
+
+    def _pump(self, limit_s: float) -> None:
+        """Wait for output, a poke, or the time, half a second at most; read what there is."""
+        poll, process = select.poll(), self._process
+        poll.register(self._wake.fileno(), select.POLLIN)
+        pipe = process.stdout if process is not None and not process.stdout.closed else None
+        if pipe is not None:
+            poll.register(pipe.fileno(), select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(min(0.5, max(0.0, limit_s)) * 1000)]
+        if self._wake.fileno() in ready:
+            self._wake.wait(0.0)
+        if pipe is not None and pipe.fileno() in ready:
+            data = os.read(pipe.fileno(), 65536)
+            self.output.feed(data)
+            if not data:
+                pipe.close()
+                self._eof_s = now_s()
+        self.output.settle()
+
+    def _linger(self, limit_s: float) -> None:
+        until_s = now_s() + limit_s
+        while now_s() < until_s:
+            self._pump(until_s - now_s())
+
+    def _ask(self, answers: List[Probe]) -> None:
+        try:
+            answers.append(self.spec.probe())
+        except Exception as error:  # a defect of the probe is said, and the limits hold
+            answers.append(Probe(False, None, f"probe: {type(error).__name__}: {error}"))
+        self._poke()
+
+    def _await_ready(self) -> str:
+        """"" once it is ready, has ended or shall stop; else which limit it has passed."""
+        spec, began_s, due_s, probe = self.spec, now_s(), 0.0, Probe(False)
+        answers: List[Probe] = []
+        motion = _Motion(spec.stall_limit_s, lambda: read_effort(self._look() or {}))
+        while self._process.poll() is None and not self._stopping:
+            # Each question in a thread of its own, that ends with the answer: a probe may block.
+            if now_s() >= due_s and not (self._prober and self._prober.is_alive()):
+                due_s = now_s() + min(0.5, 0.05 + (now_s() - began_s) / 10)
+                self._prober = threading.Thread(target=self._ask, args=(answers,), daemon=True,
+                                                name=f"child-{spec.name}-probe")
+                self._prober.start()
+            probe = answers.pop() if answers else probe
+            if probe.ready:
+                return self._became_ready()
+            if probe.said != self.snapshot.said:
+                self._enter(ChildState.STARTING, said=probe.said)
+            if motion.stalled((probe.progress, self.output.received_bytes)):
+                return f"was not ready, and nothing moved for {spec.stall_limit_s:g} s"
+            if now_s() - began_s > spec.ready_limit_s:
+                return f"was not ready within {spec.ready_limit_s:g} s"
+            self._pump(0.05)
+        return ""
+
+    def _became_ready(self) -> str:
+        if self._process.poll() is None:  # else it was somebody else who answered
+            self._write_pidfile(self._look() or {})
+            self._ready_s, self._seen_ready = now_s(), True
+            self._enter(ChildState.RUNNING, said="")
+        return ""
+
+    def _end(self, grace_s: float) -> None:
+        """No process of it is left, or _lives_on says which."""
+        if self._stopping:
+            self._enter(ChildState.STOPPING, said="")
+        process = self._process
+        self._lives_on = end_processes(self._look, grace_s, self._linger, process.pid)
+        if process.poll() is None:
+            _kill(process)
+        until_s = now_s() + 3.0
+        while self._prober and self._prober.is_alive() and now_s() < until_s:
+            self._linger(0.02)
+        process.stdout.close()
+        self.output.close()
+        if not self._lives_on:
+            remove_file(self._pidfile)
+
+    def _await_freed(self) -> str:
+        """"" once its ports are closed and nothing is held; else what is not, after held_s."""
+        until_s, stopping = now_s() + self._pace.held_s, self._stopping
+        while self._process is not None:  # else it never had them
+            open_ports = [host_port(*one) for one in self.spec.ports if is_taken(*one)]
+            left = "; ".join([f"{one} is still open" for one in open_ports]
+                             + [text for text in [self.spec.still_held()] if text])
+            if not left or now_s() >= until_s or self._stopping is not stopping:
+                return left
+            self._pump(0.1)
+        return ""
+
+
+class Leftover(NamedTuple):
+    """A child of an agent that was killed.  pid: 0 where it was not known yet.  known: {pid: (start,
+    command)}."""
+    pid: int
+    mark: str
+    known: Dict[int, Tuple[str, str]]
+
+
+def parse_pidfile(text: str) -> Optional[Leftover]:
+    record = parse_json_within(text)
+    mark = str(record.get("mark")) if isinstance(record, dict) else ""
+    if not re.fullmatch("B9AGENT_CHILD=[0-9a-f]{32}", mark):
+        return None
+    rows, pid = record.get("processes"), record.get("pid")
+    known = {row[0]: (row[1], row[2]) for row in (rows if isinstance(rows, list) else ())
+             if isinstance(row, list) and list(map(type, row)) == [int, str, str] and row[0] > 1}
+    return Leftover(pid if type(pid) is int else 0, mark, known)
+
+
+def leftover_family(table: Table, left: Leftover, seen: Dict[int, str]) -> Table:
+    """What of it lives.  A pid is believed only with its start and its command, or the mark.  seen:
+    {pid: start}, kept from look to look, for not all can be told once the first have ended."""
+    for pid, (start, command) in left.known.items():
+        row = table.get(pid)
+        if row and row.start == start and (row.marked or read_command(row) == command != ""):
+            seen[pid] = start
+    found = family_of(table, seen, 0)
+    if any(left.pid in (row.group, row.session) for row in found.values()):
+        found = family_of(table, seen, left.pid)
+    seen.update((pid, row.start) for pid, row in found.items())
+    return found
+
+
+def _end_leftover(path: str, left: Leftover, log: Log,
+                  processes: Callable[[str], Optional[Table]]) -> int:
+    seen: Dict[int, str] = {}
+
+    def look() -> Optional[Table]:
+        table = processes(left.mark)
+        return None if table is None else leftover_family(table, left, seen)
+
+    problem = end_processes(look, LEFTOVER_GRACE_S, lambda s: select.poll().poll(s * 1000), left.pid)
+    if seen or problem:
+        log("error" if problem else "warning", "leftover", file=os.path.basename(path),
+            what=problem or "ended what a killed agent had left", pids=" ".join(map(str, seen)))
+    if not problem:
+        remove_file(path)
+    return len(seen)
+
+
+def end_leftovers(state_dir: str, log: Log,
+                  processes: Callable[[str], Optional[Table]] = read_processes) -> int:
+    """End what a killed agent has left running; how many processes.  Its pidfile goes when they
+    have gone.  To be called by the one who holds the state folder, before the first Child."""
+    folder, count = os.path.join(state_dir, "children"), 0
+    for name in list_folder(folder):
+        path = os.path.join(folder, name)
+        left = parse_pidfile(read_text(path) or "")
+        if left is None:
+            log("warning", "leftover", file=name, what="unreadable, removed")
+            remove_file(path)
+            continue
+        count += _end_leftover(path, left, log, processes)
+    return count
+
+
+# ----------------------------------------------------------------------
+# 9a. Model files                       reads headers, never the weights
+# ----------------------------------------------------------------------
+# What a model is and what it needs, from the front of its GGUF or safetensors
+# files.  They come from strangers: every count, length and offset is checked
+# against the file before it is used, and of no file is more read than 256 MiB,
+# or for longer than 30 s.  What a file does not say is None.
+
+
+class KvLayers(NamedTuple):
+    """Layers alike in their KV cache.  values: of one token in one layer; window: the tokens that
+    are kept, None for all."""
+    layers: int
+    values: int
+    window: Optional[int] = None
+
+
+class ModelFacts(NamedTuple):
+    """What the files of a model say of it.
+
+    format: gguf, safetensors or mlx.  quantization: "Q4_K_M", "AWQ 4-bit", "BF16", …  parameters:
+    None where several are packed in one integer.  heads, kv_heads: of the layer with most.
+    context_tokens: what it was made for.  kv: () where there is no KV cache.  state_bytes: what
+    recurrent layers keep of one sequence.
+    """
+    name: str
+    path: str
+    format: str
+    architecture: Optional[str] = None
+    parameters: Optional[int] = None
+    quantization: Optional[str] = None
+    weights_bytes: Optional[int] = None
+    layers: Optional[int] = None
+    heads: Optional[int] = None
+    kv_heads: Optional[int] = None
+    head_dim: Optional[int] = None
+    context_tokens: Optional[int] = None
+    license: Optional[str] = None
+    base_model: Optional[str] = None
+    files: Tuple[str, ...] = ()
+    kv: Optional[Tuple[KvLayers, ...]] = None
+    state_bytes: int = 0
+
+
+class Tensor(NamedTuple):
+    """begin: from the first byte of weights.  size_bytes: None for a type that we do not know."""
+    name: str
+    kind: str
+    elements: int
+    begin: int
+    size_bytes: Optional[int]
+
+
+HEADER_MAX_BYTES, HEADER_LIMIT_S = 256 << 20, 30.0
+_MAX_TENSORS, _MAX_FILES, _JSON_MAX_BYTES = 1 << 18, 1000, 32 << 20
+_FETCH_AGAIN = "Fetch it again: it did not come whole, or is damaged"
+_GIVE_MODEL = "Give a GGUF file, a safetensors file, or the folder of one model"
+
+
+class ModelFile:
+    """The front of a file, read in order.  A context manager."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.at, self.order = path, 0, "little"
+        self._until_s = now_s() + HEADER_LIMIT_S
+        try:  # a FIFO would hold us at open()
+            self._handle = open(path, "rb", 1 << 16, opener=lambda name, flags: os.open(
+                name, flags | os.O_NONBLOCK))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+                             "Check that it is there, whole, and that you may read it") from error
+        status = os.fstat(self._handle.fileno())
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode) or not self.size:
+            self._handle.close()
+            raise UsageError(f"{path} is no file, or an empty one", _GIVE_MODEL)
+
+    def __enter__(self) -> "ModelFile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.close()
+
+    def wrong(self, what: str) -> UsageError:
+        return UsageError(f"{self.path}, byte {self.at}: {printable(what)}", _FETCH_AGAIN)
+
+    def skip(self, count: int) -> None:
+        if count > self.size - self.at:
+            raise self.wrong(f"{count} bytes should follow, there are {self.size - self.at}")
+        self.at += count
+        self._handle.seek(self.at)
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.at:
+            self.skip(count)
+        if self.at + count > HEADER_MAX_BYTES or now_s() > self._until_s:
+            raise self.wrong(f"a header of more than {HEADER_MAX_BYTES >> 20} MiB, or one that "
+                             f"took longer than {HEADER_LIMIT_S:g} s to read")
+        try:
+            found = self._handle.read(count)
+        except OSError as error:
+            raise self.wrong(f"cannot be read: {error.strerror}") from error
+        if len(found) < count:
+            raise self.wrong("the file became shorter while it was read")
+        self.at += count
+        return found
+
+    def integer(self, size: int, signed: bool = False) -> int:
+        return int.from_bytes(self.take(size), self.order, signed=signed)
+
+    def text(self, max_bytes: int) -> Optional[str]:
+        """A text with its length before it; None where it is too long to be wanted."""
+        length = self.integer(8)
+        if length > max_bytes:
+            return self.skip(length)
+        return self.take(length).decode("utf-8", "replace")
+
+    def check(self, tensors: Sequence[Tensor]) -> None:
+        """The weights begin here, they are all there, and no tensors share a byte or a name."""
+        end, names = 0, set()
+        for tensor in sorted(tensors, key=lambda tensor: tensor.begin):
+            if tensor.name in names or tensor.begin < end:
+                raise self.wrong(f"the tensor {tensor.name[:80]} comes twice, or overlaps another")
+            names.add(tensor.name)
+            end = tensor.begin + (tensor.size_bytes or 0)
+        if end > self.size - self.at:
+            raise self.wrong(f"{end} bytes of weights should follow, there are "
+                             f"{self.size - self.at}")
+
+
+def _number(value: Any, most: int = 1 << 32) -> Optional[int]:
+    """A count that can be true."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and 0 <= value <= most else None
+
+
+def _name(value: Any) -> Optional[str]:
+    return printable(value.strip()[:200]) or None if isinstance(value, str) else None
+
+
+# What only the code of the engines knows (llama.cpp's src/models/): every n-th layer sees all and
+# the others a window; every n-th layer has attention and the others a recurrent state.
+_WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gptoss": 2, "cohere2": 4, "exaone4": 4,
+                   "olmo2": 4, "afmoe": 4}
+_ATTENTION_PERIODS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}
+
+
+def _per_layer(value: Any, layers: int) -> Optional[List[int]]:
+    """One count for all layers, or one for each."""
+    values = value if isinstance(value, list) else [value] * layers
+    counts = [_number(one, 1 << 20) for one in values[:layers]]
+    return None if len(counts) < layers or None in counts else counts
+
+
+def _windowed(pattern: Any, layers: int) -> List[bool]:
+    """Which layers see a window alone; none where that is not known: an estimate then is too high,
+    never too low."""
+    if isinstance(pattern, list) and len(pattern) >= layers:
+        return list(map(bool, pattern[:layers]))
+    period = _number(pattern) or 1
+    return [layer % period < period - 1 for layer in range(layers)]
+
+
+def _shape(fields: Dict[str, Any], name: str) -> Dict[str, Any]:
+    """What ModelFacts has of layers, heads and their cache.  fields: named as in GGUF's metadata;
+    name: of the architecture."""
+    def look(key: str, other: int = 0) -> int:
+        return _number(fields.get(key)) or other
+
+    name, layers = re.sub("[-_.]|text", "", name), _number(fields.get("block_count"), 4096)
+    every = fields.get("attention.head_count")
+    heads = max(_per_layer(every, layers or 1) or [0])
+    kv_heads = _per_layer(fields.get("attention.head_count_kv", every), layers or 1)
+    width = look("embedding_length") // heads if heads else 0
+    key, value = look("attention.key_length", width), look("attention.value_length", width)
+    found = {"layers": layers, "heads": heads or None, "kv_heads": max(kv_heads or [0]) or None,
+             "head_dim": key or None, "context_tokens": look("context_length") or None}
+    if fields.get("attention.causal") == 0:
+        return dict(found, kv=())
+    if not layers or not kv_heads:
+        return found
+    period = look("full_attention_interval", _ATTENTION_PERIODS.get(name, 1))
+    kept = max(0, layers - look("nextn_predict_layers") - look("attention.shared_kv_layers"))
+    kv_heads = [count * ((layer + 1) % period == 0) for layer, count in enumerate(kv_heads[:kept])]
+    # The state and the convolution of recurrent layers, 4 bytes a value (llama-hparams.cpp).
+    state, inner = look("ssm.state_size"), look("ssm.inner_size")
+    found["state_bytes"] = 4 * kv_heads.count(0) * (inner * state + (
+        look("ssm.conv_kernel", 1) - 1) * (inner + 2 * look("ssm.group_count") * state))
+    near = look("attention.key_length_swa", key) + look("attention.value_length_swa", value)
+    window = look("attention.sliding_window") or None
+    local = _windowed(window and fields.get("attention.sliding_window_pattern",
+                                            _WINDOW_PERIODS.get(name)), layers)
+    if look("attention.kv_lora_rank") and look("attention.key_length_mla"):
+        # Multi-head latent attention.  GGUF files without the second key are run without it.
+        kv_heads = [min(count, 1) for count in kv_heads]
+        key, value = look("attention.kv_lora_rank"), look("rope.dimension_count")
+    rows = collections.Counter((count * (near if seen else key + value), window if seen else None)
+                               for count, seen in zip(kv_heads, local) if count)
+    if key if rows else found["state_bytes"]:
+        found["kv"] = tuple(KvLayers(count, *row) for row, count in rows.items())
+    return found
+
+
+def _most_used(tensors: Sequence[Tensor]) -> str:
+    """The type of most values."""
+    counted: Dict[str, int] = collections.Counter()
+    for tensor in tensors:
+        counted[tensor.kind] += tensor.elements
+    return max(counted, key=lambda kind: counted[kind])
+
+
+def model_name(path: str) -> str:
+    """
+    >>> model_name("/m/Big-Q4_K_M-00001-of-00003.gguf"), model_name("/h/models--a--b/snapshots/5f/")
+    ('Big-Q4_K_M', 'a/b')
+    """
+    cached = re.search("models--([^/]+?)--([^/]+)/snapshots/", path + "/")
+    last = "/".join(cached.groups()) if cached else os.path.basename(os.path.abspath(path))
+    return printable(re.sub(r"(-[0-9]{5}-of-[0-9]{5})?\.(gguf|safetensors)$", "", last))
+
+
+# -- GGUF.  Sources: ggml's docs/gguf.md, gguf-py's constants.py -------
+
+# {type: (bytes, signed)}; of numbers with a fraction nothing is wanted.
+_GGUF_NUMBERS = {0: (1, False), 1: (1, True), 2: (2, False), 3: (2, True), 4: (4, False),
+                 5: (4, True), 6: (4, None), 7: (1, False), 10: (8, False), 11: (8, True),
+                 12: (8, None)}
+_GGUF_TEXT, _GGUF_ARRAY = 8, 9
+# {type: (its name, values in a block, bytes of a block)}
+_GGML_TYPES = {int(number): (name, int(values), int(size)) for number, name, values, size in (
+    row.split(":") for row in (
+        "0:F32:1:4 1:F16:1:2 2:Q4_0:32:18 3:Q4_1:32:20 6:Q5_0:32:22 7:Q5_1:32:24 8:Q8_0:32:34 "
+        "9:Q8_1:32:40 10:Q2_K:256:84 11:Q3_K:256:110 12:Q4_K:256:144 13:Q5_K:256:176 "
+        "14:Q6_K:256:210 15:Q8_K:256:292 16:IQ2_XXS:256:66 17:IQ2_XS:256:74 18:IQ3_XXS:256:98 "
+        "19:IQ1_S:256:50 20:IQ4_NL:32:18 21:IQ3_S:256:110 22:IQ2_S:256:82 23:IQ4_XS:256:136 "
+        "24:I8:1:1 25:I16:1:2 26:I32:1:4 27:I64:1:8 28:F64:1:8 29:IQ1_M:256:56 30:BF16:1:2 "
+        "34:TQ1_0:256:54 35:TQ2_0:256:66 39:MXFP4:32:17 40:NVFP4:64:36 41:Q1_0:128:18").split())}
+_GGUF_FILE_TYPES = (
+    "F32 F16 Q4_0 Q4_1 ? ? ? Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M "
+    "Q6_K IQ2_XXS IQ2_XS Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M "
+    "BF16 ? ? ? TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0").split()
+
+
+def _gguf_value(file: ModelFile) -> Any:
+    """A number, a text, or a list of whole numbers; None for what is too long to be wanted."""
+    kind, count = file.integer(4), 1
+    if kind == _GGUF_TEXT:
+        return file.text(4096)
+    listed = kind == _GGUF_ARRAY
+    if listed:
+        kind, count = file.integer(4), file.integer(8)
+    if kind == _GGUF_TEXT and listed:  # a vocabulary of 250,000
+        for _ in range(count):
+            file.skip(file.integer(8))
+        return None
+    if kind not in _GGUF_NUMBERS:
+        raise file.wrong(f"a value of type {kind}, which is unknown or in a list within a list")
+    size, signed = _GGUF_NUMBERS[kind]
+    if signed is None or count > 1024:
+        return file.skip(count * size)
+    values = [file.integer(size, signed) for _ in range(count)]
+    return values if listed else values[0]
+
+
+def _gguf_tensor(file: ModelFile, alignment: int) -> Tensor:
+    name, axes = file.text(256), file.integer(4)
+    if name is None or axes > 4:
+        raise file.wrong(f"a tensor of {axes} dimensions, or with a name of more than 256 bytes")
+    shape = [file.integer(8) for _ in range(axes)] or [1]
+    number, begin, elements = file.integer(4), file.integer(8), 1
+    for length in shape:
+        elements *= length
+    kind, block, size = _GGML_TYPES.get(number, (f"type {number}", 1, None))
+    if not elements or begin % alignment or shape[0] % block:
+        raise file.wrong(f"the tensor {name} with the shape {shape} of {kind} at {begin} cannot be")
+    return Tensor(name, kind, elements, begin, None if size is None else elements // block * size)
+
+
+def _read_gguf(path: str) -> Tuple[Dict[str, Any], List[Tensor], int]:
+    """(metadata, tensors, bytes of weights) of one file."""
+    with ModelFile(path) as file:
+        file.skip(4)
+        version = file.integer(4)
+        if not version & 0xFFFF:  # the magic is the same in both orders
+            file.order, version = "big", version >> 24
+        tensors, fields, metadata = file.integer(8), file.integer(8), {}
+        if version not in (2, 3) or tensors > _MAX_TENSORS or fields > 4096:
+            raise file.wrong(f"GGUF version {version} with {tensors} tensors and {fields} fields "
+                             f"of metadata; read are 2 and 3, {_MAX_TENSORS} and 4096")
+        for _ in range(fields):
+            key = file.text(256)
+            if key is None or key in metadata:
+                raise file.wrong(f"the field {key} twice, or with a name of more than 256 bytes")
+            metadata[key] = _gguf_value(file)
+        alignment = _number(metadata.get("general.alignment", 32), 1 << 16)
+        if not alignment:
+            raise file.wrong("an alignment of the weights that cannot be")
+        found = [_gguf_tensor(file, alignment) for _ in range(tensors)]
+        file.skip(min(-file.at % alignment, file.size - file.at))
+        file.check(found)
+        sizes = [tensor.size_bytes for tensor in found]
+        return metadata, found, file.size - file.at if None in sizes else sum(sizes)
+
+
+def _gguf_facts(path: str, files: Sequence[str]) -> ModelFacts:
+    metadata, tensors, weights_bytes = _read_gguf(files[0])
+    for part in files[1:]:
+        _, more, size_bytes = _read_gguf(part)
+        tensors, weights_bytes = tensors + more, weights_bytes + size_bytes
+    parts = _number(metadata.get("split.count"), 1 << 16) or len(files)
+    if not tensors or parts != len(files):
+        raise UsageError(f"{path} has {len(tensors)} tensors, in {len(files)} of {parts} files",
+                         "Give a file …-00001-of-0000N.gguf with the others beside it")
+
+    def say(key: str) -> Optional[str]:
+        return _name(metadata.get("general." + key))
+
+    kind = _number(metadata.get("general.file_type"), len(_GGUF_FILE_TYPES) - 1)
+    name, url = say("architecture") or "", say("base_model.0.repo_url") or ""
+    return ModelFacts(
+        say("name") or model_name(files[0]), path, "gguf", name or None,
+        sum(tensor.elements for tensor in tensors),
+        _most_used(tensors) if kind is None or _GGUF_FILE_TYPES[kind] == "?"
+        else _GGUF_FILE_TYPES[kind], weights_bytes, files=tuple(files),
+        license=say("license.name" if say("license") == "other" else "license") or say("license"),
+        base_model=url.partition("huggingface.co/")[2] or url or say("base_model.0.name"),
+        **_shape({key[len(name) + 1:]: value for key, value in metadata.items()
+                  if key.startswith(name + ".")}, name))
+
+
+# -- safetensors.  Source: huggingface/safetensors' README --------------
+
+# What config.json calls the fields of GGUF's metadata.
+_CONFIG_FIELDS = (
+    ("block_count", "num_hidden_layers n_layer n_layers num_layers"),
+    ("embedding_length", "hidden_size n_embd d_model"),
+    ("attention.head_count", "num_attention_heads n_head n_heads"),
+    ("attention.head_count_kv", "num_key_value_heads num_kv_heads"),
+    ("attention.key_length", "global_head_dim head_dim"), ("attention.key_length_swa", "head_dim"),
+    ("attention.value_length", "v_head_dim global_head_dim head_dim"),
+    ("attention.value_length_swa", "v_head_dim head_dim"),
+    ("attention.kv_lora_rank", "kv_lora_rank"), ("attention.key_length_mla", "kv_lora_rank"),
+    ("rope.dimension_count", "qk_rope_head_dim"),
+    ("attention.sliding_window", "sliding_window attention_chunk_size"),
+    ("attention.sliding_window_pattern", "sliding_window_pattern"),
+    ("attention.shared_kv_layers", "num_kv_shared_layers"),
+    ("full_attention_interval", "full_attention_interval"),
+    ("context_length", "max_position_embeddings n_positions max_seq_len seq_length"),
+    ("ssm.state_size", "linear_key_head_dim"), ("ssm.group_count", "linear_num_key_heads"),
+    ("ssm.conv_kernel", "linear_conv_kernel_dim"))
+
+
+def _config_shape(config: Dict[str, Any]) -> Dict[str, Any]:
+    """_shape() of a Hugging Face config.json."""
+    fields: Dict[str, Any] = {}
+    for field, keys in _CONFIG_FIELDS:
+        values = (config[key] for key in keys.split() if config.get(key) is not None)
+        fields.update({field: value for _, value in zip(range(1), values)})
+    if config.get("use_sliding_window") is False:
+        fields.pop("attention.sliding_window", None)
+    if isinstance(config.get("layer_types"), list):
+        kinds, some = config["layer_types"][:4096], fields.get("attention.head_count_kv")
+        every = _number(config.get("num_global_key_value_heads")) or some
+        fields["attention.head_count_kv"] = [
+            every if kind == "full_attention" else
+            some if kind in ("sliding_attention", "chunked_attention") else 0 for kind in kinds]
+        fields["attention.sliding_window_pattern"] = [kind != "full_attention" for kind in kinds]
+        fields["full_attention_interval"] = 1
+    inner = [_number(config.get(f"linear_{key}"), 1 << 20)
+             for key in ("num_value_heads", "value_head_dim")]
+    fields["ssm.inner_size"] = None if None in inner else inner[0] * inner[1]
+    rope, context = config.get("rope_scaling"), _number(fields.get("context_length"))
+    if context and isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn":
+        factor, made_for = rope.get("factor"), rope.get("original_max_position_embeddings")
+        if isinstance(factor, (int, float)) and 1 <= factor <= 1024:
+            fields["context_length"] = max(context, int((_number(made_for) or 0) * factor))
+    return _shape(fields, str(config.get("model_type")))
+
+
+def _unique(pairs: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found
+
+
+def _take_json(file: ModelFile, length: int) -> Dict[str, Any]:
+    """A million values at most: what Python makes of them is many times as long as the text."""
+    if length > _JSON_MAX_BYTES:
+        raise file.wrong(f"{length} bytes of JSON, more than {_JSON_MAX_BYTES}")
+    text = file.take(length)
+    try:
+        if text.count(b",") > 1 << 20:
+            raise ValueError("more than a million values")
+        value = json.loads(text.decode("utf-8"), parse_int=parse_int, object_pairs_hook=_unique)
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise file.wrong(f"JSON that cannot be read: {str(error)[:100]}") from error
+
+
+def _read_json(path: str) -> Dict[str, Any]:
+    """{} where there is no such file."""
+    if not os.path.lexists(path):
+        return {}
+    with ModelFile(path) as file:
+        return _take_json(file, file.size)
+
+
+def _safetensor(file: ModelFile, name: str, entry: Any) -> Tensor:
+    """An entry of the header.  Types are named by their bits: BF16, F8_E4M3."""
+    entry = entry if isinstance(entry, dict) else {}
+    kind, shape, places = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(kind, str) and isinstance(shape, list) and isinstance(places, list)
+            and len(shape) <= 16 and len(places) == 2
+            and None not in [_number(one, 1 << 60) for one in shape + places]):
+        raise file.wrong(f"the tensor {name[:80]} without a type, shape and place")
+    elements, (begin, end) = 1, places
+    for length in shape:
+        elements *= length
+    bits = re.fullmatch("[A-Z]+([0-9]{1,2})(_.*)?|BOOL", kind[:20])
+    if begin > end or bits and elements * int(bits.group(1) or 8) != (end - begin) * 8:
+        raise file.wrong(f"the tensor {name[:80]} of {kind[:20]} is not as long as its shape")
+    return Tensor(name, kind[:20], elements, begin, end - begin)
+
+
+def _read_safetensors(path: str) -> Tuple[Dict[str, Any], List[Tensor]]:
+    """(metadata, tensors) of one file."""
+    with ModelFile(path) as file:
+        header = _take_json(file, file.integer(8))
+        metadata = header.pop("__metadata__", None)
+        found = [_safetensor(file, name, entry) for name, entry in header.items()]
+        file.check(found)
+        if sum(tensor.size_bytes or 0 for tensor in found) < file.size - file.at:
+            raise file.wrong("weights that belong to no tensor")
+        return metadata if isinstance(metadata, dict) else {}, found
+
+
+def _quantization(config: Dict[str, Any]) -> Optional[str]:
+    """What quantised the weights; None for nothing."""
+    found = config.get("quantization_config") or config.get("quantization")
+    if not isinstance(found, dict):
+        return None
+    method = (_name(found.get("quant_method")) or _name(found.get("quant_algo")) or "MLX")
+    method = method.upper() if len(method) < 9 else method
+    # Compressed-tensors has groups, each with its own bits.
+    bits = re.search("""'(?:bits|w_bit|num_bits)': ([0-9]{1,2})\\b""", str(found)[:4096])
+    bits = bits.group(1) if bits else "4" if found.get("load_in_4bit") is True else None
+    return f"{method} {bits}-bit" if bits and "FP" not in method else method
+
+
+def _front_matter(folder: str, key: str) -> Optional[str]:
+    """A word, or the first of a list, from the YAML on top of README.md (a model card)."""
+    path = os.path.join(folder, "README.md")
+    text = os.path.isfile(path) and read_text(path, 1 << 16) or ""
+    block = re.match("---\n(.*?)\n---", text.replace("\r", ""), re.DOTALL)
+    found = block and re.search(f"(?m)^{key}:(.*(?:\n *-.*)?)", block.group(1))
+    words = re.split("[][,\n]", found.group(1)) if found else []
+    return next(filter(None, (_name(word.strip(" -\"'")) for word in words)), None)
+
+
+def _safetensors_facts(path: str, files: Sequence[str]) -> ModelFacts:
+    folder = os.path.dirname(files[0]) or "."
+    config = _read_json(os.path.join(folder, "config.json"))
+    inner, metadata, tensors = config.get("text_config"), {}, []
+    for part in files:
+        metadata, more = _read_safetensors(part)
+        tensors += more
+    if not tensors or len({tensor.name for tensor in tensors}) < len(tensors):
+        raise UsageError(f"{path} has no tensors, or some of them twice", _FETCH_AGAIN)
+    quantization, classes = _quantization(config), config.get("architectures")
+    packed = quantization and any(re.match("[IU][0-9]", tensor.kind) for tensor in tensors)
+    mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
+    license_name = _front_matter(folder, "license") or _name(config.get("license"))
+    return ModelFacts(
+        model_name(path), path, "mlx" if mlx else "safetensors",
+        _name(classes[0] if isinstance(classes, list) and classes else config.get("model_type")),
+        None if packed else sum(tensor.elements for tensor in tensors),
+        quantization or _most_used(tensors), sum(tensor.size_bytes or 0 for tensor in tensors),
+        license=license_name == "other" and _front_matter(folder, "license_name") or license_name,
+        base_model=_front_matter(folder, "base_model"), files=tuple(files),
+        **_config_shape(dict(config, **inner) if isinstance(inner, dict) else config))
+
+
+# -- which files, and do they fit --------------------------------------
+
+# What people have in place of a model, by how it begins.
+_OTHER_FILES = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file", "Run: git lfs pull"),
+    (b"PK\3\4", "is a PyTorch file, which can run code", "Convert it to safetensors"),
+    (b"\x80", "is a Python pickle, which can run code", "Convert it to safetensors"),
+    (b"<", "is a web page", "Fetch the file itself: its address has /resolve/, not /blob/"))
+
+
+def _parts(path: str) -> List[str]:
+    """All files of a model that is in parts, from the path of any; or [path]."""
+    match = re.fullmatch(r"(.*-)[0-9]{5}-of-([0-9]{5})(\.gguf|\.safetensors)", path, re.DOTALL)
+    count = min(int(match.group(2)), _MAX_FILES) if match else 0
+    return [f"{match.group(1)}{number:05d}-of-{match.group(2)}{match.group(3)}"
+            for number in range(1, count + 1)] or [path]
+
+
+def _model_files(folder: str) -> List[str]:
+    """Of the model in a folder: safetensors (those of its index, where it has one) before GGUF."""
+    index = _read_json(os.path.join(folder, "model.safetensors.index.json")).get("weight_map")
+    if isinstance(index, dict) and index:
+        names = sorted({os.path.basename(str(name)) for name in index.values()})
+        return [os.path.join(folder, name) for name in names[:_MAX_FILES]]
+    models: Any = ()
+    for ending in (".safetensors", ".gguf"):
+        models = models or {tuple(_parts(os.path.join(folder, name)))
+                            for name in list_folder(folder)
+                            if name.endswith(ending) and not name.startswith("mmproj")}
+    if len(models) != 1:
+        raise UsageError(f"{folder} has {len(models) or 'no'} models in GGUF or safetensors files",
+                         _GIVE_MODEL)
+    return list(models.pop())
+
+
+def read_model(path: str) -> ModelFacts:
+    """What a GGUF file (or one of its parts), a safetensors file or the folder of a model says of
+    itself; of its weights no byte is used.
+
+    Raises: UsageError, with the file, the place in it, and what mends it.
+    """
+    files = _model_files(path) if os.path.isdir(path) else _parts(path)
+    with ModelFile(files[0]) as file:
+        front = file.take(min(file.size, 24))
+    if front.startswith(b"GGUF"):
+        return _gguf_facts(path, files)
+    for begin, what, mend in _OTHER_FILES:
+        if front.startswith(begin) and front[8:9] != b"{":
+            raise UsageError(f"{files[0]} {what}", mend)
+    if front[8:9] != b"{":
+        raise UsageError(f"{files[0]} is neither GGUF nor safetensors", _GIVE_MODEL)
+    return _safetensors_facts(path, files)
+
+
+class Fit(NamedTuple):
+    """Whether a model fits into memory.  context_tokens: of each sequence.
+    largest_context_tokens: that would fit, 0 for none."""
+    weights_bytes: Optional[int]
+    kv_bytes: Optional[int]
+    overhead_bytes: Optional[int]
+    needed_bytes: Optional[int]
+    available_bytes: Optional[int]
+    context_tokens: int
+    fits: Optional[bool]
+    message: str
+    largest_context_tokens: Optional[int] = None
+
+
+def kv_cache_bytes(facts: ModelFacts, context_tokens: int, parallel: int = 1,
+                   bytes_per_value: float = 2.0) -> Optional[int]:
+    """The KV cache, in blocks of 256 tokens; a layer with a window keeps that and a batch of 512
+    (llama-kv-cache-iswa.cpp).  bytes_per_value: 2 is f16; 34/32 is q8_0."""
+    if facts.kv is None:
+        return None
+    values = sum(row.layers * row.values
+                 * -(-min(context_tokens, (row.window or context_tokens) + 512) // 256) * 256
+                 for row in facts.kv)
+    return int(parallel * (values * bytes_per_value + facts.state_bytes))
+
+
+def overhead_bytes(facts: ModelFacts, gpus: int = 1) -> Optional[int]:
+    """512 MiB a GPU for the driver's context, and 5 % of the weights for buffers to compute in, at
+    least 256 MiB a GPU, or 1.25 GiB under the engines of safetensors.
+
+    Source: their logs.  llama.cpp's "compute buffer size" is 105 to 560 MiB for 1 to 8 GiB of
+    weights; vLLM has 0.3 GiB of "non_torch_memory" and 1.0 to 1.3 of "activation peak memory".
+    """
+    if facts.weights_bytes is None:
+        return None
+    least = (1280 if facts.format == "safetensors" else 256) << 20
+    return gpus * (512 << 20) + max(facts.weights_bytes // 20, gpus * least)
+
+
+def show_bytes(count: Optional[float]) -> str:
+    """
+    >>> show_bytes(1 << 29), show_bytes(17.44 * 2**30), show_bytes(None)
+    ('512 MiB', '17.4 GiB', 'unknown')
+    """
+    if count is None:
+        return "unknown"
+    return f"{count / 2**20:.0f} MiB" if count < 1 << 30 else f"{count / 2**30:.1f} GiB"
+
+
+def _largest_context(facts: ModelFacts, parallel: int, bytes_per_value: float,
+                     left_bytes: int) -> int:
+    """In whole blocks of 256 tokens, of what the model was made for where that is known."""
+    low, high = 0, (facts.context_tokens or 1 << 20) // 256 + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = (kv_cache_bytes(facts, middle * 256, parallel, bytes_per_value) or 0) <= left_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return low * 256
+
+
+def estimate_fit(facts: ModelFacts, available_bytes: Optional[int],
+                 context_tokens: Optional[int] = None, parallel: int = 1, gpus: int = 1,
+                 bytes_per_value: float = 2.0) -> Fit:
+    """Weights, KV cache and overhead against the free memory of all `gpus` together.
+
+    context_tokens: of each of `parallel` sequences; if None, what the model was made for, up to
+    8192.  What is too much even without what is unknown does not fit.
+    """
+    context = context_tokens or min(facts.context_tokens or 8192, 8192)
+    parts = (facts.weights_bytes, kv_cache_bytes(facts, context, parallel, bytes_per_value),
+             overhead_bytes(facts, gpus))
+    known, free = sum(part or 0 for part in parts), available_bytes
+    needed = None if None in parts else known
+    fits = None if free is None or needed is None and known <= free else known <= free
+    largest = None if free is None or needed is None else _largest_context(
+        facts, parallel, bytes_per_value, free - parts[0] - parts[2])
+    advice = {None: "unknown whether it fits", True: f"fits, up to {largest} tokens would",
+              False: f"does not fit; {largest} tokens would" if largest else
+                     "does not fit, with any context"}[fits]
+    weights, cache, overhead = map(show_bytes, parts)
+    shared = f" in {parallel} sequences each" if parallel > 1 else ""
+    message = (f"needs {'at least ' if needed is None else ''}{show_bytes(known)} (weights "
+               f"{weights}, KV cache {cache} for {context} tokens{shared}, overhead {overhead}), "
+               f"{show_bytes(free)} free: {advice}")
+    return Fit(*parts, needed, free, context, fits, message, largest)
+
+
+# ----------------------------------------------------------------------
+# 9b. Engines                                    runs an engine's --help
+# ----------------------------------------------------------------------
+# One row an engine: where it is found, how it is started, how it shows that
+# it answers, what it can run.  Every flag that decides who may reach it and
+# what it may do stands in its command, because defaults move between
+# releases.  Source: the engines' own servers, of vLLM 0.33, SGLang 0.5.23,
+# llama.cpp b10488, mlx-lm 0.32 and Ollama 0.33.
+
+
+class EngineError(AgentError):
+    """An engine or a model did not do what was asked."""
+    exit_code = Exit.FAILED
+
+
+class EngineMissing(EngineError):
+    """No engine that is installed here can do it."""
+
+
+class EngineConflict(EngineError):
+    """Something is in the way: another engine, another start, a taken port."""
+
+
+class Launch(NamedTuple):
+    """What an engine is asked to do.  model: as the engine takes it, "" for none.  name: what
+    clients call it.  context_tokens: None leaves it to the engine.  gpus: 0, the CPU computes.
+    help: what the program says of its own flags, where it was asked."""
+    program: str
+    model: str
+    name: str
+    host: str
+    port: int
+    context_tokens: Optional[int]
+    parallel: int
+    gpus: int
+    folder: str
+    help: str = ""
+
+
+def _flags(**values: Any) -> List[str]:
+    """Flags with their values; those without one are left out.
+
+    >>> _flags(max_model_len=4096, quantization=None)
+    ['--max-model-len', '4096']
+    """
+    return [word for name, value in values.items() if value is not None
+            for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def _ollama_command(launch: Launch) -> List[str]:
+    return [launch.program, "serve"]
+
+
+def _ollama_environment(launch: Launch) -> Dict[str, str]:
+    # Without a pinned context a large GPU starts at 262,144 tokens; cloud models would be asked
+    # of ollama.com with this host's key; a prompt in a temporary folder is a leak.
+    return {"OLLAMA_HOST": host_port(launch.host, launch.port), "OLLAMA_NO_CLOUD": "1",
+            "OLLAMA_CONTEXT_LENGTH": str(launch.context_tokens or CONTEXT_TOKENS),
+            "OLLAMA_NUM_PARALLEL": str(launch.parallel), "OLLAMA_DEBUG_LOG_REQUESTS": "0",
+            "HOME": os.environ.get("HOME") or launch.folder}
+
+
+def _vllm_command(launch: Launch) -> List[str]:
+    return [launch.program, "serve", launch.model] + _flags(
+        served_model_name=launch.name, host=launch.host, port=launch.port,
+        tensor_parallel_size=max(1, launch.gpus), max_model_len=launch.context_tokens,
+        gpu_memory_utilization=0.9 if launch.gpus else None)
+
+
+def _vllm_environment(_launch: Launch) -> Dict[str, str]:
+    return {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_SERVER_DEV_MODE": "0"}
+
+
+def _sglang_command(launch: Launch) -> List[str]:
+    return [launch.program, "serve"] + _flags(
+        model_path=launch.model, served_model_name=launch.name, host=launch.host,
+        port=launch.port, tp_size=max(1, launch.gpus), context_length=launch.context_tokens,
+        device=None if launch.gpus else "cpu")
+
+
+def _llama_command(launch: Launch) -> List[str]:
+    # The context is divided among the slots.  What keeps the door shut is said where this build
+    # knows the word: no page, no view into requests, no download, no tools.
+    context = (launch.context_tokens or CONTEXT_TOKENS) * launch.parallel
+    shut = [flag for flag in ("--no-webui", "--no-slots", "--offline") if flag in launch.help]
+    return [launch.program, "-m", launch.model, "-c", str(context), "-np", str(launch.parallel),
+            "-ngl", "999" if launch.gpus else "0"] + _flags(
+                alias=launch.name, host=launch.host, port=launch.port) + ["--metrics"] + shut
+
+
+def _mlx_command(launch: Launch) -> List[str]:
+    return [launch.program] + _flags(model=launch.model, host=launch.host, port=launch.port,
+                                     log_level="INFO")
+
+
+def _mlx_environment(launch: Launch) -> Dict[str, str]:
+    # A request may name any repository, and its server would fetch it; and GET /v1/models fails
+    # where the cache's folder was never made.
+    cache = os.path.join(launch.folder, "hub")
+    make_private_folder(cache)
+    offline = {"HF_HUB_OFFLINE": "1"} if os.path.isabs(launch.model) else {}
+    return dict(offline, HF_HUB_DISABLE_TELEMETRY="1", **(
+        {} if os.path.isdir(os.path.expanduser("~/.cache/huggingface/hub"))
+        or os.environ.get("HF_HOME") else {"HF_HUB_CACHE": cache}))
+
+
+class Engine(NamedTuple):
+    """A row.  install: the command that brings it.  alive: a GET that is 200 once the server
+    answers.  many: serves every model of a store, and starts without one.  formats: what it loads;
+    vendors: the GPUs it computes on, "" for the CPU.  never: paths that nobody but the machine's
+    owner may reach."""
+    name: str
+    title: str
+    program: str
+    install: str
+    command: Callable[[Launch], List[str]]
+    environment: Callable[[Launch], Dict[str, str]]
+    alive: str
+    many: bool
+    formats: Tuple[str, ...]
+    vendors: Tuple[str, ...]
+    stop_grace_s: float
+    never: Tuple[str, ...]
+
+
+ENGINES = (
+    Engine("ollama", "Ollama", "ollama", "curl -fsSL https://ollama.com/install.sh | sh",
+           _ollama_command, _ollama_environment, "/api/version", True, ("name", "gguf"),
+           ("nvidia", "amd", "apple", ""), 10.0,
+           ("/api/me", "/api/signout", "/api/user", "/api/push", "/api/experimental")),
+    Engine("vllm", "vLLM", "vllm", "pip install vllm", _vllm_command, _vllm_environment,
+           "/health", False, ("safetensors", "hub"), ("nvidia", "amd", "intel", ""), 15.0,
+           ("/sleep", "/wake_up", "/is_sleeping", "/tokenize", "/pooling", "/invocations")),
+    Engine("sglang", "SGLang", "sglang", 'pip install "sglang[all]"', _sglang_command,
+           lambda _launch: {}, "/ready", False, ("safetensors", "hub", "gguf"),
+           ("nvidia", "amd", "intel", ""), 30.0,
+           ("/flush_cache", "/update_weights", "/release_memory_occupation", "/server_info")),
+    Engine("llama-server", "llama.cpp", "llama-server",
+           "apt install llama.cpp   # or: brew install llama.cpp", _llama_command,
+           lambda _launch: {}, "/health", False, ("gguf",),
+           ("nvidia", "amd", "intel", "apple", ""), 10.0,
+           ("/slots", "/props", "/models/load", "/models/unload")),
+    Engine("mlx", "MLX", "mlx_lm.server", "pip install mlx-lm", _mlx_command, _mlx_environment,
+           "/health", False, ("mlx", "safetensors", "hub"), ("apple", ""), 10.0, ()),
+)
+ENGINE_BY_NAME = {engine.name: engine for engine in ENGINES}
+# What is tried for a model of this format on GPUs of this vendor, in this order.
+_ENGINES_FOR = (
+    ("safetensors", ("nvidia", "amd"), ("vllm", "sglang")),
+    ("hub", ("nvidia", "amd"), ("vllm", "sglang")),
+    ("hub", ("apple",), ("mlx",)),
+    ("safetensors", ("apple",), ("mlx",)),
+    ("mlx", ("apple",), ("mlx",)),
+    ("gguf", ("nvidia", "amd", "intel", "apple", ""), ("llama-server", "ollama")),
+    ("name", ("nvidia", "amd", "intel", "apple", ""), ("ollama",)),
+)
+_FORMAT_TITLES = {"gguf": "a GGUF file", "safetensors": "a safetensors folder",
+                  "mlx": "a folder of MLX weights", "hub": "a model of a hub",
+                  "name": "a model of Ollama's library"}
+CONTEXT_TOKENS = 8192
+# Where installers put programs that the PATH of a service lacks.
+_PROGRAM_FOLDERS = ("~/.local/bin", "/usr/local/bin", "/opt/homebrew/bin",
+                    "/Applications/Ollama.app/Contents/Resources")
+
+
+def find_program(name: str) -> Optional[str]:
+    """An engine's program on PATH, or where its installer puts it."""
+    places = [os.environ.get("PATH", os.defpath), *map(os.path.expanduser, _PROGRAM_FOLDERS)]
+    return Tool(name, ":".join(places)).find()
+
+
+class Reference(NamedTuple):
+    """What a user calls a model.  format: of its files; "hub" for ORG/NAME, "name" for one of
+    Ollama's; "" for no model.  facts: of its files, where they are here."""
+    text: str
+    format: str
+    facts: Any = None
+
+
+def read_reference(text: str) -> Reference:
+    """Raises: UsageError where it looks like a path and there is no model at it."""
+    path = os.path.expanduser(text)
+    if not text:
+        return Reference("", "")
+    if text.startswith(("/", "./", "../", "~")) or os.path.exists(path):
+        facts = read_model(os.path.abspath(path))
+        return Reference(os.path.abspath(path), facts.format, facts)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(("library/", "hf.co/")):
+        return Reference(text, "hub")
+    return Reference(text, "name")
+
+
+class Choice(NamedTuple):
+    """program: None where an engine that runs already is to be used.  why: a sentence."""
+    engine: Engine
+    program: Optional[str]
+    why: str
+
+
+def _hardware_title(vendor: str) -> str:
+    return {"nvidia": "an NVIDIA GPU", "amd": "an AMD GPU", "intel": "an Intel GPU",
+            "apple": "Apple silicon"}.get(vendor, "the CPU alone")
+
+
+def choose_engine(wanted: str, model: Reference, vendor: str,
+                  find: Callable[[Engine], Optional[str]], running: Sequence[str] = ()) -> Choice:
+    """The engine for a model on this hardware, and why.
+
+    wanted: its name, "" or "auto" to choose.  vendor: of the GPUs, "" for none.  find: the
+    program, None where it is not installed.  running: engines of others that can be used.
+    Raises: EngineMissing with what to install, UsageError where an engine cannot load the format.
+    """
+    def choice(engine: Engine, why: str) -> Optional[Choice]:
+        program = None if engine.name in running else find(engine)
+        return Choice(engine, program, why) if program or engine.name in running else None
+    what = _FORMAT_TITLES.get(model.format, "no model yet")
+    if wanted and wanted != "auto":
+        engine = ENGINE_BY_NAME[wanted]
+        if model.format and model.format not in engine.formats:
+            able = [row.name for row in ENGINES if model.format in row.formats]
+            raise UsageError(f"{engine.title} does not load {what} ({printable(model.text)})",
+                             f"Choose --engine {' or '.join(able)}")
+        if not (model.format or engine.many):
+            raise UsageError(f"{engine.title} starts with a model, and none is named",
+                             "Give --model, or set inference.model")
+        found = choice(engine, "asked for")
+        if found is None:
+            raise EngineMissing(f"{engine.title} is not installed: there is no {engine.program} "
+                                "on PATH", f"Install it: {engine.install}")
+        return found
+    names = [name for form, vendors, engines in _ENGINES_FOR
+             if form == (model.format or "name") and vendor in vendors for name in engines]
+    if model.format == "hub":  # ORG/NAME is a name in Ollama's library, too
+        names.append("ollama")
+    for name in names:
+        found = choice(ENGINE_BY_NAME[name], f"{what} on {_hardware_title(vendor)}: "
+                       + ", then ".join(ENGINE_BY_NAME[each].title for each in names))
+        if found:
+            return found
+    if not names:
+        raise EngineMissing(f"no engine runs {what} on {_hardware_title(vendor)}", "Convert it to "
+                            "GGUF (llama.cpp's convert_hf_to_gguf.py) or choose an --engine")
+    first = ENGINE_BY_NAME[names[0]]
+    raise EngineMissing(f"{what} on {_hardware_title(vendor)} needs "
+                        + " or ".join(ENGINE_BY_NAME[name].title for name in names)
+                        + ", and none is installed", f"Install it: {first.install}")
+
+
+def is_ollama(endpoint: Endpoint) -> str:
+    """The version of the Ollama that answers there, or "".  (SGLang answers /api/tags, too.)"""
+    try:
+        root = http_request("GET", endpoint, "/", {}, None, 2.0)
+        version = http_request("GET", endpoint, "/api/version", {}, None, 2.0)
+    except HttpFailure:
+        return ""
+    said = _json_object(version.body).get("version")
+    return said if b"Ollama is running" in root.body and isinstance(said, str) else ""
+
+
+def post_json(endpoint: Endpoint, path: str, body: Dict[str, Any], limit_s: float) -> HttpReply:
+    """Raises: HttpFailure."""
+    return http_request("POST", endpoint, path, {"Content-Type": "application/json"},
+                        json.dumps(body).encode("utf-8"), limit_s)
+
+
+def generate_one_token(endpoint: Endpoint, name: str, limit_s: float) -> None:
+    """One real token of an engine with OpenAI's API.  Raises: EngineError with what it said."""
+    try:
+        reply = post_json(endpoint, "/v1/completions",
+                          {"model": name, "prompt": "Hello", "max_tokens": 1}, limit_s)
+    except HttpFailure as failure:
+        raise EngineError(f"no token came from {endpoint.url}: {failure}") from failure
+    answer = _json_object(reply.body)
+    choices = answer.get("choices")
+    if reply.status != 200 or not choices or not isinstance(choices, list):
+        said = answer.get("error") or reply.body.decode("utf-8", "replace")
+        said = said.get("message") if isinstance(said, dict) else said
+        raise EngineError(f"{name} did not answer a one-token request: {reply.status} "
+                          f"{printable(str(said)[:300])}")
+
+
+class TokenProbe:
+    """Whether an engine with one model is ready: its server answers, and a token came of it.
+
+    The token is asked for by a thread, once at a time, since a model may take minutes to load;
+    each call returns within two seconds, as a child's probe must.
+    """
+
+    def __init__(self, engine: Engine, endpoint: Endpoint, name: str) -> None:
+        self._engine, self._endpoint, self._name = engine, endpoint, name
+        self._thread: Any = None
+        self._result: Any = None
+
+    def _ask(self) -> None:
+        try:
+            generate_one_token(self._endpoint, self._name, 3600.0)
+            self._result = "ready"
+        except EngineError as error:
+            self._result = error
+
+    def __call__(self) -> Probe:
+        try:
+            status = http_request("GET", self._endpoint, self._engine.alive, {}, None, 2.0).status
+        except HttpFailure as failure:
+            return Probe(False, failure.kind, "starting")
+        if status != 200:
+            return Probe(False, status, f"loading {self._name}")
+        if self._engine.many:
+            return Probe(True)
+        if self._thread is None:
+            self._result = None
+            self._thread = threading.Thread(target=self._ask, name="first-token", daemon=True)
+            self._thread.start()
+        result = self._result
+        if isinstance(result, EngineError):
+            self._thread = None
+            return Probe(False, status, str(result))
+        return Probe(result == "ready", status, f"loading {self._name}")
+
+
+# ----------------------------------------------------------------------
+# 9c. Models         the engine on loopback; STATE/models.json, Ollama's store
+# ----------------------------------------------------------------------
+# What is done with models through an Ollama, and what is remembered of every
+# model that was served here.  Only the line `success` is success: Ollama says
+# 200 first, and may put an error into any line after it.
+
+TRANSFERS_MAX = 4            # at once; more only share the same line
+TRANSFERS_KEPT = 32          # ended ones that can still be asked about
+PULL_TRIES = 5               # in a row without a byte of progress
+RATE_WINDOW_S = 8.0
+QUANTIZATIONS = ("q8_0", "q4_K_S", "q4_K_M")
+_REGISTRIES = ("registry.ollama.ai", "hf.co", "huggingface.co")
+
+
+class ModelError(EngineError):
+    """What the engine said about a model, when it was not "success"."""
+
+
+class ModelMissing(ModelError):
+    """The engine has no such model."""
+
+
+class TransfersFull(EngineError):
+    """As many transfers as may be run already."""
+
+
+class ModelName(NamedTuple):
+    """A model's name in Ollama's library, in its parts.  Source: Ollama's types/model/name.go."""
+    host: str
+    namespace: str
+    model: str
+    tag: str
+
+    @property
+    def key(self) -> str:
+        """One spelling for all: they differ in no case, and defaults are left out."""
+        host = "" if self.host == _REGISTRIES[0] else self.host + "/"
+        space = "" if not host and self.namespace == "library" else self.namespace + "/"
+        return f"{host}{space}{self.model}:{self.tag}".lower()
+
+
+def parse_model_name(text: str) -> ModelName:
+    """Raises: UsageError.
+
+    >>> parse_model_name(" Library/M ").key, parse_model_name("registry.ollama.ai/library/m:8b").key
+    ('m:latest', 'm:8b')
+    """
+    word = r"[A-Za-z0-9_][\w.-]{0,127}"
+    match = re.fullmatch(f"(?:({word}(?::[0-9]+)?)/)??(?:({word})/)?({word})(?::({word}))?",
+                         text.strip(), re.ASCII)
+    if not match:
+        raise UsageError(f"`{printable(text[:80])}` is no name of a model",
+                         "Such as llama3.2, llama3.2:1b or hf.co/ORG/NAME:Q4_K_M")
+    host, namespace, model, tag = match.groups()
+    name = ModelName((host or _REGISTRIES[0]).lower(), namespace or "library", model,
+                     "latest" if tag in (None, "local") else tag)
+    if name.tag.lower() == "cloud" or name.tag.lower().endswith("-cloud"):
+        raise UsageError(f"{printable(text)} would run on ollama.com, not here",
+                         "Choose a tag without `cloud`")
+    if name.host not in _REGISTRIES:
+        raise UsageError(f"{printable(name.host)} is no registry that models are pulled from",
+                         "They are: " + ", ".join(_REGISTRIES))
+    return name
+
+
+class OllamaApi:
+    """Requests to an Ollama.  Raises (all): ModelError with its own words."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    def _error(self, status: int, body: bytes, about: str) -> ModelError:
+        said = _json_object(body).get("error") or body.decode("utf-8", "replace").strip()
+        if status == 404:
+            return ModelMissing(f"Ollama has no model {about}", f"b9agent.py pull {about}")
+        return ModelError(f"Ollama answered {status}: {printable(str(said)[:300])}")
+
+    def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None,
+            limit_s: float = 10.0) -> Dict[str, Any]:
+        about = str((body or {}).get("model", ""))
+        try:
+            reply = http_request(method, self.endpoint, path, {"Content-Type": "application/json"},
+                                 body and json.dumps(body).encode("utf-8"), limit_s, 16 << 20)
+        except HttpFailure as failure:
+            raise ModelError(f"Ollama at {self.endpoint.url} cannot be asked: {failure}") from failure
+        if reply.status != 200:
+            raise self._error(reply.status, reply.body, about)
+        return _json_object(reply.body)
+
+    def _rows(self, path: str) -> List[Dict[str, Any]]:
+        rows = self.ask("GET", path).get("models")
+        return [row for row in rows or () if isinstance(row, dict)
+                and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
+
+    def tags(self) -> List[Dict[str, Any]]:
+        """The models in its store: name, size, digest, modified_at, details."""
+        return self._rows("/api/tags")
+
+    def loaded(self) -> List[Dict[str, Any]]:
+        """The models in memory: as tags(), with size_vram and expires_at."""
+        return self._rows("/api/ps")
+
+    def show(self, name: str) -> Dict[str, Any]:
+        return self.ask("POST", "/api/show", {"model": name})
+
+    def load(self, name: str, keep_alive: Any = -1, limit_s: float = 3600.0) -> None:
+        """Into memory, to stay there; and one token of it, for loaded is not yet able."""
+        self.ask("POST", "/api/generate", {"model": name, "keep_alive": keep_alive,
+                                           "stream": False}, limit_s)
+        answer = self.ask("POST", "/api/generate", {
+            "model": name, "prompt": "Hello", "stream": False, "keep_alive": keep_alive,
+            "think": False, "options": {"num_predict": 1}}, limit_s)
+        if not answer.get("done"):
+            raise ModelError(f"{name} gave no token: {printable(str(answer)[:200])}")
+
+    def unload(self, name: str, limit_s: float = 60.0) -> None:
+        """Until it is out of memory: a busy model goes after its last request."""
+        key, until_s = parse_model_name(name).key, now_s() + limit_s
+        self.ask("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
+        wake = Wake()
+        try:
+            while any(parse_model_name(row["name"]).key == key for row in self.loaded()):
+                if now_s() > until_s:
+                    raise ModelError(f"{name} is still in memory after {limit_s:g} s",
+                                     "A request holds it; it goes when that ends")
+                wake.wait(0.1)
+        finally:
+            wake.close()
+
+    def delete(self, name: str) -> None:
+        self.ask("DELETE", "/api/delete", {"model": name})
+
+    def events(self, path: str, body: Dict[str, Any], opened: Callable[[HttpStream], None]
+               ) -> Iterator[Dict[str, Any]]:
+        """The lines of a long request.  opened: gets the stream, to close it from elsewhere.
+
+        Raises: ModelError for a line that is an error, HttpFailure where the connection broke.
+        """
+        with http_stream("POST", self.endpoint, path, {"Content-Type": "application/json"},
+                         json.dumps(dict(body, stream=True)).encode("utf-8"), 60.0, 300.0) as stream:
+            opened(stream)
+            if stream.status != 200:
+                raise self._error(stream.status, stream.read(), str(body.get("model", "")))
+            for line in stream.lines():
+                event = _json_object(line)
+                if event.get("error"):
+                    raise ModelError(f"Ollama: {printable(str(event['error'])[:300])}")
+                yield event
+
+    def has_blob(self, digest: str) -> bool:
+        try:
+            return http_request("HEAD", self.endpoint, f"/api/blobs/{digest}", {}, None,
+                                10.0).status == 200
+        except HttpFailure as failure:
+            raise ModelError(f"Ollama at {self.endpoint.url} cannot be asked: {failure}") from failure
+
+    def send_blob(self, digest: str, upload: Upload) -> None:
+        try:
+            with http_stream("POST", self.endpoint, f"/api/blobs/{digest}", {}, upload, 600.0,
+                             60.0) as stream:
+                if stream.status not in (200, 201):
+                    raise self._error(stream.status, stream.read(), "")
+        except HttpFailure as failure:
+            raise ModelError(f"the file did not reach Ollama: {failure}") from failure
+
+
+class Layer(NamedTuple):
+    digest: str
+    completed_bytes: int
+    total_bytes: int
+
+
+class Progress(NamedTuple):
+    """A pull or an import now.  state: running, success, error or cancelled.  total_bytes: of the
+    layers that were named so far; Ollama names them one after the other.  who: asked for it."""
+    name: str
+    kind: str
+    state: str
+    status: str = ""
+    completed_bytes: int = 0
+    total_bytes: int = 0
+    rate_bytes_s: Optional[float] = None
+    remaining_s: Optional[float] = None
+    layers: Tuple[Layer, ...] = ()
+    started: str = ""
+    who: str = ""
+    message: str = ""
+
+
+class Transfer:
+    """A long work with a model, in a thread of its own; any number may watch it.
+
+    _lock guards progress, the layers and the watchers.
+    """
+
+    def __init__(self, name: str, kind: str, who: str, work: Callable[["Transfer"], None]) -> None:
+        self.progress = Progress(name, kind, "running", started=utc_stamp(), who=who)
+        self.stream: Optional[HttpStream] = None
+        self.cancelled = False
+        self._work = work
+        self._lock = threading.Lock()
+        self._layers: Dict[str, Layer] = {}
+        self._samples: Any = collections.deque(maxlen=256)
+        self._watchers: List[Wake] = []
+        self._thread = threading.Thread(target=self._run, name=f"{kind}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _change(self, **fields: Any) -> None:
+        with self._lock:
+            self.progress = self.progress._replace(**fields)
+            for watcher in self._watchers:
+                watcher.set()
+
+    def count(self, status: str, digest: str = "", completed_bytes: int = 0,
+              total_bytes: int = 0) -> None:
+        """A line of progress; with a digest, of one layer.  Raises: ModelError once cancelled."""
+        if self.cancelled:
+            raise ModelError("cancelled")
+        if not digest:
+            self._change(status=status)
+            return
+        if digest in self._layers or len(self._layers) < 64:
+            self._layers[digest] = Layer(digest, completed_bytes, total_bytes)
+        done = sum(layer.completed_bytes for layer in self._layers.values())
+        total = sum(layer.total_bytes for layer in self._layers.values())
+        now = now_s()
+        if not self._samples or now - self._samples[-1][0] > RATE_WINDOW_S / 200:
+            self._samples.append((now, done))
+        while len(self._samples) > 2 and now - self._samples[0][0] > RATE_WINDOW_S:
+            self._samples.popleft()
+        took_s, grown = now - self._samples[0][0], done - self._samples[0][1]
+        rate = grown / took_s if took_s > 0.5 and grown >= 0 else self.progress.rate_bytes_s
+        self._change(status=status, completed_bytes=done, total_bytes=total, rate_bytes_s=rate,
+                     remaining_s=(total - done) / rate if rate else None,
+                     layers=tuple(self._layers.values()))
+
+    def _run(self) -> None:
+        try:
+            self._work(self)
+            self._change(state="success", status="success", remaining_s=0.0, message="")
+        except AgentError as error:
+            self._change(state="cancelled" if self.cancelled else "error",
+                         message="" if self.cancelled else str(error))
+        except Exception as error:
+            self._change(state="error", message=f"{type(error).__name__}: {error} (a defect of "
+                         f"ours, at {defect_place(error)})")
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        stream = self.stream
+        if stream is not None:
+            stream.close()
+
+    def watch(self, heartbeat_s: float = 5.0) -> Iterator[Optional[Progress]]:
+        """Every change, five a second at most, to the end; None where nothing changed for a while,
+        so that who waits can see whether somebody still listens."""
+        wake = Wake()
+        with self._lock:
+            self._watchers.append(wake)
+        try:
+            while True:
+                progress, told_s = self.progress, now_s()
+                yield progress
+                if progress.state != "running":
+                    return
+                while self.progress is progress:
+                    if not wake.wait(heartbeat_s) and self.progress is progress:
+                        yield None
+                while self.progress.state == "running" and now_s() - told_s < 0.2:
+                    wake.wait(told_s + 0.2 - now_s())
+        finally:
+            with self._lock:
+                self._watchers.remove(wake)
+            wake.close()
+
+
+class Transfers:
+    """Those that run, each once however many ask for it, and the last that ended.
+
+    _lock guards _known.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: Dict[str, Transfer] = {}
+
+    def begin(self, name: str, kind: str, who: str, work: Callable[[Transfer], None]) -> Transfer:
+        """The one that runs, or a new one.  Raises: TransfersFull."""
+        with self._lock:
+            known = self._known.get(name)
+            if known is not None and known.progress.state == "running":
+                return known
+            running = [each for each in self._known.values() if each.progress.state == "running"]
+            if len(running) >= TRANSFERS_MAX:
+                raise TransfersFull(f"{len(running)} pulls and imports are under way",
+                                    "Wait for one to end, or cancel one")
+            self._known.pop(name, None)
+            ended = [key for key, each in self._known.items() if each.progress.state != "running"]
+            for key in ended[:max(0, len(self._known) - TRANSFERS_KEPT + 1)]:
+                del self._known[key]
+            transfer = self._known[name] = Transfer(name, kind, who, work)
+            transfer.start()
+            return transfer
+
+    def all(self) -> List[Progress]:
+        with self._lock:
+            return [transfer.progress for transfer in self._known.values()]
+
+    def cancel(self, name: str) -> bool:
+        """Whether it was running."""
+        with self._lock:
+            transfer = self._known.get(name)
+        if transfer is None or transfer.progress.state != "running":
+            return False
+        transfer.cancel()
+        return True
+
+    def cancel_all(self) -> None:
+        for progress in self.all():
+            self.cancel(progress.name)
+
+
+def _count_event(transfer: Transfer, event: Dict[str, Any]) -> str:
+    """Take one line of a pull or a create over; returns its status."""
+    status, digest = event.get("status"), event.get("digest")
+    total, completed = event.get("total"), event.get("completed", 0)
+    status = printable(status[:200]) if isinstance(status, str) else ""
+    sized = type(total) is int and type(completed) is int and 0 <= completed <= total < 1 << 60
+    transfer.count(status, digest[:80] if isinstance(digest, str) and sized else
+                   status if sized else "", completed if sized else 0, total if sized else 0)
+    return status
+
+
+def pull_work(api: OllamaApi, name: str) -> Callable[[Transfer], None]:
+    """A pull that goes on where the connection breaks, as long as every try brings bytes."""
+    def work(transfer: Transfer) -> None:
+        tries, best, wake = 0, -1, Wake()
+        try:
+            while True:
+                status = ""
+                try:
+                    for event in api.events("/api/pull", {"model": name},
+                                            lambda stream: setattr(transfer, "stream", stream)):
+                        status = _count_event(transfer, event)
+                    if status == "success":
+                        return
+                    what = "it ended without `success`"
+                except HttpFailure as failure:
+                    what = str(failure)
+                tries = tries + 1 if transfer.progress.completed_bytes <= best else 1
+                best = max(best, transfer.progress.completed_bytes)
+                if tries >= PULL_TRIES or transfer.cancelled:
+                    raise ModelError(f"the pull of {name} broke off: {what}",
+                                     "What came is kept: pull it again to go on")
+                transfer.count(f"{what}; trying again ({tries} of {PULL_TRIES})")
+                wake.wait(random_between(0.0, min(8.0, 0.5 * 2 ** tries)))
+        finally:
+            wake.close()
+    return work
+
+
+def sha256_file(path: str, count: Callable[[int], None] = lambda done: None) -> str:
+    """Hexadecimal.  count: gets the bytes read so far.  Raises: OSError."""
+    import hashlib
+    digest, done = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as handle:
+        while True:
+            piece = handle.read(1 << 20)
+            if not piece:
+                return digest.hexdigest()
+            digest.update(piece)
+            done += len(piece)
+            count(done)
+
+
+def _file_pieces(path: str, count: Callable[[int], None]) -> Iterator[bytes]:
+    done = 0
+    with open(path, "rb", buffering=0) as handle:
+        while True:
+            piece = handle.read(1 << 20)
+            if not piece:
+                return
+            yield piece
+            done += len(piece)
+            count(done)
+
+
+def import_files(facts: ModelFacts) -> Dict[str, str]:
+    """{name in the model: path} of what an engine needs of a model's files."""
+    if facts.format == "gguf":
+        return {os.path.basename(path): path for path in facts.files}
+    return {name: os.path.join(facts.path, name) for name in list_folder(facts.path)
+            if name.endswith((".safetensors", ".json", ".model", ".txt", ".jinja"))}
+
+
+def import_work(api: OllamaApi, name: str, facts: ModelFacts, quantize: str
+                ) -> Callable[[Transfer], None]:
+    """Files into Ollama's store as one model: hashed, sent, and created from.
+
+    Raises (now): UsageError for a quantisation that Ollama cannot make.
+    """
+    if quantize and quantize not in QUANTIZATIONS:
+        raise UsageError(f"Ollama makes no {printable(quantize)}",
+                         "It makes " + ", ".join(QUANTIZATIONS))
+    if quantize and (facts.quantization or "").upper() not in ("F16", "BF16", "F32"):
+        raise UsageError(f"{facts.name} is {facts.quantization or 'of an unknown type'}: only F16, "
+                         "BF16 and F32 can be quantised", "Leave --quantize away")
+
+    def work(transfer: Transfer) -> None:
+        digests = {}
+        try:
+            for inner, path in import_files(facts).items():
+                size = os.path.getsize(path)
+                digest = digests[inner] = "sha256:" + sha256_file(path, lambda done: transfer.count(
+                    f"hashing {inner}", f"hash {inner}", done, size))
+                if not api.has_blob(digest):
+                    api.send_blob(digest, Upload(size, _file_pieces(path, lambda done: transfer.count(
+                        f"sending {inner}", f"send {inner}", done, size))))
+        except OSError as error:
+            raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
+        body = {"model": name, "files": digests}
+        if quantize:
+            body["quantize"] = quantize
+        status = ""
+        try:
+            for event in api.events("/api/create", body,
+                                    lambda stream: setattr(transfer, "stream", stream)):
+                status = _count_event(transfer, event)
+        except HttpFailure as failure:
+            raise ModelError(f"the import of {name} broke off: {failure}") from failure
+        if status != "success":
+            raise ModelError(f"the import of {name} ended without `success` ({status})")
+    return work
+
+
+# -- what is remembered of a model --------------------------------------
+
+class BlobFault(NamedTuple):
+    """What verify() found.  path: of the file; problem: "missing", "differs", or why not read."""
+    digest: str
+    path: str
+    problem: str
+
+
+def store_folder() -> str:
+    """Where Ollama keeps models: its own rule, and its installer's service."""
+    own = os.environ.get("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models")
+    service = "/usr/share/ollama/.ollama/models"
+    return service if not os.path.isdir(own) and os.path.isdir(service) else own
+
+
+def manifest_path(folder: str, name: ModelName) -> str:
+    return os.path.join(folder, "manifests", name.host, name.namespace, name.model, name.tag)
+
+
+def read_layers(folder: str, name: ModelName) -> Tuple[str, List[Dict[str, Any]]]:
+    """(the manifest's SHA-256, its layers: digest, size_bytes, media_type); ("", []) where it
+    cannot be read."""
+    import hashlib
+    text = read_text(manifest_path(folder, name), 4 << 20)
+    manifest = _json_object((text or "").encode("utf-8"))
+    rows = [manifest.get("config")] + (manifest.get("layers") or [])
+    layers = [{"digest": row["digest"], "size_bytes": row.get("size"),
+               "media_type": row.get("mediaType")} for row in rows[:256]
+              if isinstance(row, dict) and re.fullmatch("sha256:[0-9a-f]{64}",
+                                                        str(row.get("digest")))]
+    return (hashlib.sha256(text.encode("utf-8")).hexdigest() if text else ""), layers
+
+
+MODEL_BOOK_MAX = 1000
+
+
+class ModelBook:
+    """Every model that was pulled, imported or served here; STATE/models.json.
+
+    _lock guards _entries and the file.
+    """
+
+    def __init__(self, path: str, log: Log) -> None:
+        self._path = path
+        self._log = log
+        self._lock = threading.Lock()
+        self._entries: Dict[str, Dict[str, Any]] = {}
+        text = read_text(path, 16 << 20)
+        if text is None:
+            return
+        entries = _json_object(text.encode("utf-8")).get("models")
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict)
+                                                    for entry in entries.values()):
+            log("warning", "models_unreadable", where=path, do=f"Set aside as {path}.bad")
+            try:
+                os.replace(path, path + ".bad")
+            except OSError:
+                pass  # it is written over at the next change
+            return
+        self._entries = entries
+
+    def entries(self) -> Dict[str, Dict[str, Any]]:
+        with self._lock:
+            return {name: dict(entry) for name, entry in self._entries.items()}
+
+    def note(self, name: str, **fields: Any) -> None:
+        """Add to what is known of a model; a figure that is None changes nothing."""
+        with self._lock:
+            entry = self._entries.pop(name, {"name": name})
+            entry.update({key: value for key, value in fields.items() if value is not None})
+            self._entries[name] = entry
+            while len(self._entries) > MODEL_BOOK_MAX:
+                del self._entries[next(iter(self._entries))]
+            self._save()
+
+    def forget(self, name: str) -> None:
+        with self._lock:
+            if self._entries.pop(name, None) is not None:
+                self._save()
+
+    def _save(self) -> None:
+        try:
+            write_atomic(self._path, json.dumps({"models": self._entries}, indent=1) + "\n")
+        except OSError as error:
+            self._log("warning", "models_not_kept", where=self._path, what=error.strerror)
+
+
+def note_ollama_model(book: ModelBook, api: OllamaApi, name: str, folder: str, **fields: Any) -> None:
+    """What Ollama and its store tell of a model goes into the book."""
+    parsed = parse_model_name(name)
+    shown = api.show(name)
+    info = shown.get("model_info") if isinstance(shown.get("model_info"), dict) else {}
+    details = shown.get("details") if isinstance(shown.get("details"), dict) else {}
+    digest, layers = read_layers(folder, parsed)
+    said = next((row.get("digest") for row in api.tags()
+                 if parse_model_name(row["name"]).key == parsed.key), None)
+    license_text = info.get("general.license") or shown.get("license")
+    book.note(parsed.key, engine="ollama", source=f"{parsed.host}/{parsed.namespace}/{parsed.model}",
+              manifest_digest=digest or said, layers=layers or None,
+              license=license_text and str(license_text).strip().splitlines()[0][:200],
+              base_model=details.get("parent_model") or info.get("general.base_model.0.name"),
+              parameters=details.get("parameter_size"),
+              quantization=details.get("quantization_level"), **fields)
+
+
+def verify_entry(entry: Dict[str, Any], folder: str,
+                 count: Callable[[str], None] = lambda what: None) -> List[BlobFault]:
+    """Hash again what a model is made of.  [] is: all of it is as it was."""
+    faults = []
+
+    def check(digest: str, path: str) -> None:
+        count(path)
+        try:
+            found = sha256_file(path)
+        except FileNotFoundError:
+            faults.append(BlobFault(digest, path, "missing"))
+        except OSError as error:
+            faults.append(BlobFault(digest, path, error.strerror or "cannot be read"))
+        else:
+            if found != digest.rpartition(":")[2]:
+                faults.append(BlobFault(digest, path, "differs"))
+    if entry.get("engine") == "ollama" and entry.get("manifest_digest"):
+        check(entry["manifest_digest"], manifest_path(folder, parse_model_name(entry["name"])))
+    for layer in entry.get("layers") or ():
+        check(layer["digest"], os.path.join(folder, "blobs", layer["digest"].replace(":", "-")))
+    for kept in entry.get("files") or ():
+        check(kept["sha256"], kept["path"])
+    return faults
+
+
+# ----------------------------------------------------------------------
+# 9d. Inference                            one engine's processes and port
+# ----------------------------------------------------------------------
+# The engine of this machine: one at a time, ours or an Ollama that was here
+# before us, which is used and never ended.  What is called running has
+# answered a real token, or, without a model yet, a request.
+
+
+class Hardware(NamedTuple):
+    """vendor: of the GPUs that are offered, "" for none.  gpu_free_bytes: of each; None where a
+    driver does not say.  host_free_bytes: for what a GPU cannot hold."""
+    vendor: str
+    gpu_free_bytes: Tuple[Optional[int], ...]
+    host_free_bytes: Optional[int]
+
+
+def loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def reachable_host(engine_host: str, gateway_host: str, private_ip: str) -> Optional[str]:
+    """The address under which the gateway can reach an engine; None where it cannot.
+
+    >>> reachable_host("127.0.0.1", "gw", "10.0.0.5"), reachable_host("0.0.0.0", "gw", "10.0.0.5")
+    (None, '10.0.0.5')
+    """
+    if loopback(engine_host):
+        return "127.0.0.1" if loopback(gateway_host) else None
+    return private_ip if engine_host in ("0.0.0.0", "::") else engine_host
+
+
+def gpus_for(facts: Optional[ModelFacts], hardware: Hardware) -> int:
+    """How many GPUs share a model: the fewest that hold it, a power of two that divides its
+    attention heads, as tensor parallelism wants it."""
+    free, best = hardware.gpu_free_bytes, 0
+    for count in (1, 2, 4, 8, 16):
+        if count > len(free) or best and facts and facts.heads and facts.heads % count:
+            break
+        best = count
+        if facts is None or None in free[:count] or estimate_fit(
+                facts, sum(free[:count]), CONTEXT_TOKENS).fits is not False:
+            break
+    return best
+
+
+class _Up(NamedTuple):
+    """An engine that was started, or found.  child: None for one that is not ours."""
+    engine: Engine
+    reference: Reference
+    name: str
+    endpoint: Endpoint
+    child: Optional[Child]
+    version: str
+    why: str
+    since_s: float
+
+
+_WIRE_STATES = {ChildState.STOPPED: "stopped", ChildState.STARTING: "starting",
+                ChildState.RUNNING: "running", ChildState.BACKOFF: "starting",
+                ChildState.STOPPING: "running", ChildState.ERROR: "error"}
+INFERENCE_CHECK_S = 10.0  # the gateway's router drops a node that is silent for 30 s
+
+
+class Inference:
+    """The engine and its models.
+
+    _lock guards _up, _models and _told, and is held for nothing that takes time.  hardware(): what is
+    here now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
+    """
+
+    def __init__(self, settings: Any, log: Log, hardware: Callable[[], Hardware],
+                 beat: Callable[[Sequence[str]], None], on_change: Callable[[], None]) -> None:
+        self._settings = settings
+        self._log = log
+        self._hardware = hardware
+        self._beat = beat
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        self._up: Optional[_Up] = None
+        self._models: Tuple[str, ...] = ()
+        self._silent = 0  # checks in a row that an Ollama of others did not answer
+        self._told = ""
+        self._watch_wake = Wake()
+        self._watch_thread: Any = None
+        self.book = ModelBook(os.path.join(settings.state_dir, "models.json"), log)
+        self.transfers = Transfers()
+
+    # -- what is said of it ---------------------------------------------
+
+    def state(self) -> str:
+        up = self._up
+        if up is None:
+            return "stopped"
+        if up.child is None:
+            return "error" if self._silent >= 3 else "running"
+        return _WIRE_STATES[up.child.snapshot.state]
+
+    def _message(self, up: _Up) -> str:
+        if up.child is None:
+            return ("the Ollama that was here has stopped answering" if self._silent >= 3 else
+                    "an Ollama that was here before; it is used, and never ended")
+        child = up.child.snapshot
+        return child.message or child.said
+
+    def status(self) -> Dict[str, Any]:
+        """The fields of GET /inference/status: the predecessor's, and ours."""
+        up, state = self._up, self.state()
+        record: Dict[str, Any] = {
+            "status": state, "running": state == "running", "endpoint": None, "models": [],
+            "message": self._told, "engine": None}
+        if up is None:
+            return record
+        child = up.child.snapshot if up.child else None
+        record.update(
+            endpoint=up.endpoint.url, models=list(self._models), message=self._message(up),
+            engine=up.engine.name, version=up.version or None, adopted=up.child is None,
+            model=up.name or None, why=up.why, pid=child and child.pid,
+            starts=child and child.starts, uptime_seconds=round(now_s() - up.since_s, 1),
+            log=child and child.log_path)
+        return record
+
+    def port(self) -> Optional[int]:
+        up = self._up
+        return up.endpoint.port if up else None
+
+    def wire(self, private_ip: str) -> Optional[Dict[str, Any]]:
+        """The `inference` of a keepalive; None where the gateway could not reach the engine, for
+        it would send its users there."""
+        up = self._up
+        if up is None:
+            return None
+        host = reachable_host(up.endpoint.host, self._settings.gateway_host, private_ip)
+        return host and {"status": self.state(), "ip": host, "port": up.endpoint.port,
+                         "models": list(self._models)}
+
+    # -- start ----------------------------------------------------------
+
+    def start(self, engine: str = "", model: Optional[str] = None,
+              context_tokens: Optional[int] = None, force: bool = False) -> Dict[str, Any]:
+        """Until a token came, or the API answered where there is no model yet.
+
+        model: None for the one of the settings.  force: also where it should not fit.
+        Raises: EngineError, UsageError.
+        """
+        engine = engine or self._settings.inference_engine
+        reference = read_reference((model is None and self._settings.inference_model) or model or "")
+        up = self._same(engine, reference) or self._begin(engine, reference, context_tokens, force)
+        if up.child is not None:
+            self._await_ready(up)
+        self._refresh(up)
+        if up.engine.many and reference.text:
+            self._load_first(reference)
+        elif reference.facts is not None:
+            self._note_served(up.name, up.engine, reference.facts)
+        self._log("notice", "inference_ready", engine=up.engine.name, endpoint=up.endpoint.url,
+                  models=",".join(self._models) or None)
+        self._on_change()
+        return self.status()
+
+    def _load_first(self, reference: Reference) -> None:
+        """The model that a start names, in an engine with many.  Raises: EngineError."""
+        name = reference.text
+        if reference.format == "gguf":
+            transfer = self.bring(reference.text, "", "", "start")
+            name = transfer.progress.name
+            for _ in transfer.watch(3600.0):
+                pass
+            if transfer.progress.state != "success":
+                raise ModelError(f"{reference.text} could not be imported into Ollama: "
+                                 f"{transfer.progress.message}")
+        self.load(name)
+
+    def _same(self, engine: str, reference: Reference) -> Optional[_Up]:
+        """What runs, where it is what is asked for.  Raises: EngineConflict where it is not."""
+        up = self._up
+        if up is None or self.state() in ("stopped", "error"):
+            return None
+        if engine in ("", "auto", up.engine.name) and (
+                up.engine.many and reference.format in ("", "name", "gguf")
+                or reference.text in ("", up.reference.text)):
+            return up
+        raise EngineConflict(f"{up.engine.title} is {self.state()} with {up.name or 'no model'}",
+                             "One engine runs at a time: b9agent.py stop")
+
+    def _ollama_places(self) -> List[Endpoint]:
+        settings = self._settings
+        ports = [settings.inference_port] if settings.inference_port else []
+        return [Endpoint("http", "127.0.0.1", port) for port in dict.fromkeys(ports + [11434])]
+
+    def _begin(self, wanted: str, reference: Reference, context_tokens: Optional[int],
+               force: bool) -> _Up:
+        """Choose, check that it fits and that the port is free, and start."""
+        before, hardware = self._up, self._hardware()
+        found = next(((place, version) for place in self._ollama_places()
+                      for version in [is_ollama(place)] if version), None)
+        choice = choose_engine(wanted, reference, hardware.vendor, self._find,
+                               ("ollama",) if found else ())
+        if reference.facts is not None and not force:
+            self._check_fit(choice.engine, reference.facts, hardware, context_tokens)
+        if choice.program is None:
+            up = _Up(choice.engine, reference, "", found[0], None, found[1], choice.why, now_s())
+        else:
+            up = self._launch(choice, reference, hardware, context_tokens)
+        with self._lock:
+            if self._up is not before:
+                raise EngineConflict("another start was faster", "See: b9agent.py status")
+            self._up, self._models, self._silent, self._told = up, (), 0, ""
+        self._log("info", "inference_starting", engine=up.engine.name, model=up.name or None,
+                  why=up.why, endpoint=up.endpoint.url, adopted=up.child is None or None)
+        if up.child is not None:
+            up.child.start()
+        self._start_watch()
+        return up
+
+    def _find(self, engine: Engine) -> Optional[str]:
+        set_program = self._settings.inference_program
+        if set_program and os.path.basename(set_program) == engine.program:
+            return set_program if os.access(set_program, os.X_OK) else None
+        return find_program(engine.program)
+
+    def _check_fit(self, engine: Engine, facts: ModelFacts, hardware: Hardware,
+                   context_tokens: Optional[int]) -> None:
+        """Raises: EngineError where the estimate says no."""
+        verdict = self.fit(facts, hardware, engine, context_tokens)
+        if verdict.fits is False:
+            raise EngineError(f"{facts.name} does not fit: {verdict.message}",
+                              "Choose a smaller model, quantisation or context; or --force")
+
+    def fit(self, facts: ModelFacts, hardware: Hardware, engine: Optional[Engine],
+            context_tokens: Optional[int]) -> Fit:
+        """Against the GPUs; with the host's memory for engines that can use both."""
+        free: List[Optional[int]] = list(hardware.gpu_free_bytes)
+        if not free or engine is not None and engine.name in ("llama-server", "ollama"):
+            if hardware.vendor != "apple":  # there the GPU's memory is the host's
+                free.append(hardware.host_free_bytes)
+        known = None if None in free else sum(free)
+        return estimate_fit(facts, known, context_tokens, self._settings.inference_parallel)
+
+    def _launch(self, choice: Choice, reference: Reference, hardware: Hardware,
+                context_tokens: Optional[int]) -> _Up:
+        settings, engine, facts = self._settings, choice.engine, reference.facts
+        host, port = settings.inference_host, settings.inference_port or free_port()
+        held = port_holder(host, port)
+        if held:
+            raise EngineConflict(f"port {port} is taken by {held}", "End that program, or choose "
+                                 "another port with inference.port (0 takes a free one)")
+        context = context_tokens or settings.inference_context
+        if context is None and facts is not None and facts.context_tokens:
+            context = min(CONTEXT_TOKENS, facts.context_tokens)
+        name = "" if engine.many else reference.text if engine.name == "mlx" or not facts else (
+            facts.name)
+        gpus = gpus_for(facts, hardware) if hardware.vendor in engine.vendors else 0
+        launch = Launch(choice.program, "" if engine.many else reference.text, name, host, port,
+                        context, settings.inference_parallel, gpus, settings.state_dir,
+                        run_command([choice.program, "--help"], 10.0).output
+                        if engine.name == "llama-server" else "")
+        endpoint = Endpoint("http", "127.0.0.1" if host == "0.0.0.0" else host, port)
+        spec = ChildSpec(
+            "engine", tuple(engine.command(launch)), engine.environment(launch), ((host, port),),
+            TokenProbe(engine, endpoint, name), stop_grace_s=engine.stop_grace_s,
+            still_held=self._still_held(hardware))
+        child = Child(spec, settings.state_dir, self._log, self._on_change)
+        return _Up(engine, reference, name, endpoint._replace(host=host), child, "", choice.why,
+                   now_s())
+
+    def _still_held(self, before: Hardware) -> Callable[[], str]:
+        """What is gone from the GPUs' free memory since before the engine started."""
+        def held() -> str:
+            missing = [old - new for old, new in zip(before.gpu_free_bytes,
+                                                     self._hardware().gpu_free_bytes)
+                       if old is not None and new is not None and old - new > 1 << 30]
+            return f"{sum(missing) / 2**30:.1f} GiB of GPU memory" if missing else ""
+        return held
+
+    def _await_ready(self, up: _Up) -> None:
+        done = (ChildState.RUNNING, ChildState.ERROR, ChildState.STOPPED)
+        while True:
+            child = up.child.wait(done, 3600.0)
+            if child.state is ChildState.RUNNING:
+                return
+            if child.state in done:
+                break
+        if self._up is not up:
+            raise EngineConflict("it was stopped while it started")
+        raise EngineError(f"{up.engine.title} did not start: {child.message}",
+                          f"Its log: {child.log_path}" if child.log_path else "")
+
+    # -- while it runs ---------------------------------------------------
+
+    def _refresh(self, up: _Up) -> None:
+        """Ask what it serves; an engine with one model serves that."""
+        models: Tuple[str, ...] = (up.name,) if up.name else ()
+        if up.engine.many:
+            try:
+                models = tuple(row["name"] for row in OllamaApi(up.endpoint).tags())
+                self._silent = 0
+            except AgentError:
+                self._silent += 1
+                models = self._models
+        elif self.state() != "running":
+            models = ()
+        with self._lock:
+            if self._up is up:
+                self._models = models
+
+    def _start_watch(self) -> None:
+        if self._watch_thread is None:
+            self._watch_thread = threading.Thread(target=self._watch, name="inference", daemon=True)
+            self._watch_thread.start()
+
+    def _watch(self) -> None:
+        while self._up is not None:
+            up = self._up
+            if up is not None and self.state() == "running":
+                self._refresh(up)
+                self._beat(self._models)
+            self._watch_wake.wait(INFERENCE_CHECK_S)
+        self._watch_thread = None
+
+    # -- stop -------------------------------------------------------------
+
+    def stop(self) -> Dict[str, Any]:
+        """Ended whole and verified; an Ollama of others is only let go of.
+
+        Raises: EngineError with what is left.
+        """
+        with self._lock:
+            up, self._up, self._models = self._up, None, ()
+            self._told = "" if up else "no engine was running"
+        self._watch_wake.set()
+        if up is None:
+            return self.status()
+        left = ""
+        if up.child is not None:
+            left = up.child.stop()
+        else:
+            self._told = f"the Ollama at {up.endpoint.url} was here before, and runs on"
+        self._log("notice", "inference_stopped", engine=up.engine.name, left=left or None)
+        self._on_change()
+        if left:
+            raise EngineError(f"{up.engine.title} has ended, but not whole: {left}",
+                              "See which process holds it: b9agent.py doctor")
+        return self.status()
+
+
+    # -- models -----------------------------------------------------------
+
+    def _ollama(self, start: bool = False) -> OllamaApi:
+        """The Ollama that runs.  start: or is started for this.  Raises: EngineError."""
+        up = self._up
+        if start and (up is None or self.state() == "error"):
+            self.start("ollama", "")
+            up = self._up
+        if up is None or not up.engine.many or self.state() != "running":
+            what = f"{up.engine.title} serves {up.name} alone" if up and not up.engine.many else (
+                f"Ollama is {self.state()}")
+            raise EngineConflict(what, "Models are pulled, imported, loaded and deleted in Ollama: "
+                                 "b9agent.py start --engine ollama")
+        return OllamaApi(up.endpoint)
+
+    def pull(self, name: str, who: str) -> Transfer:
+        """Begin to pull a model, or join who does.  Raises: UsageError, EngineError."""
+        key = parse_model_name(name).key
+        api = self._ollama(start=True)
+        work = pull_work(api, name.strip())
+
+        def pull(transfer: Transfer) -> None:
+            work(transfer)
+            note_ollama_model(self.book, api, key, store_folder(), pulled_by=who,
+                              pulled_at=utc_stamp())
+            self._ended(transfer)
+        return self.transfers.begin(key, "pull", who, pull)
+
+    def bring(self, path: str, name: str, quantize: str, who: str) -> Transfer:
+        """Begin to import files into Ollama.  Raises: UsageError, EngineError."""
+        facts = read_model(os.path.abspath(os.path.expanduser(path)))
+        key = parse_model_name(name or re.sub(r"[^\w.-]", "-", facts.name or "model")).key
+        api = self._ollama(start=True)
+        work = import_work(api, key, facts, quantize)
+
+        def bring(transfer: Transfer) -> None:
+            work(transfer)
+            note_ollama_model(self.book, api, key, store_folder(), pulled_by=who,
+                              pulled_at=utc_stamp(), source=facts.path)
+            self._ended(transfer)
+        return self.transfers.begin(key, "import", who, bring)
+
+    def _ended(self, transfer: Transfer) -> None:
+        self._log("notice", "model_here", model=transfer.progress.name, how=transfer.progress.kind)
+        up = self._up
+        if up is not None:
+            self._refresh(up)
+        self._on_change()
+
+    def cancel(self, name: str) -> Dict[str, Any]:
+        key = parse_model_name(name).key
+        if not self.transfers.cancel(key):
+            raise ModelMissing(f"nothing is pulled or imported as {key}")
+        return {"status": "cancelled", "model": key, "message": "what came is kept"}
+
+    def _note_served(self, name: str, engine: Engine, facts: ModelFacts) -> None:
+        """A model of files is remembered with their hashes; reading gigabytes takes its time."""
+        known = self.book.entries().get(name, {})
+        sizes = {path: os.path.getsize(path) for path in facts.files if os.path.exists(path)}
+        self.book.note(name, engine=engine.name, source=facts.path, license=facts.license,
+                       base_model=facts.base_model, quantization=facts.quantization,
+                       parameters=facts.parameters, last_used_at=utc_stamp(),
+                       first_served_at=known.get("first_served_at") or utc_stamp())
+        if {row["path"]: row["size"] for row in known.get("files") or ()} == sizes:
+            return
+
+        def hash_files() -> None:
+            try:
+                self.book.note(name, files=[{"path": path, "size": size, "sha256":
+                                             sha256_file(path)} for path, size in sizes.items()])
+            except OSError as error:
+                self._log("warning", "provenance", what=f"{error.filename}: {error.strerror}")
+        threading.Thread(target=hash_files, name="provenance", daemon=True).start()
+
+    def _check_known(self, up: _Up, name: str) -> None:
+        if name != up.name:
+            raise ModelMissing(f"{up.engine.title} serves {up.name} alone",
+                               "One with other models starts after: b9agent.py stop")
+
+    def load(self, name: str) -> Dict[str, Any]:
+        """Into memory, and a token of it.  Raises: EngineError."""
+        up = self._up
+        if up is not None and not up.engine.many and self.state() == "running":
+            self._check_known(up, name)
+            generate_one_token(up.endpoint, name, 600.0)
+        else:
+            api = self._ollama()
+            api.load(name)
+            note_ollama_model(self.book, api, name, store_folder(), last_used_at=utc_stamp())
+            name = parse_model_name(name).key
+        self.book.note(name, last_used_at=utc_stamp())
+        return {"status": "loaded", "model": name, "message": "it is in memory and gave a token"}
+
+    def unload(self, name: str) -> Dict[str, Any]:
+        up = self._up
+        if up is not None and not up.engine.many and self.state() == "running":
+            self._check_known(up, name)
+            raise EngineConflict(f"{up.engine.title} holds {name} as long as it runs",
+                                 "b9agent.py stop")
+        self._ollama().unload(name)
+        return {"status": "unloaded", "model": name, "message": "it is out of memory"}
+
+    def delete(self, name: str) -> Dict[str, Any]:
+        key, api = parse_model_name(name).key, self._ollama()
+        api.delete(name)
+        if any(parse_model_name(row["name"]).key == key for row in api.tags()):
+            raise ModelError(f"Ollama says that it deleted {name}, and still lists it")
+        self.book.forget(key)
+        if self._up is not None:
+            self._refresh(self._up)
+        return {"status": "deleted", "model": name, "message": "it is out of Ollama's store"}
+
+    def models(self) -> Dict[str, Any]:
+        """What is in the store or served now, and what is remembered of it."""
+        up, book, rows = self._up, self.book.entries(), []
+        if up is not None and up.engine.many and self.state() == "running":
+            api = OllamaApi(up.endpoint)
+            loaded = {parse_model_name(row["name"]).key: row for row in api.loaded()}
+            for tag in api.tags():
+                key = parse_model_name(tag["name"]).key
+                details = tag.get("details") if isinstance(tag.get("details"), dict) else {}
+                rows.append(dict(
+                    book.pop(key, {}), name=tag["name"], engine="ollama", here=True,
+                    size_bytes=tag.get("size"), digest=tag.get("digest"), loaded=key in loaded,
+                    gpu_bytes=loaded.get(key, {}).get("size_vram"),
+                    expires_at=loaded.get(key, {}).get("expires_at"),
+                    quantization=details.get("quantization_level"),
+                    parameters=details.get("parameter_size")))
+        elif up is not None and up.name:
+            rows.append(dict(book.pop(up.name, {}), name=up.name, engine=up.engine.name, here=True,
+                             loaded=self.state() == "running"))
+        rows += [dict(entry, here=None, loaded=False) for entry in book.values()]
+        return {"models": rows, "transfers": [dict(progress._asdict(), layers=None)
+                                              for progress in self.transfers.all()],
+                "message": "" if up else "no engine runs: this is what is remembered"}
+
+    def fit_of(self, name: str, context_tokens: Optional[int]) -> Dict[str, Any]:
+        """Of files, or of a model in Ollama's store.  Raises: UsageError."""
+        reference = read_reference(name)
+        facts = reference.facts
+        if facts is None:
+            _, layers = read_layers(store_folder(), parse_model_name(name))
+            blob = next((layer["digest"] for layer in layers
+                         if str(layer["media_type"]).endswith(".model")), None)
+            if blob is None:
+                raise ModelMissing(f"there are no files of {name} here to look at",
+                                   f"b9agent.py pull {name}, or give a path")
+            facts = read_model(os.path.join(store_folder(), "blobs", blob.replace(":", "-")))
+        verdict = self.fit(facts, self._hardware(), None if reference.format != "name" else
+                           ENGINE_BY_NAME["ollama"], context_tokens)
+        return dict(verdict._asdict(), model=name, facts=dict(facts._asdict(), files=len(
+            facts.files)))
+
+    def verify(self, name: Optional[str]) -> Dict[str, Any]:
+        """Hash again the files of one model, or of all that are remembered."""
+        book, rows = self.book.entries(), []
+        wanted = list(book)
+        if name:
+            wanted = [key for key in book if key in (name, name.lower(), f"{name.lower()}:latest")]
+            if not wanted:
+                raise ModelMissing(f"nothing is remembered of {name}", "See: b9agent.py models")
+        for key in wanted:
+            entry = book[key]
+            if not entry.get("layers") and not entry.get("files"):
+                rows.append({"name": key, "ok": False, "faults": [], "message":
+                             "nothing to compare with: its digests could not be read"})
+                continue
+            faults = verify_entry(entry, store_folder())
+            self.book.note(key, verified_at=utc_stamp(), verified_ok=not faults)
+            rows.append({"name": key, "ok": not faults, "faults": [fault._asdict()
+                                                                   for fault in faults]})
+        return {"models": rows}
 
 
 # ----------------------------------------------------------------------
@@ -6015,6 +8820,244 @@ def start_gateway(host: str, port: int, api: GatewayApi) -> ApiServer:
 
 
 # ----------------------------------------------------------------------
+# 18. Client: `from b9agent import inference`           whom it is told to ask
+# ----------------------------------------------------------------------
+# For programs that use the models: OpenAI's API, which every engine here
+# speaks.  Importing this file starts nothing.  Failures come back in the
+# result, as in the predecessor's client, or as exceptions where asked for.
+
+
+class InferenceError(AgentError):
+    """No usable answer.  status: HTTP's, None where none came."""
+    exit_code = Exit.FAILED
+
+    def __init__(self, what: str, hint: str = "", status: Optional[int] = None) -> None:
+        super().__init__(what, hint)
+        self.status = status
+
+
+class InferenceUnreachable(InferenceError):
+    """Nobody answered, or the answer broke off."""
+
+
+class InferenceRefused(InferenceError):
+    """401 or 403: the token is missing or may not do this."""
+
+
+class InferenceModelMissing(InferenceError):
+    """404: there is no such model, or no such route."""
+
+
+class InferenceLimited(InferenceError):
+    """402, 429 or 503: a limit or a queue; retry_after_s is what was asked for."""
+    retry_after_s: Optional[float] = None
+
+
+_INFERENCE_ERRORS = {401: InferenceRefused, 403: InferenceRefused, 404: InferenceModelMissing,
+                     402: InferenceLimited, 429: InferenceLimited, 503: InferenceLimited}
+
+
+class InferenceResult(NamedTuple):
+    """An answer, or a piece of one that streams.  usage: prompt_tokens, completion_tokens,
+    total_tokens, as far as the engine tells; of a stream in its last piece.  error: "" where ok."""
+    ok: bool
+    content: str = ""
+    finish_reason: Optional[str] = None
+    usage: Dict[str, Any] = {}
+    model: str = ""
+    error: str = ""
+    embeddings: Tuple[Tuple[float, ...], ...] = ()
+    models: Tuple[str, ...] = ()
+
+    @property
+    def embedding(self) -> Optional[Tuple[float, ...]]:
+        """The first one."""
+        return self.embeddings[0] if self.embeddings else None
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def _dict_at(record: Any, *path: Any) -> Dict[str, Any]:
+    """The object at a place in JSON; {} where there is none."""
+    for step in path:
+        inside = isinstance(record, dict) and step in record or (
+            isinstance(record, list) and type(step) is int and step < len(record))
+        record = record[step] if inside else None
+    return record if isinstance(record, dict) else {}
+
+
+def parse_answer(answer: Dict[str, Any], streams: bool = False) -> InferenceResult:
+    """A completion, or a chunk of one, in OpenAI's form.
+
+    >>> parse_answer({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]})[:3]
+    (True, 'Hi', 'stop')
+    """
+    choice = _dict_at(answer, "choices", 0)
+    said = _dict_at(choice, "delta" if streams else "message").get("content", choice.get("text"))
+    reason = choice.get("finish_reason")
+    return InferenceResult(True, said if isinstance(said, str) else "",
+                           reason if isinstance(reason, str) else None,
+                           _dict_at(answer, "usage"), str(answer.get("model") or ""))
+
+
+class InferenceClient:
+    """One front of models.  Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.configure()
+
+    def configure(self, host: Optional[str] = None, port: Optional[int] = None,
+                  token: Optional[str] = None, scheme: str = "http", timeout_s: float = 300.0,
+                  raise_errors: bool = False, ca_file: Optional[str] = None) -> None:
+        """Where the models are.  timeout_s: to an answer, or between two pieces of a stream.
+        raise_errors: raise a typed InferenceError instead of giving a result that is not ok."""
+        host = host or os.environ.get("BETA9_INFERENCE_HOST") or "127.0.0.1"
+        text = os.environ.get("B9AGENT_INFERENCE_PORT", "")
+        port = port or (int(text) if re.fullmatch("[0-9]{1,5}", text) and int(text) else 11434)
+        if token:
+            REDACTOR.add(token)
+        self._endpoint = Endpoint(scheme, host, port, ca_file)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._timeout_s = timeout_s
+        self._raise = raise_errors
+
+    # -- requests --------------------------------------------------------
+
+    def _open(self, method: str, path: str, body: Optional[Dict[str, Any]]) -> HttpStream:
+        """The head of a 200.  Raises: InferenceError."""
+        data = None if body is None else json.dumps(body).encode("utf-8")
+        headers = dict(self._headers, **({"Content-Type": "application/json"} if data else {}))
+        try:
+            stream = http_stream(method, self._endpoint, path, headers, data, self._timeout_s,
+                                 self._timeout_s)
+        except HttpFailure as failure:
+            raise InferenceUnreachable(f"{self._endpoint.url} cannot be asked: {failure}",
+                                       "Is an engine running there? b9agent.py status") from failure
+        if stream.status == 200:
+            return stream
+        with stream:
+            answer = _json_object(self._rest(stream))
+        said = answer.get("error")
+        said = said.get("message") if isinstance(said, dict) else said or answer.get("message")
+        error = _INFERENCE_ERRORS.get(stream.status, InferenceError)(
+            printable(str(said or f"{path} answered {stream.status}")[:500]), status=stream.status)
+        if isinstance(error, InferenceLimited):
+            after = stream.headers.get("retry-after", "")
+            error.retry_after_s = float(after) if re.fullmatch("[0-9]{1,6}", after) else None
+        raise error
+
+    def _rest(self, stream: HttpStream) -> bytes:
+        try:
+            return stream.read(64 << 20)
+        except HttpFailure as failure:
+            raise InferenceUnreachable(f"the answer broke off: {failure}") from failure
+
+    def _ask(self, method: str, path: str, body: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+        with self._open(method, path, body) as stream:
+            return _json_object(self._rest(stream))
+
+    def _result(self, ask: Callable[[], InferenceResult]) -> InferenceResult:
+        try:
+            return ask()
+        except InferenceError as error:
+            if self._raise:
+                raise
+            return InferenceResult(False, error=str(error))
+
+    def _pieces(self, path: str, body: Dict[str, Any]) -> Iterator[InferenceResult]:
+        """Server-sent events to `[DONE]`; a stream that ends without it has broken off."""
+        body = dict(body, stream=True, stream_options={"include_usage": True})
+        with self._open("POST", path, body) as stream:
+            try:
+                for line in stream.lines():
+                    if line.strip() == b"data: [DONE]":
+                        return
+                    if not line.startswith(b"data:"):
+                        continue
+                    answer = _json_object(line[5:])
+                    if answer.get("error"):
+                        raise InferenceError(printable(str(answer["error"])[:500]))
+                    yield parse_answer(answer, streams=True)
+            except HttpFailure as failure:
+                raise InferenceUnreachable(f"the answer broke off: {failure}") from failure
+        raise InferenceUnreachable("the answer ended before it was complete")
+
+    def _stream(self, path: str, body: Dict[str, Any]) -> Iterator[InferenceResult]:
+        try:
+            yield from self._pieces(path, body)
+        except InferenceError as error:
+            if self._raise:
+                raise
+            yield InferenceResult(False, error=str(error))
+
+    def _complete(self, path: str, body: Dict[str, Any], stream: bool) -> Any:
+        if stream:
+            return self._stream(path, body)
+        return self._result(lambda: parse_answer(self._ask("POST", path, dict(body, stream=False))))
+
+    # -- what there is to ask --------------------------------------------
+
+    def chat(self, model: str, messages: Sequence[Dict[str, Any]], stream: bool = False,
+             **parameters: Any) -> Any:
+        """The model's next message.  parameters: max_tokens, temperature, …, in OpenAI's names.
+
+        stream: an iterator of pieces instead, each with its part of the content.
+        """
+        return self._complete("/v1/chat/completions",
+                              dict(parameters, model=model, messages=list(messages)), stream)
+
+    def generate(self, model: str, prompt: str, stream: bool = False, **parameters: Any) -> Any:
+        """What the model writes after a prompt.  Otherwise as chat()."""
+        return self._complete("/v1/completions", dict(parameters, model=model, prompt=prompt),
+                              stream)
+
+    def embed(self, model: str, input: Any, **parameters: Any) -> InferenceResult:
+        """The embedding of a text, or those of several, in their order."""
+        def ask() -> InferenceResult:
+            answer = self._ask("POST", "/v1/embeddings", dict(parameters, model=model, input=input))
+            rows = answer.get("data")
+            vectors = [row.get("embedding") for row in rows if isinstance(row, dict)] if isinstance(
+                rows, list) else []
+            if not vectors or not all(isinstance(vector, list) for vector in vectors):
+                raise InferenceError("the answer holds no embeddings")
+            return InferenceResult(True, usage=_dict_at(answer, "usage"), model=model,
+                                   embeddings=tuple(map(tuple, vectors)))
+        return self._result(ask)
+
+    def list_models(self) -> InferenceResult:
+        """.models: the names that can be asked for."""
+        def ask() -> InferenceResult:
+            rows = self._ask("GET", "/v1/models", None).get("data")  # Ollama: null where none
+            return InferenceResult(True, models=tuple(
+                row["id"] for row in rows or () if isinstance(row, dict)
+                and isinstance(row.get("id"), str)))
+        return self._result(ask)
+
+    def _keep(self, model: str, keep_alive: int) -> InferenceResult:
+        def ask() -> InferenceResult:
+            self._ask("POST", "/api/generate", {"model": model, "prompt": "", "stream": False,
+                                                "keep_alive": keep_alive})
+            return InferenceResult(True, model=model)
+        return self._result(ask)
+
+    def load_model(self, model: str) -> InferenceResult:
+        """Into memory, to stay there: of an Ollama; other engines hold their one model."""
+        return self._keep(model, -1)
+
+    def unload_model(self, model: str) -> InferenceResult:
+        """Out of memory, once its requests have ended: of an Ollama."""
+        return self._keep(model, 0)
+
+    def health(self) -> InferenceResult:
+        """ok where an engine answers."""
+        return self.list_models()
+
+
+inference = InferenceClient()
+
+
+# ----------------------------------------------------------------------
 # 19. Agent                          STATE/agent.lock, machine_id, control.*
 # ----------------------------------------------------------------------
 # The composition: what a running agent is made of, started in order and
@@ -6188,6 +9231,8 @@ class Agent:
         self._told: Optional[State] = None
         self._failure: Optional[AgentError] = None
         self._control: Optional[ApiServer] = None
+        self._private_ip, self._beat_after_s = "", 0.0
+        self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference)
 
     # -- what is said of this machine ----------------------------------
 
@@ -6246,8 +9291,35 @@ class Agent:
         if offered is None:
             self._log("warning", "gpus_unknown", what="; ".join(gpus.problems),
                       do="Registering without GPUs; see `b9agent.py doctor`, then restart")
+        self._private_ip = read_private_ip(self.settings.gateway_host)
         return register_payload(self.identity, cpu_millicores, memory_bytes, len(offered or ()),
-                                read_private_ip(self.settings.gateway_host))
+                                self._private_ip)
+
+    def _hardware(self) -> Hardware:
+        """What an engine may use now."""
+        gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
+        host = self._host.sample(nearest_folder(self.settings.state_dir))
+        free = tuple(None if gpu.memory_total_bytes is None or gpu.memory_used_bytes is None else
+                     gpu.memory_total_bytes - gpu.memory_used_bytes for gpu in offered or ())
+        unused = None if host.memory_total_bytes is None or host.memory_used_bytes is None else (
+            host.memory_total_bytes - host.memory_used_bytes)
+        return Hardware(offered[0].vendor if offered else "", free, unused)
+
+    def _beat(self, models: Sequence[str]) -> None:
+        """To the gateway's router, where it has one; a gateway without is asked again later."""
+        if now_s() < self._beat_after_s or self.inference.wire(self._private_ip) is None:
+            return
+        try:
+            known = self.client.heartbeat(self.identity.machine_id, models)
+        except GatewayError:
+            return  # the keepalive tells of it
+        if not known:
+            self._beat_after_s = now_s() + 600.0
+
+    def _tell_inference(self) -> None:
+        """A change of the engine is worth a keepalive at once: work may come, or must not."""
+        self.membership.hurry()
+        self._wake_membership.set()
 
     def keepalive_payload(self) -> Dict[str, Any]:
         look = self.look()
@@ -6263,7 +9335,8 @@ class Agent:
             # This agent starts no workers and has no cache of its own: true zeros.
             "worker_count": 0, "container_count": 0, "cache_usage_pct": 0.0, "cache_capacity": 0,
             "cache_memory_usage": 0, "cache_cpu_usage": 0.0}
-        return keepalive_payload(self.identity, self._metrics)
+        return keepalive_payload(self.identity, self._metrics,
+                                 self.inference.wire(self._private_ip))
 
     def _send_keepalive(self, client: GatewayClient) -> None:
         payload, begun_s = self.keepalive_payload(), now_s()
@@ -6288,6 +9361,7 @@ class Agent:
         host = self._sample and self._sample.host
         offered = self._sample.offered if self._sample else None
         offset_s = self.client.clock_offset_s
+        inference = self.inference.status()
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
         return {
             "status": snapshot.state.value, "machine_id": self.identity.machine_id,
@@ -6310,7 +9384,9 @@ class Agent:
                     if self._sample else [],
             "gpu_problems": self._sample.gpus.problems if self._sample else [],
             "energy": energy_payload(self._sample and self._sample.energy, self.settings),
-            "metrics": metrics}
+            "inference_status": inference["status"],
+            "inference_port": self.inference.port(), "running_jobs": 0, "total_jobs": 0,
+            "inference": inference, "metrics": metrics}
 
     # -- its life -------------------------------------------------------
 
@@ -6324,7 +9400,9 @@ class Agent:
         """Until stop(), or until the gateway refuses the machine.  The caller holds the state
         folder's lock.  Raises: TokenRefused, RequestRefused."""
         try:
+            end_leftovers(self.settings.state_dir, self._log)
             self._start_control()
+            self._autostart()
             thread = threading.Thread(target=self._run_membership, name="membership", daemon=True)
             sd_notify("READY=1\nSTATUS=starting")
             self._log("info", "started", version=VERSION, machine=self.identity.machine_id,
@@ -6335,11 +9413,28 @@ class Agent:
             sd_notify("STOPPING=1")
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
         finally:
+            self._stop_inference()
             self._stop_control()
             self._energy.save()
         if self._failure is not None:
             raise self._failure
         self._log("info", "stopped", keepalives=self.membership.snapshot.keepalives)
+
+    def _autostart(self) -> None:
+        def start() -> None:
+            try:
+                self.inference.start()
+            except AgentError as error:
+                self._log.error("inference_failed", error)
+        if self.settings.inference_autostart:
+            threading.Thread(target=start, name="inference-start", daemon=True).start()
+
+    def _stop_inference(self) -> None:
+        self.inference.transfers.cancel_all()
+        try:
+            self.inference.stop()
+        except AgentError as error:
+            self._log.error("inference_left", error)
 
     def _run_membership(self) -> None:
         try:
