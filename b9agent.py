@@ -6321,6 +6321,7 @@ SYSTEM_STATE = "/var/lib/b9agent"
 HEALTH_LIMIT_S, STEADY_S = 30.0, 5.0
 CODE_MAX_BYTES = 8 << 20
 _LAUNCHER_MARK = "# b9agent's launcher, written by `b9agent service install`"
+_MAIN_FILE = "import sys, b9agent\nsys.exit(b9agent.main())\n"  # imported, it is not compiled anew
 _CODE_FILES = ("b9agent.py", "b9agent.py.prev", "__main__.py", "__pycache__", "definition",
                "definition.prev", "install.lock")
 _KEPT_BY_PURGE = {".ollama", ".cache", "models"}
@@ -6473,27 +6474,21 @@ def find_place(options: Dict[str, str]) -> Place:
     return mine
 
 
-class ActingAs:
-    """Root works in the service user's folders with that user's rights: a link planted there must
-    lead no further than the user could go."""
-
-    def __init__(self, account: Optional[Account]) -> None:
-        self._account = account
-
-    def __enter__(self) -> None:
-        account = self._account
-        self._switch = os.geteuid() == 0 and account is not None and account.uid not in (None, 0)
-        if self._switch:
-            self._groups = os.getgroups()
-            os.setgroups([account.gid])
-            os.setegid(account.gid)
-            os.seteuid(account.uid)
-
-    def __exit__(self, *_error: Any) -> None:
-        if self._switch:
-            os.seteuid(0)
-            os.setegid(0)
-            os.setgroups(self._groups)
+def as_user(account: Optional[Account], action: Callable[..., Any], *arguments: Any) -> Any:
+    """What an action comes to.  Root does it with the service user's rights: a link planted in that
+    user's folders must lead no further than the user could go."""
+    if os.geteuid() != 0 or account is None or not account.uid:
+        return action(*arguments)
+    groups = os.getgroups()
+    os.setgroups([account.gid])
+    os.setegid(account.gid)
+    os.seteuid(account.uid)
+    try:
+        return action(*arguments)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
 
 
 # -- service definitions, as text ---------------------------------------
@@ -6571,13 +6566,6 @@ start_pre() {
 	checkpath -f -m 0640 -o "@USER@" "$output_log"
 }
 """
-_LAUNCHER = """\
-#!/bin/sh
-@MARK@
-[ -n "${B9AGENT_HOME:-}" ] || B9AGENT_HOME=@STATE@
-export B9AGENT_HOME
-exec @PYTHON@ -I @CODE@ "$@"
-"""
 
 
 def _fill(template: str, **values: str) -> str:
@@ -6635,8 +6623,10 @@ def render_definition(place: Place, modprobe: str = "") -> str:
 
 def render_launcher(place: Place) -> str:
     import shlex
-    return _fill(_LAUNCHER, mark=_LAUNCHER_MARK, state=shlex.quote(place.state),
-                 python=shlex.quote(place.python), code=shlex.quote(place.code))
+    return (f"#!/bin/sh\n{_LAUNCHER_MARK}\n"
+            f"[ -n \"${{B9AGENT_HOME:-}}\" ] || B9AGENT_HOME={shlex.quote(place.state)}\n"
+            "export B9AGENT_HOME\n"
+            f"exec {shlex.quote(place.python)} -I {shlex.quote(place.code)} \"$@\"\n")
 
 
 def _print_definition(manager: str, say: Callable[[str], None]) -> int:
@@ -6694,12 +6684,13 @@ class Manager(NamedTuple):
         wake = Wake()
         for line in lines:
             argv, until_s = shlex.split(line.lstrip("-")), now_s() + self.patience_s
-            result = run_command(argv, 200.0)  # a stop may take 90 s
-            while result.exit_code != 0 and line[0] != "-" and now_s() < until_s:
+            while True:
+                result = run_command(argv, 200.0)  # a stop may take 90 s
+                if result.exit_code == 0 or line[0] == "-":
+                    break
+                if now_s() >= until_s:
+                    raise UnhealthyError(f"`{line}` failed: {said_by(result)}")
                 wake.wait(1.0)
-                result = run_command(argv, 200.0)
-            if result.exit_code != 0 and line[0] != "-":
-                raise UnhealthyError(f"`{line}` failed: {said_by(result)}")
 
     def process(self) -> Process:
         result = run_command(self.ask.split(), 10.0)
@@ -6713,8 +6704,8 @@ class Manager(NamedTuple):
 
     def last_lines(self) -> str:
         import shlex
-        with ActingAs(None if self.place.manager == "systemd" else self.place.account):
-            return run_command(shlex.split(self.tail), 10.0).output
+        account = None if self.place.manager == "systemd" else self.place.account
+        return as_user(account, run_command, shlex.split(self.tail), 10.0).output
 
 
 def systemd(place: Place) -> Manager:
@@ -6761,8 +6752,8 @@ MANAGERS = {"systemd": systemd, "launchd": launchd, "openrc": openrc, "none": Ma
 def prepare_manager(place: Place, say: Callable[[str], None]) -> bool:
     """What comes before all calls.  False where the manager is not there after all."""
     if place.manager == "launchd":
-        with ActingAs(place.account):  # launchd would make the folder, but as root
-            os.makedirs(os.path.dirname(launchd_log(place)), exist_ok=True)
+        # launchd would make the folder, but as root.
+        as_user(place.account, os.makedirs, os.path.dirname(launchd_log(place)), 0o755, True)
     if (place.manager, place.scope) != ("systemd", "user"):
         return place.manager != "none"
     # A user's services need that user's manager, which without linger ends at logout.
@@ -6840,18 +6831,16 @@ class Steps:
     def undo(self) -> None:
         while self._undo:
             path, old, mode, account = self._undo.pop()
-            with ActingAs(account):
-                if old is None:
-                    remove_file(path)
-                else:
-                    write_atomic(path, old, mode)
+            if old is None:
+                as_user(account, remove_file, path)
+            else:
+                as_user(account, write_atomic, path, old, mode)
 
 
 def _answer(place: Place, version: str, pid: Optional[int]) -> Tuple[Dict[str, Any], str]:
     """(what the agent says of itself, what is wrong with that)."""
     try:
-        with ActingAs(place.account):
-            status = read_agent_status(place.state, 3.0)
+        status = as_user(place.account, read_agent_status, place.state, 3.0)
     except AgentError as error:
         return {}, error.what
     if status["version"] != version:
@@ -6875,9 +6864,8 @@ def _raise_refused(exit_code: Optional[int], version: str) -> None:
 
 def _run_as(place: Place, *argv: str) -> CommandResult:
     """Run our own code as the service will: with its user's rights and its folders."""
-    with ActingAs(place.account):
-        return run_command(["/usr/bin/env", f"B9AGENT_HOME={place.state}",
-                            f"HOME={place.account.home}", *argv], 120.0)
+    environment = (f"B9AGENT_HOME={place.state}", f"HOME={place.account.home}")
+    return as_user(place.account, run_command, ["/usr/bin/env", *environment, *argv], 120.0)
 
 
 def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any]:
@@ -7017,8 +7005,7 @@ def _make_state_folder(place: Place) -> None:
         os.mkdir(place.state, 0o700)
         os.chown(place.state, place.account.uid, place.account.gid)
     else:
-        with ActingAs(place.account):
-            make_private_folder(place.state)
+        as_user(place.account, make_private_folder, place.state)
 
 
 def _remove_from(folder: str, names: Iterable[str]) -> None:
@@ -7120,8 +7107,8 @@ class Installation:
         if "rollback" not in self._options:
             wanted = wanted_settings(loaded, self._options, environ)
         try:
-            with ActingAs(self.place.account):
-                known = {key: item.text for key, item in read_config(self.place.config).items()}
+            found = as_user(self.place.account, read_config, self.place.config)
+            known = {key: item.text for key, item in found.items()}
         except UsageError:
             if not self.steps.dry or os.access(self.place.state, os.R_OK):
                 raise
@@ -7166,23 +7153,34 @@ class Installation:
         if settings:
             steps.do(f"set {', '.join(sorted(settings))} in {place.config}", self._save_config,
                      settings)
-        if self._old_code not in (None, self.code):
-            steps.write(self._code_file + ".prev", self._old_code)
-            steps.write(self._record + ".prev", read_text(self._record) or self.definition)
-        changed = steps.write(self._code_file, self.code)
+        changed = [path for path, text, mode in self._files() if steps.write(path, text, mode)]
         if changed:
             steps.do("compile it", self._compile)
-        # A folder with a __main__.py is what Python runs; imported, b9agent is not compiled anew.
-        main = steps.write(f"{place.code}/__main__.py",
-                           "import sys, b9agent\nsys.exit(b9agent.main())\n")
-        steps.write(place.launcher, render_launcher(place), 0o755)
-        definition = self._serve and place.definition and self._write_definition()
-        return bool(settings or changed or main or definition)
+        return bool(settings or changed)
+
+    def _files(self) -> List[Tuple[str, str, int]]:
+        """(path, text, mode) of what is to be there.  The definition that we wrote last is kept
+        beside the code: one that differs from it was changed by somebody, and is theirs."""
+        place, record, files = self.place, read_text(self._record), []
+        if self._old_code not in (None, self.code):
+            files += [(self._code_file + ".prev", self._old_code, 0o644),
+                      (self._record + ".prev", record or self.definition, 0o644)]
+        files += [(self._code_file, self.code, 0o644),
+                  (f"{place.code}/__main__.py", _MAIN_FILE, 0o644),
+                  (place.launcher, render_launcher(place), 0o755)]
+        if not self._serve or not place.definition:
+            return files
+        if read_text(place.definition) not in (None, record, self.definition):
+            self.steps.say(f"note: {place.definition} was changed by hand and stays as it is")
+            return files
+        mode = 0o755 if place.manager == "openrc" else 0o644
+        return files + [(self._record, self.definition, 0o644),
+                        (place.definition, self.definition, mode)]
 
     def _save_config(self, settings: Dict[str, str]) -> None:
-        with ActingAs(self.place.account):
-            self.steps.will_write(self.place.config, 0o600, self.place.account)
-            backup = save_config(self.place.config, settings)
+        account, path = self.place.account, self.place.config
+        as_user(account, self.steps.will_write, path, 0o600, account)
+        backup = as_user(account, save_config, path, settings)
         if backup:
             self.steps.say(f"note: the old file, with its comments, is {backup}")
 
@@ -7192,17 +7190,6 @@ class Installation:
         cached = py_compile.compile(self._code_file, doraise=True)
         os.chmod(cached, 0o644)
         os.chmod(os.path.dirname(cached), 0o755)
-
-    def _write_definition(self) -> bool:
-        """What we wrote last is kept beside the code: a file that differs from it was changed by
-        somebody, and is theirs."""
-        record, target = read_text(self._record), read_text(self.place.definition)
-        if target is not None and target not in (record, self.definition):
-            self.steps.say(f"note: {self.place.definition} was changed by hand and stays as it is")
-            return False
-        self.steps.write(self._record, self.definition)
-        mode = 0o755 if self.place.manager == "openrc" else 0o644
-        return self.steps.write(self.place.definition, self.definition, mode)
 
     def _take_up(self, changed: bool) -> Dict[str, Any]:
         """Enable the service; restart it where something changed or nothing runs; its status."""
@@ -7290,8 +7277,8 @@ def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str]
 # -- uninstalling, status ---------------------------------------------------
 
 def _remove_state(place: Place) -> None:
-    with ActingAs(place.account):
-        _remove_from(place.state, set(os.listdir(place.state)) - _KEPT_BY_PURGE)
+    names = set(as_user(place.account, os.listdir, place.state)) - _KEPT_BY_PURGE
+    as_user(place.account, _remove_from, place.state, names)
     _remove_from(place.state, ())  # where the folder above it is root's
 
 
@@ -7335,8 +7322,7 @@ def service_status(_loaded: Loaded, options: Dict[str, str], say: Callable[[str]
     if place.definition:
         say(f"service  {MANAGERS[place.manager](place).process()}; {place.definition}")
     try:
-        with ActingAs(place.account):
-            status = read_agent_status(place.state, 5.0)
+        status = as_user(place.account, read_agent_status, place.state, 5.0)
     except AgentError as error:
         say(f"agent    {error.what}")
         return Exit.UNREACHABLE
