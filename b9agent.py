@@ -6634,9 +6634,8 @@ def _print_definition(manager: str, say: Callable[[str], None]) -> int:
     if (manager, "system") not in _DEFINITIONS:
         raise UsageError(f"--print: `{printable(manager)}` cannot be used, expected systemd, "
                          "launchd or openrc")
-    account = Account("b9agent", None, None,
-                      SYSTEM_STATE if manager != "launchd" else "/Users/b9agent")
-    place = make_place(manager, "system", account, "/usr/bin/python3")
+    home = SYSTEM_STATE if manager != "launchd" else "/Users/b9agent"
+    place = make_place(manager, "system", Account("b9agent", None, None, home), "/usr/bin/python3")
     say(render_definition(place).rstrip("\n"))
     return Exit.OK
 
@@ -6755,7 +6754,7 @@ def prepare_manager(place: Place, say: Callable[[str], None]) -> bool:
         # launchd would make the folder, but as root.
         as_user(place.account, os.makedirs, os.path.dirname(launchd_log(place)), 0o755, True)
     if (place.manager, place.scope) != ("systemd", "user"):
-        return place.manager != "none"
+        return True
     # A user's services need that user's manager, which without linger ends at logout.
     linger = ["loginctl", "enable-linger", place.account.name]
     if run_command(linger, 20.0).exit_code != 0:
@@ -6791,6 +6790,11 @@ def make_public_folder(path: str) -> None:
         os.chmod(path, 0o755)
 
 
+def write_public(path: str, text: str, mode: int) -> None:
+    make_public_folder(os.path.dirname(path))
+    write_atomic(path, text, mode)
+
+
 class Steps:
     """Says each change and makes it, or in a dry run only says it; undo() takes back what was
     written."""
@@ -6807,26 +6811,22 @@ class Steps:
         except OSError:
             pass  # the terminal is gone: what was begun must be ended, or taken back
 
-    def do(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
+    def do(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
         self.say(("would " if self.dry else "") + what)
-        if not self.dry:
-            action(*arguments)
+        return None if self.dry else action(*arguments)
 
-    def will_write(self, path: str, mode: int, account: Optional[Account] = None) -> None:
+    def keep(self, path: str, mode: int, account: Optional[Account] = None) -> None:
+        """Before it is written."""
         self._undo.append((path, read_text(path, CODE_MAX_BYTES), mode, account))
 
-    def write(self, path: str, text: str, mode: int = 0o644) -> bool:
+    def write(self, path: str, text: str, mode: int) -> bool:
         """True where there was something to change."""
-        if (read_text(path, CODE_MAX_BYTES) == text
-                and stat.S_IMODE(os.stat(path).st_mode) == mode):
+        old = read_text(path, CODE_MAX_BYTES)
+        if old == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
             return False
-        self.do(f"write {path}", self._write, path, text, mode)
+        self.keep(path, mode)
+        self.do(f"write {path}", write_public, path, text, mode)
         return True
-
-    def _write(self, path: str, text: str, mode: int) -> None:
-        make_public_folder(os.path.dirname(path))
-        self.will_write(path, mode)
-        write_atomic(path, text, mode)
 
     def undo(self) -> None:
         while self._undo:
@@ -6854,10 +6854,10 @@ def _raise_refused(exit_code: Optional[int], version: str) -> None:
     what = f"b9agent {version} is installed, but the gateway refused "
     if exit_code == Exit.TOKEN_REFUSED:
         raise TokenRefused(what + "its token", "Make one with `machine create`, and run this again "
-                           "with it and its --machine-id; the service waits for that")
+                           "with it and its --machine-id")
     if exit_code == Exit.REQUEST_REFUSED:
-        raise RequestRefused(what + "the machine", "The service's log says why; mend --pool or "
-                             "--gateway and run this again")
+        raise RequestRefused(what + "the machine", "Its log says why: mend --pool or --gateway, "
+                             "and run this again")
     if exit_code in PERMANENT_EXITS:
         raise UnhealthyError(f"the agent ended with exit code {exit_code}")
 
@@ -6874,26 +6874,25 @@ def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any
     A gateway that does not answer is not the service's illness.
     Raises: TokenRefused, RequestRefused, UnhealthyError.
     """
-    wake, until_s, steady_pid, since_s = Wake(), now_s() + HEALTH_LIMIT_S, None, now_s()
-    while True:
+    wake, place, steady_pid, since_s = Wake(), manager.place, None, now_s()
+    until_s = since_s + HEALTH_LIMIT_S
+    late = False
+    while not late:
+        late = now_s() > until_s
         process = manager.process()
-        status, problem = _answer(manager.place, version, process.pid)
+        status, problem = _answer(place, version, process.pid)
         _raise_refused(process.ended, version)
         if status.get("pid") != steady_pid:
             steady_pid, since_s = status.get("pid"), now_s()
-        settled = offline or status.get("state") not in ("starting", "registering")
-        late, steady = now_s() > until_s, now_s() - since_s >= STEADY_S
-        if steady and not problem and (settled or late):
+        settled = late or offline or status.get("state") not in ("starting", "registering")
+        if settled and not problem and now_s() - since_s >= STEADY_S:
             return status
-        if late:
-            break
         wake.wait(0.25)
-    place = manager.place
     if not status and place.manager in ("launchd", "openrc"):
         # They keep an agent that may not end: why it waits, by one more attempt.
         code = _run_as(place, *place.command, "--once").exit_code
-        _raise_refused(code if code in (Exit.TOKEN_REFUSED, Exit.REQUEST_REFUSED) else None,
-                       version)
+        if code in (Exit.TOKEN_REFUSED, Exit.REQUEST_REFUSED):
+            _raise_refused(code, version)
     raise UnhealthyError(problem or "it starts again and again")
 
 
@@ -7071,22 +7070,18 @@ class Installation:
         self._check()
         settings = self._new_settings(loaded)
         self._prepare()
-        ready = self._serve and self.place.manager != "none"
-        status: Dict[str, Any] = {}
         try:
             changed = self._write(settings)
-            ready = ready and (self.steps.dry or prepare_manager(self.place, self.steps.say))
-            if ready:
-                status = self._take_up(changed)
+            ready = self._serve and self.place.manager != "none" and (
+                self.steps.dry or prepare_manager(self.place, self.steps.say))
+            status = self._take_up(changed) if ready else {}
         except GatewayError:
             raise  # its token or pool was refused: that is no fault of the installation
         except (AgentError, OSError, KeyboardInterrupt) as error:
             self._take_back(str(error) or "interrupted")
-        if not self.steps.dry:
-            self._report(ready, status)
-            return Exit.OK if ready or not self._serve else Exit.NO_SERVICE_MANAGER
-        self.steps.say("nothing was changed")
-        return Exit.OK
+        self._report(ready, status)
+        served = ready or not self._serve or self.steps.dry
+        return Exit.OK if served else Exit.NO_SERVICE_MANAGER
 
     def _check(self) -> None:
         """Nothing of somebody else's is in the way.  Raises: UsageError."""
@@ -7115,10 +7110,10 @@ class Installation:
             self.steps.say(f"cannot look into {self.place.state}: that needs sudo")
         settings = _complete(wanted, known, environ, "yes" not in self._options,
                              self._start and not self.steps.dry)
-        merged = {"control_host": "127.0.0.1", "control_port": "9999", **known, **settings}
-        if self._start and int(merged["control_port"]):
-            check_port(self.place, self.manager, merged["control_host"],
-                       int(merged["control_port"]))
+        merged = {**known, **settings}
+        port = int(merged.get("control_port", "9999"))
+        if self._start and port:
+            check_port(self.place, self.manager, merged.get("control_host", "127.0.0.1"), port)
         return settings
 
     def _prepare(self) -> None:
@@ -7142,10 +7137,9 @@ class Installation:
         finally:
             remove_file(draft)
         if result.exit_code != 0 or self.version not in result.output:
-            raise UsageError(
-                f"{self.place.python} cannot run b9agent {self.version} as "
-                f"{self.place.account.name}: {said_by(result)}",
-                "Mend that, or name another Python with --python PATH. No service was touched")
+            raise UsageError(f"{self.place.python} cannot run b9agent {self.version} as "
+                             f"{self.place.account.name}: {said_by(result)}",
+                             "Mend that, or name another Python with --python PATH")
 
     def _write(self, settings: Dict[str, str]) -> bool:
         """True where the running service has something to take up."""
@@ -7179,7 +7173,7 @@ class Installation:
 
     def _save_config(self, settings: Dict[str, str]) -> None:
         account, path = self.place.account, self.place.config
-        as_user(account, self.steps.will_write, path, 0o600, account)
+        as_user(account, self.steps.keep, path, 0o600, account)
         backup = as_user(account, save_config, path, settings)
         if backup:
             self.steps.say(f"note: the old file, with its comments, is {backup}")
@@ -7201,14 +7195,13 @@ class Installation:
         steps.do(f"enable the service ({place.manager})", self.manager.run, self.manager.enable)
         if not self._start:
             return {}
-        if not steps.dry and not changed and self.manager.process().pid != 0:
+        if not changed and self.manager.process().pid != 0:
             steps.say("nothing changed: the service keeps running")
         else:
             self._restarted = not steps.dry
-            steps.do("restart it, and wait until it is healthy", self.manager.run,
-                     self.manager.restart)
-        return {} if steps.dry else await_health(self.manager, self.version,
-                                                 "offline" in self._options)
+            steps.do("restart it", self.manager.run, self.manager.restart)
+        return steps.do("wait until it is healthy", await_health, self.manager, self.version,
+                        "offline" in self._options) or {}
 
     def _take_back(self, what: str) -> None:
         """The previous version, running; or after a first installation a stopped service.
@@ -7231,8 +7224,8 @@ class Installation:
             self.manager.run(self.manager.enable + self.manager.restart)
             await_health(self.manager, old_version, True)
         except AgentError as error:
-            raise UnhealthyError(f"the new version was not healthy ({what}), and b9agent "
-                                 f"{old_version}, put back, is not either ({error})",
+            raise UnhealthyError(f"b9agent {old_version}, put back since the new version was not "
+                                 f"healthy ({what}), is not either ({error})",
                                  f"See: {self.manager.logs}") from error
         raise UnhealthyError(f"the new version was not healthy: {what}",
                              "Previous version restored")
@@ -7241,20 +7234,22 @@ class Installation:
         """What is true now, and nothing more."""
         import shutil
         say, done, launcher = self.steps.say, f"b9agent {self.version}", self.place.launcher
-        if not status:
-            say(f"{done}: files installed, " + (
-                "service NOT started. Run this again without --no-start to start it" if ready else
-                f"no service. In the foreground: {launcher} run"))
-            return
-        gateway = printable(str(status.get("state")))
-        if "offline" in self._options:
-            gateway = "not checked (offline)"
-        elif gateway == "unreachable":
-            gateway = f"unreachable, retrying ({printable(str(status.get('message')))})"
-        command = "b9agent" if shutil.which("b9agent") == launcher else launcher
-        say(f"{done} installed and running (pid {status['pid']}, user {self.place.account.name})\n"
-            f"gateway: {gateway}\nlogs: {self.manager.logs}     "
-            f"status: {command} status     remove: {command} service uninstall")
+        if self.steps.dry:
+            say("nothing was changed")
+        elif status:
+            gateway = printable(str(status.get("state")))
+            if "offline" in self._options:
+                gateway = "not checked (offline)"
+            elif gateway == "unreachable":
+                gateway += f", retrying ({printable(str(status.get('message')))})"
+            command = "b9agent" if shutil.which("b9agent") == launcher else launcher
+            say(f"{done} installed and running (pid {status['pid']}, user "
+                f"{self.place.account.name})\ngateway: {gateway}\nlogs: {self.manager.logs}     "
+                f"status: {command} status     remove: {command} service uninstall")
+        elif ready:
+            say(f"{done}: files installed, service NOT started; run this without --no-start")
+        else:
+            say(f"{done}: files installed, no service. In the foreground: {launcher} run")
 
 
 def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> int:
@@ -7415,8 +7410,8 @@ def check_python(_loaded: Loaded) -> Iterator[Finding]:
         except ImportError:
             missing.append(name)
     yield ok(seen) if not missing else warn(
-        f"{seen} lacks {', '.join(missing)}: no https gateway without ssl, less said of GPUs "
-        "without ctypes, no embedded gateway without sqlite3", "sudo apt install libpython3-stdlib")
+        f"{seen} lacks {', '.join(missing)} (for https, GPUs and the embedded gateway)",
+        "sudo apt install libpython3-stdlib")
 
 
 def judge_clock(here_s: float, ahead_s: Optional[float], https: bool) -> Finding:
@@ -7575,10 +7570,9 @@ def judge_pci(devices: Dict[str, str], seen: bool) -> Iterator[Finding]:
     """seen: whether NVIDIA's driver told of a GPU, or of a problem."""
     for address, driver in devices.items():
         if driver in ("", "nouveau"):
-            yield warn(f"an NVIDIA GPU at {address} has "
-                       + (f"the driver {driver}" if driver else "no driver"),
-                       "sudo ubuntu-drivers install && sudo reboot   # elsewhere: "
-                       "https://www.nvidia.com/drivers")
+            has = f"the driver {driver}" if driver else "no driver"
+            yield warn(f"an NVIDIA GPU at {address} has {has}", "sudo ubuntu-drivers install && "
+                       "sudo reboot   # elsewhere: https://www.nvidia.com/drivers")
         elif driver == "nvidia" and not seen:
             yield warn(f"the NVIDIA GPU at {address} has its driver, but no tool here shows it",
                        "docker run --gpus all …   # in a container; else install nvidia-smi of the "
@@ -7693,12 +7687,11 @@ def k3s_answers(endpoint: Endpoint, limit_s: float) -> bool:
 def judge_k3s(installed: bool, answers: bool, token: bool) -> Finding:
     where = host_port(_K3S.host, _K3S.port)
     if answers and not token:
-        return warn(f"answers on {where}, but k3s.token is not set: the gateway cannot start "
-                    "workers on it", "Set k3s.token (BETA9_K3S_TOKEN) to a bearer token that may "
-                    "make jobs in the namespace default")
+        return warn(f"answers on {where}; without k3s.token the gateway starts no workers on it",
+                    "Set k3s.token (BETA9_K3S_TOKEN) to one that may make jobs in `default`")
     if not answers and (installed or token):
-        return warn(f"{'installed' if installed else 'k3s.token is set'}, but nothing answers on "
-                    f"{where}", "sudo systemctl start k3s")
+        why = "installed" if installed else "k3s.token is set"
+        return warn(f"{why}, but nothing answers on {where}", "sudo systemctl start k3s")
     return ok(f"answers on {where}; its token is set" if answers else
               "none: this machine runs models, not the gateway's workers")
 
@@ -7782,8 +7775,7 @@ def check_agent(loaded: Loaded) -> Iterator[Finding]:
     if state not in ("ready", "starting", "registering", "registered"):
         yield warn(f"{seen}: {status.get('message')}", "b9agent.py status   # and the rows above")
     elif status["version"] != VERSION:
-        yield warn(f"{seen}; this is {VERSION}", "b9agent.py service install   # or restart what "
-                   "runs it")
+        yield warn(f"{seen}; this is {VERSION}", "b9agent.py service install   # or restart it")
     else:
         yield ok(seen)
 
