@@ -640,7 +640,7 @@ def test_the_service(monkeypatch, tmp_path, process, level, said):
                             definition=str(tmp_path / "unit"), state="/s")
     monkeypatch.setattr(b9agent, "find_place", lambda options: place)
     monkeypatch.setitem(b9agent.MANAGERS, "fake", lambda place: SimpleNamespace(
-        logs="journalctl -f", process=lambda: process, restart_call=("svc", "restart")))
+        logs="journalctl -f", process=lambda: process, restart=("-svc gone", "svc restart")))
     found = list(b9agent.check_service(loaded()))
     assert levels(found) == [level] and said in found[0].seen
     assert found[0].mend == ("sudo svc restart   # its log: journalctl -f" if level == "warn"
