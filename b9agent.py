@@ -280,6 +280,10 @@ class Wake:
             pass  # another waiter was faster
         return True
 
+    def fileno(self) -> int:
+        """To poll it together with others."""
+        return self._reader
+
     def also_on_signals(self) -> None:
         """Every signal that has a handler sets it as well: the kernel may give a signal to any
         thread, and only the main one runs handlers, once it is awake."""
@@ -7320,6 +7324,12 @@ def loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
 def reachable_host(engine_host: str, gateway_host: str, private_ip: str) -> Optional[str]:
     """The address under which the gateway can reach an engine; None where it cannot.
 
@@ -7541,7 +7551,8 @@ class Inference:
     def _launch(self, choice: Choice, reference: Reference, hardware: Hardware,
                 context_tokens: Optional[int]) -> _Up:
         settings, engine, facts = self._settings, choice.engine, reference.facts
-        host, port = settings.inference_host, settings.inference_port or free_port()
+        host = settings.inference_host
+        port = settings.inference_port or free_port(host)
         held = port_holder(host, port)
         if held:
             raise EngineConflict(f"port {port} is taken by {held}", "End that program, or choose "
