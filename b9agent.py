@@ -54,6 +54,7 @@ if os.name != "posix":
 import collections
 import contextlib
 import enum
+import functools
 import io
 import json
 import re
@@ -1782,14 +1783,18 @@ def init_values(loaded: Loaded, options: Dict[str, str]) -> Dict[str, str]:
 
 
 # ----------------------------------------------------------------------
-# 4. Log and snapshot                            stderr, STATE/agent.log
+# 4. Log, events and snapshot                    stderr, STATE/agent.log
 # ----------------------------------------------------------------------
 # One line an event: time, level, event, key=value.  Every line is redacted
-# and has its control characters escaped before it goes anywhere.  What other
-# threads may know of the agent is one immutable Snapshot, replaced whole.
+# and has its control characters escaped before it goes anywhere.  The newest
+# lines and events are kept for those who follow them.  What other threads may
+# know of the agent is one immutable Snapshot, replaced whole.
 
 _PRIORITIES = {"debug": 7, "info": 6, "notice": 5, "warning": 4, "error": 3}
 LOG_FILE_MAX_BYTES = 5 << 20
+LOG_KEPT_LINES = 1000
+LOG_KEPT_LINE_MAX = 4096
+EVENTS_KEPT = 500
 
 
 def _log_value(value: Any) -> str:
@@ -1836,8 +1841,63 @@ def _writable_poll(stream: Any) -> Any:
         return None
 
 
+class Ring:
+    """The newest items of something, numbered as they come, for any number of readers.
+
+    The first number is made of the time, so that a number from before a restart is older than all.
+    _changed guards _items and last.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._changed = threading.Condition()
+        self._items: Any = collections.deque(maxlen=size)
+        self.last = int(time.time()) * 1000000
+
+    def add(self, item: Any) -> None:
+        with self._changed:
+            self.last += 1
+            self._items.append((self.last, item))
+            self._changed.notify_all()
+
+    def after(self, number: int, limit_s: float = 0.0) -> List[Tuple[int, Any]]:
+        """(number, item) of all that is newer than a number, as soon as there is any; none once
+        limit_s have passed.  Where the clock was set back before a restart, all is newer."""
+        with self._changed:
+            known = number if number <= self.last else 0
+            return self._changed.wait_for(
+                lambda: [pair for pair in self._items if pair[0] > known], limit_s)
+
+
+def _scrubbed(fields: Dict[str, Any]) -> Dict[str, Any]:
+    """Redacted before they are quoted: an escaped secret would not be recognised."""
+    return {name: REDACTOR.scrub(value) if isinstance(value, str) else value
+            for name, value in fields.items() if value is not None}
+
+
+class EventRing(Ring):
+    """What happened, for GET /events: (kind, JSON).  Kinds: state, inference, pull, log."""
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        record = dict(_scrubbed(fields), time=utc_stamp())
+        self.add((kind, REDACTOR.scrub(json.dumps(record, default=str))))
+
+
+def render_kept_line(line: str) -> str:
+    """A line of Log.kept as people read it.
+
+    >>> render_kept_line('{"time": "T", "level": "info", "event": "ready", "pool": "my gpu"}')
+    'T info ready pool="my gpu"'
+    """
+    record = json.loads(line)
+    stamp, level, event = (record.pop(name) for name in ("time", "level", "event"))
+    return render_event(level, event, record, stamp, "text")
+
+
 class Log:
-    """_lock guards the file and its size; a full disk costs lines in the file, nothing else."""
+    """kept: the newest lines as JSON; events: what may be told of beside them, warnings included.
+
+    _lock guards the file and its size; a full disk costs lines in the file, nothing else.
+    """
 
     def __init__(self, form: str = "text", minimum: str = "info", folder: Optional[str] = None,
                  stream: Any = None) -> None:
@@ -1849,13 +1909,23 @@ class Log:
         self._poll = _writable_poll(self._stream)
         self._path = os.path.join(folder, "agent.log") if folder and not self._journal else None
         self._file: Any = None
+        self.kept = Ring(LOG_KEPT_LINES)
+        self.events = EventRing(EVENTS_KEPT)
+
+    def _keep(self, level: str, event: str, fields: Dict[str, Any]) -> None:
+        line = REDACTOR.scrub(render_event(level, event, fields, utc_stamp(), "json"))
+        if len(line) > LOG_KEPT_LINE_MAX:
+            fields = {"cut": line[:LOG_KEPT_LINE_MAX // 2]}
+            line = render_event(level, event, fields, utc_stamp(), "json")
+        self.kept.add(line)
+        if _PRIORITIES[level] <= _PRIORITIES["warning"]:
+            self.events.add(("log", line))
 
     def __call__(self, level: str, event: str, **fields: Any) -> None:
         if _PRIORITIES[level] > self._lowest:
             return
-        # Redacted before they are quoted: an escaped secret would not be recognised.
-        fields = {name: REDACTOR.scrub(value) if isinstance(value, str) else value
-                  for name, value in fields.items() if value is not None}
+        fields = _scrubbed(fields)
+        self._keep(level, event, fields)
         stamp = "" if self._journal and self._form == "text" else utc_stamp()
         line = REDACTOR.scrub(render_event(level, event, fields, stamp, self._form)) + "\n"
         with self._lock:
@@ -7833,27 +7903,57 @@ class Inference:
 # ----------------------------------------------------------------------
 # 12. HTTP server core                          sockets it was told to open
 # ----------------------------------------------------------------------
-# A strict frame around the standard library's threading server, for the two
-# small servers in this file: routes in a table, every limit bounded, JSON
+# For the two small servers in this file: a table of routes from which
+# requests are checked and OpenAPI is written, every limit bounded, JSON
 # errors, one send per answer (two, without TCP_NODELAY, cost 44 ms each).
+# One thread accepts and answers what needs no waiting; a connection that asks
+# for more has a thread of its own.  Strict where HTTP would let us tolerate.
 
+HTTP_HEAD_MAX_BYTES = 16384
+HTTP_HEADERS_MAX = 64
 HTTP_BODY_MAX_BYTES = 1 << 20
-HTTP_REQUEST_LIMIT_S = 10.0   # from the request line to the last byte of the body
-HTTP_IDLE_LIMIT_S = 60.0      # between requests on a kept connection
+HTTP_REQUEST_LIMIT_S = 10.0   # from the first byte of a request to the last of its body
+HTTP_PEER_LIMIT_S = 30.0      # between requests on a kept connection; to take what is sent
+STREAM_LOOK_S = 1.0           # how often a stream in which nothing happens looks for its reader
+STREAM_QUIET_S = 15.0         # after which it says so
+JSON_DEPTH_MAX = 32
+
+
+class Field(NamedTuple):
+    """A value in a JSON body, a query or a result.
+
+    kind: string, integer, number, boolean, object, array.  max_length: characters or items.
+    items: the kind of an array's.  Of a result, what is not required may be null.
+    """
+    name: str
+    kind: str
+    about: str
+    required: bool = False
+    choices: Tuple[str, ...] = ()
+    max_length: int = 1000
+    minimum: Optional[float] = None
+    maximum: Optional[float] = None
+    example: Any = None
+    items: str = "string"
 
 
 class Request(NamedTuple):
-    """headers: as email.message.Message, names in any case.  caller: what authorize() returned."""
+    """headers: names in lower case.  caller: what authorize() returned.  query, fields: as their
+    route declares them, checked and converted; of an Api that checks none, text and nothing."""
     method: str
     path: str
-    query: Dict[str, str]
-    headers: Any
+    query: Dict[str, Any]
+    headers: Dict[str, str]
     body: bytes
     caller: Any = None
+    fields: Dict[str, Any] = {}
 
 
 class Response(NamedTuple):
-    """body: a JSON value, or bytes with their content type."""
+    """body: a JSON value, or bytes with their content type, or an iterator of bytes: a stream.
+
+    Where its reader is slow, or is gone, a stream is closed.  One that has nothing to send yields
+    b"" at least every STREAM_LOOK_S, so that this is seen."""
     status: int
     body: Any
     content_type: str = "application/json"
@@ -7861,12 +7961,23 @@ class Response(NamedTuple):
 
 
 class Route(NamedTuple):
-    """open: needs no authorization."""
+    """open: needs no authorization.  fields: of the JSON body; result: of the answer, where it is
+    JSON; produces: content types of the answer; statuses: those of errors that only this one has.
+    """
     method: str
     path: str
     handler: Callable[[Request], Response]
     open: bool
     summary: str
+    fields: Tuple[Field, ...] = ()
+    query: Tuple[Field, ...] = ()
+    result: Tuple[Field, ...] = ()
+    produces: Tuple[str, ...] = ("application/json",)
+    statuses: Tuple[int, ...] = ()
+
+
+# What any request may come to, besides 404.
+HTTP_ERRORS = (400, 401, 405, 408, 411, 413, 415, 417, 421, 429, 431, 500, 505)
 
 
 class HttpError(Exception):
@@ -7882,251 +7993,761 @@ class HttpError(Exception):
         self.headers = headers
 
 
+def _too_many(what: str, wait_s: int) -> HttpError:
+    return HttpError(429, "too_many", what, f"Come again in {wait_s} s",
+                     (("Retry-After", str(wait_s)),))
+
+
+# -- JSON and fields ---------------------------------------------------
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_int(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError("a number of more than 20 digits")
+    return int(text)
+
+
+def _json_float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), -float("inf")):
+        raise ValueError("a number out of range")
+    return value
+
+
+def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is there twice")
+    return found
+
+
+def decode_json(raw: bytes) -> Any:
+    """Strictly RFC 8259: UTF-8, each name once, finite numbers, no half of a surrogate pair.
+
+    Nesting is bounded before the decoder, which recurses, sees it.  Raises: ValueError.
+    >>> decode_json(b'{"a": [1, 2.5, "["]}')
+    {'a': [1, 2.5, '[']}
+    """
+    text, depth, quoted = raw.decode("utf-8"), 0, False
+    for match in re.finditer(r'\\.|["\[{\]}]', text):
+        mark = match.group()
+        if mark == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += 1 if mark in "[{" else -1
+            if depth > JSON_DEPTH_MAX:
+                raise ValueError(f"nested deeper than {JSON_DEPTH_MAX}")
+    value = json.loads(text, object_pairs_hook=_json_pairs, parse_constant=_no_constant,
+                       parse_int=_json_int, parse_float=_json_float)
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+_JSON_KINDS: Dict[str, Any] = {"string": str, "integer": int, "number": (int, float),
+                               "boolean": bool, "object": dict, "array": list}
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    return isinstance(value, _JSON_KINDS[kind]) and (kind == "boolean" or value is not True
+                                                     and value is not False)
+
+
+def field_problem(field: Field, value: Any) -> str:
+    """What is wrong with a value, or nothing.
+
+    >>> field_problem(Field("n", "integer", "", minimum=1), 0)
+    'must be at least 1'
+    """
+    if not _is_kind(value, field.kind):
+        return f"must be of type {field.kind}"
+    if field.kind in ("string", "array") and len(value) > field.max_length:
+        unit = "items" if field.kind == "array" else "characters"
+        return f"is longer than {field.max_length} {unit}"
+    if field.kind == "array" and not all(_is_kind(item, field.items) for item in value):
+        return f"must hold items of type {field.items}"
+    if field.choices and value not in field.choices:
+        return "must be one of " + ", ".join(field.choices)
+    if field.minimum is not None and value < field.minimum:
+        return f"must be at least {field.minimum:g}"
+    if field.maximum is not None and value > field.maximum:
+        return f"must be at most {field.maximum:g}"
+    return ""
+
+
+def checked_fields(fields: Sequence[Field], given: Any, place: str) -> Dict[str, Any]:
+    """What was given, if it is what is taken.  place: "body" or "query".  Raises: HttpError."""
+    if not isinstance(given, dict):
+        raise HttpError(400, "bad_json", f"the {place} must be a JSON object")
+    for name in sorted(given.keys() - {field.name for field in fields}):
+        raise HttpError(400, "unknown_field", f"the {place} has an unknown field "
+                        f"`{printable(name[:64])}`", f"Fields of the {place} here: "
+                        + (", ".join(field.name for field in fields) or "none"))
+    for field in fields:
+        if field.name not in given:
+            problem = "is missing" if field.required else ""
+        else:
+            value = given[field.name]
+            if field.kind == "integer" and isinstance(value, float) and value.is_integer():
+                given[field.name] = value = int(value)  # 1.0 is an integer in JSON Schema
+            problem = field_problem(field, value)
+        if problem:
+            example = "" if field.example is None else f", as {json.dumps(field.example)}"
+            raise HttpError(400, "missing_field" if problem == "is missing" else "bad_field",
+                            f"`{field.name}` {problem}", f"{field.name}: {field.about}{example}")
+    return given
+
+
+def parse_query(fields: Sequence[Field], text: str) -> Dict[str, Any]:
+    """A query's values as their fields' kinds; text stays text where it is none, and is refused
+    when it is checked.  Raises: HttpError."""
+    if not text:
+        return {}
+    from urllib.parse import parse_qsl
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict",
+                          max_num_fields=32)
+        given: Dict[str, Any] = _json_pairs(pairs)
+    except ValueError as error:
+        raise HttpError(400, "bad_query", f"the query cannot be used: {error}",
+                        "It is NAME=VALUE&..., each name once") from error
+    for field in fields:
+        value = given.get(field.name)
+        if field.kind == "integer" and value and re.fullmatch("-?[0-9]{1,18}", value):
+            given[field.name] = int(value)
+        elif field.kind == "boolean" and value in ("true", "false"):
+            given[field.name] = value == "true"
+    return given
+
+
+def media_type(headers: Dict[str, str]) -> str:
+    """
+    >>> media_type({"content-type": "Application/JSON; charset=utf-8"})
+    'application/json'
+    """
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def wants(headers: Dict[str, str], content_type: str) -> bool:
+    """Whether a client asks for this kind of answer by name."""
+    return content_type in headers.get("accept", "").lower()
+
+
+# -- what is served ----------------------------------------------------
+
+class RequestHead(NamedTuple):
+    """headers: names in lower case.  minor: of HTTP/1.minor."""
+    method: str
+    target: str
+    headers: Dict[str, str]
+    minor: str = "1"
+
+    @property
+    def has_body(self) -> bool:
+        return (self.headers.get("content-length", "0") != "0"
+                or "transfer-encoding" in self.headers)
+
+
 class Api:
-    """What a server serves.  Subclasses give routes, authorize() and the shape of an error."""
+    """What a server serves.  Subclasses give routes, authorize() and the shape of an error.
+
+    strict: bodies and queries are checked against their route.  refusals: failed authorizations
+    in a minute, after which they are 429; 0 for no limit.  A right token is never held up.
+    statuses: of an AgentError that a handler raises, by its class.  instant: paths of open routes
+    whose handlers never wait: they need no thread.
+    """
 
     name = "api"
     max_connections = 64  # well under the 256 descriptors that a terminal on macOS grants
+    max_streams = 16
+    strict = True
+    refusals = 0
+    statuses: Tuple[Tuple[Any, int], ...] = ()
+    instant: Tuple[str, ...] = ()
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.routes: Tuple[Route, ...] = ()
+        self._refused_s: Any = collections.deque(maxlen=self.refusals)
 
-    def check(self, headers: Any) -> None:
+    def check(self, headers: Dict[str, str]) -> None:
         """Before anything else is looked at.  Raises: HttpError."""
 
-    def authorize(self, headers: Any) -> Any:
+    def authorize(self, headers: Dict[str, str]) -> Any:
         """Who calls.  Raises: HttpError."""
         raise HttpError(401, "unauthorized", "no way to authorize is set up")
 
     def error_body(self, error: HttpError) -> Dict[str, Any]:
-        return {"status": "error", "error": error.what, "error_code": error.code,
-                "suggestion": error.hint}
+        return {"status": "error", "error": error.what, "message": error.what,
+                "error_code": error.code, "suggestion": error.hint}
 
     def route(self, method: str, path: str) -> Route:
         found = [route for route in self.routes if route.path == path]
         if not found:
-            raise HttpError(404, "not_found", f"there is no {printable(path[:100])} here")
+            raise HttpError(404, "not_found", f"there is no {printable(path[:100])} here",
+                            "GET /openapi.json lists what there is")
         wanted = "GET" if method == "HEAD" else method
         for route in found:
             if route.method == wanted:
                 return route
+        allowed = [route.method for route in found]
+        allowed += ["HEAD"] if "GET" in allowed else []
         raise HttpError(405, "method_not_allowed", f"{path} does not take {printable(method[:16])}",
-                        headers=(("Allow", ", ".join(route.method for route in found)),))
+                        "It takes " + ", ".join(allowed), (("Allow", ", ".join(allowed)),))
 
-    def answer(self, method: str, target: str, headers: Any,
-               read_body: Callable[[], bytes]) -> Response:
+    def _caller(self, headers: Dict[str, str]) -> Any:
+        try:
+            return self.authorize(headers)
+        except HttpError as error:
+            times = self._refused_s
+            if not self.refusals or error.status != 401:
+                raise
+            if len(times) == self.refusals and now_s() - times[0] < 60:
+                raise _too_many("too many requests with a wrong token", 60) from error
+            times.append(now_s())
+            raise
+
+    def _fields(self, route: Route, headers: Dict[str, str], body: bytes) -> Dict[str, Any]:
+        given: Any = {}
+        if body:
+            if media_type(headers) != "application/json":
+                raise HttpError(415, "unsupported_media_type", "the body must be JSON",
+                                "Send Content-Type: application/json")
+            try:
+                given = decode_json(body)
+            except ValueError as error:
+                raise HttpError(400, "bad_json", f"the body is not strict JSON: {error}") from error
+        return checked_fields(route.fields, given, "body")
+
+    def answer(self, head: RequestHead, read_body: Callable[[], bytes]) -> Response:
         """Route, then authority, then the body, so that a stranger's megabytes are not read."""
-        from urllib.parse import parse_qsl
-        self.check(headers)
-        path, _, query = target.partition("?")
-        route = self.route(method, path)
+        self.check(head.headers)
+        path, _, query_text = head.target.partition("?")
+        route = self.route(head.method, path)
+        caller = None if route.open else self._caller(head.headers)
+        query, body, fields = parse_query(route.query, query_text), read_body(), {}
+        if self.strict:
+            query = checked_fields(route.query, query, "query")
+            fields = self._fields(route, head.headers, body)
         try:
-            values = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=32))
-        except ValueError as error:
-            raise HttpError(400, "bad_query", "more than 32 query fields") from error
-        try:
-            caller = None if route.open else self.authorize(headers)
-            body = read_body()
-            return route.handler(Request(method, path, values, headers, body, caller))
+            return route.handler(Request(head.method, path, query, head.headers, body, caller,
+                                         fields))
         except AgentError as error:
+            status = next((status for kind, status in self.statuses if isinstance(error, kind)),
+                          500)
             self.log.error("failed", error, request=path)
-            raise HttpError(500, "failed", error.what, error.hint) from error
+            raise HttpError(status, "failed", error.what, error.hint) from error
 
+    def failure(self, error: HttpError) -> Response:
+        return Response(error.status, self.error_body(error), headers=error.headers)
 
-def request_body(handler: Any) -> bytes:
-    """The body of a request that http.server has read the head of.  Raises: HttpError."""
-    if handler.headers.get("Transfer-Encoding"):
-        raise HttpError(411, "length_required", "a chunked body", "Send a Content-Length")
-    lengths = handler.headers.get_all("Content-Length") or ["0"]
-    if len(set(lengths)) != 1 or not re.fullmatch(r"[0-9]{1,12}", lengths[0]):
-        raise HttpError(400, "bad_length", "a Content-Length that is no number")
-    length = int(lengths[0])
-    if length > HTTP_BODY_MAX_BYTES:
-        raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
-    body = handler.rfile.read(length)
-    if len(body) < length:
-        raise HttpError(400, "cut_off", "the body ended early")
-    return body
-
-
-def render_response(response: Response, head_only: bool, close: bool) -> bytes:
-    """Head and body in one piece."""
-    import http
-    from email.utils import formatdate
-    body = response.body
-    if not isinstance(body, bytes):
-        body = json.dumps(body).encode("utf-8") + b"\n"
-    try:
-        reason = http.HTTPStatus(response.status).phrase
-    except ValueError:
-        reason = "Unknown"
-    lines = [f"HTTP/1.1 {response.status} {reason}", f"Content-Type: {response.content_type}",
-             f"Content-Length: {len(body)}", f"Date: {formatdate(usegmt=True)}",
-             "X-Content-Type-Options: nosniff", "Cache-Control: no-store",
-             *(f"{name}: {value}" for name, value in response.headers)]
-    if close:
-        lines.append("Connection: close")
-    return "\r\n".join(lines + ["", ""]).encode("latin-1") + (b"" if head_only else body)
-
-
-def drop_body(handler: Any) -> None:
-    """Read away, for two seconds, a body that was answered without being read.
-
-    Closing on unread bytes makes the kernel reset the connection, and the answer may be lost.
-    """
-    handler.timed.allow(2.0)
-    left = HTTP_BODY_MAX_BYTES
-    try:
-        handler.connection.shutdown(socket.SHUT_WR)
-        while left > 0:
-            taken = len(handler.rfile.read1(65536))
-            left -= taken or left
-    except OSError:
-        pass  # it is closed next in any case
-
-
-def answer_one(handler: Any, api: Api) -> None:
-    """One request of an http.server handler, whatever happens in it."""
-    unread = (handler.headers.get("Content-Length", "0") != "0"
-              or "Transfer-Encoding" in handler.headers)
-
-    def read_body() -> bytes:
-        nonlocal unread
-        body = request_body(handler)
-        unread = False
-        return body
-    try:
-        response = api.answer(handler.command, handler.path, handler.headers, read_body)
-    except HttpError as error:
-        response = Response(error.status, api.error_body(error), headers=error.headers)
-    except OSError:
-        handler.close_connection = True  # the peer left, or was too slow
-        return
-    except Exception as error:
+    def defect(self, error: Exception, target: str) -> Response:
+        """What is said of an exception that nobody expected, once it is logged."""
         number = os.urandom(4).hex()
-        api.log("error", "defect", where=defect_place(error), id=number,
-                what=f"{type(error).__name__}: {error}", request=handler.path[:200])
-        failure = HttpError(500, "internal", f"a defect of ours, number {number} in the log")
-        response, handler.close_connection = Response(500, api.error_body(failure)), True
-    handler.close_connection |= unread
-    api.log("debug", "served", api=api.name, request=f"{handler.command} {handler.path[:200]}",
-            status=response.status)
-    handler.wfile.write(render_response(response, handler.command == "HEAD",
-                                        handler.close_connection))
-    if unread:
-        drop_body(handler)
+        self.log("error", "defect", where=defect_place(error), id=number,
+                 what=f"{type(error).__name__}: {error}", request=target[:200])
+        return self.failure(HttpError(
+            500, "internal", f"a defect of ours, number {number} in the log",
+            "Please report it with the lines of the log that have this number"))
 
 
-def _make_handler(api: Api) -> Any:
-    """http.server is imported, and its classes are made, only where something listens: it takes
-    20 ms that `--once` and the commands never pay."""
-    from http.server import BaseHTTPRequestHandler
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def setup(self) -> None:
-            super().setup()
-            # A stranger who says nothing is gone soon; one who was answered may stay.
-            self.timed = _TimedSocket(self.connection, now_s() + HTTP_REQUEST_LIMIT_S)
-            self.rfile = io.BufferedReader(self.timed)
-
-        def handle_one_request(self) -> None:
-            try:
-                super().handle_one_request()
-                self.timed.allow(HTTP_IDLE_LIMIT_S)
-            except OSError:
-                self.close_connection = True
-
-        def parse_request(self) -> bool:
-            self.timed.allow(HTTP_REQUEST_LIMIT_S)
-            return super().parse_request()
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("do_"):  # every method: the routes table decides
-                return lambda: answer_one(self, api)
-            raise AttributeError(name)
-
-        def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
-            error = HttpError(code, "bad_request", printable(str(message or "bad request")[:200]))
-            self.close_connection = True
-            self.wfile.write(render_response(Response(code, api.error_body(error)), False, True))
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass  # answer_one() logs what was served
-
-    return Handler
+def _field_schema(field: Field, of_result: bool = False) -> Dict[str, Any]:
+    schema: Dict[str, Any] = {"type": field.kind, "description": field.about}
+    if of_result:
+        return schema if field.required else dict(schema, type=[field.kind, "null"])
+    if field.kind == "integer":
+        schema.update(minimum=-10**18, maximum=10**18)
+    bounds = {"enum": list(field.choices) or None, "minimum": field.minimum,
+              "maximum": field.maximum,
+              "maxLength": field.max_length if field.kind == "string" else None,
+              "maxItems": field.max_length if field.kind == "array" else None,
+              "items": {"type": field.items} if field.kind == "array" else None,
+              "examples": None if field.example is None else [field.example]}
+    return dict(schema, **{name: value for name, value in bounds.items() if value is not None})
 
 
-def _make_server(api: Api, host: str, port: int) -> Any:
-    from http.server import ThreadingHTTPServer
+def _object_schema(fields: Sequence[Field], of_result: bool = False) -> Dict[str, Any]:
+    schema = {"type": "object", "additionalProperties": of_result,
+              "properties": {field.name: _field_schema(field, of_result) for field in fields},
+              "required": [field.name for field in fields if field.required]}
+    return {name: value for name, value in schema.items() if value != []}
 
-    class Server(ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads = True
-        block_on_close = False
-        request_queue_size = 1024
-        places = threading.BoundedSemaphore(api.max_connections)
 
-        def server_bind(self) -> None:
-            # HTTPServer.server_bind asks the name server for its own name, which can take seconds.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
+def _operation(route: Route) -> Dict[str, Any]:
+    """A route as OpenAPI has it."""
+    json_only = {"application/json": {"schema": _object_schema(route.result, True)}}
+    errors = sorted(({*HTTP_ERRORS, *route.statuses}) - ({401} if route.open else set()))
+    operation: Dict[str, Any] = {
+        "operationId": (route.method + re.sub("[^a-z]+", "_", route.path)).lower(),
+        "summary": route.summary,
+        "responses": dict({"200": {"description": route.summary, "content": {
+            kind: json_only.get(kind, {"schema": {"type": "string"}}) for kind in route.produces}}},
+            **{str(status): {"$ref": f"#/components/responses/{status}"} for status in errors})}
+    if route.query:
+        operation["parameters"] = [
+            {"name": field.name, "in": "query", "required": field.required,
+             "description": field.about, "schema": _field_schema(field)} for field in route.query]
+    if route.method != "GET":
+        operation["requestBody"] = {
+            "required": any(field.required for field in route.fields),
+            "content": {"application/json": {"schema": _object_schema(route.fields)}}}
+    if route.open:
+        operation["security"] = []
+    return operation
 
-        def process_request(self, request: Any, client_address: Any) -> None:
-            if not self.places.acquire(blocking=False):
-                self.shutdown_request(request)
-                return
-            try:
-                super().process_request(request, client_address)
-            except BaseException:  # no thread was to be had
-                self.places.release()
-                raise
 
-        def get_request(self) -> Any:
-            try:
-                return super().get_request()
-            except OSError:
-                select.poll().poll(50)  # out of descriptors: it waits, and we must not spin
-                raise
+def openapi(routes: Sequence[Route], title: str) -> Dict[str, Any]:
+    """The OpenAPI 3.1 document of a table of routes."""
+    from http import HTTPStatus
+    error = {name: {"type": "string"} for name in ("status", "error", "message", "error_code",
+                                                  "suggestion")}
+    texts = {status: HTTPStatus(status).phrase for status in HTTP_ERRORS + sum(
+        (route.statuses for route in routes), ())}
+    paths: Dict[str, Any] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0", "info": {"title": title, "version": VERSION},
+        "servers": [{"url": "/"}], "security": [{"token": []}], "paths": paths, "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {"Error": {"type": "object", "properties": error, "required": list(error)}},
+            "responses": {str(status): {"description": text, "content": {"application/json": {
+                "schema": {"$ref": "#/components/schemas/Error"}}}}
+                for status, text in sorted(texts.items())}}}
 
-        def process_request_thread(self, request: Any, client_address: Any) -> None:
-            try:
-                super().process_request_thread(request, client_address)
-            finally:
-                self.places.release()
 
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            error = sys.exc_info()[1]
-            if not isinstance(error, OSError):
-                api.log("error", "defect", where=defect_place(error), what=repr(error))
+# -- a connection ------------------------------------------------------
 
-    return Server((host, port), _make_handler(api))
+_HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = f"({_HTTP_TOKEN}) ([!-~]+) HTTP/([0-9])[.]([0-9])"
+_HEADER_LINE = f"{_HTTP_TOKEN}:[\t -~\x80-\xff]*"
+_HTTP_ONCE = ("authorization", "content-length", "content-type", "expect", "host",
+              "transfer-encoding")
+
+
+def parse_request_head(raw: bytes) -> RequestHead:
+    """A request's head without its empty line.  Raises: HttpError.  Source: RFC 9112, 2 to 5."""
+    first, *lines = raw.decode("latin-1").split("\r\n")
+    match = re.fullmatch(_REQUEST_LINE, first)
+    if not match:
+        raise HttpError(400, "bad_request", "this is no HTTP request")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise HttpError(505, "bad_version", "HTTP/1.1 is spoken here")
+    if len(lines) > HTTP_HEADERS_MAX:
+        raise HttpError(431, "too_many_headers", f"more than {HTTP_HEADERS_MAX} headers")
+    headers: Dict[str, str] = {}
+    for line in lines:
+        if not re.fullmatch(_HEADER_LINE, line):
+            raise HttpError(400, "bad_header", "a malformed header")
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in _HTTP_ONCE:
+                raise HttpError(400, "repeated_header", f"{name} is there twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    if "host" not in headers and minor != "0":
+        raise HttpError(400, "no_host", "a request without a Host header")
+    return RequestHead(method, target, headers, minor)
+
+
+def body_length(headers: Dict[str, str]) -> int:
+    """Raises: HttpError for a body without a clear end, or one that is too long."""
+    text = headers.get("content-length", "0")
+    if "transfer-encoding" in headers:
+        if "content-length" in headers:
+            raise HttpError(400, "bad_length", "a Content-Length and a Transfer-Encoding")
+        raise HttpError(411, "length_required", "a chunked body", "Send a Content-Length")
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise HttpError(400, "bad_length", "a Content-Length that is no number")
+    if int(text) > HTTP_BODY_MAX_BYTES:
+        raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise HttpError(417, "bad_expectation", "an Expect other than 100-continue")
+    return int(text)
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(wall_s: int) -> str:
+    """
+    >>> http_date(784111777)
+    'Sun, 06 Nov 1994 08:49:37 GMT'
+    """
+    at = time.gmtime(wall_s)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[at.tm_wday]
+    return time.strftime(f"{day}, %d {_MONTHS[at.tm_mon - 1]} %Y %H:%M:%S GMT", at)
+
+
+def render_response(response: Response, length: Optional[int], more: str = "") -> bytes:
+    """The head of an answer.  more: header lines, each with its end."""
+    from http import HTTPStatus
+    sized = "" if length is None else f"Content-Length: {length}\r\n"
+    named = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
+    return (f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}\r\n"
+            f"Content-Type: {response.content_type}\r\n{sized}"
+            f"Date: {http_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n"
+            f"Cache-Control: no-store\r\n{named}{more}\r\n").encode("latin-1")
+
+
+class _Gone(Exception):
+    """The client left, or takes nothing more: there is nobody to answer."""
+
+
+class _Connection:
+    """One client's requests, one after the other.
+
+    answer_instant() is for the thread that accepts, serve() for one of its own after that.
+    """
+
+    def __init__(self, sock: socket.socket, server: Any) -> None:
+        self.sock = sock
+        self._server, self._api = server, server.api
+        self._held = b""  # what came and was not looked at yet
+        self._until_s = 0.0
+        self._unread = False  # whether there is a body that nobody has read
+        self.idle_until_s = now_s() + HTTP_REQUEST_LIMIT_S
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(0)
+
+    # -- reading and sending: all raise _Gone, and the first three HttpError --
+
+    def _more(self) -> bytes:
+        """More of a request that has begun."""
+        try:
+            self.sock.settimeout(_left_s(self._until_s))
+            piece = self.sock.recv(65536)
+        except socket.timeout as error:
+            raise HttpError(408, "too_slow", "the request did not arrive within "
+                            f"{HTTP_REQUEST_LIMIT_S:g} s") from error
+        except OSError as error:
+            raise _Gone from error
+        if not piece:
+            raise HttpError(400, "cut_off", "the request ended early")
+        return piece
+
+    def _read_head(self) -> RequestHead:
+        held = self._held or self._wait()
+        self._until_s = now_s() + HTTP_REQUEST_LIMIT_S
+        self._unread = True
+        end = held.find(b"\r\n\r\n")
+        while end < 0 and len(held) <= HTTP_HEAD_MAX_BYTES:
+            held += self._more()
+            end = held.find(b"\r\n\r\n")
+        if not 0 <= end <= HTTP_HEAD_MAX_BYTES:
+            raise HttpError(431, "head_too_long", f"a head of more than {HTTP_HEAD_MAX_BYTES} bytes")
+        self._held = held[end + 4:]
+        head = parse_request_head(held[:end])
+        self._unread = head.has_body
+        return head
+
+    def _read_body(self, headers: Dict[str, str]) -> bytes:
+        length = body_length(headers)
+        if length > len(self._held) and "expect" in headers:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray(self._held)
+        while len(body) < length:
+            body += self._more()
+        self._held = bytes(body[length:])
+        self._unread = False
+        return bytes(body[:length])
+
+    def _wait(self) -> bytes:
+        """The beginning of the next request."""
+        try:
+            self.sock.settimeout(HTTP_PEER_LIMIT_S)
+            piece = self.sock.recv(65536)
+        except OSError as error:
+            raise _Gone from error
+        if not piece:
+            raise _Gone
+        return piece
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self.sock.settimeout(HTTP_PEER_LIMIT_S)
+            self.sock.sendall(data)
+        except OSError as error:
+            raise _Gone from error
+
+    def _drop_unread(self) -> None:
+        """Read away, for two seconds, a body that was answered without being read.
+
+        Closing on unread bytes makes the kernel reset the connection, and the answer may be lost.
+        """
+        until_s, left = now_s() + 2.0, HTTP_BODY_MAX_BYTES
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+            while left > 0:
+                self.sock.settimeout(_left_s(until_s))
+                left -= len(self.sock.recv(65536)) or left
+        except OSError:
+            pass  # it is closed next in any case
+
+    # -- answering ------------------------------------------------------
+
+    def _answer(self, head: RequestHead) -> Response:
+        """Whatever happens in it.  Raises: _Gone."""
+        try:
+            response = self._api.answer(head, lambda: self._read_body(head.headers))
+        except HttpError as error:
+            response = self._api.failure(error)
+        except _Gone:
+            raise
+        except Exception as error:
+            response = self._api.defect(error, head.target)
+        self._api.log("debug", "served", api=self._api.name, status=response.status,
+                      request=f"{head.method} {head.target[:200]}")
+        return response
+
+    def _render(self, response: Response, head: RequestHead) -> Tuple[bytes, bool]:
+        """(what is sent, whether another request may follow)."""
+        body = response.body
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode("utf-8") + b"\n"
+        goes_on = not (self._unread or head.minor == "0" or self._server.stopping
+                       or "close" in head.headers.get("connection", "").lower())
+        answer = render_response(response, len(body), "" if goes_on else "Connection: close\r\n")
+        return answer if head.method == "HEAD" else answer + body, goes_on
+
+    def answer_instant(self) -> bool:
+        """Answer what has come, without waiting.  Raises: _Gone.  Returns: whether that could be:
+        one whole request, of a path that is instant."""
+        try:
+            self._held = self.sock.recv(65536)
+            if not self._held:
+                raise _Gone
+            if not self._held.endswith(b"\r\n\r\n"):
+                return False
+            head = parse_request_head(self._held[:-4])
+            if head.target not in self._api.instant or head.has_body:
+                return False
+            answer, goes_on = self._render(self._answer(head), head)
+            if self.sock.send(answer) < len(answer) or not goes_on:
+                raise _Gone
+        except HttpError:
+            return False
+        except OSError as error:
+            raise _Gone from error
+        self._held, self.idle_until_s = b"", now_s() + HTTP_PEER_LIMIT_S
+        return True
+
+    def _is_left(self) -> bool:
+        """Whether the reader of a stream has closed his side."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        try:
+            return bool(poll.poll(0)) and not self.sock.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def _stream(self, response: Response, head: RequestHead) -> bool:
+        """Whether the connection can be used again.  A stream that breaks off has no last chunk."""
+        chunked = head.minor != "0"
+        self._send(render_response(response, None, "Transfer-Encoding: chunked\r\n" if chunked
+                                   else "Connection: close\r\n"))
+        if head.method == "HEAD":
+            return chunked
+        for piece in response.body:
+            if self._server.stopping or not piece and self._is_left():
+                return False
+            if piece:
+                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        if chunked:
+            self._send(b"0\r\n\r\n")
+        return chunked and not self._unread
+
+    def _serve_stream(self, response: Response, head: RequestHead) -> bool:
+        if not self._server.streams.acquire(blocking=False):
+            full = self._api.failure(_too_many("too many streams are open", 10))
+            answer, goes_on = self._render(full, head)
+            self._send(answer)
+            return goes_on
+        try:
+            return self._stream(response, head)
+        finally:
+            self._server.streams.release()
+            getattr(response.body, "close", int)()
+
+    def _serve_one(self) -> bool:
+        """Whether another request may follow.  Raises: _Gone."""
+        head = RequestHead("", "", {}, "0")
+        try:
+            head = self._read_head()
+            response = self._answer(head)
+        except HttpError as error:
+            response = self._api.failure(error)
+        if hasattr(response.body, "__next__"):
+            return self._serve_stream(response, head)
+        answer, goes_on = self._render(response, head)
+        self._send(answer)
+        if self._unread:
+            self._drop_unread()
+        return goes_on
+
+    def serve(self) -> None:
+        """In a thread of its own, to the end."""
+        try:
+            while self._serve_one():
+                pass
+        except _Gone:
+            pass
+        except Exception as error:  # in the middle of a stream: nothing more can be said
+            self._api.defect(error, "")
+        finally:
+            self._server.left(self)
 
 
 class ApiServer:
-    """A listening socket and its threads.  Raises OSError where the address is not to be had."""
+    """A listening socket, a thread that accepts, and one for each connection that needs it.
+
+    Raises OSError where the address is not to be had.  _lock guards _connections (with their
+    threads); _waiting (by descriptor) is the accepting thread's own.
+    """
 
     def __init__(self, api: Api, host: str, port: int) -> None:
-        self._server = _make_server(api, host, port)
-        self.host, self.port = self._server.server_address[:2]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.5,),
-                                        name=api.name, daemon=True)
+        self.api = api
+        self.stopping = False
+        self.streams = threading.BoundedSemaphore(api.max_streams)
+        self._lock = threading.Lock()
+        self._connections: Dict[_Connection, Optional[threading.Thread]] = {}
+        self._waiting: Dict[int, _Connection] = {}
+        self._poll = select.poll()
+        self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.bind((host, port))
+            self._listener.listen(1024)
+        except BaseException:
+            self._listener.close()
+            raise
+        self._listener.settimeout(0)
+        self.host, self.port = self._listener.getsockname()[:2]
+        self._end_read, self._end_write = os.pipe()
+        self._poll.register(self._listener, select.POLLIN)
+        self._poll.register(self._end_read, select.POLLIN)
+        self._thread = threading.Thread(target=self._run, name=api.name, daemon=True)
 
     @property
     def url(self) -> str:
         return f"http://{host_port(self.host, self.port)}"
 
+    def _run(self) -> None:
+        sweep_s = 0.0
+        while not self.stopping:
+            for descriptor, _ in self._poll.poll(1000 if self._waiting else None):
+                try:
+                    if descriptor in self._waiting:
+                        self._look(descriptor)
+                    elif descriptor == self._listener.fileno():
+                        self._accept(self._listener.accept()[0])
+                except BlockingIOError:
+                    pass  # it left again
+                except Exception as error:  # no descriptor or no thread was to be had
+                    self.api.log("debug", "not_accepted", what=repr(error))
+                    select.poll().poll(50)  # what we cannot accept stays ready: do not spin
+            if now_s() > sweep_s:
+                sweep_s = now_s() + 1.0
+                for descriptor in [descriptor for descriptor, found in self._waiting.items()
+                                   if found.idle_until_s < now_s()]:
+                    self.left(self._forget(descriptor))
+
+    def _forget(self, descriptor: int) -> _Connection:
+        self._poll.unregister(descriptor)
+        return self._waiting.pop(descriptor)
+
+    def _accept(self, sock: socket.socket) -> None:
+        try:
+            connection = _Connection(sock, self)
+            with self._lock:
+                full = len(self._connections) >= self.api.max_connections
+                if not full:
+                    self._connections[connection] = None
+            if full:
+                error = self.api.failure(_too_many("too many connections are open", 1))
+                body = json.dumps(error.body).encode("utf-8")
+                sock.send(render_response(error, len(body), "Connection: close\r\n") + body)
+                sock.close()
+                return
+        except OSError:
+            sock.close()  # it left again
+            return
+        self._poll.register(sock, select.POLLIN)
+        self._waiting[sock.fileno()] = connection
+
+    def _look(self, descriptor: int) -> None:
+        """Something came on a connection that has no thread."""
+        try:
+            if self._waiting[descriptor].answer_instant():
+                return
+        except _Gone:
+            self.left(self._forget(descriptor))
+            return
+        connection = self._forget(descriptor)
+        thread = threading.Thread(target=connection.serve, name=f"{self.api.name}-client",
+                                  daemon=True)
+        with self._lock:
+            self._connections[connection] = thread
+        try:
+            thread.start()
+        except BaseException:
+            self.left(connection)
+            raise
+
+    def left(self, connection: _Connection) -> None:
+        """A connection is done with."""
+        with self._lock:
+            self._connections.pop(connection, None)
+        connection.sock.close()
+
     def start(self) -> None:
         self._thread.start()
 
+    def _end_connections(self, how: int, limit_s: float) -> None:
+        with self._lock:
+            found = list(self._connections.items())
+        until_s = now_s() + limit_s
+        for connection, _ in found:
+            try:
+                connection.sock.shutdown(how)
+            except OSError:
+                pass  # it ended by itself
+        for connection, thread in found:
+            if thread is None:
+                self.left(connection)
+            else:
+                thread.join(max(0.0, until_s - now_s()))
+
     def stop(self) -> None:
-        self._server.shutdown()
-        self._thread.join(2.0)
-        self._server.server_close()
+        """Answers that are being made have a moment to go out."""
+        self.stopping = True
+        os.write(self._end_write, b"!")
+        if self._thread.ident is not None:
+            self._thread.join(2.0)
+        self._listener.close()
+        self._end_connections(socket.SHUT_RD, 1.5)
+        self._end_connections(socket.SHUT_RDWR, 0.5)
+        os.close(self._end_read)
+        os.close(self._end_write)
+
+
+def follow_ring(ring: Ring, number: int, render: Callable[[int, Any], bytes],
+                quiet: bytes) -> Iterator[bytes]:
+    """The body of a stream without end: what is in a ring after a number, and what comes; quiet:
+    what is sent where nothing comes."""
+    told_s = now_s()
+    while True:
+        found = ring.after(number, STREAM_LOOK_S)
+        if found:
+            number = found[-1][0]
+        piece = b"".join([render(*pair) for pair in found])
+        if not found and now_s() - told_s >= STREAM_QUIET_S:
+            piece = quiet
+        if piece:
+            told_s = now_s()
+        yield piece
 
 
 # ----------------------------------------------------------------------
@@ -8439,44 +9060,117 @@ def kept_secret(path: str) -> str:
     return token
 
 
+STATUS_FIELDS = (
+    Field("status", "string", "state of the membership, as the predecessor named it", True),
+    Field("machine_id", "string", "this machine's id", True),
+    Field("pool", "string", "the pool that it is in", True),
+    Field("uptime_seconds", "number", "how long the agent runs", True),
+    Field("cpu_percent", "number", "busy share of the processors"),
+    Field("memory_percent", "number", "share of memory in use"),
+    Field("gpu_count", "integer", "GPUs that are offered"),
+    Field("state", "string", "state of the membership", True),
+    Field("message", "string", "of the last failure", True),
+    Field("version", "string", "of the agent", True),
+    Field("pid", "integer", "of the agent", True),
+    Field("gateway", "string", "its URL", True),
+    Field("hostname", "string", "as the gateway is told", True),
+    Field("provider", "string", "as the gateway is told", True),
+    Field("state_seconds", "number", "how long it is in this state", True),
+    Field("last_keepalive", "string", "when the last one was accepted, UTC"),
+    Field("last_keepalive_seconds_ago", "number", "the same"),
+    Field("keepalives", "integer", "accepted", True),
+    Field("registrations", "integer", "accepted", True),
+    Field("failures", "integer", "requests in a row that failed", True),
+    Field("network_received_bytes", "integer", "by this machine"),
+    Field("network_sent_bytes", "integer", "by this machine"),
+    Field("clock_offset_seconds", "number", "our clock less the gateway's"),
+    Field("host", "object", "what the machine is, and how it was at the last keepalive", True),
+    Field("gpus", "array", "what is known of each GPU", True, items="object"),
+    Field("gpu_problems", "array", "of GPUs and their drivers", True),
+    Field("energy", "object", "used, and its emissions", True),
+    Field("metrics", "object", "as the last keepalive had them", True),
+)
+
+
+def agent_routes(status: Callable[[], Dict[str, Any]],
+                 metrics: Callable[[], str]) -> Tuple[Route, ...]:
+    """status(): the fields of GET /status; metrics(): the text of GET /metrics."""
+    return (
+        Route("GET", "/status", lambda request: Response(200, status()), False,
+              "the agent, its membership, its figures", result=STATUS_FIELDS),
+        Route("GET", "/metrics", lambda request: Response(
+            200, metrics().encode("utf-8"), METRICS_CONTENT_TYPE), False,
+            "the same and more, for Prometheus", produces=("text/plain",)),
+    )
+
+
 class ControlApi(Api):
-    """status(): the fields of GET /status; metrics(): the text of GET /metrics; from the agent."""
+    """What every agent answers, and the routes that it is given."""
 
     name = "control"
+    instant = ("/health",)
+    refusals = 30
+    statuses = ((UsageError, 400), (LockedError, 409))
 
-    def __init__(self, log: Log, token: str, status: Callable[[], Dict[str, Any]],
-                 metrics: Callable[[], str]) -> None:
+    def __init__(self, log: Log, token: str, routes: Sequence[Route]) -> None:
         super().__init__(log)
         self._token = token
-        self._status = status
-        self._metrics = metrics
         self.routes = (
-            Route("GET", "/health", self._health, True, "whether the agent lives"),
-            Route("GET", "/status", lambda request: Response(200, self._status()), False,
-                  "the agent, its membership, its figures"),
-            Route("GET", "/metrics", lambda request: Response(
-                200, self._metrics().encode("utf-8"), METRICS_CONTENT_TYPE), False,
-                  "the same and more, for Prometheus"),
+            Route("GET", "/health", lambda request: Response(
+                200, {"status": "ok", "version": VERSION}), True, "whether the agent lives",
+                result=(Field("status", "string", "ok", True),
+                        Field("version", "string", "of the agent", True))),
+            *routes,
+            Route("GET", "/logs", self._logs, False,
+                  "the newest lines of the log; as JSON to who accepts application/x-ndjson",
+                  query=(Field("lines", "integer", "how many", minimum=0, maximum=LOG_KEPT_LINES,
+                               example=100),
+                         Field("follow", "boolean", "go on as they come")),
+                  produces=("text/plain", "application/x-ndjson")),
+            Route("GET", "/events", self._events, False,
+                  "server-sent events: state, inference, pull, log; Last-Event-ID is understood",
+                  query=(Field("since", "integer", "those after this id; 0: all that are kept",
+                               minimum=0, maximum=10**18),), produces=("text/event-stream",)),
+            Route("GET", "/openapi.json", lambda request: Response(
+                200, openapi(self.routes, "b9agent control API")), False, "this document"),
         )
 
-    def check(self, headers: Any) -> None:
-        host = (headers.get("Host") or "").strip()
+    def check(self, headers: Dict[str, str]) -> None:
+        host = headers.get("host", "")
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
         if name.lower() != "localhost" and not re.fullmatch(r"([0-9.]+|\[[0-9a-fA-F:.%]+\])", name):
             raise HttpError(421, "wrong_host", "the Host header must be an IP address or localhost",
                             "Call this API by its address")
 
-    def authorize(self, headers: Any) -> str:
+    def authorize(self, headers: Dict[str, str]) -> str:
         import hmac
-        given = (headers.get("Authorization") or "").encode("utf-8", "replace")
+        given = headers.get("authorization", "").encode("utf-8", "replace")
         if not hmac.compare_digest(given, b"Bearer " + self._token.encode()):
             raise HttpError(401, "unauthorized", "this needs the control token",
                             "Send `Authorization: Bearer` with the text of control.token in the "
                             "state folder", (("WWW-Authenticate", "Bearer"),))
         return "control"
 
-    def _health(self, _request: Request) -> Response:
-        return Response(200, {"status": "ok", "version": VERSION})
+    def _logs(self, request: Request) -> Response:
+        ring, is_json = self.log.kept, wants(request.headers, "application/x-ndjson")
+        kind = "application/x-ndjson" if is_json else "text/plain; charset=utf-8"
+        number = ring.last - request.query.get("lines", 100)
+
+        def render(number: int, line: str) -> bytes:
+            text = line if is_json else render_kept_line(line)
+            return text.encode("utf-8", "replace") + b"\n"
+        if request.query.get("follow"):
+            return Response(200, follow_ring(ring, number, render, b"\n" if is_json else b""), kind)
+        return Response(200, b"".join([render(*pair) for pair in ring.after(number)]), kind)
+
+    def _events(self, request: Request) -> Response:
+        ring, last = self.log.events, request.headers.get("last-event-id", "")
+        number = (int(last) if re.fullmatch("[0-9]{1,18}", last)
+                  else request.query.get("since", ring.last))
+        return Response(200, follow_ring(
+            ring, number, lambda number, event: "id: {}\nevent: {}\ndata: {}\n\n".format(
+                number, *event).encode("utf-8", "replace"), b": keep-alive\n\n"),
+            "text/event-stream")
 
 
 def agent_holds(state_dir: str) -> bool:
@@ -8739,10 +9433,6 @@ def decode_go(value: Any, kind: Any) -> Any:
     return re.sub("[\ud800-\udfff]", "\ufffd", value) if kind is str else value
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
 def machine_record(machine: Machine) -> Dict[str, Any]:
     """The shape of GET /api/v1/machine/list, without the tokens that the real one shows."""
     state = machine._asdict()
@@ -8757,6 +9447,7 @@ class GatewayApi(Api):
 
     name = "gateway"
     max_connections = 256
+    strict = False  # as Go is, of which decode_go() knows
 
     def __init__(self, log: Log, store: MachineStore,
                  on_change: Optional[Callable[[str, str, Dict[str, Any]], None]] = None) -> None:
@@ -8780,7 +9471,7 @@ class GatewayApi(Api):
 
     def authorize(self, headers: Any) -> str:
         """The machine id that the token belongs to."""
-        given = headers.get("Authorization") or ""
+        given = headers.get("authorization", "")
         machine_id = None
         if given.startswith("Bearer "):
             machine_id = self._store.machine_of_token(given[len("Bearer "):])
@@ -8797,8 +9488,7 @@ class GatewayApi(Api):
 
     def _decode(self, request: Request, kinds: Dict[str, Any]) -> Dict[str, Any]:
         """The body into declared types, for the machine that the token belongs to."""
-        if (request.headers.get_content_type() != "application/json"
-                or not request.headers.get("Content-Type")):
+        if media_type(request.headers) != "application/json":
             raise HttpError(400, "bad_request", "Invalid payload")
         try:
             value = json.loads(request.body.decode("utf-8"), parse_constant=_no_constant)
@@ -9518,6 +10208,8 @@ class Agent:
             state = self.membership.snapshot.state
             if state is not self._told:
                 self._told = state
+                self._log.events.tell("state", state=state.value,
+                                      message=self.membership.snapshot.message)
                 sd_notify(f"STATUS={state.value}: machine {self.identity.machine_id}, pool "
                           f"{self.identity.pool_name}, {self.endpoint.url}")
             if watchdog_s and now_s() < self._alive_until_s:
@@ -9531,7 +10223,8 @@ class Agent:
         remove_file(address_file)
         try:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
-            server = ApiServer(ControlApi(self._log, token, self.status, self.metrics_text),
+            server = ApiServer(ControlApi(
+                self._log, token, agent_routes(self.status, self.metrics_text)),
                                settings.control_host, settings.control_port)
             server.start()
             self._control = server

@@ -51,7 +51,7 @@ def test_health_is_open_and_everything_else_wants_the_token(control):
     for value in wrong:
         status, answer, reply = control.call("GET", "/status", {"Authorization": value})
         assert status == 401 and reply.getheader("WWW-Authenticate") == "Bearer", value
-        assert set(answer) == {"status", "error", "error_code", "suggestion"}
+        assert set(answer) == {"status", "error", "message", "error_code", "suggestion"}
         assert answer["status"] == "error" and control.token not in json.dumps(answer)
 
 
