@@ -8155,7 +8155,7 @@ class Api:
 
     strict: bodies and queries are checked against their route.  refusals: failed authorizations
     in a minute, after which they are 429; 0 for no limit.  A right token is never held up.
-    statuses: of an AgentError that a handler raises, by its class.  instant: paths of open routes
+    statuses: HTTP's and ours for an AgentError that a handler raises, by its class.  instant: paths of open routes
     whose handlers never wait: they need no thread.
     """
 
@@ -8164,7 +8164,7 @@ class Api:
     max_streams = 16
     strict = True
     refusals = 0
-    statuses: Tuple[Tuple[Any, int], ...] = ()
+    statuses: Tuple[Tuple[Any, int, str], ...] = ()
     instant: Tuple[str, ...] = ()
 
     def __init__(self, log: Log) -> None:
@@ -8235,10 +8235,10 @@ class Api:
             return route.handler(Request(head.method, path, query, head.headers, body, caller,
                                          fields))
         except AgentError as error:
-            status = next((status for kind, status in self.statuses if isinstance(error, kind)),
-                          500)
-            self.log.error("failed", error, request=path)
-            raise HttpError(status, "failed", error.what, error.hint) from error
+            _, status, code = next((row for row in self.statuses if isinstance(error, row[0])),
+                                   (None, 500, "failed"))
+            self.log.error("failed", error, "error" if status >= 500 else "info", request=path)
+            raise HttpError(status, code, error.what, error.hint) from error
 
     def failure(self, error: HttpError) -> Response:
         return Response(error.status, self.error_body(error), headers=error.headers)
@@ -9060,6 +9060,13 @@ def kept_secret(path: str) -> str:
     return token
 
 
+# What a handler's error is to HTTP; and what an answer's error_code is to the command line.
+AGENT_ERRORS: Tuple[Tuple[Any, int, str], ...] = (
+    (UsageError, 400, "bad_request"), (LockedError, 409, "locked"),
+    (ModelMissing, 404, "model_not_found"), (TransfersFull, 429, "too_many_transfers"),
+    (EngineMissing, 503, "engine_missing"), (EngineConflict, 409, "conflict"),
+    (ModelError, 502, "model_failed"), (EngineError, 502, "engine_failed"))
+
 STATUS_FIELDS = (
     Field("status", "string", "state of the membership, as the predecessor named it", True),
     Field("machine_id", "string", "this machine's id", True),
@@ -9088,6 +9095,11 @@ STATUS_FIELDS = (
     Field("gpus", "array", "what is known of each GPU", True, items="object"),
     Field("gpu_problems", "array", "of GPUs and their drivers", True),
     Field("energy", "object", "used, and its emissions", True),
+    Field("inference_status", "string", "stopped, starting, running or error", True),
+    Field("inference_port", "integer", "of the engine"),
+    Field("running_jobs", "integer", "worker pods of this machine", True),
+    Field("total_jobs", "integer", "the same, with those that ended", True),
+    Field("inference", "object", "as GET /inference/status", True),
     Field("metrics", "object", "as the last keepalive had them", True),
 )
 
@@ -9104,13 +9116,106 @@ def agent_routes(status: Callable[[], Dict[str, Any]],
     )
 
 
+def _rounded(record: Dict[str, Any]) -> Dict[str, Any]:
+    """For people as much as for programs: three digits after the point are enough."""
+    return {name: round(value, 3) if isinstance(value, float) else value
+            for name, value in record.items()}
+
+
+# -- inference and models --------------------------------------------------
+
+_MODEL = Field("model", "string", "its name, such as llama3.2:1b", required=True, max_length=512)
+_STREAM = Field("stream", "boolean", "a line of JSON for each step, instead of one answer at the "
+                "end; `Accept: application/x-ndjson` asks for the same")
+
+
+def _progress_record(progress: Progress) -> Dict[str, Any]:
+    """A pull or an import as JSON: the words of Ollama's own API, and more."""
+    return dict(_rounded(progress._asdict()), status=progress.state, step=progress.status,
+                model=progress.name, completed=progress.completed_bytes,
+                total=progress.total_bytes, layers=[layer._asdict() for layer in progress.layers])
+
+
+def _transfer_answer(request: Request, transfer: Transfer) -> Response:
+    """Its progress as it goes, or its end."""
+    if request.fields.get("stream") or wants(request.headers, "application/x-ndjson"):
+        def lines() -> Iterator[bytes]:
+            for progress in transfer.watch(STREAM_LOOK_S):
+                yield b"" if progress is None else REDACTOR.scrub(json.dumps(
+                    _progress_record(progress))).encode("utf-8") + b"\n"
+        return Response(200, lines(), "application/x-ndjson")
+    progress = transfer.progress
+    for step in transfer.watch(3600.0):
+        progress = step or progress
+    if progress.state != "success":
+        raise ModelError(progress.message or f"{progress.kind} of {progress.name}: {progress.state}")
+    return Response(200, dict(_progress_record(progress), message=f"{progress.name} is here"))
+
+
+def inference_routes(inference: Inference) -> Tuple[Route, ...]:
+    """The routes under /inference and /models."""
+    def fields_of(call: Callable[..., Any], *names: str) -> Callable[[Request], Response]:
+        def handler(request: Request) -> Response:
+            return Response(200, call(*(request.fields.get(name) for name in names)))
+        return handler
+
+    def start(request: Request) -> Response:
+        asked = request.fields
+        return Response(200, inference.start(
+            asked.get("engine") or "", asked.get("model") or "", asked.get("context_tokens"),
+            bool(asked.get("force"))))
+
+    def pull(request: Request) -> Response:
+        return _transfer_answer(request, inference.pull(request.fields["model"], "control API"))
+
+    def bring(request: Request) -> Response:
+        asked = request.fields
+        return _transfer_answer(request, inference.bring(
+            asked["path"], asked.get("name") or "", asked.get("quantize") or "", "control API"))
+    context = Field("context_tokens", "integer", "tokens of context for each request", minimum=128,
+                    maximum=1 << 24)
+    path = Field("path", "string", "a GGUF file or a folder of safetensors on this machine",
+                 required=True, max_length=4096)
+    return (
+        Route("GET", "/inference/status", lambda request: Response(200, inference.status()), False,
+              "the engine, its address and its models"),
+        Route("POST", "/inference/start", start, False,
+              "start an engine; answers when a token came, or why none did", fields=(
+                  Field("engine", "string", "default: what suits the model and this machine",
+                        choices=("auto",) + tuple(engine.name for engine in ENGINES)),
+                  _MODEL._replace(required=False, about="a name, a GGUF file, or a folder"),
+                  context, Field("force", "boolean", "also where it should not fit"))),
+        Route("POST", "/inference/stop", lambda request: Response(200, inference.stop()), False,
+              "end the engine, and see that all of it is gone"),
+        Route("POST", "/inference/pull", pull, False, "bring a model into Ollama's store",
+              fields=(_MODEL, _STREAM)),
+        Route("POST", "/inference/cancel", fields_of(inference.cancel, "model"), False,
+              "end a pull or an import; what came is kept", fields=(_MODEL,)),
+        Route("GET", "/models", lambda request: Response(200, inference.models()), False,
+              "every model here: size, digest, loaded or not, where it came from"),
+        Route("POST", "/models/load", fields_of(inference.load, "model"), False,
+              "into memory, to stay; answers when a token came", fields=(_MODEL,)),
+        Route("POST", "/models/unload", fields_of(inference.unload, "model"), False,
+              "out of memory; answers when it is gone", fields=(_MODEL,)),
+        Route("POST", "/models/delete", fields_of(inference.delete, "model"), False,
+              "out of Ollama's store", fields=(_MODEL,)),
+        Route("POST", "/models/import", bring, False, "local files into Ollama's store", fields=(
+            path, Field("name", "string", "default: the file's", max_length=512),
+            Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
+        Route("POST", "/models/fit", fields_of(inference.fit_of, "model", "context_tokens"), False,
+              "whether a model fits here, from its files' headers", fields=(_MODEL, context)),
+        Route("POST", "/models/verify", fields_of(inference.verify, "model"), False,
+              "hash a model's files again", fields=(_MODEL._replace(required=False),)),
+    )
+
+
 class ControlApi(Api):
     """What every agent answers, and the routes that it is given."""
 
     name = "control"
     instant = ("/health",)
     refusals = 30
-    statuses = ((UsageError, 400), (LockedError, 409))
+    statuses = AGENT_ERRORS
 
     def __init__(self, log: Log, token: str, routes: Sequence[Route]) -> None:
         super().__init__(log)
@@ -9192,34 +9297,85 @@ def agent_holds(state_dir: str) -> bool:
         os.close(descriptor)
 
 
-def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
-              limit_s: float = 5.0) -> HttpReply:
-    """GET something of the agent that runs on this state folder.  The control token is sent only
-    while one does: after a kill -9 the port may be anybody's.
+def agent_address(state_dir: str) -> Tuple[Endpoint, Dict[str, str]]:
+    """(where the agent of this state folder listens, the header that it wants).  The control token
+    is sent only while one runs: after a kill -9 the port may be anybody's.
 
-    Raises: GatewayUnreachable where none answers, UsageError where its files are not ours to read.
+    Raises: GatewayUnreachable where none runs, UsageError where its files are not ours to read.
     """
-    nobody = GatewayUnreachable(f"no agent is running on {state_dir}",
-                                "Start one with `b9agent.py run`; its log says why one ended")
     address = (read_text(os.path.join(state_dir, "control.addr"), 512) or "").strip()
     token = (read_text(os.path.join(state_dir, "control.token"), 4096) or "").strip()
     host, _, port = address.rpartition(":")
     if not agent_holds(state_dir):
-        raise nobody
+        raise GatewayUnreachable(f"no agent is running on {state_dir}", "Start one with "
+                                 "`b9agent.py run`; its log says why one ended")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not token:
         raise GatewayUnreachable(f"the agent on {state_dir} has no control API",
                                  "Its log says why; is the port taken, or the disk full?")
     REDACTOR.add(token)
+    return (Endpoint("http", host.strip("[]"), int(port)),
+            {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+
+
+def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
+              limit_s: float = 5.0) -> HttpReply:
+    """GET something of the agent that runs on this state folder.  Raises: as agent_address()."""
+    endpoint, headers = agent_address(state_dir)
     try:
-        reply = http_request("GET", Endpoint("http", host.strip("[]"), int(port)), path,
-                             {"Authorization": f"Bearer {token}"}, None, limit_s)
+        reply = http_request("GET", endpoint, path, headers, None, limit_s)
     except HttpFailure as failure:
-        raise nobody from failure
+        raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
+                                 "Its log says why: is it being started or stopped?") from failure
     if reply.status != 200 or not is_ours(reply):
-        raise GatewayUnreachable(f"{address} answered {reply.status}, and not as this b9agent does",
-                                 "Another program holds the control port, or the agent is of "
-                                 "another version: restart it")
+        raise GatewayUnreachable(f"{endpoint.url} answered {reply.status}, and not as this b9agent "
+                                 "does", "Another program holds the control port, or the agent is "
+                                 "of another version: restart it")
     return reply
+
+
+def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limit_s: float
+                 ) -> HttpStream:
+    """A 200 of the running agent: GET, or POST of a body.
+
+    Raises: as agent_address(), and the error that the agent answers, as its own class.
+    """
+    endpoint, headers = agent_address(state_dir)
+    data = None if body is None else json.dumps(body).encode("utf-8")
+    try:
+        stream = http_stream("GET" if body is None else "POST", endpoint, path, headers, data,
+                             limit_s, 120.0)
+        if stream.status == 200:
+            return stream
+        with stream:
+            answer = _json_object(stream.read())
+    except HttpFailure as failure:
+        raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
+                                 "Its log says more: b9agent.py logs") from failure
+    code = answer.get("error_code")
+    kind = next((row[0] for row in AGENT_ERRORS if row[2] == code), RequestRefused)
+    raise kind(printable(str(answer.get("error") or f"{path} answered {stream.status}")),
+               printable(str(answer.get("suggestion") or "")))
+
+
+def call_agent(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None,
+               limit_s: float = 30.0) -> Dict[str, Any]:
+    """A JSON answer of the running agent.  Raises: as agent_stream()."""
+    with agent_stream(state_dir, path, body, limit_s) as stream:
+        try:
+            return _json_object(stream.read(16 << 20))
+        except HttpFailure as failure:
+            raise GatewayUnreachable(f"the agent's answer broke off: {failure}") from failure
+
+
+def agent_lines(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None
+                ) -> Iterator[bytes]:
+    """The lines of a stream of the running agent.  Raises: as agent_stream()."""
+    with agent_stream(state_dir, path, body, 60.0) as stream:
+        try:
+            yield from stream.lines()
+        except HttpFailure as failure:
+            raise GatewayUnreachable(f"the agent's answer broke off: {failure}",
+                                     "Has it ended? b9agent.py status") from failure
 
 
 def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
@@ -9924,12 +10080,6 @@ def watchdog_interval_s() -> Optional[float]:
     return max(0.1, int(microseconds) / 3e6)
 
 
-def _rounded(record: Dict[str, Any]) -> Dict[str, Any]:
-    """For people as much as for programs: three digits after the point are enough."""
-    return {name: round(value, 3) if isinstance(value, float) else value
-            for name, value in record.items()}
-
-
 def gpu_record(gpu: Gpu, offered: bool) -> Dict[str, Any]:
     """One GPU as JSON: the fields of Gpu, Beta9's name for its type, what it may be used for."""
     return dict(_rounded(gpu._asdict()), type=gpu_type(gpu.name), offered=offered,
@@ -10224,7 +10374,8 @@ class Agent:
         try:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
             server = ApiServer(ControlApi(
-                self._log, token, agent_routes(self.status, self.metrics_text)),
+                self._log, token, agent_routes(self.status, self.metrics_text)
+                + inference_routes(self.inference)),
                                settings.control_host, settings.control_port)
             server.start()
             self._control = server
@@ -11813,12 +11964,14 @@ def doctor_lines(findings: Sequence[Finding]) -> List[str]:
 
 
 class Command(NamedTuple):
-    """words: what the user types.  settings: the keys its --help shows, () for all."""
+    """words: what the user types.  settings: the keys its --help shows, () for all.  operand: the
+    word that follows, as help names it; in brackets where it may be left out."""
     words: str
     run: Callable[[Loaded, Dict[str, str]], int]
     options: Tuple[Option, ...]
     settings: Tuple[str, ...]
     help: str
+    operand: str = ""
 
 
 def say(text: str = "") -> None:
@@ -12358,6 +12511,324 @@ def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
+# -- inference -----------------------------------------------------------
+
+def bar(done: int, total: int, columns: int = 24) -> str:
+    """
+    >>> bar(1, 4, 8)
+    '##------'
+    """
+    filled = columns * done // total if total else 0
+    return "#" * filled + "-" * (columns - filled)
+
+
+def size_text(count: Optional[int]) -> str:
+    """
+    >>> size_text(2019377376), size_text(10 << 20), size_text(None)
+    ('1.9 GiB', '10 MiB', '?')
+    """
+    if count is None:
+        return "?"
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
+
+
+def progress_line(record: Dict[str, Any]) -> str:
+    """A pull's step in a line.
+
+    >>> progress_line({"step": "pulling 8eeb", "completed": 1 << 30, "total": 1 << 31,
+    ...                "rate_bytes_s": 1 << 27, "remaining_s": 8.0})
+    'pulling 8eeb [############------------] 50 % of 2.0 GiB, 128 MiB/s, 8 s left'
+    """
+    done, total = record.get("completed") or 0, record.get("total") or 0
+    if not total:
+        return record.get("step") or record["status"]
+    parts = [f"{record.get('step')} [{bar(done, total)}] {100 * done // total} % of "
+             f"{size_text(total)}"]
+    if record.get("rate_bytes_s"):
+        parts.append(f"{size_text(int(record['rate_bytes_s']))}/s")
+    if record.get("remaining_s") is not None:
+        parts.append(f"{record['remaining_s']:.0f} s left")
+    return ", ".join(parts)
+
+
+class ProgressLine:
+    """One line that is written over on a terminal; elsewhere a line where the step changes, and
+    one every ten seconds."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._told, self._told_s, self._written = "", 0.0, False
+
+    def show(self, step: str, line: str) -> None:
+        line = printable(line)
+        if self._terminal:
+            import shutil
+            columns = shutil.get_terminal_size().columns - 1
+            sys.stdout.write("\r\x1b[K" + REDACTOR.scrub(line)[:columns])
+            sys.stdout.flush()
+            self._written = True
+        elif step != self._told or now_s() - self._told_s > 10.0:
+            say(line)
+        else:
+            return
+        self._told, self._told_s = step, now_s()
+
+    def end(self) -> None:
+        if self._written:
+            sys.stdout.write("\r\x1b[K")
+            sys.stdout.flush()
+            self._written = False
+
+
+def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bool) -> int:
+    """A pull or an import to its end, with its progress.  Raises: AgentError."""
+    line, last = ProgressLine(), {}
+    try:
+        for raw in agent_lines(state_dir, path, dict(body, stream=True)):
+            last = _json_object(raw)
+            if as_json:
+                sys.stdout.write(json.dumps(last) + "\n")
+                sys.stdout.flush()
+            elif last["status"] == "running":
+                line.show(last.get("step", ""), progress_line(last))
+    finally:
+        line.end()
+    if last.get("status") != "success":
+        raise ModelError(f"{last.get('kind', 'pull')} of {last.get('model', 'it')}: "
+                         f"{last.get('message') or last.get('status') or 'broke off'}",
+                         "" if last.get("message") else "The agent's log says why: b9agent.py logs")
+    if not as_json:
+        say(f"{last['model']} is here, {size_text(last.get('total') or None)}")
+    return Exit.OK
+
+
+def inference_lines(status: Dict[str, Any]) -> List[str]:
+    """What GET /inference/status says, for people."""
+    rows = [("inference", status["status"] + (f": {status['message']}" if status.get("message")
+                                              else ""))]
+    if status.get("engine"):
+        rows.append(("engine", " ".join(filter(None, (
+            status["engine"], status.get("version"), status.get("pid") and f"pid {status['pid']}",
+            "adopted" if status.get("adopted") else "")))))
+        rows.append(("endpoint", status.get("endpoint") or "-"))
+        rows.append(("models", ", ".join(status.get("models") or ()) or "none yet"))
+    return table_lines(rows)
+
+
+def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Start the engine; shows what it does until a token came."""
+    state_dir, line, outcome = loaded.settings.state_dir, ProgressLine(), []
+    body: Dict[str, Any] = {key: options[key] for key in ("engine", "model") if key in options}
+    if body.get("model") and os.path.exists(os.path.expanduser(body["model"])):
+        body["model"] = os.path.abspath(os.path.expanduser(body["model"]))
+    if "context" in options:
+        if not re.fullmatch("[0-9]{1,8}", options["context"]):
+            raise UsageError(f"--context: `{printable(options['context'])}` cannot be used, "
+                             "expected a number of tokens")
+        body["context_tokens"] = int(options["context"])
+    if "force" in options:
+        body["force"] = True
+
+    def post() -> None:
+        try:
+            outcome.append(call_agent(state_dir, "/inference/start", body, 7200.0))
+        except AgentError as error:
+            outcome.append(error)
+    thread, wake, begun_s = threading.Thread(target=post, daemon=True), Wake(), now_s()
+    thread.start()
+    while thread.is_alive():
+        wake.wait(0.3)
+        if now_s() - begun_s > 1.0 and "json" not in options and thread.is_alive():
+            status = call_agent(state_dir, "/inference/status", None, 5.0)
+            said = status.get("message") or status["status"]
+            line.show(said, f"{said} ({now_s() - begun_s:.0f} s)")
+    line.end()
+    if isinstance(outcome[0], AgentError):
+        raise outcome[0]
+    if "json" in options:
+        say_json(outcome[0])
+    else:
+        say("\n".join(inference_lines(outcome[0])))
+    return Exit.OK
+
+
+def command_stop(loaded: Loaded, options: Dict[str, str]) -> int:
+    status = call_agent(loaded.settings.state_dir, "/inference/stop", {}, 120.0)
+    if "json" in options:
+        say_json(status)
+    else:
+        say(status.get("message") or "stopped: its processes are gone and its port is closed")
+    return Exit.OK
+
+
+def command_pull(loaded: Loaded, options: Dict[str, str]) -> int:
+    return follow_transfer(loaded.settings.state_dir, "/inference/pull",
+                           {"model": options["operand"]}, "json" in options)
+
+
+def model_rows(answer: Dict[str, Any]) -> List[Sequence[str]]:
+    rows: List[Sequence[str]] = [("NAME", "SIZE", "LOADED", "DIGEST", "QUANTIZATION", "LICENSE",
+                                  "LAST USED")]
+    for model in answer["models"]:
+        rows.append((model["name"], size_text(model.get("size_bytes")),
+                     "yes" if model.get("loaded") else "no", (model.get("digest") or "-")[:12],
+                     model.get("quantization") or "-", (model.get("license") or "-")[:24],
+                     model.get("last_used_at") or "-"))
+    return rows
+
+
+def command_models(loaded: Loaded, options: Dict[str, str]) -> int:
+    answer = call_agent(loaded.settings.state_dir, "/models", None, 30.0)
+    if "json" in options:
+        say_json(answer)
+        return Exit.OK
+    say("\n".join(table_lines(model_rows(answer))) if answer["models"] else
+        "no models yet: b9agent.py pull NAME")
+    if answer.get("message"):
+        say(answer["message"])
+    return Exit.OK
+
+
+def model_command(verb: str, done: str) -> Callable[[Loaded, Dict[str, str]], int]:
+    """`models VERB NAME`: ask, and say what was done."""
+    def run(loaded: Loaded, options: Dict[str, str]) -> int:
+        name = options["operand"]
+        if verb == "delete" and "yes" not in options:
+            if not sys.stdin.isatty():
+                raise UsageError(f"nothing was deleted: there is nobody to ask about {name}",
+                                 "Say --yes")
+            if ask(f"Delete {printable(name)} from this machine? yes or no", "no") != "yes":
+                say("nothing was deleted")
+                return Exit.OK
+        answer = call_agent(loaded.settings.state_dir, f"/models/{verb}", {"model": name}, 7200.0)
+        if "json" in options:
+            say_json(answer)
+        else:
+            say(f"{name} {done}")
+        return Exit.OK
+    return run
+
+
+def command_models_import(loaded: Loaded, options: Dict[str, str]) -> int:
+    body = {"path": os.path.abspath(os.path.expanduser(options["operand"]))}
+    body.update((key, options[key]) for key in ("name", "quantize") if key in options)
+    return follow_transfer(loaded.settings.state_dir, "/models/import", body, "json" in options)
+
+
+def command_models_fit(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Whether it fits; exit code 1 where it does not."""
+    name, body = options["operand"], {}
+    if os.path.exists(os.path.expanduser(name)):
+        name = os.path.abspath(os.path.expanduser(name))
+    if re.fullmatch("[0-9]{1,8}", options.get("context", "")):
+        body["context_tokens"] = int(options["context"])
+    answer = call_agent(loaded.settings.state_dir, "/models/fit", dict(body, model=name), 60.0)
+    if "json" in options:
+        say_json(answer)
+    else:
+        say(answer["message"])
+    return Exit.FAILED if answer["fits"] is False else Exit.OK
+
+
+def command_models_verify(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Exit code 1 where a file is not what it was."""
+    body = {"model": options["operand"]} if options.get("operand") else {}
+    answer = call_agent(loaded.settings.state_dir, "/models/verify", body, 7200.0)
+    if "json" in options:
+        say_json(answer)
+    else:
+        for row in answer["models"]:
+            say(f"{row['name']}: " + ("as it was" if row["ok"] else
+                                      row.get("message") or "changed"))
+            for fault in row["faults"]:
+                say(f"  {fault['problem']}: {fault['path']}")
+    return Exit.OK if all(row["ok"] for row in answer["models"]) else Exit.FAILED
+
+
+def command_logs(loaded: Loaded, options: Dict[str, str]) -> int:
+    """The agent's newest lines; -f goes on until Ctrl-C."""
+    count = options.get("n", "100")
+    if not re.fullmatch("[0-9]{1,4}", count):
+        raise UsageError(f"-n: `{printable(count)}` cannot be used, expected a number of lines")
+    path = f"/logs?lines={count}" + ("&follow=true" if "f" in options else "")
+    for line in agent_lines(loaded.settings.state_dir, path):
+        say(line.decode("utf-8", "replace"))
+    return Exit.OK
+
+
+# -- smoke ------------------------------------------------------------------
+
+def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Callable[[], str]]]:
+    """(what, how): the predecessor's check.  Each returns what it saw; an AgentError fails it."""
+    state_dir, client = loaded.settings.state_dir, InferenceClient()
+    hello = [{"role": "user", "content": "Say hello."}]
+
+    def start() -> str:
+        status = call_agent(state_dir, "/inference/start", {}, 7200.0)
+        where = re.match(r"http://(.+):([0-9]+)$", status["endpoint"])
+        client.configure(host or where.group(1).strip("[]"), int(where.group(2)),
+                         raise_errors=True)
+        return f"{status['engine']} at {status['endpoint']}"
+
+    def health() -> str:
+        client.health()
+        return ""
+
+    def have_model() -> str:
+        nonlocal model
+        names = client.list_models().models
+        if not model and names:
+            model = names[0]
+        if not model:
+            raise ModelMissing("there is no model here", "b9agent.py pull llama3.2, or --model")
+        if not any(parse_model_name(name).key == parse_model_name(model).key
+                   if re.fullmatch(r"[\w.:/-]+", model) and not model.startswith("/")
+                   else name == model for name in names):
+            call_agent(state_dir, "/inference/pull", {"model": model}, 7200.0)
+        return model
+
+    def chat() -> str:
+        reply = client.chat(model, hello, max_tokens=16)
+        return f"{reply.usage.get('completion_tokens', '?')} tokens"
+
+    def stream() -> str:
+        pieces = sum(1 for piece in client.chat(model, hello, stream=True, max_tokens=16)
+                     if piece.content)
+        return f"{pieces} pieces"
+
+    def latency() -> str:
+        times = []
+        for _ in range(3):
+            begun_s = now_s()
+            client.chat(model, hello, max_tokens=1)
+            times.append(now_s() - begun_s)
+        return f"{sorted(times)[1] * 1000:.0f} ms"
+
+    def stop() -> str:
+        return call_agent(state_dir, "/inference/stop", {}, 120.0).get("message") or ""
+    return (("Sending start-inference command to agent", start), ("Testing health endpoint", health),
+            ("Checking model availability", have_model), ("Testing chat", chat),
+            ("Testing Python client, streamed", stream), ("Testing latency (3 requests)", latency),
+            ("Stopping inference server", stop))
+
+
+def command_smoke(loaded: Loaded, options: Dict[str, str]) -> int:
+    """[0/6] to [6/6], each with its time; ends at the first that fails."""
+    steps = smoke_steps(loaded, options.get("host") or os.environ.get("BETA9_INFERENCE_HOST", ""),
+                        options.get("model") or os.environ.get("TEST_MODEL", ""))
+    for number, (what, how) in enumerate(steps):
+        sys.stdout.write(f"[{number}/{len(steps) - 1}] {(what + '...').ljust(46)}")
+        sys.stdout.flush()
+        begun_s = now_s()
+        try:
+            saw = how()
+        except AgentError as error:
+            say(f"✗ {now_s() - begun_s:.1f} s")
+            return end_with(f"error: {error}", Exit.FAILED)
+        say(f"✓ {now_s() - begun_s:.1f} s" + (f"  {printable(saw)}" if saw else ""))
+    return Exit.OK
+
+
 # -- the table and main --------------------------------------------------
 
 def command_version(_loaded: Loaded, _options: Dict[str, str]) -> int:
@@ -12383,6 +12854,41 @@ COMMANDS = (
     Command("status", command_status, (
         _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),
         ("state_dir",), "ask the running agent"),
+    Command("start", command_start, (
+        Option("--engine", "ENGINE", "ollama, vllm, sglang, llama-server or mlx; else it is chosen"),
+        Option("--model", "MODEL", "a name, a GGUF file, or a folder of safetensors"),
+        Option("--context", "TOKENS", "context of each request"),
+        Option("--force", "", "also where it should not fit"), _JSON), ("state_dir",),
+        "start an engine in the running agent, until it has given a token"),
+    Command("stop", command_stop, (_JSON,), ("state_dir",),
+            "end the engine, and see that all of it is gone"),
+    Command("pull", command_pull, (_JSON,), ("state_dir",), "bring a model into Ollama's store",
+            "NAME"),
+    Command("models", command_models, (_JSON,), ("state_dir",),
+            "every model here: size, digest, loaded or not, where it came from"),
+    Command("models load", model_command("load", "is in memory and gave a token"), (_JSON,),
+            ("state_dir",), "load a model, to stay in memory", "NAME"),
+    Command("models unload", model_command("unload", "is out of memory"), (_JSON,),
+            ("state_dir",), "take a model out of memory", "NAME"),
+    Command("models delete", model_command("delete", "is deleted"), (
+        _JSON, Option("--yes", "", "ask nothing")), ("state_dir",),
+        "delete a model from Ollama's store", "NAME"),
+    Command("models import", command_models_import, (
+        Option("--name", "NAME", "what it will be called; default: the file's name"),
+        Option("--quantize", "TYPE", ", ".join(QUANTIZATIONS)), _JSON), ("state_dir",),
+        "bring a GGUF file or a folder of safetensors into Ollama's store", "PATH"),
+    Command("models fit", command_models_fit, (
+        Option("--context", "TOKENS", "context of each request"), _JSON), ("state_dir",),
+        "whether a model fits this machine; exit code 1 where it does not", "MODEL"),
+    Command("models verify", command_models_verify, (_JSON,), ("state_dir",),
+            "hash the files of one model, or of all, again", "[NAME]"),
+    Command("logs", command_logs, (Option("-n", "LINES", "how many; default 100"),
+                                   Option("-f", "", "go on as they come")), ("state_dir",),
+            "the running agent's newest log lines"),
+    Command("smoke", command_smoke, (
+        Option("--host", "HOST", "where the engine is reached (BETA9_INFERENCE_HOST)"),
+        Option("--model", "MODEL", "what is tried (TEST_MODEL)")), ("state_dir",),
+        "start, generate, measure, stop: one check of everything"),
     Command("metrics", command_metrics, (), ("state_dir",),
             "the running agent's metrics, as Prometheus reads them"),
     Command("doctor", command_doctor, (_JSON,), (),
@@ -12424,7 +12930,8 @@ def help_text(command: Optional[Command]) -> str:
         lines += ["  " + line for line in table_lines([(c.words, c.help) for c in COMMANDS])]
         options, rows = COMMAND_BY_WORDS["run"].options, SETTINGS
     else:
-        lines = [f"usage: b9agent.py {command.words} [FLAG …]", "", command.help]
+        words = f"{command.words} {command.operand}".rstrip()
+        lines = [f"usage: b9agent.py {words} [FLAG …]", "", command.help]
         options = command.options
         rows = [row for row in SETTINGS if not command.settings or row.key in command.settings]
     table = [(f"{option.flag} {option.metavar}".rstrip(), option.help) for option in options]
@@ -12445,7 +12952,15 @@ def find_command(argv: Sequence[str]) -> Tuple[Command, Arguments]:
     else:
         command = COMMAND_BY_WORDS["run"]
         count = 0
-    if len(words) > count:
+    extra = words[count:]
+    if command.operand and len(extra) == 1 or command.operand.startswith("[") and not extra:
+        arguments = parse_arguments(argv, command.options)
+        return command, arguments._replace(options=dict(arguments.options, operand=(
+            extra + ("",))[0]))
+    if command.operand and not extra:
+        raise UsageError(f"{command.words} needs a {command.operand}", "See `b9agent.py "
+                         f"{command.words} --help`")
+    if extra:
         typed = " ".join(words)
         longer = [name for name in COMMAND_BY_WORDS if name.startswith(words[0] + " ")]
         expected = "one of: " + ", ".join(longer) if longer else _nearest(typed, COMMAND_BY_WORDS)
