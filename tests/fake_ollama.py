@@ -65,8 +65,7 @@ RATE = float(ENV.get("FAKE_OLLAMA_RATE", 0))
 LOAD_S = float(ENV.get("FAKE_OLLAMA_LOAD_S", 0))
 TOKENS = int(ENV.get("FAKE_OLLAMA_TOKENS", 0))
 TOKEN_S = float(ENV.get("FAKE_OLLAMA_TOKEN_S", 0))
-STOPPED = ("model runner has unexpectedly stopped, this may be due to resource limitations or an "
-           "internal error, check ollama server logs for details")
+RUNNER_DIED = "an error was encountered while running the model: unexpected EOF"
 
 
 def once(fault):
@@ -397,7 +396,7 @@ class Model:
     def listed(self):
         return {"name": self.name.short, "model": self.name.short,
                 "modified_at": stamp(at=self.modified_ns), "size": self.size,
-                "digest": self.digest, "details": dict(self.details(more=True), parent_model=""),
+                "digest": self.digest, "details": self.details(more=True),
                 "capabilities": self.capabilities()}
 
 
@@ -687,9 +686,7 @@ def base_weights(fields, say, request):
             pull(name, say, request)
             model = STORE.find(name)
         layers = [dict(layer) for layer in model.layers]
-        layers[0].setdefault("from", name.short)
-        for layer in layers:
-            say({"status": "using existing layer " + layer["digest"]})
+        layers[0]["from"] = name.short
         return None, layers
     if fields["files"] is None:
         raise Refused(400, "neither 'from' or 'files' was specified")
@@ -743,16 +740,12 @@ def create(name, fields, say, request):
         if fields["quantize"]:
             raw = quantized(raw, fields["quantize"], say)
         say({"status": "verifying conversion"})
-        layers.insert(0, new_layer("model", raw, say, fields["from"]))
-    texts = [("template", fields["template"]), ("system", fields["system"])]
-    licenses = fields["license"] if isinstance(fields["license"], list) else [fields["license"]]
-    texts += [("license", text) for text in licenses]
-    if fields["parameters"]:
-        texts.append(("params", json.dumps(fields["parameters"], separators=(",", ":")) + "\n"))
-    for kind, text in texts:
-        if text:
-            layers = [layer for layer in layers if layer["mediaType"] != MEDIA + kind]
-            layers.append(new_layer(kind, text.encode(), None))
+        layers.insert(0, new_layer("model", raw))
+    for kind, text in layer_texts(fields):
+        layers = [layer for layer in layers if layer["mediaType"] != MEDIA + kind]
+        layers.append(new_layer(kind, text.encode()))
+    for layer in layers:
+        say({"status": "%s layer %s" % (layer.pop("said", "using existing"), layer["digest"])})
     config = json.dumps(image_config(Gguf(blob_path(layers[0]["digest"]))),
                         separators=(",", ":")).encode() + b"\n"
     digest, _ = STORE.add_blob(config)
@@ -761,12 +754,21 @@ def create(name, fields, say, request):
     say({"status": "success"})
 
 
-def new_layer(kind, raw, say, parent=None):
+def layer_texts(fields):
+    """[(kind, text)] of the layers beside the weights."""
+    licenses = fields["license"] if isinstance(fields["license"], list) else [fields["license"]]
+    found = [("template", fields["template"]), ("system", fields["system"])]
+    found += [("license", text) for text in licenses]
+    if fields["parameters"]:
+        found.append(("params", json.dumps(fields["parameters"], separators=(",", ":")) + "\n"))
+    return [(kind, text) for kind, text in found if text]
+
+
+def new_layer(kind, raw):
+    """said: what the progress calls it; taken out again before it is written."""
     digest, new = STORE.add_blob(raw)
-    if say:
-        say({"status": "%s layer %s" % ("creating new" if new else "using existing", digest)})
-    layer = {"mediaType": MEDIA + kind, "digest": digest, "size": len(raw)}
-    return dict(layer, **{"from": Name.parse(parent).short}) if parent else layer
+    return {"mediaType": MEDIA + kind, "digest": digest, "size": len(raw),
+            "said": "creating new" if new else "using existing"}
 
 
 # ---------------------------------------------------------------------- runners
@@ -864,7 +866,7 @@ class Runner:
                             raise Gone()
                     line = stream.readline()
                     if not line:
-                        raise Refused(500, STOPPED)
+                        raise Refused(500, RUNNER_DIED)
                     said = json.loads(line)
                     if said.get("done"):
                         return
@@ -875,7 +877,7 @@ class Runner:
                             return
                         yield said["token"]
         except ConnectionError:
-            raise Refused(500, STOPPED)
+            raise Refused(500, RUNNER_DIED)
 
 
 RELOADS = ("num_ctx", "num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread",
@@ -1229,7 +1231,7 @@ class Request:
 
     def reply(self, status, body=b"", kind="application/json; charset=utf-8", **headers):
         if not isinstance(body, bytes):
-            body = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+            body = json_line(body) if self.path.startswith("/v1/") else json_line(body)[:-1]
         self.status = status
         lines = self._head(status, kind if body else "")
         lines += ["%s: %s" % (name.replace("_", "-"), value) for name, value in headers.items()]
@@ -1330,7 +1332,7 @@ def tags(request):
 
 def processes(request):
     with SCHEDULER.lock:
-        runners = [runner for runner in SCHEDULER.loaded.values() if runner.alive]
+        runners = list(SCHEDULER.loaded.values())  # one that died is found at the next request
     runners.sort(key=lambda runner: -runner.expires_ns)
     request.reply(200, {"models": [
         {"name": runner.model.name.short, "model": runner.model.name.short,
@@ -1348,7 +1350,8 @@ def show(request):
     name = wanted_name(text, 400, "invalid model name")
     model = found_model(text, "model '%s' not found" % name.short)
     gguf = model.gguf()
-    info = dict(gguf.metadata)
+    info = {key: value for key, value in gguf.metadata.items()
+            if key not in ("general.name", "tokenizer.chat_template")}
     info["general.parameter_count"] = gguf.parameters
     answer = {"modelfile": "# Modelfile generated by \"ollama show\"\n\nFROM %s\nTEMPLATE %s\n" % (
         model.weights_path, model.text("template") or "{{ .Prompt }}")}
@@ -1357,7 +1360,8 @@ def show(request):
                     model.text("params") or "{}").items()
                     for one in (value if isinstance(value, list) else [value]))}
     answer.update({key: value for key, value in optional.items() if value})
-    answer.update(template=model.text("template"), details=model.details(),
+    template = model.text("template") or gguf.metadata.get("tokenizer.chat_template", "")
+    answer.update(template=template, details=model.details(),
                   model_info=dict(sorted(info.items())), tensors=[
                       {"name": name, "type": FILE_TYPES.get(kind, str(kind)), "shape": shape}
                       for name, kind, shape in gguf.tensors],
@@ -1502,6 +1506,9 @@ class Answer:
                     raise Gone()
             self.prompt_at = time.monotonic_ns()
             try:
+                if self.form not in (None, "", "json") and not isinstance(self.form, dict):
+                    raise Refused(500, 'invalid format: %s; expected "json" or a valid JSON Schema '
+                                  'object' % json.dumps(json.dumps(self.form)))
                 tokens, self.reason = answer_tokens(self.prompt, self.options, self.form)
                 for token in runner.tokens(tokens, self.request.gone):
                     self.eval_count += 1
@@ -1509,8 +1516,7 @@ class Answer:
                     if "crash_on_generate" in FAULTS:
                         die_now()
                     if once("stream_error"):
-                        raise Refused(500, "an error was encountered while running the model: "
-                                      "unexpected EOF")
+                        raise Refused(500, RUNNER_DIED)
             finally:
                 runner.slots.release()
         finally:
@@ -1550,6 +1556,8 @@ def generate_route(request):
     answer.need("generate")
     if fields["think"]:
         raise Refused(400, '"%s" does not support thinking' % fields["model"])
+    if fields["suffix"]:
+        raise Refused(400, "%s does not support insert" % answer.model.name.full)
     if not fields["prompt"]:
         return answer.load_only({"response": ""})
     context = None if fields["raw"] else {"context": list(range(1, answer.prompt_count + 1))}
