@@ -7529,6 +7529,8 @@ class Inference:
         up = self._same(engine, reference) or self._begin(engine, reference, context_tokens, force)
         if up.child is not None:
             self._await_ready(up)
+        if up.engine.many and not up.version:
+            up = self._with_version(up)
         self._refresh(up)
         if up.engine.many and reference.text:
             self._load_first(reference)
@@ -7538,6 +7540,14 @@ class Inference:
                   models=",".join(self._models) or None)
         self._on_change()
         return self.status()
+
+    def _with_version(self, up: _Up) -> _Up:
+        told = up._replace(version=is_ollama(up.endpoint))
+        with self._lock:
+            if self._up is not up:
+                return up
+            self._up = told
+        return told
 
     def _load_first(self, reference: Reference) -> None:
         """The model that a start names, in an engine with many.  Raises: EngineError."""
@@ -8776,7 +8786,8 @@ class ProcessFigures(NamedTuple):
 class MetricsView(NamedTuple):
     """All that the metrics are made of.  at_s: the time on now_s().  keepalive_took_s: of the last
     request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
-    where no agent runs, and then nobody knows the agent's counters either."""
+    where no agent runs, and then nobody knows the agent's counters either.  inference: the fields
+    of GET /inference/status."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
     facts: HostFacts = HostFacts()
@@ -8788,6 +8799,7 @@ class MetricsView(NamedTuple):
     clock_offset_s: Optional[float] = None
     grid_g_per_kwh: Optional[float] = None
     pue: Optional[float] = None
+    inference: Optional[Dict[str, Any]] = None
     version: str = VERSION
 
 
@@ -8919,6 +8931,16 @@ def _energy(view: MetricsView) -> Samples:
 
 # Name, help, samples.  "b9agent_" goes before every name but the process_ ones, which are the names
 # of Prometheus' own clients.  What ends with _total is a counter, everything else a gauge.
+def _engine(field: str) -> Family:
+    """A figure of the engine's, labelled with its name; nothing where none was started."""
+    def samples(view: MetricsView) -> Samples:
+        status = view.inference or {}
+        value = status.get(field)
+        value = len(value) if isinstance(value, list) else value
+        return [({"engine": status["engine"]}, value)] if status.get("engine") else []
+    return samples
+
+
 METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + name, text, samples)
                         for name, text, samples in (
     ("build_info", "Version of b9agent.", lambda view: [({"version": view.version}, 1)]),
@@ -8939,6 +8961,13 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("sample_age_seconds", "Age of the figures of host and GPUs.", _age("machine.taken_s")),
     ("capacity_cpu_cores", "CPU cores on offer.", _at("capacity.cpu_millicores", 1000)),
     ("capacity_memory_bytes", "Memory on offer.", _at("capacity.memory_bytes")),
+
+    ("inference_state", "1 for the state of the engine, 0 for the others.", lambda view: [
+        ({"state": state}, state == view.inference["status"])
+        for state in ("stopped", "starting", "running", "error")] if view.inference else []),
+    ("inference_starts_total", "Starts of the engine since it was asked for.", _engine("starts")),
+    ("inference_uptime_seconds", "Time since the engine was asked for.", _engine("uptime_seconds")),
+    ("inference_models", "Models that the engine serves.", _engine("models")),
 
     ("host_info", "System and processor of this machine.", _host_info),
     ("host_cpu_cores", "CPU cores, without SMT.", _at("facts.cpu_cores")),
@@ -10219,6 +10248,9 @@ class Agent:
 
     def _tell_inference(self) -> None:
         """A change of the engine is worth a keepalive at once: work may come, or must not."""
+        status = self.inference.status()
+        self._log.events.tell("inference", **{name: status[name] for name in (
+            "status", "engine", "endpoint", "models", "message")})
         self.membership.hurry()
         self._wake_membership.set()
 
@@ -10251,7 +10283,8 @@ class Agent:
         return MetricsView(
             self.membership.snapshot, self._sample, self.facts(), self._capacity,
             self.identity, read_process(self._started_wall_s), now_s(), self._keepalive_took_s,
-            self.client.clock_offset_s, self.settings.grid_intensity, self.settings.pue)
+            self.client.clock_offset_s, self.settings.grid_intensity, self.settings.pue,
+            self.inference.status())
 
     def metrics_text(self) -> str:
         return render_metrics(self.metrics_view())
@@ -12288,6 +12321,11 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
         ("agent", f"b9agent {status['version']}, pid {status['pid']}, up "
                   f"{status['uptime_seconds']:.0f} s"),
     ]
+    inference = status.get("inference") or {}
+    if inference.get("engine"):
+        rows.append(("inference", ", ".join(filter(None, (
+            f"{inference['engine']} {inference['status']}", inference.get("endpoint"),
+            "models " + (" ".join(inference["models"]) or "none yet"), inference["message"])))))
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))
     rows += [(f"{gpu['vendor']} {gpu['index']}", gpu_line(gpu)) for gpu in status.get("gpus") or ()]
@@ -12524,12 +12562,14 @@ def bar(done: int, total: int, columns: int = 24) -> str:
 
 def size_text(count: Optional[int]) -> str:
     """
-    >>> size_text(2019377376), size_text(10 << 20), size_text(None)
-    ('1.9 GiB', '10 MiB', '?')
+    >>> size_text(2019377376), size_text(10 << 20), size_text(4711), size_text(None)
+    ('1.9 GiB', '10 MiB', '5 KiB', '?')
     """
     if count is None:
         return "?"
-    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
+    unit, name = next((row for row in ((1 << 30, "GiB"), (1 << 20, "MiB")) if count >= row[0]),
+                      (1 << 10, "KiB"))
+    return f"{count / unit:.1f} {name}" if name == "GiB" else f"{count / unit:.0f} {name}"
 
 
 def progress_line(record: Dict[str, Any]) -> str:
@@ -12541,7 +12581,7 @@ def progress_line(record: Dict[str, Any]) -> str:
     """
     done, total = record.get("completed") or 0, record.get("total") or 0
     if not total:
-        return record.get("step") or record["status"]
+        return record.get("step") or ""
     parts = [f"{record.get('step')} [{bar(done, total)}] {100 * done // total} % of "
              f"{size_text(total)}"]
     if record.get("rate_bytes_s"):
@@ -12561,6 +12601,8 @@ class ProgressLine:
 
     def show(self, step: str, line: str) -> None:
         line = printable(line)
+        if not line:
+            return
         if self._terminal:
             import shutil
             columns = shutil.get_terminal_size().columns - 1
