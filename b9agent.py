@@ -9803,7 +9803,6 @@ class InferenceResult(NamedTuple):
     model: str = ""
     error: str = ""
     embeddings: Tuple[Tuple[float, ...], ...] = ()
-    models: Tuple[str, ...] = ()
 
     @property
     def embedding(self) -> Optional[Tuple[float, ...]]:
@@ -9812,6 +9811,11 @@ class InferenceResult(NamedTuple):
 
     def __bool__(self) -> bool:
         return self.ok
+
+
+class ModelNames(list):
+    """Names that can be asked for; error: "" where they were told."""
+    error = ""
 
 
 def _dict_at(record: Any, *path: Any) -> Dict[str, Any]:
@@ -9961,14 +9965,18 @@ class InferenceClient:
                                    embeddings=tuple(map(tuple, vectors)))
         return self._result(ask)
 
-    def list_models(self) -> InferenceResult:
-        """.models: the names that can be asked for."""
-        def ask() -> InferenceResult:
+    def list_models(self) -> ModelNames:
+        """The names that can be asked for."""
+        try:
             rows = self._ask("GET", "/v1/models", None).get("data")  # Ollama: null where none
-            return InferenceResult(True, models=tuple(
-                row["id"] for row in rows or () if isinstance(row, dict)
-                and isinstance(row.get("id"), str)))
-        return self._result(ask)
+        except InferenceError as error:
+            if self._raise:
+                raise
+            names = ModelNames()
+            names.error = str(error)
+            return names
+        return ModelNames(row["id"] for row in rows or () if isinstance(row, dict)
+                          and isinstance(row.get("id"), str))
 
     def _keep(self, model: str, keep_alive: int) -> InferenceResult:
         def ask() -> InferenceResult:
@@ -9987,7 +9995,8 @@ class InferenceClient:
 
     def health(self) -> InferenceResult:
         """ok where an engine answers."""
-        return self.list_models()
+        return self._result(lambda: InferenceResult(
+            "data" in self._ask("GET", "/v1/models", None)))
 
 
 inference = InferenceClient()
@@ -12709,11 +12718,11 @@ def command_pull(loaded: Loaded, options: Dict[str, str]) -> int:
 
 
 def model_rows(answer: Dict[str, Any]) -> List[Sequence[str]]:
-    rows: List[Sequence[str]] = [("NAME", "SIZE", "LOADED", "DIGEST", "QUANTIZATION", "LICENSE",
-                                  "LAST USED")]
+    rows: List[Sequence[str]] = [("NAME", "ENGINE", "SIZE", "LOADED", "DIGEST", "QUANTIZATION",
+                                  "LICENSE", "LAST USED")]
     for model in answer["models"]:
-        rows.append((model["name"], size_text(model.get("size_bytes")),
-                     "yes" if model.get("loaded") else "no", (model.get("digest") or "-")[:12],
+        rows.append((model["name"], model.get("engine") or "-", size_text(model.get("size_bytes")),
+                     "yes" if model.get("loaded") else "no" if model.get("here") else "-", (model.get("digest") or "-")[:12],
                      model.get("quantization") or "-", (model.get("license") or "-")[:24],
                      model.get("last_used_at") or "-"))
     return rows
@@ -12818,7 +12827,7 @@ def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Ca
 
     def have_model() -> str:
         nonlocal model
-        names = client.list_models().models
+        names = client.list_models()
         if not model and names:
             model = names[0]
         if not model:

@@ -126,6 +126,16 @@ def keepalive_problems(body):
     return found
 
 
+def heartbeat_problems(body):
+    models = body.get("models") if isinstance(body, dict) else None
+    if not isinstance(models, dict):
+        return ["heartbeat without models"]
+    return ["heartbeat of %s is %s" % (name, model) for name, model in models.items()
+            if model != {"name": name, "load_state": "ready"}]
+
+
+PATHS = {"register": "/api/v1/machine/register", "keepalive": "/api/v1/machine/keepalive",
+         "heartbeat": "/api/v1/inference/nodes/[0-9a-f]{8}/heartbeat"}
 # What `doctor` sends to see whether a route is there: the gateway refuses it and changes nothing.
 PROBES = {"keepalive": (b"{}", "machine_id and pool_name are required"),
           "register": (b'{"cpu": 1}', "Invalid payload")}
@@ -155,7 +165,7 @@ class Request:
             say("a chunked body")
         if self.path == "/api/v1/health" and self.method == "GET":
             return
-        if self.path not in ("/api/v1/machine/register", "/api/v1/machine/keepalive"):
+        if self.name not in PATHS or not re.fullmatch(PATHS[self.name], self.path):
             return say("an unknown path %s" % self.path)
         if self.method != "POST":
             say("method %s" % self.method)
@@ -169,10 +179,11 @@ class Request:
             self.body = decode_json(self.raw)
         except (ValueError, RecursionError) as error:
             return say("the body is not JSON: %s" % error)
-        self.is_probe = self.raw == PROBES[self.name][0]
+        self.is_probe = self.raw == PROBES.get(self.name, (None,))[0]
         if self.is_probe:
             return
-        check = register_problems if self.name == "register" else keepalive_problems
+        check = {"register": register_problems, "keepalive": keepalive_problems,
+                 "heartbeat": heartbeat_problems}[self.name]
         self.problems += check(self.body)
 
 
@@ -498,7 +509,7 @@ class HostileGateway(Listener):
 
     requests: all that came, in order.  forget(): every machine's time to live runs out.
     violations: what a strict gateway would have objected to.  Setting `fault` lets go of those who
-    hang.  elsewhere: where redirects lead.  clock_ahead_s: of its Date header; None sends none.
+    hang.  has_router: of inference, with its heartbeats.  elsewhere: where redirects lead.  clock_ahead_s: of its Date header; None sends none.
     """
 
     def __init__(self, token=TOKEN, port=0, context=None):
@@ -509,6 +520,7 @@ class HostileGateway(Listener):
         self.released = threading.Event()
         self.poured = 0
         self.clock_ahead_s = None
+        self.has_router = False
         self.elsewhere = Elsewhere()
         self._fault = None
         self._changed = threading.Condition()
@@ -593,6 +605,8 @@ class HostileGateway(Listener):
         if not isinstance(request.body, dict) or request.problems:
             request.answered = "invalid_payload"
             return message(400, "Invalid payload")
+        if request.name == "heartbeat":
+            return answer(200, {"status": "ok"}) if self.has_router else message(404, "Not Found")
         machine = request.body["machine_id"]
         if request.name == "keepalive" and machine not in self.machines:
             request.answered = "machine_not_found"
