@@ -4023,11 +4023,13 @@ class GpuSampler:
         asked = [watch for watch in self._watches if watch.ask()]
         answers = [(watch.source.vendor, *watch.answer(until_s)) for watch in asked]
         answers = [row for row in answers if row[2].gpus != () or row[2].problem]
-        vendor, known = next(((vendor, reading.gpus is not None) for vendor, _, reading in answers
-                              if reading.gpus != ()), ("", True))
+        told = [(vendor, reading.gpus) for vendor, _, reading in answers if reading.gpus != ()]
+        # What is part of a CPU makes the machine its vendor's only where there is nothing else.
+        vendor, gpus = next((row for row in told if row[1] is None or not all(
+            gpu.integrated for gpu in row[1])), told[0] if told else ("", ()))
         return GpuSample(
-            tuple(gpu for _, _, reading in answers for gpu in reading.gpus or ()), vendor, known,
-            max((age_s for _, age_s, _ in answers), default=0.0),
+            tuple(gpu for _, _, reading in answers for gpu in reading.gpus or ()), vendor,
+            gpus is not None, max((age_s for _, age_s, _ in answers), default=0.0),
             tuple(reading for _, _, reading in answers))
 
 

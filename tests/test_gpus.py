@@ -173,6 +173,17 @@ def test_a_vendor_that_says_it_has_none_leaves_the_machine_to_the_next():
     assert (sample.vendor, sample.known) == ("amd", True)
 
 
+def test_a_part_of_a_cpu_gives_way_to_a_card_of_another_vendor():
+    ryzen, arc = gpu(0, "amd", integrated=True), gpu(0, "intel")
+    sample = GpuSampler([Scripted("amd", reading(ryzen)), Scripted("intel", reading(arc))]).sample(10)
+    assert sample.vendor == "intel"
+    assert indexes(b9agent.offered_gpus(sample.gpus, sample.vendor, None, None)) == [("intel", 0)]
+    both = [Scripted(one.vendor, reading(one)) for one in (ryzen, arc._replace(integrated=True))]
+    assert GpuSampler(both).sample(10).vendor == "amd"
+    silent = Scripted("amd", GpuReading("rocm-smi", None))
+    assert GpuSampler([silent, Scripted("intel", reading(arc))]).sample(10).known is False
+
+
 def test_a_driver_that_fails_does_not_make_the_machine_another_vendors():
     broken = Scripted("nvidia", GpuReading("nvml", None, problem="driver not loaded"))
     sample = GpuSampler([broken, Scripted("amd", reading(gpu(0, "amd")))]).sample(10)
