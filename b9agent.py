@@ -3972,6 +3972,7 @@ class _Watch:
         self._clock = clock
         self._done = Wake()
         self._busy = False
+        self._begun_s = 0.0
         self._last: Optional[Tuple[float, GpuReading]] = None
 
     def ask(self) -> bool:
@@ -3980,7 +3981,7 @@ class _Watch:
         if not self._busy:
             if not self.source.present():
                 return False
-            self._busy = True
+            self._busy, self._begun_s = True, now_s()
             threading.Thread(target=self._work, name=f"gpus-{self.source.vendor}",
                              daemon=True).start()
         return True
@@ -3995,8 +3996,10 @@ class _Watch:
         self._busy = False
         self._done.set()
 
-    def answer(self, until_s: float) -> Tuple[float, GpuReading]:
-        """(age in seconds, reading), waiting for it until a time on now_s()."""
+    def answer(self, limit_s: float) -> Tuple[float, GpuReading]:
+        """(age in seconds, reading), limit_s after the question at the latest: whoever asks again
+        does not wait again."""
+        until_s = self._begun_s + limit_s
         while self._busy and now_s() < until_s:
             self._done.wait(until_s - now_s())
         silent, now = self._busy, self._clock()
@@ -4019,9 +4022,8 @@ class GpuSampler:
 
     def sample(self, limit_s: float) -> GpuSample:
         """Returns within limit_s, and at once where the machine has no GPU."""
-        until_s = now_s() + limit_s
         asked = [watch for watch in self._watches if watch.ask()]
-        answers = [(watch.source.vendor, *watch.answer(until_s)) for watch in asked]
+        answers = [(watch.source.vendor, *watch.answer(limit_s)) for watch in asked]
         answers = [row for row in answers if row[2].gpus != () or row[2].problem]
         told = [(vendor, reading.gpus) for vendor, _, reading in answers if reading.gpus != ()]
         # What is part of a CPU makes the machine its vendor's only where there is nothing else.

@@ -214,6 +214,21 @@ def test_a_hung_driver_costs_the_limit_and_is_asked_once_while_others_answer():
         hung.may_answer.set()
 
 
+def test_a_hung_driver_is_waited_for_once_and_not_at_every_sample():
+    hung = Scripted("nvidia", reading(gpu(0)))
+    hung.may_answer.clear()
+    sampler = GpuSampler([hung])
+    try:
+        sampler.sample(0.5)
+        begun_s = b9agent.now_s()
+        assert [sampler.sample(0.5).known for _ in range(20)] == [False] * 20
+        assert b9agent.now_s() - begun_s < 5  # 20 waits would be 10 s
+        sampler.sample(1.0)  # who has more time waits for the rest of it
+        assert b9agent.now_s() - sampler._watches[0]._begun_s >= 1.0
+    finally:
+        hung.may_answer.set()
+
+
 def test_a_driver_that_wakes_up_is_asked_again():
     hung = Scripted("nvidia", reading(gpu(0)), reading(gpu(0), gpu(1)))
     hung.may_answer.clear()
