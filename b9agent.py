@@ -5272,10 +5272,13 @@ def _gpu_info(view: MetricsView) -> Samples:
                   driver=driver(gpu)), 1) for labels, gpu in _labelled_gpus(view)]
 
 
-def _gpu_offered(view: MetricsView) -> Samples:
-    offered = _figure(view, "machine.offered")
-    return [(labels, None if offered is None else gpu in offered)
-            for labels, gpu in _labelled_gpus(view)]
+def _offered(value: Callable[[Gpu], Any]) -> Family:
+    """0 for a GPU that is not offered; nothing where that is unknown."""
+    def samples(view: MetricsView) -> Samples:
+        offered = _figure(view, "machine.offered")
+        return [] if offered is None else [
+            (labels, gpu in offered and value(gpu)) for labels, gpu in _labelled_gpus(view)]
+    return samples
 
 
 def _power(view: MetricsView) -> Samples:
@@ -5348,8 +5351,8 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
      _all_gpus(lambda sample: len(sample.problems))),
     ("gpu_info", "Identity of a GPU.", _gpu_info),
     ("gpu_healthy", "0 for a GPU that must not be used.", _each_gpu(lambda gpu: not gpu.problem)),
-    ("gpu_offered", "1 for a GPU that the gateway is told of.", _gpu_offered),
-    ("gpu_free", "1 for a healthy GPU that nobody computes on.", _each_gpu(is_free)),
+    ("gpu_offered", "1 for a GPU that the gateway is told of.", _offered(lambda gpu: True)),
+    ("gpu_free", "1 for a GPU that is counted as free for work.", _offered(is_free)),
     ("gpu_stale", "1 where the figures are old: no answer from the driver.", _gpu("stale")),
     ("gpu_asleep", "1 for a GPU that is powered down.", _gpu("asleep")),
     ("gpu_memory_size_bytes", "Memory of a GPU.", _gpu("memory_total_bytes")),
