@@ -5252,7 +5252,7 @@ def _gpu(path: str, times: int = 1, per: int = 1) -> Family:
 def _mig(value: Callable[[MigInstance], Any], *texts: str) -> Family:
     """texts: the fields that are labels."""
     return lambda view: [
-        (dict(labels, instance=at, **{name: getattr(part, name) for name in texts}), value(part))
+        (dict(labels, mig=at, **{name: getattr(part, name) for name in texts}), value(part))
         for labels, gpu in _labelled_gpus(view)
         for at, part in enumerate(gpu.mig_instances[:METRIC_MIG_MAX])]
 

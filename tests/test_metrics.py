@@ -102,7 +102,7 @@ FULL = MetricsView(
     ProcessFigures(1.25, 1700000000.5, 20480, 9, 4), 100.0, 0.125, -0.75, 380.0, 1.25, "9.8.7")
 NOTHING = MetricsView(Snapshot())
 N, A = {"vendor": "nvidia", "index": "0"}, {"vendor": "amd", "index": "0"}
-MIG_0, MIG_1 = dict(N, instance="0"), dict(N, instance="1")
+MIG_0, MIG_1 = dict(N, mig="0"), dict(N, mig="1")
 
 # Every family, and every sample that FULL comes to, read off it by hand.
 EXPECTED = {
@@ -208,6 +208,11 @@ def test_every_family_is_documented_once_and_by_its_type():
         assert text.lower().replace(" ", "_").rstrip(".") not in name
     texts = [text for _, text, _ in b9agent.METRIC_FAMILIES]
     assert len(set(texts)) == len(texts)
+
+
+def test_no_label_has_a_name_that_prometheus_gives_to_its_target():
+    for name, labels in samples_of(FULL):
+        assert not {"job", "instance"} & set(dict(labels)), name  # it would say exported_instance
 
 
 UNITS = {"bytes", "seconds", "ratio", "celsius", "watts", "joules", "hertz", "grams"}
