@@ -7547,10 +7547,23 @@ def check_host(loaded: Loaded) -> Iterator[Finding]:
 
 # -- GPUs -----------------------------------------------------------------
 
-_GPU_MENDS = (
+_GPU_MENDS = (  # the first that fits; words of the problems above and of nvidia-smi's own
     ("does not answer|hangs|time limit", "sudo dmesg | grep -iE 'nvrm|xid|amdgpu'   # then reboot"),
-    ("mismatch", "sudo reboot   # the driver was upgraded, and its old module is still loaded"),
+    ("mismatch|different versions",
+     "sudo reboot   # the driver was upgraded, and its old module is still loaded"),
+    ("--gpus all", "docker run --gpus all …   # start the container again so"),
+    (r"\bcontainer\b|initialize NVML: Unknown",
+     "docker restart CONTAINER   # on its host; where there is none: sudo reboot"),
+    ("may not open|insufficient perm", "ls -l /dev/nvidia*   # this user must be in their group"),
+    ("not loaded|couldn't communicate",
+     "sudo modprobe nvidia   # after a new kernel: reinstall the driver"),
+    ("libnvidia-ml", "sudo apt install nvidia-utils-NUMBER   # NUMBER: of the driver, see "
+     "/proc/driver/nvidia/version"),
+    ("xpu-smi", "Install xpu-smi: https://github.com/intel/xpumanager"),
+    ("rocm-smi", "sudo usermod -aG render,video $USER   # they own /dev/kfd; then log in again"),
+    ("is excluded", "grep -rs NVreg_ExcludedGpus /etc/modprobe.d /proc/cmdline   # else see dmesg"),
     (r"lost|fell|\bbus\b|Xid|reset", "sudo reboot   # again lost: power, riser or GPU"),
+    ("dmesg", "sudo dmesg | grep -iE 'nvrm|xid'"),
 )
 
 

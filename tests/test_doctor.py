@@ -512,6 +512,36 @@ def test_gpus_that_are_ill():
     assert all(finding.mend.startswith("sudo reboot") for finding in found[1:])
 
 
+@pytest.mark.parametrize("problem, mend", [
+    (b9agent._INIT_PROBLEMS[4], "ls -l /dev/nvidia*"), (b9agent._GPU_PROBLEMS[4], "ls -l /dev/nvidia*"),
+    (b9agent._INIT_PROBLEMS[9], "sudo modprobe nvidia"),
+    (b9agent._INIT_PROBLEMS[17], "docker restart"), (b9agent._GPU_PROBLEMS[17], "docker restart"),
+    (b9agent._INIT_PROBLEMS[18], "sudo reboot   # the driver was upgraded"),
+    (b9agent._INIT_PROBLEMS[999], "docker restart"), (b9agent._GPU_PROBLEMS[999], "sudo reboot"),
+    (b9agent._GPU_PROBLEMS[15], "sudo reboot"), (b9agent._GPU_PROBLEMS[16], "sudo reboot"),
+    ("nvidia-smi: Failed to initialize NVML: Unknown Error", "docker restart"),
+    ("nvidia-smi: Failed to initialize NVML: Driver/library version mismatch", "sudo reboot"),
+    ("nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+     "sudo modprobe nvidia"),
+    ("amd-smi and rocm-smi name no GPU", "sudo usermod -aG render,video"),
+    ("/opt/rocm/bin/rocm-smi ran past its time limit", "sudo dmesg"),
+    (b9agent.hidden_gpu_problem("0000:0a:00.0", {}), "sudo dmesg"),
+    (b9agent.hidden_gpu_problem("0000:0a:00.0", {"GPU Excluded": "Yes"}), "grep -rs NVreg_Excluded")])
+def test_what_a_driver_says_has_the_command_that_mends_it(problem, mend):
+    assert b9agent.mend_of_gpu(problem).startswith(mend)
+
+
+def test_what_sources_without_a_driver_say_has_its_mend(tmp_path):
+    def mend():
+        return b9agent.mend_of_gpu(b9agent.Nvidia("none.so", str(tmp_path), "").read().problem)
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/version").write_text("")
+    assert mend().startswith("docker run --gpus all")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").write_text("")
+    assert mend().startswith("sudo apt install nvidia-utils")
+
+
 def test_nvidia_gpus_on_the_bus(tmp_path):
     def device(address, vendor, kind, driver=None):
         folder = tmp_path / address
