@@ -4203,8 +4203,8 @@ def gpu_joules(old: GpuPoint, new: GpuPoint) -> Tuple[Optional[float], str]:
 
 def wants_power_samples(sample: GpuSample) -> bool:
     """Whether samples between keepalives tell more: a GPU says its power and has no counter.
-    nvidia-smi is left alone: one run of it costs more than it tells."""
-    return (all(reading.source != "nvidia-smi" for reading in sample.readings)
+    Vendors' programs are left alone: one run of them costs more than it tells."""
+    return (not any(reading.source.endswith("-smi") for reading in sample.readings)
             and any(gpu.power_w is not None and gpu.energy_j is None
                     and not (gpu.stale or gpu.asleep) for gpu in sample.gpus))
 

@@ -320,6 +320,7 @@ def test_two_looks_within_a_second_are_one():
 @pytest.mark.parametrize("gpus, source, expected", [
     ([gpu(0, 100.0)], "amdgpu", True), ([gpu(0, 100.0, 5.0)], "nvml", False),
     ([gpu(0)], "nvml", False), ([], "nvml", False), ([gpu(0, 100.0)], "nvidia-smi", False),
+    ([gpu(0, 100.0)], "amd-smi", False), ([gpu(0, 100.0)], "rocm-smi", False),
     ([gpu(0, 100.0, 5.0), gpu(1, 50.0)], "nvml", True), ([gpu(0, 9.0, stale=True)], "nvml", False),
     ([gpu(0, 9.0, asleep=True)], "amdgpu", False)])
 def test_more_power_samples_are_wanted_only_where_they_tell_more(gpus, source, expected):
