@@ -4252,11 +4252,16 @@ class EnergyMeter:
         self._cpu_w: Tuple[Optional[float], str] = (None, "")
         self._gpus: Dict[Tuple[str, Any], GpuPoint] = {}
 
-    def add(self, busy_pct: Optional[float], threads: Optional[float], gpus: Sequence[Gpu],
-            zones: Dict[str, RaplZone]) -> None:
-        """A whole look.  busy_pct: of the threads, since the look before."""
+    def add(self, busy_pct: Optional[float], threads: Optional[float],
+            gpus: Optional[Sequence[Gpu]], zones: Dict[str, RaplZone]) -> None:
+        """A whole look.  busy_pct: of the threads, since the look before.  gpus: None where their
+        driver does not say: they draw on, and their counters tell later how much."""
         self._add_cpu(zones, cpu_estimate_w(busy_pct, threads, self._settings.cpu_watts), True)
-        self._add_gpus(gpus)
+        if gpus is None:
+            self._gpus = {key: point._replace(power_w=None, basis="")
+                          for key, point in self._gpus.items()}
+        else:
+            self._add_gpus(gpus)
         self._added()
 
     def add_between(self, gpus: Optional[Sequence[Gpu]], zones: Dict[str, RaplZone]) -> None:
@@ -6090,8 +6095,8 @@ class Agent:
         gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
         host = self._host.sample(nearest_folder(self.settings.state_dir))
         self._capped()
-        self._count_energy(lambda: self._energy.add(host.cpu_pct, self._cpus, gpus.gpus,
-                                                    read_rapl()))
+        self._count_energy(lambda: self._energy.add(
+            host.cpu_pct, self._cpus, gpus.gpus if gpus.known else None, read_rapl()))
         self._sample = MachineSample(host, gpus, offered, self._energy.report(), now_s())
         return self._sample
 
@@ -6106,7 +6111,7 @@ class Agent:
     def _energy_between(self) -> None:
         gpus = self._sample.gpus
         self._energy.add_between(
-            self._gpus.sample(1.0).gpus if wants_power_samples(gpus) else None, read_rapl())
+            self._gpus.sample(1.0).gpus or None if wants_power_samples(gpus) else None, read_rapl())
 
     def register_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()

@@ -279,6 +279,22 @@ def test_a_silent_gpu_adds_nothing_until_it_speaks_again():
     assert bench.after(60, gpu(0, 100.0, 7000.0)).gpu_measured_j == 6000
 
 
+def test_what_gpus_draw_while_their_driver_hangs_is_counted_later_or_unknown(state):
+    counting, sampled = gpu(0, 700.0, 1000.0), gpu(1, 500.0)
+    source = CountingSource(counting, sampled)
+    made, clock, _ = agent_with(source, state)
+    made.look()
+    source.gpus = None
+    for _ in range(60):
+        clock.now += 60
+        made._tick(1.0)
+        assert made.look().energy.gpu_w is None
+    source.gpus = counting._replace(energy_j=1000.0 + 3660 * 700), sampled
+    clock.now += 60
+    total = made.look().energy.total
+    assert (total.gpu_measured_j, total.gpu_unknown_s) == (3660 * 700, 3660)
+
+
 def test_a_gpu_that_went_stops_counting_and_begins_anew():
     bench = Bench()
     bench.after(0, gpu(0, 100.0, 1000.0))
