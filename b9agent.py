@@ -7812,7 +7812,8 @@ def judge_k3s(installed: bool, answers: bool, token: bool) -> Finding:
                        "that may make jobs in the namespace default")
     if not answers and (installed or token):
         return Finding("warn", ("installed" if installed else "k3s.token is set")
-                       + f", but nothing answers on {where}", "sudo systemctl start k3s")
+                       + f", but nothing answers on {where}", "sudo systemctl start k3s"
+                       if installed else "Install k3s (https://docs.k3s.io), or unset k3s.token")
     return Finding("ok", f"answers on {where}; its token is set" if answers else
                    "none: this machine runs models, not the gateway's workers")
 

@@ -608,6 +608,7 @@ def test_engines_on_the_path(doctor, hostile, tmp_path):
 def test_k3s(installed, answers, token, level):
     found = b9agent.judge_k3s(installed, answers, token)
     assert found.level == level and bool(found.mend) == (level == "warn")
+    assert installed or "systemctl start" not in found.mend  # there is no such unit
 
 
 def test_k3s_answers_with_a_certificate_of_its_own():
