@@ -7508,6 +7508,7 @@ def check_clock(loaded: Loaded) -> Iterator[Finding]:
 
 def judge_space(what: str, folder: str, space: BytesPair, low_bytes: int,
                 least_bytes: int) -> Finding:
+    import shlex
     total, free = space
     if total is None or free is None:
         return Finding("warn", f"{what}: free space of {folder} is not known")
@@ -7517,7 +7518,7 @@ def judge_space(what: str, folder: str, space: BytesPair, low_bytes: int,
     limit = least_bytes if free < least_bytes else low_bytes
     return Finding("fail" if free < least_bytes else "warn",
                    f"{seen}, less than {limit / 2**30:.3g} GiB",
-                   f"du -xhd1 {nearest_folder(folder)} | sort -h   # what takes the space")
+                   f"du -xhd1 {shlex.quote(nearest_folder(folder))} | sort -h   # what takes it")
 
 
 def check_disk(loaded: Loaded) -> Iterator[Finding]:
@@ -7861,11 +7862,12 @@ def check_config(loaded: Loaded) -> Iterator[Finding]:
 
 
 def check_files(loaded: Loaded) -> Iterator[Finding]:
+    from shlex import quote
     folder, clean = loaded.settings.state_dir, True
     above, user = nearest_folder(folder), os.geteuid()
     if os.path.lexists(folder) and above != folder or not os.access(above, os.W_OK | os.X_OK):
         yield Finding("fail", f"{folder} is no folder that this user can write in",
-                      f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {above}")
+                      f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {quote(above)}")
         return
     if above == folder:
         make_private_folder(folder)  # makes none: it looks at who owns and writes in this one
@@ -7873,12 +7875,13 @@ def check_files(loaded: Loaded) -> Iterator[Finding]:
                                                 for name in _PRIVATE_FILES]:
         mode = shared_mode(path)
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
-            yield Finding("fail", f"{path} is not this user's to use", f"sudo chown {user} {path}")
+            yield Finding("fail", f"{path} is not this user's to use",
+                          f"sudo chown {user} {quote(path)}")
             clean = False
         elif mode is not None:
             clean = False
             yield Finding("warn", f"{path} has mode {mode:04o}: others may use it",
-                          f"chmod {700 if path == folder else 600} {path}")
+                          f"chmod {700 if path == folder else 600} {quote(path)}")
     if clean:
         yield Finding("ok", f"{folder}, " + ("with what is in it, is private" if above == folder
                                              else "not made yet"))

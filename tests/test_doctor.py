@@ -349,6 +349,15 @@ def test_files_and_a_folder_that_others_may_read(doctor, state, hostile):
         "chmod 600 %s" % (state / "agent.log")]
 
 
+def test_commands_that_mend_take_a_path_with_a_blank(doctor, hostile, tmp_path):
+    folder = tmp_path / "my disk"
+    folder.mkdir(mode=0o755)
+    _, found, _ = doctor(hostile, "--state-dir", str(folder))
+    assert found["files"][0].mend == "chmod 700 '%s'" % folder
+    full = b9agent.judge_space("state", str(folder), (GIB, 0), GIB, 1)
+    assert full.mend.startswith("du -xhd1 '%s' | sort" % folder)
+
+
 def test_a_machine_id_that_is_none(doctor, state, hostile):
     state.mkdir(mode=0o700)
     (state / "machine_id").write_text("what?")
