@@ -3982,8 +3982,12 @@ class _Watch:
             if not self.source.present():
                 return False
             self._busy, self._begun_s = True, now_s()
-            threading.Thread(target=self._work, name=f"gpus-{self.source.vendor}",
-                             daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name=f"gpus-{self.source.vendor}",
+                                 daemon=True).start()
+            except RuntimeError as error:  # no thread to be had: the figures wait, nothing else
+                self._last, self._busy = (self._clock(), GpuReading(
+                    "", None, problem=f"{self.source.vendor}: {error}")), False
         return True
 
     def _work(self) -> None:

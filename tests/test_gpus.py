@@ -248,6 +248,18 @@ def test_a_defect_in_a_source_costs_its_figures_and_nothing_else():
     assert "ZeroDivisionError" in sample.problems[0]
 
 
+def test_a_machine_out_of_threads_keeps_its_keepalive_and_asks_again(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+    sampler = GpuSampler([Scripted("nvidia", reading(gpu(0)))])
+    assert sampler.sample(10).known
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        sample = sampler.sample(10)
+    assert (sample.known, sample.problems) == (False, ["nvidia: can't start new thread"])
+    assert [one.problem for one in sampler.sample(10).gpus] == [""]
+
+
 def test_a_sick_gpu_is_named_among_the_problems():
     sample = GpuSampler([Scripted("nvidia", reading(gpu(0), gpu(3, name="H100", problem="is lost")))]
                         ).sample(10)
