@@ -6163,8 +6163,8 @@ class Agent:
     def status(self) -> Dict[str, Any]:
         """The fields of GET /status: the predecessor's names, and ours."""
         snapshot, metrics = self.membership.snapshot, metrics_payload(self._metrics)
-        host = self._sample and self._sample.host
-        offered = self._sample.offered if self._sample else None
+        sample = self._sample  # once: the next look may come while this is told
+        host, offered = (sample.host, sample.offered) if sample else (None, None)
         offset_s = self.client.clock_offset_s
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
         return {
@@ -6184,10 +6184,10 @@ class Agent:
             "network_sent_bytes": host and host.net_sent_bytes,
             "clock_offset_seconds": offset_s if offset_s is None else round(offset_s, 1),
             "host": host_record(self.facts(), host),
-            "gpus": [gpu_record(gpu, gpu in (offered or ())) for gpu in self._sample.gpus.gpus]
-                    if self._sample else [],
-            "gpu_problems": self._sample.gpus.problems if self._sample else [],
-            "energy": energy_payload(self._sample and self._sample.energy, self.settings),
+            "gpus": [gpu_record(gpu, gpu in (offered or ())) for gpu in sample.gpus.gpus]
+                    if sample else [],
+            "gpu_problems": sample.gpus.problems if sample else [],
+            "energy": energy_payload(sample and sample.energy, self.settings),
             "metrics": metrics}
 
     # -- its life -------------------------------------------------------

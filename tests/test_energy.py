@@ -611,6 +611,20 @@ def test_where_power_samples_tell_nothing_more_no_driver_is_asked(gpus, state):
     assert source.reads == 1 and log == []
 
 
+def test_status_tells_of_one_look_though_the_next_comes_meanwhile(state):
+    source = CountingSource(gpu(0, 100.0))
+    made, _, _ = agent_with(source, state)
+    made.look()
+    facts = made.facts
+
+    def meanwhile():
+        source.gpus = (gpu(0, 200.0),)
+        made.look()
+        return facts()
+    made.facts = meanwhile
+    assert [one["offered"] for one in made.status()["gpus"]] == [True]
+
+
 def test_a_defect_in_the_sums_costs_no_keepalive(state):
     made, clock, log = agent_with(CountingSource(gpu(0, "a text")), state)
     assert made.keepalive_payload()["machine_id"] and made.status()["energy"]["total"]
