@@ -3177,6 +3177,7 @@ NVIDIA_SMI_COLUMNS: Tuple[Tuple[str, str, Callable[[str], Any]], ...] = (
     ("mig.mode.current", "mig_enabled", {"Enabled": True, "Disabled": False}.get),
     ("driver_version", "", _smi_text))
 NVIDIA_SMI_BASIC = NVIDIA_SMI_COLUMNS[:7]
+_SMI_ABSENT = ("[N/A]", "N/A", "[Not Supported]")  # there is no such figure
 _SMI_SICK = {"[GPU is lost]": _LOST, "[GPU requires reset]": _NEEDS_RESET,
              "[Unknown Error]": _UNKNOWN_ERROR, "ERR!": _UNKNOWN_ERROR}
 
@@ -3268,10 +3269,12 @@ class NvidiaSmi(GpuSource):
             return GpuReading("nvidia-smi", None,
                               problem=f"nvidia-smi: {result.problem or first or 'no answer'}")
         problem = "; ".join(parse_lost_gpus(result.output))
-        version = ""
+        rows, version = _smi_rows(result.output, len(self._columns)), ""
         if gpus and self._columns is NVIDIA_SMI_COLUMNS:
-            version = _smi_text(_smi_rows(result.output, len(self._columns))[0][-1])
-        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus)),
+            version = _smi_text(rows[0][-1])
+        # Not those of which it may not say it: "[Insufficient Permissions]".
+        sharing = [parse_int(words[0]) for words in rows if words[3] in _SMI_ABSENT]
+        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus, sharing)),
                           version, problem=problem)
 
     def _ask(self, query: str) -> CommandResult:
@@ -3286,7 +3289,9 @@ class NvidiaSmi(GpuSource):
                 return result
             self._columns = NVIDIA_SMI_BASIC
 
-    def _with_processes(self, gpus: Sequence[Gpu]) -> Iterator[Gpu]:
+    def _with_processes(self, gpus: Sequence[Gpu], sharing: Sequence[Optional[int]]
+                        ) -> Iterator[Gpu]:
+        """sharing: the indexes of those that have no memory of their own."""
         if not gpus:
             return
         result = self._ask("--query-compute-apps=gpu_uuid,pid,used_memory")
@@ -3294,7 +3299,7 @@ class NvidiaSmi(GpuSource):
         for gpu in gpus:
             known = result.exit_code == 0 and gpu.uuid
             gpu = gpu._replace(processes=found.get(gpu.uuid, ()) if known else None)
-            shares = gpu.memory_total_bytes is None and not gpu.problem
+            shares = gpu.index in sharing and not gpu.problem
             yield with_host_memory(gpu, self._root) if shares else gpu
 
 
