@@ -3961,6 +3961,11 @@ class GpuSample(NamedTuple):
     readings: Tuple[GpuReading, ...] = ()
 
     @property
+    def silent(self) -> str:
+        """The vendor whose driver does not say, or ""."""
+        return "" if self.known else self.vendor
+
+    @property
     def problems(self) -> List[str]:
         """What a person should know of, one line each."""
         found = [reading.problem for reading in self.readings]
@@ -4261,23 +4266,20 @@ class EnergyMeter:
         self._cpu_w: Tuple[Optional[float], str] = (None, "")
         self._gpus: Dict[Tuple[str, Any], GpuPoint] = {}
 
-    def add(self, busy_pct: Optional[float], threads: Optional[float],
-            gpus: Optional[Sequence[Gpu]], zones: Dict[str, RaplZone]) -> None:
-        """A whole look.  busy_pct: of the threads, since the look before.  gpus: None where their
-        driver does not say: they draw on, and their counters tell later how much."""
+    def add(self, busy_pct: Optional[float], threads: Optional[float], gpus: Sequence[Gpu],
+            zones: Dict[str, RaplZone], silent: str = "") -> None:
+        """A whole look.  busy_pct: of the threads, since the look before.  silent: the vendor whose
+        driver does not say: its GPUs draw on, and their counters tell later how much."""
         self._add_cpu(zones, cpu_estimate_w(busy_pct, threads, self._settings.cpu_watts), True)
-        if gpus is None:
-            self._gpus = {key: point._replace(power_w=None, basis="")
-                          for key, point in self._gpus.items()}
-        else:
-            self._add_gpus(gpus)
+        self._add_gpus(gpus, silent)
         self._added()
 
-    def add_between(self, gpus: Optional[Sequence[Gpu]], zones: Dict[str, RaplZone]) -> None:
+    def add_between(self, gpus: Optional[Sequence[Gpu]], zones: Dict[str, RaplZone],
+                    silent: str = "") -> None:
         """Counters and power samples between two looks.  gpus: None where they were not asked."""
         self._add_cpu(zones, None, False)
         if gpus is not None:
-            self._add_gpus(gpus)
+            self._add_gpus(gpus, silent)
         self._added()
 
     def is_due(self) -> bool:
@@ -4358,10 +4360,11 @@ class EnergyMeter:
             self._cpu = now, zones
             self._cpu_w = (None, "") if joules is None or not seconds else (joules / seconds, basis)
 
-    def _add_gpus(self, gpus: Sequence[Gpu]) -> None:
+    def _add_gpus(self, gpus: Sequence[Gpu], silent: str) -> None:
         """A GPU that is gone counts no more, and is a new one when it comes back."""
         now, before = self._clock(), self._gpus
-        self._gpus = {}
+        self._gpus = {key: point._replace(power_w=None, basis="")
+                      for key, point in before.items() if key[0] == silent}
         for gpu in gpus:
             # A processor's own GPU is in the processor's figure; NVIDIA's (GB10) tell their own.
             if gpu.integrated and gpu.vendor != "nvidia":
@@ -6104,8 +6107,8 @@ class Agent:
         gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
         host = self._host.sample(nearest_folder(self.settings.state_dir))
         self._capped()
-        self._count_energy(lambda: self._energy.add(
-            host.cpu_pct, self._cpus, gpus.gpus if gpus.known else None, read_rapl()))
+        self._count_energy(lambda: self._energy.add(host.cpu_pct, self._cpus, gpus.gpus,
+                                                    read_rapl(), gpus.silent))
         self._sample = MachineSample(host, gpus, offered, self._energy.report(), now_s())
         return self._sample
 
@@ -6118,9 +6121,8 @@ class Agent:
                       where=defect_place(error))
 
     def _energy_between(self) -> None:
-        gpus = self._sample.gpus
-        self._energy.add_between(
-            self._gpus.sample(1.0).gpus or None if wants_power_samples(gpus) else None, read_rapl())
+        gpus = self._gpus.sample(1.0) if wants_power_samples(self._sample.gpus) else None
+        self._energy.add_between(gpus and gpus.gpus, read_rapl(), gpus.silent if gpus else "")
 
     def register_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()

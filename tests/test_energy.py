@@ -295,6 +295,19 @@ def test_what_gpus_draw_while_their_driver_hangs_is_counted_later_or_unknown(sta
     assert (total.gpu_measured_j, total.gpu_unknown_s) == (3660 * 700, 3660)
 
 
+def test_a_driver_that_says_nothing_costs_another_vendors_gpus_no_figure(state):
+    broken, other = CountingSource(), CountingSource(gpu(0, 100.0, vendor="amd"))
+    broken.gpus, other.vendor = None, "amd"
+    made, clock, _ = agent_with(broken, state)
+    made._gpus = b9agent.GpuSampler([broken, other])
+    for _ in range(2):
+        made.look()
+        clock.now += 10
+        made._tick(1.0)
+    total = made.look().energy.total
+    assert (total.gpu_measured_j, total.gpu_unknown_s) == (2000, 0)
+
+
 def test_a_gpu_that_went_stops_counting_and_begins_anew():
     bench = Bench()
     bench.after(0, gpu(0, 100.0, 1000.0))
