@@ -1915,7 +1915,7 @@ def read_load() -> Tuple[Optional[float], ...]:
 _LINUX_VIRTUAL = ("lo", "veth", "br", "docker", "cni", "flannel", "cali", "cilium", "lxc", "lxd",
                   "virbr", "vnet", "vxlan", "kube", "nodelocaldns", "bond", "team", "vlan", "ifb",
                   "dummy", "tun", "tap", "tailscale", "wg", "zt", "sit", "gre", "ip6tnl")
-_LINUX_STACKED = ("loop", "ram", "zram", "dm-", "md", "bcache", "drbd")
+_LINUX_STACKED = ("loop", "ram", "zram", "dm-", "md", "bcache", "drbd", "zd")  # zd: ZFS volumes
 
 
 def parse_cpu_ticks(text: str, cpus: Sequence[int] = ()) -> Optional[CpuReading]:
