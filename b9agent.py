@@ -2174,7 +2174,7 @@ def read_load() -> Tuple[Optional[float], ...]:
 _LINUX_VIRTUAL = ("lo", "veth", "br", "docker", "cni", "flannel", "cali", "cilium", "lxc", "lxd",
                   "virbr", "vnet", "vxlan", "kube", "nodelocaldns", "bond", "team", "vlan", "ifb",
                   "dummy", "tun", "tap", "tailscale", "wg", "zt", "sit", "gre", "ip6tnl")
-_LINUX_STACKED = ("loop", "ram", "zram", "dm-", "md", "bcache", "drbd")
+_LINUX_STACKED = ("loop", "ram", "zram", "dm-", "md", "bcache", "drbd", "zd")  # zd: ZFS volumes
 
 
 def parse_cpu_ticks(text: str, cpus: Sequence[int] = ()) -> Optional[CpuReading]:
@@ -3438,6 +3438,7 @@ NVIDIA_SMI_COLUMNS: Tuple[Tuple[str, str, Callable[[str], Any]], ...] = (
     ("mig.mode.current", "mig_enabled", {"Enabled": True, "Disabled": False}.get),
     ("driver_version", "", _smi_text))
 NVIDIA_SMI_BASIC = NVIDIA_SMI_COLUMNS[:7]
+_SMI_ABSENT = ("[N/A]", "N/A", "[Not Supported]")  # there is no such figure
 _SMI_SICK = {"[GPU is lost]": _LOST, "[GPU requires reset]": _NEEDS_RESET,
              "[Unknown Error]": _UNKNOWN_ERROR, "ERR!": _UNKNOWN_ERROR}
 
@@ -3529,10 +3530,12 @@ class NvidiaSmi(GpuSource):
             return GpuReading("nvidia-smi", None,
                               problem=f"nvidia-smi: {result.problem or first or 'no answer'}")
         problem = "; ".join(parse_lost_gpus(result.output))
-        version = ""
+        rows, version = _smi_rows(result.output, len(self._columns)), ""
         if gpus and self._columns is NVIDIA_SMI_COLUMNS:
-            version = _smi_text(_smi_rows(result.output, len(self._columns))[0][-1])
-        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus)),
+            version = _smi_text(rows[0][-1])
+        # Not those of which it may not say it: "[Insufficient Permissions]".
+        sharing = [parse_int(words[0]) for words in rows if words[3] in _SMI_ABSENT]
+        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus, sharing)),
                           version, problem=problem)
 
     def _ask(self, query: str) -> CommandResult:
@@ -3547,7 +3550,9 @@ class NvidiaSmi(GpuSource):
                 return result
             self._columns = NVIDIA_SMI_BASIC
 
-    def _with_processes(self, gpus: Sequence[Gpu]) -> Iterator[Gpu]:
+    def _with_processes(self, gpus: Sequence[Gpu], sharing: Sequence[Optional[int]]
+                        ) -> Iterator[Gpu]:
+        """sharing: the indexes of those that have no memory of their own."""
         if not gpus:
             return
         result = self._ask("--query-compute-apps=gpu_uuid,pid,used_memory")
@@ -3555,7 +3560,7 @@ class NvidiaSmi(GpuSource):
         for gpu in gpus:
             known = result.exit_code == 0 and gpu.uuid
             gpu = gpu._replace(processes=found.get(gpu.uuid, ()) if known else None)
-            shares = gpu.memory_total_bytes is None and not gpu.problem
+            shares = gpu.index in sharing and not gpu.problem
             yield with_host_memory(gpu, self._root) if shares else gpu
 
 
@@ -4218,6 +4223,11 @@ class GpuSample(NamedTuple):
     readings: Tuple[GpuReading, ...] = ()
 
     @property
+    def silent(self) -> str:
+        """The vendor whose driver does not say, or ""."""
+        return "" if self.known else self.vendor
+
+    @property
     def problems(self) -> List[str]:
         """What a person should know of, one line each."""
         found = [reading.problem for reading in self.readings]
@@ -4234,6 +4244,7 @@ class _Watch:
         self._clock = clock
         self._done = Wake()
         self._busy = False
+        self._begun_s = 0.0
         self._last: Optional[Tuple[float, GpuReading]] = None
 
     def ask(self) -> bool:
@@ -4242,9 +4253,13 @@ class _Watch:
         if not self._busy:
             if not self.source.present():
                 return False
-            self._busy = True
-            threading.Thread(target=self._work, name=f"gpus-{self.source.vendor}",
-                             daemon=True).start()
+            self._busy, self._begun_s = True, now_s()
+            try:
+                threading.Thread(target=self._work, name=f"gpus-{self.source.vendor}",
+                                 daemon=True).start()
+            except RuntimeError as error:  # no thread to be had: the figures wait, nothing else
+                self._last, self._busy = (self._clock(), GpuReading(
+                    "", None, problem=f"{self.source.vendor}: {error}")), False
         return True
 
     def _work(self) -> None:
@@ -4257,8 +4272,10 @@ class _Watch:
         self._busy = False
         self._done.set()
 
-    def answer(self, until_s: float) -> Tuple[float, GpuReading]:
-        """(age in seconds, reading), waiting for it until a time on now_s()."""
+    def answer(self, limit_s: float) -> Tuple[float, GpuReading]:
+        """(age in seconds, reading), limit_s after the question at the latest: whoever asks again
+        does not wait again."""
+        until_s = self._begun_s + limit_s
         while self._busy and now_s() < until_s:
             self._done.wait(until_s - now_s())
         silent, now = self._busy, self._clock()
@@ -4281,15 +4298,16 @@ class GpuSampler:
 
     def sample(self, limit_s: float) -> GpuSample:
         """Returns within limit_s, and at once where the machine has no GPU."""
-        until_s = now_s() + limit_s
         asked = [watch for watch in self._watches if watch.ask()]
-        answers = [(watch.source.vendor, *watch.answer(until_s)) for watch in asked]
+        answers = [(watch.source.vendor, *watch.answer(limit_s)) for watch in asked]
         answers = [row for row in answers if row[2].gpus != () or row[2].problem]
-        vendor, known = next(((vendor, reading.gpus is not None) for vendor, _, reading in answers
-                              if reading.gpus != ()), ("", True))
+        told = [(vendor, reading.gpus) for vendor, _, reading in answers if reading.gpus != ()]
+        # What is part of a CPU makes the machine its vendor's only where there is nothing else.
+        vendor, gpus = next((row for row in told if row[1] is None or not all(
+            gpu.integrated for gpu in row[1])), told[0] if told else ("", ()))
         return GpuSample(
-            tuple(gpu for _, _, reading in answers for gpu in reading.gpus or ()), vendor, known,
-            max((age_s for _, age_s, _ in answers), default=0.0),
+            tuple(gpu for _, _, reading in answers for gpu in reading.gpus or ()), vendor,
+            gpus is not None, max((age_s for _, age_s, _ in answers), default=0.0),
             tuple(reading for _, _, reading in answers))
 
 
@@ -4461,8 +4479,8 @@ def gpu_joules(old: GpuPoint, new: GpuPoint) -> Tuple[Optional[float], str]:
 
 def wants_power_samples(sample: GpuSample) -> bool:
     """Whether samples between keepalives tell more: a GPU says its power and has no counter.
-    nvidia-smi is left alone: one run of it costs more than it tells."""
-    return (all(reading.source != "nvidia-smi" for reading in sample.readings)
+    Vendors' programs are left alone: one run of them costs more than it tells."""
+    return (not any(reading.source.endswith("-smi") for reading in sample.readings)
             and any(gpu.power_w is not None and gpu.energy_j is None
                     and not (gpu.stale or gpu.asleep) for gpu in sample.gpus))
 
@@ -4511,17 +4529,19 @@ class EnergyMeter:
         self._gpus: Dict[Tuple[str, Any], GpuPoint] = {}
 
     def add(self, busy_pct: Optional[float], threads: Optional[float], gpus: Sequence[Gpu],
-            zones: Dict[str, RaplZone]) -> None:
-        """A whole look.  busy_pct: of the threads, since the look before."""
+            zones: Dict[str, RaplZone], silent: str = "") -> None:
+        """A whole look.  busy_pct: of the threads, since the look before.  silent: the vendor whose
+        driver does not say: its GPUs draw on, and their counters tell later how much."""
         self._add_cpu(zones, cpu_estimate_w(busy_pct, threads, self._settings.cpu_watts), True)
-        self._add_gpus(gpus)
+        self._add_gpus(gpus, silent)
         self._added()
 
-    def add_between(self, gpus: Optional[Sequence[Gpu]], zones: Dict[str, RaplZone]) -> None:
+    def add_between(self, gpus: Optional[Sequence[Gpu]], zones: Dict[str, RaplZone],
+                    silent: str = "") -> None:
         """Counters and power samples between two looks.  gpus: None where they were not asked."""
         self._add_cpu(zones, None, False)
         if gpus is not None:
-            self._add_gpus(gpus)
+            self._add_gpus(gpus, silent)
         self._added()
 
     def is_due(self) -> bool:
@@ -4602,10 +4622,11 @@ class EnergyMeter:
             self._cpu = now, zones
             self._cpu_w = (None, "") if joules is None or not seconds else (joules / seconds, basis)
 
-    def _add_gpus(self, gpus: Sequence[Gpu]) -> None:
+    def _add_gpus(self, gpus: Sequence[Gpu], silent: str) -> None:
         """A GPU that is gone counts no more, and is a new one when it comes back."""
         now, before = self._clock(), self._gpus
-        self._gpus = {}
+        self._gpus = {key: point._replace(power_w=None, basis="")
+                      for key, point in before.items() if key[0] == silent}
         for gpu in gpus:
             # A processor's own GPU is in the processor's figure; NVIDIA's (GB10) tell their own.
             if gpu.integrated and gpu.vendor != "nvidia":
@@ -8885,7 +8906,7 @@ def _gpu(path: str, times: int = 1, per: int = 1) -> Family:
 def _mig(value: Callable[[MigInstance], Any], *texts: str) -> Family:
     """texts: the fields that are labels."""
     return lambda view: [
-        (dict(labels, instance=at, **{name: getattr(part, name) for name in texts}), value(part))
+        (dict(labels, mig=at, **{name: getattr(part, name) for name in texts}), value(part))
         for labels, gpu in _labelled_gpus(view)
         for at, part in enumerate(gpu.mig_instances[:METRIC_MIG_MAX])]
 
@@ -8905,10 +8926,13 @@ def _gpu_info(view: MetricsView) -> Samples:
                   driver=driver(gpu)), 1) for labels, gpu in _labelled_gpus(view)]
 
 
-def _gpu_offered(view: MetricsView) -> Samples:
-    offered = _figure(view, "machine.offered")
-    return [(labels, None if offered is None else gpu in offered)
-            for labels, gpu in _labelled_gpus(view)]
+def _offered(value: Callable[[Gpu], Any]) -> Family:
+    """0 for a GPU that is not offered; nothing where that is unknown."""
+    def samples(view: MetricsView) -> Samples:
+        offered = _figure(view, "machine.offered")
+        return [] if offered is None else [
+            (labels, gpu in offered and value(gpu)) for labels, gpu in _labelled_gpus(view)]
+    return samples
 
 
 def _power(view: MetricsView) -> Samples:
@@ -8998,8 +9022,8 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
      _all_gpus(lambda sample: len(sample.problems))),
     ("gpu_info", "Identity of a GPU.", _gpu_info),
     ("gpu_healthy", "0 for a GPU that must not be used.", _each_gpu(lambda gpu: not gpu.problem)),
-    ("gpu_offered", "1 for a GPU that the gateway is told of.", _gpu_offered),
-    ("gpu_free", "1 for a healthy GPU that nobody computes on.", _each_gpu(is_free)),
+    ("gpu_offered", "1 for a GPU that the gateway is told of.", _offered(lambda gpu: True)),
+    ("gpu_free", "1 for a GPU that is counted as free for work.", _offered(is_free)),
     ("gpu_stale", "1 where the figures are old: no answer from the driver.", _gpu("stale")),
     ("gpu_asleep", "1 for a GPU that is powered down.", _gpu("asleep")),
     ("gpu_memory_size_bytes", "Memory of a GPU.", _gpu("memory_total_bytes")),
@@ -10206,7 +10230,7 @@ class Agent:
         host = self._host.sample(nearest_folder(self.settings.state_dir))
         self._capped()
         self._count_energy(lambda: self._energy.add(host.cpu_pct, self._cpus, gpus.gpus,
-                                                    read_rapl()))
+                                                    read_rapl(), gpus.silent))
         self._sample = MachineSample(host, gpus, offered, self._energy.report(), now_s())
         return self._sample
 
@@ -10219,9 +10243,8 @@ class Agent:
                       where=defect_place(error))
 
     def _energy_between(self) -> None:
-        gpus = self._sample.gpus
-        self._energy.add_between(
-            self._gpus.sample(1.0).gpus if wants_power_samples(gpus) else None, read_rapl())
+        gpus = self._gpus.sample(1.0) if wants_power_samples(self._sample.gpus) else None
+        self._energy.add_between(gpus and gpus.gpus, read_rapl(), gpus.silent if gpus else "")
 
     def register_payload(self) -> Dict[str, Any]:
         cpu_millicores, memory_bytes = self._capped()
@@ -10301,8 +10324,8 @@ class Agent:
     def status(self) -> Dict[str, Any]:
         """The fields of GET /status: the predecessor's names, and ours."""
         snapshot, metrics = self.membership.snapshot, metrics_payload(self._metrics)
-        host = self._sample and self._sample.host
-        offered = self._sample.offered if self._sample else None
+        sample = self._sample  # once: the next look may come while this is told
+        host, offered = (sample.host, sample.offered) if sample else (None, None)
         offset_s = self.client.clock_offset_s
         inference = self.inference.status()
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
@@ -10323,10 +10346,10 @@ class Agent:
             "network_sent_bytes": host and host.net_sent_bytes,
             "clock_offset_seconds": offset_s if offset_s is None else round(offset_s, 1),
             "host": host_record(self.facts(), host),
-            "gpus": [gpu_record(gpu, gpu in (offered or ())) for gpu in self._sample.gpus.gpus]
-                    if self._sample else [],
-            "gpu_problems": self._sample.gpus.problems if self._sample else [],
-            "energy": energy_payload(self._sample and self._sample.energy, self.settings),
+            "gpus": [gpu_record(gpu, gpu in (offered or ())) for gpu in sample.gpus.gpus]
+                    if sample else [],
+            "gpu_problems": sample.gpus.problems if sample else [],
+            "energy": energy_payload(sample and sample.energy, self.settings),
             "inference_status": inference["status"],
             "inference_port": self.inference.port(), "running_jobs": 0, "total_jobs": 0,
             "inference": inference, "metrics": metrics}
@@ -11579,7 +11602,8 @@ def check_clock(loaded: Loaded) -> Iterator[Finding]:
 
 def judge_space(what: str, folder: str, space: BytesPair, low_bytes: int,
                 least_bytes: int) -> Finding:
-    mend = f"du -xhd1 {nearest_folder(folder)} | sort -h   # what takes the space"
+    import shlex
+    mend = f"du -xhd1 {shlex.quote(nearest_folder(folder))} | sort -h   # what takes the space"
     total, free = space
     if total is None or free is None:
         return warn(f"{what}: free space of {folder} is not known", mend)
@@ -11622,10 +11646,23 @@ def check_host(loaded: Loaded) -> Iterator[Finding]:
 
 # -- GPUs -----------------------------------------------------------------
 
-_GPU_MENDS = (
+_GPU_MENDS = (  # the first that fits; words of the problems above and of nvidia-smi's own
     ("does not answer|hangs|time limit", "sudo dmesg | grep -iE 'nvrm|xid|amdgpu'   # then reboot"),
-    ("mismatch", "sudo reboot   # the driver was upgraded, and its old module is still loaded"),
+    ("mismatch|different versions",
+     "sudo reboot   # the driver was upgraded, and its old module is still loaded"),
+    ("--gpus all", "docker run --gpus all …   # start the container again so"),
+    (r"\bcontainer\b|initialize NVML: Unknown",
+     "docker restart CONTAINER   # on its host; where there is none: sudo reboot"),
+    ("may not open|insufficient perm", "ls -l /dev/nvidia*   # this user must be in their group"),
+    ("not loaded|couldn't communicate",
+     "sudo modprobe nvidia   # after a new kernel: reinstall the driver"),
+    ("libnvidia-ml", "sudo apt install nvidia-utils-NUMBER   # NUMBER: of the driver, see "
+     "/proc/driver/nvidia/version"),
+    ("xpu-smi", "Install xpu-smi: https://github.com/intel/xpumanager"),
+    ("rocm-smi", "sudo usermod -aG render,video $USER   # they own /dev/kfd; then log in again"),
+    ("is excluded", "grep -rs NVreg_ExcludedGpus /etc/modprobe.d /proc/cmdline   # else see dmesg"),
     (r"lost|fell|\bbus\b|Xid|reset", "sudo reboot   # again lost: power, riser or GPU"),
+    ("dmesg", "sudo dmesg | grep -iE 'nvrm|xid'"),
     ("", "nvidia-smi -q   # or the tool of its vendor says more"),
 )
 
@@ -11821,7 +11858,8 @@ def judge_k3s(installed: bool, answers: bool, token: bool) -> Finding:
                     "Set k3s.token (BETA9_K3S_TOKEN) to one that may make jobs in `default`")
     if not answers and (installed or token):
         why = "installed" if installed else "k3s.token is set"
-        return warn(f"{why}, but nothing answers on {where}", "sudo systemctl start k3s")
+        return warn(f"{why}, but nothing answers on {where}", "sudo systemctl start k3s"
+                    if installed else "Install k3s (https://docs.k3s.io), or unset k3s.token")
     return ok(f"answers on {where}; its token is set" if answers else
               "none: this machine runs models, not the gateway's workers")
 
@@ -11866,11 +11904,12 @@ def check_config(loaded: Loaded) -> Iterator[Finding]:
 
 
 def check_files(loaded: Loaded) -> Iterator[Finding]:
+    from shlex import quote
     folder, user = loaded.settings.state_dir, os.geteuid()
     above = nearest_folder(folder)
     if os.path.lexists(folder) and above != folder or not os.access(above, os.W_OK | os.X_OK):
         yield Finding("fail", f"{folder} is no folder that this user can write in",
-                      f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {above}")
+                      f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {quote(above)}")
         return
     if above != folder:
         yield ok(f"{folder}, not made yet")
@@ -11881,10 +11920,10 @@ def check_files(loaded: Loaded) -> Iterator[Finding]:
         mode = shared_mode(path)
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
             found.append(Finding("fail", f"{path} is not this user's to use",
-                                 f"sudo chown {user} {path}"))
+                                 f"sudo chown {user} {quote(path)}"))
         elif mode is not None:
             found.append(warn(f"{path} has mode {mode:04o}: others may use it",
-                              f"chmod {700 if path == folder else 600} {path}"))
+                              f"chmod {700 if path == folder else 600} {quote(path)}"))
     yield from found or [ok(f"{folder}, with what is in it, is private")]
     kept_machine_id(loaded.settings, keep=False)
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=1ca84e28b583b2448729a1d63f97d36e25ae8d2ad9c0b8ac50e4b84c2f4d69cc
+  sha256=5acf1cc796e6b84705f3e090778ce994e85e920bf23d3606c3ba2e059bfb469e
 }
 
 usage() {

@@ -349,6 +349,15 @@ def test_files_and_a_folder_that_others_may_read(doctor, state, hostile):
         "chmod 600 %s" % (state / "agent.log")]
 
 
+def test_commands_that_mend_take_a_path_with_a_blank(doctor, hostile, tmp_path):
+    folder = tmp_path / "my disk"
+    folder.mkdir(mode=0o755)
+    _, found, _ = doctor(hostile, "--state-dir", str(folder))
+    assert found["files"][0].mend == "chmod 700 '%s'" % folder
+    full = b9agent.judge_space("state", str(folder), (GIB, 0), GIB, 1)
+    assert full.mend.startswith("du -xhd1 '%s' | sort" % folder)
+
+
 def test_a_machine_id_that_is_none(doctor, state, hostile):
     state.mkdir(mode=0o700)
     (state / "machine_id").write_text("what?")
@@ -512,6 +521,36 @@ def test_gpus_that_are_ill():
     assert all(finding.mend.startswith("sudo reboot") for finding in found[1:])
 
 
+@pytest.mark.parametrize("problem, mend", [
+    (b9agent._INIT_PROBLEMS[4], "ls -l /dev/nvidia*"), (b9agent._GPU_PROBLEMS[4], "ls -l /dev/nvidia*"),
+    (b9agent._INIT_PROBLEMS[9], "sudo modprobe nvidia"),
+    (b9agent._INIT_PROBLEMS[17], "docker restart"), (b9agent._GPU_PROBLEMS[17], "docker restart"),
+    (b9agent._INIT_PROBLEMS[18], "sudo reboot   # the driver was upgraded"),
+    (b9agent._INIT_PROBLEMS[999], "docker restart"), (b9agent._GPU_PROBLEMS[999], "sudo reboot"),
+    (b9agent._GPU_PROBLEMS[15], "sudo reboot"), (b9agent._GPU_PROBLEMS[16], "sudo reboot"),
+    ("nvidia-smi: Failed to initialize NVML: Unknown Error", "docker restart"),
+    ("nvidia-smi: Failed to initialize NVML: Driver/library version mismatch", "sudo reboot"),
+    ("nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+     "sudo modprobe nvidia"),
+    ("amd-smi and rocm-smi name no GPU", "sudo usermod -aG render,video"),
+    ("/opt/rocm/bin/rocm-smi ran past its time limit", "sudo dmesg"),
+    (b9agent.hidden_gpu_problem("0000:0a:00.0", {}), "sudo dmesg"),
+    (b9agent.hidden_gpu_problem("0000:0a:00.0", {"GPU Excluded": "Yes"}), "grep -rs NVreg_Excluded")])
+def test_what_a_driver_says_has_the_command_that_mends_it(problem, mend):
+    assert b9agent.mend_of_gpu(problem).startswith(mend)
+
+
+def test_what_sources_without_a_driver_say_has_its_mend(tmp_path):
+    def mend():
+        return b9agent.mend_of_gpu(b9agent.Nvidia("none.so", str(tmp_path), "").read().problem)
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/version").write_text("")
+    assert mend().startswith("docker run --gpus all")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").write_text("")
+    assert mend().startswith("sudo apt install nvidia-utils")
+
+
 def test_nvidia_gpus_on_the_bus(tmp_path):
     def device(address, vendor, kind, driver=None):
         folder = tmp_path / address
@@ -578,6 +617,7 @@ def test_engines_on_the_path(doctor, hostile, tmp_path):
 def test_k3s(installed, answers, token, level):
     found = b9agent.judge_k3s(installed, answers, token)
     assert found.level == level and bool(found.mend) == (level == "warn")
+    assert installed or "systemctl start" not in found.mend  # there is no such unit
 
 
 def test_k3s_answers_with_a_certificate_of_its_own():

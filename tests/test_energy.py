@@ -279,6 +279,35 @@ def test_a_silent_gpu_adds_nothing_until_it_speaks_again():
     assert bench.after(60, gpu(0, 100.0, 7000.0)).gpu_measured_j == 6000
 
 
+def test_what_gpus_draw_while_their_driver_hangs_is_counted_later_or_unknown(state):
+    counting, sampled = gpu(0, 700.0, 1000.0), gpu(1, 500.0)
+    source = CountingSource(counting, sampled)
+    made, clock, _ = agent_with(source, state)
+    made.look()
+    source.gpus = None
+    for _ in range(60):
+        clock.now += 60
+        made._tick(1.0)
+        assert made.look().energy.gpu_w is None
+    source.gpus = counting._replace(energy_j=1000.0 + 3660 * 700), sampled
+    clock.now += 60
+    total = made.look().energy.total
+    assert (total.gpu_measured_j, total.gpu_unknown_s) == (3660 * 700, 3660)
+
+
+def test_a_driver_that_says_nothing_costs_another_vendors_gpus_no_figure(state):
+    broken, other = CountingSource(), CountingSource(gpu(0, 100.0, vendor="amd"))
+    broken.gpus, other.vendor = None, "amd"
+    made, clock, _ = agent_with(broken, state)
+    made._gpus = b9agent.GpuSampler([broken, other])
+    for _ in range(2):
+        made.look()
+        clock.now += 10
+        made._tick(1.0)
+    total = made.look().energy.total
+    assert (total.gpu_measured_j, total.gpu_unknown_s) == (2000, 0)
+
+
 def test_a_gpu_that_went_stops_counting_and_begins_anew():
     bench = Bench()
     bench.after(0, gpu(0, 100.0, 1000.0))
@@ -320,6 +349,7 @@ def test_two_looks_within_a_second_are_one():
 @pytest.mark.parametrize("gpus, source, expected", [
     ([gpu(0, 100.0)], "amdgpu", True), ([gpu(0, 100.0, 5.0)], "nvml", False),
     ([gpu(0)], "nvml", False), ([], "nvml", False), ([gpu(0, 100.0)], "nvidia-smi", False),
+    ([gpu(0, 100.0)], "amd-smi", False), ([gpu(0, 100.0)], "rocm-smi", False),
     ([gpu(0, 100.0, 5.0), gpu(1, 50.0)], "nvml", True), ([gpu(0, 9.0, stale=True)], "nvml", False),
     ([gpu(0, 9.0, asleep=True)], "amdgpu", False)])
 def test_more_power_samples_are_wanted_only_where_they_tell_more(gpus, source, expected):
@@ -592,6 +622,20 @@ def test_where_power_samples_tell_nothing_more_no_driver_is_asked(gpus, state):
     clock.now += 60
     made._tick(1.0)
     assert source.reads == 1 and log == []
+
+
+def test_status_tells_of_one_look_though_the_next_comes_meanwhile(state):
+    source = CountingSource(gpu(0, 100.0))
+    made, _, _ = agent_with(source, state)
+    made.look()
+    facts = made.facts
+
+    def meanwhile():
+        source.gpus = (gpu(0, 200.0),)
+        made.look()
+        return facts()
+    made.facts = meanwhile
+    assert [one["offered"] for one in made.status()["gpus"]] == [True]
 
 
 def test_a_defect_in_the_sums_costs_no_keepalive(state):

@@ -173,6 +173,17 @@ def test_a_vendor_that_says_it_has_none_leaves_the_machine_to_the_next():
     assert (sample.vendor, sample.known) == ("amd", True)
 
 
+def test_a_part_of_a_cpu_gives_way_to_a_card_of_another_vendor():
+    ryzen, arc = gpu(0, "amd", integrated=True), gpu(0, "intel")
+    sample = GpuSampler([Scripted("amd", reading(ryzen)), Scripted("intel", reading(arc))]).sample(10)
+    assert sample.vendor == "intel"
+    assert indexes(b9agent.offered_gpus(sample.gpus, sample.vendor, None, None)) == [("intel", 0)]
+    both = [Scripted(one.vendor, reading(one)) for one in (ryzen, arc._replace(integrated=True))]
+    assert GpuSampler(both).sample(10).vendor == "amd"
+    silent = Scripted("amd", GpuReading("rocm-smi", None))
+    assert GpuSampler([silent, Scripted("intel", reading(arc))]).sample(10).known is False
+
+
 def test_a_driver_that_fails_does_not_make_the_machine_another_vendors():
     broken = Scripted("nvidia", GpuReading("nvml", None, problem="driver not loaded"))
     sample = GpuSampler([broken, Scripted("amd", reading(gpu(0, "amd")))]).sample(10)
@@ -203,6 +214,21 @@ def test_a_hung_driver_costs_the_limit_and_is_asked_once_while_others_answer():
         hung.may_answer.set()
 
 
+def test_a_hung_driver_is_waited_for_once_and_not_at_every_sample():
+    hung = Scripted("nvidia", reading(gpu(0)))
+    hung.may_answer.clear()
+    sampler = GpuSampler([hung])
+    try:
+        sampler.sample(0.5)
+        begun_s = b9agent.now_s()
+        assert [sampler.sample(0.5).known for _ in range(20)] == [False] * 20
+        assert b9agent.now_s() - begun_s < 5  # 20 waits would be 10 s
+        sampler.sample(1.0)  # who has more time waits for the rest of it
+        assert b9agent.now_s() - sampler._watches[0]._begun_s >= 1.0
+    finally:
+        hung.may_answer.set()
+
+
 def test_a_driver_that_wakes_up_is_asked_again():
     hung = Scripted("nvidia", reading(gpu(0)), reading(gpu(0), gpu(1)))
     hung.may_answer.clear()
@@ -220,6 +246,18 @@ def test_a_defect_in_a_source_costs_its_figures_and_nothing_else():
                          Scripted("amd", reading(gpu(0, "amd")))]).sample(10)
     assert (sample.vendor, sample.known) == ("nvidia", False)
     assert "ZeroDivisionError" in sample.problems[0]
+
+
+def test_a_machine_out_of_threads_keeps_its_keepalive_and_asks_again(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+    sampler = GpuSampler([Scripted("nvidia", reading(gpu(0)))])
+    assert sampler.sample(10).known
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        sample = sampler.sample(10)
+    assert (sample.known, sample.problems) == (False, ["nvidia: can't start new thread"])
+    assert [one.problem for one in sampler.sample(10).gpus] == [""]
 
 
 def test_a_sick_gpu_is_named_among_the_problems():

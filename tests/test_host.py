@@ -213,8 +213,8 @@ def test_a_recorded_meminfo_without_swap_lines_is_unknown_swap():
 
 DISKSTATS = ("   8 0 sda 10 0 4 1 10 0 6 1 0 1 1\n   8 1 sda1 10 0 4 1 10 0 6 1 0 1 1\n"
              " 253 0 dm-0 10 0 4 1 10 0 6 1 0 1 1\n   7 0 loop0 9 0 9 1 9 0 9 1 0 1 1\n"
-             " 259 0 nvme0n1 1 0 100 1 1 0 50 1 0 1 1 0 0 0 0 1 1\n")
-DISKS = ("sda", "dm-0", "loop0", "nvme0n1", "zram0")
+             " 259 0 nvme0n1 1 0 100 1 1 0 50 1 0 1 1 0 0 0 0 1 1\n 230 0 zd0 9 0 9 1 9 0 9 1 0 1 1\n")
+DISKS = ("sda", "dm-0", "loop0", "nvme0n1", "zram0", "zd0")
 
 
 def test_whole_disks_are_summed_and_what_lies_upon_them_is_not():

@@ -188,7 +188,8 @@ def test_the_python_client_and_the_official_ones_reach_the_engine(world):
     ollama, openai = pytest.importorskip("ollama"), pytest.importorskip("openai")
     here = world("ollama").start()
     here.post("/inference/start")
-    here.post("/inference/pull", {"model": "llama3.2"})
+    for name in ("llama3.2", "nomic-embed-text"):
+        assert here.post("/inference/pull", {"model": name})[0] == 200
     url = here.get("/inference/status")["endpoint"]
     client = b9agent.InferenceClient()
     client.configure("127.0.0.1", here.port)
@@ -198,9 +199,10 @@ def test_the_python_client_and_the_official_ones_reach_the_engine(world):
     assert "".join(piece.content for piece in pieces) == said.content
     assert pieces[-1].usage == said.usage and all(pieces)
     assert client.generate("llama3.2", "hello").content
-    assert len(client.embed("llama3.2", ["a", "b"]).embeddings) == 2
-    assert client.embed("llama3.2", "a").embedding
-    assert client.list_models() == ["llama3.2:latest"] and client.health()
+    assert len(client.embed("nomic-embed-text", ["a", "b"]).embeddings) == 2
+    assert client.embed("nomic-embed-text", "a").embedding
+    assert set(client.list_models()) == {"llama3.2:latest", "nomic-embed-text:latest"}
+    assert client.health()
     assert client.load_model("llama3.2") and client.unload_model("llama3.2")
     theirs = ollama.Client(host=url).chat("llama3.2", [{"role": "user", "content": "hello"}])
     assert theirs["message"]["content"] == said.content

@@ -102,7 +102,7 @@ FULL = MetricsView(
     ProcessFigures(1.25, 1700000000.5, 20480, 9, 4), 100.0, 0.125, -0.75, 380.0, 1.25, "9.8.7")
 NOTHING = MetricsView(Snapshot())
 N, A = {"vendor": "nvidia", "index": "0"}, {"vendor": "amd", "index": "0"}
-MIG_0, MIG_1 = dict(N, instance="0"), dict(N, instance="1")
+MIG_0, MIG_1 = dict(N, mig="0"), dict(N, mig="1")
 
 # Every family, and every sample that FULL comes to, read off it by hand.
 EXPECTED = {
@@ -210,6 +210,11 @@ def test_every_family_is_documented_once_and_by_its_type():
     assert len(set(texts)) == len(texts)
 
 
+def test_no_label_has_a_name_that_prometheus_gives_to_its_target():
+    for name, labels in samples_of(FULL):
+        assert not {"job", "instance"} & set(dict(labels)), name  # it would say exported_instance
+
+
 UNITS = {"bytes", "seconds", "ratio", "celsius", "watts", "joules", "hertz", "grams"}
 WITHOUT_UNIT = {  # counts of things, and yes or no
     "membership_state", "keepalives", "registrations", "capacity_cpu_cores", "host_cpu_cores",
@@ -267,9 +272,6 @@ b9agent_gpu_info{vendor="intel",index="2",uuid="",name="Arc \\"A770\\" \\\\ 16G"
 # HELP b9agent_gpu_healthy 0 for a GPU that must not be used.
 # TYPE b9agent_gpu_healthy gauge
 b9agent_gpu_healthy{vendor="intel",index="2"} 1
-# HELP b9agent_gpu_free 1 for a healthy GPU that nobody computes on.
-# TYPE b9agent_gpu_free gauge
-b9agent_gpu_free{vendor="intel",index="2"} 0
 # HELP b9agent_gpu_stale 1 where the figures are old: no answer from the driver.
 # TYPE b9agent_gpu_stale gauge
 b9agent_gpu_stale{vendor="intel",index="2"} 0
@@ -302,11 +304,20 @@ def test_of_what_is_unknown_nothing_is_said():
     bare = GpuSample((Gpu(0, "amd"),), "amd")
     said = {name for name, _ in samples_of(looked._replace(
         machine=MachineSample(NO_HOST, bare, None, None)))} - always - counts
-    assert said == {"b9agent_gpu_" + name for name in ("info", "healthy", "free", "stale", "asleep")}
+    assert said == {"b9agent_gpu_" + name for name in ("info", "healthy", "stale", "asleep")}
     running = NOTHING._replace(process=ProcessFigures(1.0, 2.0))
     assert {name for name, _ in samples_of(running)} - always == {
         "b9agent_keepalives_total", "b9agent_registrations_total", "process_cpu_seconds_total",
         "process_start_time_seconds"}
+
+
+def test_free_gpus_add_up_to_what_the_keepalive_says():
+    two = tuple(Gpu(index, "nvidia", memory_total_bytes=1 << 36, memory_used_bytes=0, processes=())
+                for index in range(2))
+    view = NOTHING._replace(machine=MachineSample(NO_HOST, GpuSample(two, "nvidia"), two[:1], None))
+    free = {dict(labels)["index"]: value for (name, labels), value in samples_of(view).items()
+            if name == "b9agent_gpu_free"}
+    assert free == {"0": 1, "1": 0}  # --max-gpus keeps the second one back
 
 
 def test_a_driver_that_does_not_answer_leaves_the_number_of_gpus_unknown():

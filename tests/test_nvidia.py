@@ -394,6 +394,18 @@ def test_a_gpu_without_memory_of_its_own_has_the_machines(tmp_path):
         125419520 * 1024, 100 * MIB, True)
 
 
+@pytest.mark.parametrize("word", ["[Insufficient Permissions]", "", "[Unknown Error]", "x",
+                                  "[GPU access blocked by the operating system]"])
+def test_memory_that_the_program_may_not_tell_is_unknown_and_not_the_machines(tmp_path, word):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  125419520 kB\n")
+    rows = ROWS.replace("81559, 0, 0", "{0}, {0}, 0".format(word))
+    one = NvidiaSmi(program(tmp_path, answers(rows)), root=str(tmp_path)).read().gpus[1]
+    assert (one.processes, one.memory_total_bytes, one.memory_used_bytes, one.integrated) == (
+        (), None, None, False)
+    assert not b9agent.is_free(one)
+
+
 def test_the_program_is_found_on_the_path_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", program(tmp_path, "echo No devices were found\nexit 6\n"))
     assert NvidiaSmi().read().gpus == ()

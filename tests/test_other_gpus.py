@@ -509,6 +509,11 @@ def test_power_and_load_are_differences_between_two_reads(tmp_path):
     assert figures(source.read().gpus[0], *names)[:3] == (1.0, None, None)
 
 
+def test_where_the_card_has_no_sensors_those_of_its_chip_count(tmp_path):
+    plant_card(tmp_path, hwmon__hwmon2__energy2_input="3000000", hwmon__hwmon2__power2_max="65000000", **ARC)
+    assert figures(Intel(str(tmp_path), "").read().gpus[0], "energy_j", "power_limit_w") == (3.0, 65.0)
+
+
 def test_deep_sleep_of_i915_counts_alike_and_one_that_is_off_tells_nothing(tmp_path):
     clock = [0.0]
     card = "sys/class/drm/card0/gt/"
@@ -547,7 +552,9 @@ def test_a_card_with_memory_of_its_own_is_asked_of_xpu_smi_and_what_stands_only_
     assert b9agent.is_free(card)
     source.read()
     asked = (tmp_path / "bin/asked").read_text().splitlines()
-    assert [line.split()[0] for line in asked] == ["discovery", "dump", "dump"]
+    # By the numbers of xpu-smi's help: id, name, UUID, address, memory; then load, power, clock,
+    # temperature, memory in use.
+    assert asked == ["discovery --dump 1,2,4,11,16"] + ["dump -d -1 -m 0,1,2,3,18 -i 1 -n 1"] * 2
     assert source.read().source == "i915+xe"
 
 
