@@ -6315,7 +6315,7 @@ class Agent:
 # `service install` copies this file, writes a service definition, starts it
 # and believes in it only after the running agent has answered.  Every change
 # goes through Steps, so that a dry run prints them all and a failure undoes
-# them.  systemd, launchd and OpenRC have one class each.
+# them.  systemd, launchd and OpenRC are one Manager each.
 
 SYSTEM_STATE = "/var/lib/b9agent"
 HEALTH_LIMIT_S, STEADY_S = 30.0, 5.0
@@ -6664,8 +6664,8 @@ class Manager(NamedTuple):
     """What starts services here, as the command lines that drive it; none where there is none.
 
     enable: at every boot; restart: now; disable: neither; forget: once its definition is gone; ask:
-    whether it runs; tail: the end of its log; logs: the same, as it grows.  A line with a "-" may
-    fail; any other is tried again for patience_s.
+    whether it runs; logs: follows its log.  A line with a "-" may fail; any other is tried again
+    for patience_s.
     """
     place: Place
     enable: Tuple[str, ...] = ()
@@ -6673,7 +6673,6 @@ class Manager(NamedTuple):
     disable: Tuple[str, ...] = ()
     forget: Tuple[str, ...] = ()
     ask: str = "false"
-    tail: str = ""
     logs: str = ""
     patience_s: float = 0.0
 
@@ -6703,26 +6702,27 @@ class Manager(NamedTuple):
 
     def last_lines(self) -> str:
         import shlex
+        argv = shlex.split(self.logs.replace(" -f", " -n 20", 1))
         account = None if self.place.manager == "systemd" else self.place.account
-        return as_user(account, run_command, shlex.split(self.tail), 10.0).output
+        return as_user(account, run_command, argv, 10.0).output
 
 
 def systemd(place: Place) -> Manager:
     user = " --user" if place.scope == "user" else ""
     if user:  # missing after su and in cron
         os.environ.setdefault("XDG_RUNTIME_DIR", f"/run/user/{place.account.uid}")
-    control, journal, unit = f"systemctl{user}", f"journalctl{user} -u b9agent", "b9agent.service"
+    control, unit = f"systemctl{user}", "b9agent.service"
     return Manager(
         place, enable=(f"{control} daemon-reload", f"{control} enable {unit}"),
         restart=(f"{control} restart {unit}",), disable=(f"-{control} disable --now {unit}",),
         forget=(f"-{control} daemon-reload", f"-{control} reset-failed {unit}"),
         ask=f"{control} show {unit} -p MainPID,ActiveState,ExecMainCode,ExecMainStatus",
-        tail=f"{journal} -n 20 --no-pager -o cat", logs=f"{journal} -f")
+        logs=f"journalctl{user} -u b9agent -f")
 
 
 def launchd(place: Place) -> Manager:
     import shlex
-    domain, log = "system", shlex.quote(launchd_log(place))
+    domain = "system"
     if place.scope == "user":
         # Over ssh there is no gui session: a launch agent then belongs in the user's domain.
         gui = run_command(["launchctl", "print", f"gui/{place.account.uid}"], 10.0).exit_code == 0
@@ -6733,7 +6733,7 @@ def launchd(place: Place) -> Manager:
         restart=(f"-launchctl bootout {target}", f"launchctl enable {target}",
                  f"launchctl bootstrap {domain} {shlex.quote(place.definition)}",
                  f"launchctl kickstart {target}"),
-        tail=f"tail -n 20 {log}", logs=f"tail -f {log}",
+        logs="tail -f " + shlex.quote(launchd_log(place)),
         patience_s=8.0)  # `bootstrap` fails while the old job is still going away
 
 
@@ -6741,8 +6741,7 @@ def openrc(place: Place) -> Manager:
     return Manager(
         place, enable=("rc-update add b9agent default",), restart=("rc-service b9agent restart",),
         disable=("-rc-service b9agent stop", "-rc-update del b9agent"),
-        ask="rc-service b9agent status", tail="tail -n 20 /var/log/b9agent.log",
-        logs="tail -f /var/log/b9agent.log")
+        ask="rc-service b9agent status", logs="tail -f /var/log/b9agent.log")
 
 
 MANAGERS = {"systemd": systemd, "launchd": launchd, "openrc": openrc, "none": Manager}
@@ -6790,11 +6789,6 @@ def make_public_folder(path: str) -> None:
         os.chmod(path, 0o755)
 
 
-def write_public(path: str, text: str, mode: int) -> None:
-    make_public_folder(os.path.dirname(path))
-    write_atomic(path, text, mode)
-
-
 class Steps:
     """Says each change and makes it, or in a dry run only says it; undo() takes back what was
     written."""
@@ -6824,9 +6818,13 @@ class Steps:
         old = read_text(path, CODE_MAX_BYTES)
         if old == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
             return False
-        self.keep(path, mode)
-        self.do(f"write {path}", write_public, path, text, mode)
+        self.do(f"write {path}", self._write, path, text, mode)
         return True
+
+    def _write(self, path: str, text: str, mode: int) -> None:
+        make_public_folder(os.path.dirname(path))
+        self.keep(path, mode)
+        write_atomic(path, text, mode)
 
     def undo(self) -> None:
         while self._undo:
@@ -7058,8 +7056,7 @@ class Installation:
         self.definition = render_definition(place, shutil.which("nvidia-modprobe") or "")
         if "rollback" in options:
             self.code = read_text(self._code_file + ".prev", CODE_MAX_BYTES)
-            self.definition = (read_text(self._record + ".prev") or read_text(self._record)
-                               or self.definition)
+            self.definition = read_text(self._record + ".prev") or self.definition
         if self.code is None:
             raise UsageError(f"there is no previous version in {place.code}")
         self.version = version_of(self.code)
@@ -7330,7 +7327,8 @@ def service_status(_loaded: Loaded, options: Dict[str, str], say: Callable[[str]
 # 20b. Doctor       reads; asks the gateway, k3s and drivers; changes nothing
 # ----------------------------------------------------------------------
 # One table of checks.  Each says what it saw and, where that is not well,
-# the command that mends it.  Every check runs in a thread of its own: one
+# the command that mends it; an AgentError that it raises is such a finding
+# as well.  Every check runs in a thread of its own: one
 # that hangs costs its row and nothing else.  A running agent is not touched,
 # and nothing is sent to the gateway that it would act upon.
 
@@ -7429,10 +7427,10 @@ def judge_clock(here_s: float, ahead_s: Optional[float], https: bool) -> Finding
 
 
 def doctor_client(loaded: Loaded) -> GatewayClient:
-    settings = loaded.settings
     refuse_default(loaded, "gateway_host")
-    return GatewayClient(gateway_endpoint(settings), settings.token or "-", settings.pool_name,
-                         Log(settings.log_format, "debug" if settings.debug else "error"),
+    settings = loaded.settings
+    log = Log(settings.log_format, "debug" if settings.debug else "error")
+    return GatewayClient(gateway_endpoint(settings), settings.token or "-", settings.pool_name, log,
                          _REQUEST_LIMIT_S)
 
 
@@ -7609,9 +7607,8 @@ def check_gateway(loaded: Loaded) -> Iterator[Finding]:
 def check_token(loaded: Loaded) -> Iterator[Finding]:
     if not loaded.settings.token:
         refuse_default(loaded, "token")
-        yield Finding("fail", "there is none", "b9agent.py init   # asks for it; it comes from: "
-                      f"beta9 machine create --pool {loaded.settings.pool_name}")
-        return
+        raise UsageError("there is none", "b9agent.py init   # asks for it; it comes from: "
+                         f"beta9 machine create --pool {loaded.settings.pool_name}")
     try:
         doctor_client(loaded).probe("register")
     except TokenRefused:
@@ -7635,8 +7632,8 @@ def check_pool(loaded: Loaded) -> Iterator[Finding]:
     if status.get("state") == "ready":
         yield ok(f"`{status.get('pool')}` has machine {status.get('machine_id')}, ready")
     elif "has no pool" in str(status.get("message")):
-        yield Finding("fail", f"`{status.get('pool')}` does not exist on the gateway",
-                      "b9agent.py init --pool POOL   # one of the gateway's configuration")
+        raise UsageError(f"`{status.get('pool')}` does not exist on the gateway",
+                         "b9agent.py init --pool POOL   # one of the gateway's configuration")
     else:
         refuse_default(loaded, "pool_name")
         yield ok(f"`{loaded.settings.pool_name}` is looked for at the first registration; "
@@ -7737,16 +7734,14 @@ def check_config(loaded: Loaded) -> Iterator[Finding]:
 
 def check_files(loaded: Loaded) -> Iterator[Finding]:
     folder, user = loaded.settings.state_dir, os.geteuid()
-    above = nearest_folder(folder)
+    above, found = nearest_folder(folder), []
     if os.path.lexists(folder) and above != folder or not os.access(above, os.W_OK | os.X_OK):
-        yield Finding("fail", f"{folder} is no folder that this user can write in",
-                      f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {above}")
-        return
+        raise UsageError(f"{folder} is no folder that this user can write in",
+                         f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {above}")
     if above != folder:
         yield ok(f"{folder}, not made yet")
         return
     make_private_folder(folder)  # makes none: it looks at who owns and writes in this one
-    found = []
     for path in [folder] + [os.path.join(folder, name) for name in _PRIVATE_FILES]:
         mode = shared_mode(path)
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
@@ -7839,12 +7834,13 @@ def run_checks(checks: Sequence[Check], loaded: Loaded, limit_s: float) -> List[
         thread.start()
     for check, thread, rows in zip(checks, threads, found):
         thread.join(max(0.0, until_s - now_s()))
-        late = [] if not thread.is_alive() else [Finding(
-            "fail" if check.late else "warn", f"did not end within {limit_s:g} s",
-            "b9agent.py doctor --debug   # shows more", check.late)]
-        result += [finding._replace(
-            name=check.name, seen=printable(REDACTOR.scrub(finding.seen)),
-            mend=printable(REDACTOR.scrub(finding.mend))) for finding in rows[:] + late]
+        rows = rows[:]
+        if thread.is_alive():
+            rows.append(Finding("fail" if check.late else "warn", f"did not end within {limit_s:g} "
+                                "s", "b9agent.py doctor --debug   # shows more", check.late))
+        for finding in rows:
+            seen, mend = (printable(REDACTOR.scrub(text)) for text in finding[1:3])
+            result.append(finding._replace(name=check.name, seen=seen, mend=mend))
     return result
 
 
