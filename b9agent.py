@@ -451,6 +451,56 @@ def run_command(argv: Sequence[str], limit_s: float, max_bytes: int = 1 << 20) -
                          child if child.returncode is None else None)
 
 
+def read_link(path: str) -> str:
+    """Where a link leads; "" where it cannot be read."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def process_name(pid: int) -> str:
+    """For a person: `python3, pid 7`."""
+    name = printable((read_text(f"/proc/{pid}/comm", 64) or "").strip())
+    return f"{name}, pid {pid}" if name else f"pid {pid}"
+
+
+def parse_listeners(text: str) -> Dict[int, str]:
+    """{port: inode of the socket} of /proc/net/tcp or tcp6.  Source: proc(5); state 0A listens."""
+    rows = re.findall(r"(?m)^ *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) \S+ 0A(?: +\S+){5} +([0-9]+)", text)
+    return {int(port, 16): inode for port, inode in rows}
+
+
+def _listener(port: int) -> str:
+    """Who listens on a port, as far as this user may see it: root all, others their own."""
+    if sys.platform == "darwin":
+        shown = run_command(["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"], 10.0).output
+        match = re.search("(?m)^p([0-9]+)\nc(.+)$", shown)
+        return printable(f"{match.group(2)}, pid {match.group(1)}") if match else ""
+    import glob
+    inodes = [parse_listeners(read_text(f"/proc/net/{name}") or "").get(port)
+              for name in ("tcp", "tcp6")]
+    sockets = {f"socket:[{inode}]" for inode in inodes if inode}
+    paths = glob.iglob("/proc/[0-9]*/fd/*") if sockets else ()
+    return next((process_name(int(path.split("/")[2])) for path in paths
+                 if read_link(path) in sockets), "")
+
+
+def port_holder(host: str, port: int) -> Optional[str]:
+    """None where a server could listen (it is bound, and let go of at once); else who prevents
+    it: `python3, pid 7`, or `another program`.  Raises: OSError for what is no address of ours."""
+    import errno
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return None
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+    return _listener(port) or "another program"
+
+
 def host_port(host: str, port: int) -> str:
     """
     >>> host_port("::1", 1994), host_port("gw", 80)
@@ -6426,28 +6476,30 @@ class Agent:
 # `service install` copies this file, writes a service definition, starts it
 # and believes in it only after the running agent has answered.  Every change
 # goes through Steps, so that a dry run prints them all and a failure undoes
-# them.  systemd, launchd and OpenRC have one class each.
+# them.  systemd, launchd and OpenRC are one Manager each.
 
 SYSTEM_STATE = "/var/lib/b9agent"
 HEALTH_LIMIT_S, STEADY_S = 30.0, 5.0
 CODE_MAX_BYTES = 8 << 20
 _LAUNCHER_MARK = "# b9agent's launcher, written by `b9agent service install`"
-_MAIN_FILE = "import sys, b9agent\nsys.exit(b9agent.main())\n"
+_MAIN_FILE = "import sys, b9agent\nsys.exit(b9agent.main())\n"  # imported, it is not compiled anew
 _CODE_FILES = ("b9agent.py", "b9agent.py.prev", "__main__.py", "__pycache__", "definition",
                "definition.prev", "install.lock")
-_KEPT_BY_PURGE = (".ollama", ".cache", "models")
+_KEPT_BY_PURGE = {".ollama", ".cache", "models"}
 _HANDED_ON = ("BETA9_TOKEN", "https_proxy", "no_proxy")
 
-_SCOPE_OPTIONS = (
+SERVICE_STATUS_OPTIONS = (
     Option("--system", "", "a service of the machine; needs root"),
     Option("--user", "", "a service of the user who runs this"),
     Option("--run-as", "USER", "whose rights the machine's service has; default: who calls sudo, "
                                "else a new system user b9agent"),
 )
-_CHANGE_OPTIONS = _SCOPE_OPTIONS + (
+_CHANGE_OPTIONS = SERVICE_STATUS_OPTIONS + (
     Option("--dry-run", "", "print every step, change nothing"),
     Option("--quiet", "", "say only what went wrong"),
 )
+SERVICE_UNINSTALL_OPTIONS = _CHANGE_OPTIONS + (
+    Option("--purge", "", "remove configuration, token and state as well; never models"),)
 SERVICE_OPTIONS = _CHANGE_OPTIONS + (
     Option("--gateway", "ADDRESS", "the gateway: HOST[:PORT], or a URL"),
     Option("--pool", "POOL", "the worker pool"),
@@ -6460,9 +6512,6 @@ SERVICE_OPTIONS = _CHANGE_OPTIONS + (
     Option("--environment-stdin", "", f"read NAME=VALUE lines of {', '.join(_HANDED_ON)} from "
            "standard input: sudo drops variables, and arguments show in `ps`"),
 )
-SERVICE_UNINSTALL_OPTIONS = _CHANGE_OPTIONS + (
-    Option("--purge", "", "remove configuration, token and state as well; never models"),)
-SERVICE_STATUS_OPTIONS = _SCOPE_OPTIONS
 
 
 class PrivilegeError(AgentError):
@@ -6498,32 +6547,36 @@ class Place(NamedTuple):
 
     @property
     def config(self) -> str:
-        return os.path.join(self.state, "config.yaml")
+        return f"{self.state}/config.yaml"
 
     @property
     def command(self) -> Tuple[str, ...]:
         return (self.python, "-I", "-u", self.code, "run")
 
 
+_DEFINITIONS = {
+    ("systemd", "system"): "/usr/local/lib/systemd/system/b9agent.service",
+    ("systemd", "user"): "~/.local/share/systemd/user/b9agent.service",
+    ("launchd", "system"): "/Library/LaunchDaemons/com.b9agent.plist",
+    ("launchd", "user"): "~/Library/LaunchAgents/com.b9agent.plist",
+    ("openrc", "system"): "/etc/init.d/b9agent"}
+
+
 def make_place(manager: str, scope: str, account: Account, python: str,
                data_home: str = "") -> Place:
     """Raises: UsageError for a path that a service definition cannot hold."""
-    home, system = account.home, scope == "system"
+    home, state = account.home, SYSTEM_STATE
     code, launcher = "/usr/local/lib/b9agent", "/usr/local/bin/b9agent"
-    if not system:
+    if scope == "user":
         code = os.path.join(data_home or home + "/.local/share", "b9agent")
         launcher = home + "/.local/bin/b9agent"
-    definition = {
-        ("systemd", "system"): "/usr/local/lib/systemd/system/b9agent.service",
-        ("systemd", "user"): home + "/.local/share/systemd/user/b9agent.service",
-        ("launchd", "system"): "/Library/LaunchDaemons/com.b9agent.plist",
-        ("launchd", "user"): home + "/Library/LaunchAgents/com.b9agent.plist",
-        ("openrc", "system"): "/etc/init.d/b9agent"}.get((manager, scope), "")
-    state = SYSTEM_STATE if system and manager != "launchd" else home + "/.b9agent"
+    if scope == "user" or manager == "launchd":
+        state = home + "/.b9agent"
     for path in (python, code, state):
         if not re.fullmatch(r"/[\w@+,./:=~ -]*", path):
             raise UsageError(f"the path `{printable(path)}` has a character that no service "
                              "definition holds", "Choose a Python and a home folder without it")
+    definition = _DEFINITIONS.get((manager, scope), "").replace("~", home)
     return Place(manager, scope, account, python, code, launcher, definition, state)
 
 
@@ -6539,18 +6592,15 @@ def _find_manager(scope: str) -> str:
 
 
 def _find_account(wanted: str) -> Account:
-    """The user of a system service: asked for, or the one it has, or who called sudo, or our own.
-
-    Root only where it is asked for.
-    """
+    """The user of a system service: asked for, or the one it has, or who called sudo, or who would
+    call it (a dry run), or our own.  Root only where it is asked for."""
     import pwd
-    names = [wanted, os.environ.get("SUDO_USER"), os.environ.get("DOAS_USER")]
+    names = [os.environ.get("SUDO_USER"), os.environ.get("DOAS_USER"),
+             pwd.getpwuid(os.geteuid()).pw_name]
     try:
-        names.insert(1, pwd.getpwuid(os.stat(SYSTEM_STATE).st_uid).pw_name)
+        names.insert(0, pwd.getpwuid(os.stat(SYSTEM_STATE).st_uid).pw_name)
     except (OSError, KeyError):
         pass  # a first installation, or a user who is gone
-    if os.geteuid() != 0:  # a dry run: it would be who calls sudo
-        names.append(pwd.getpwuid(os.geteuid()).pw_name)
     name = wanted or next((name for name in names if name and name != "root"), "b9agent")
     try:
         record = pwd.getpwnam(name)
@@ -6569,12 +6619,12 @@ def find_place(options: Dict[str, str]) -> Place:
         raise UsageError("--user and --system exclude each other", "Give one of them")
     me, wanted = pwd.getpwuid(os.geteuid()), options.get("run-as", "")
     python = os.path.abspath(sys.executable or "/usr/bin/python3")
+    account = Account(me.pw_name, me.pw_uid, me.pw_gid, os.path.expanduser("~").rstrip("/"))
     data_home = os.environ.get("XDG_DATA_HOME", "")
-    mine = make_place(_find_manager("user"), "user", Account(
-        me.pw_name, me.pw_uid, me.pw_gid, os.path.expanduser("~").rstrip("/")), python,
-        data_home if os.path.isabs(data_home) else "")
-    has_own = me.pw_uid != 0 and (sys.platform == "darwin" or os.path.exists(
-        mine.code + "/b9agent.py"))
+    mine = make_place(_find_manager("user"), "user", account, python,
+                      data_home if os.path.isabs(data_home) else "")
+    has_own = me.pw_uid != 0 and (sys.platform == "darwin"
+                                  or os.path.exists(f"{mine.code}/b9agent.py"))
     if "user" not in options and ("system" in options or not has_own):
         return make_place(_find_manager("system"), "system", _find_account(wanted), python)
     if wanted not in ("", me.pw_name):
@@ -6585,37 +6635,32 @@ def find_place(options: Dict[str, str]) -> Place:
     return mine
 
 
-class _ActingAs:
-    """Root works in the service user's folders with that user's rights: a link planted there must
-    lead no further than the user could go."""
-
-    def __init__(self, account: Optional[Account]) -> None:
-        self._account = account
-
-    def __enter__(self) -> None:
-        account = self._account
-        self._switch = os.geteuid() == 0 and account is not None and account.uid not in (None, 0)
-        if self._switch:
-            self._groups = os.getgroups()
-            os.setgroups([account.gid])
-            os.setegid(account.gid)
-            os.seteuid(account.uid)
-
-    def __exit__(self, *_error: Any) -> None:
-        if self._switch:
-            os.seteuid(0)
-            os.setegid(0)
-            os.setgroups(self._groups)
+def as_user(account: Optional[Account], action: Callable[..., Any], *arguments: Any) -> Any:
+    """What an action comes to.  Root does it with the service user's rights: a link planted in that
+    user's folders must lead no further than the user could go."""
+    if os.geteuid() != 0 or account is None or not account.uid:
+        return action(*arguments)
+    groups = os.getgroups()
+    os.setgroups([account.gid])
+    os.setegid(account.gid)
+    os.seteuid(account.uid)
+    try:
+        return action(*arguments)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
 
 
 # -- service definitions, as text ---------------------------------------
+# Lines with a "!" are of the machine's unit alone.
 
-_UNIT_HEAD = """\
+_UNIT = """\
 # Written by `b9agent service install`. To change it: systemctl edit b9agent
 [Unit]
 Description=b9agent compute worker
-"""
-_UNIT_SERVICE = """\
+!Wants=network-online.target
+!After=network-online.target nvidia-persistenced.service
 StartLimitIntervalSec=0
 
 [Service]
@@ -6635,23 +6680,24 @@ TasksMax=infinity
 LimitNOFILE=65536:524288
 LimitMEMLOCK=infinity
 LimitCORE=0
-"""
-_UNIT_SYSTEM = """\
-User=@USER@
-StateDirectory=b9agent
-StateDirectoryMode=0700
-WorkingDirectory=@STATE@
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-ProtectSystem=full
-ProtectControlGroups=yes
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-LockPersonality=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK AF_IB
-SystemCallArchitectures=native
+!@BEFORE@User=@USER@
+!StateDirectory=b9agent
+!StateDirectoryMode=0700
+!WorkingDirectory=@STATE@
+!NoNewPrivileges=yes
+!CapabilityBoundingSet=
+!ProtectSystem=full
+!ProtectControlGroups=yes
+!ProtectKernelTunables=yes
+!ProtectKernelModules=yes
+!LockPersonality=yes
+!RestrictRealtime=yes
+!RestrictSUIDSGID=yes
+!RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK AF_IB
+!SystemCallArchitectures=native
+
+[Install]
+WantedBy=@TARGET@
 """
 _OPENRC = """\
 #!/sbin/openrc-run
@@ -6683,31 +6729,25 @@ start_pre() {
 """
 
 
-def _fill(template: str, place: Place) -> str:
-    quoted = ['"%s"' % word if " " in word else word for word in place.command]
-    environment = ("/etc/b9agent/agent.env" if place.scope == "system"
-                   else "%h/.config/b9agent/agent.env")
-    for mark, text in (("COMMAND", " ".join(quoted)), ("STATE", place.state),
-                       ("ENVIRONMENT", environment), ("USER", place.account.name),
-                       ("PYTHON", place.python), ("CODE", place.code),
-                       ("HOME", place.account.home),
-                       ("PERMANENT", " ".join(str(int(code)) for code in PERMANENT_EXITS))):
-        template = template.replace(f"@{mark}@", text)
-    return template
+def _fill(template: str, **values: str) -> str:
+    """With each @NAME@ replaced by its value."""
+    return re.sub("@([A-Z]+)@", lambda match: values[match.group(1).lower()], template)
 
 
 def render_unit(place: Place, modprobe: str = "") -> str:
     """modprobe: the path of nvidia-modprobe, which is setuid and so cannot help a service that has
     NoNewPrivileges; systemd runs it before, with full rights."""
-    if place.scope == "user":
-        return _fill(_UNIT_HEAD + _UNIT_SERVICE + "\n[Install]\nWantedBy=default.target\n", place)
-    text = (_UNIT_HEAD + "Wants=network-online.target\n"
-            "After=network-online.target nvidia-persistenced.service\n" + _UNIT_SERVICE
-            + (f"ExecStartPre=-+{modprobe} -c 0 -u\n" if modprobe else "") + _UNIT_SYSTEM
-            + "\n[Install]\nWantedBy=multi-user.target\n")
+    system = place.scope == "system"
+    text = re.sub("(?m)^!" if system else "(?m)^!.*\n", "", _UNIT)
     if place.account.name == "root":
         text = text.replace("CapabilityBoundingSet=\n", "")
-    return _fill(text, place)
+    return _fill(
+        text, state=place.state, user=place.account.name,
+        command=" ".join(f'"{word}"' if " " in word else word for word in place.command),
+        environment="/etc/b9agent/agent.env" if system else "%h/.config/b9agent/agent.env",
+        permanent=" ".join(str(int(code)) for code in PERMANENT_EXITS),
+        before=f"ExecStartPre=-+{modprobe} -c 0 -u\n" if modprobe else "",
+        target="multi-user.target" if system else "default.target")
 
 
 def launchd_log(place: Place) -> str:
@@ -6733,13 +6773,13 @@ def render_plist(place: Place) -> str:
     return plistlib.dumps(values, sort_keys=False).decode("utf-8")
 
 
-def render_definition(place: Place) -> str:
-    import shutil
+def render_definition(place: Place, modprobe: str = "") -> str:
     if place.manager == "launchd":
         return render_plist(place)
     if place.manager == "openrc":
-        return _fill(_OPENRC, place)
-    return render_unit(place, shutil.which("nvidia-modprobe") or "")
+        return _fill(_OPENRC, python=place.python, code=place.code, state=place.state,
+                     user=place.account.name, home=place.account.home)
+    return render_unit(place, modprobe)
 
 
 def render_launcher(place: Place) -> str:
@@ -6752,13 +6792,12 @@ def render_launcher(place: Place) -> str:
 
 def _print_definition(manager: str, say: Callable[[str], None]) -> int:
     """What the installer writes where the user is `b9agent` and the Python the system's."""
-    home = SYSTEM_STATE if manager != "launchd" else "/Users/b9agent"
-    place = make_place(manager, "system", Account("b9agent", None, None, home), "/usr/bin/python3")
-    texts = {"systemd": render_unit, "launchd": render_plist, "openrc": render_definition}
-    if manager not in texts:
+    if (manager, "system") not in _DEFINITIONS:
         raise UsageError(f"--print: `{printable(manager)}` cannot be used, expected systemd, "
                          "launchd or openrc")
-    say(texts[manager](place).rstrip("\n"))
+    home = SYSTEM_STATE if manager != "launchd" else "/Users/b9agent"
+    place = make_place(manager, "system", Account("b9agent", None, None, home), "/usr/bin/python3")
+    say(render_definition(place).rstrip("\n"))
     return Exit.OK
 
 
@@ -6770,172 +6809,135 @@ class Process(NamedTuple):
     pid: Optional[int] = None
     ended: Optional[int] = None
 
+    def __str__(self) -> str:
+        if self.ended is not None:
+            return f"not running, ended with exit code {self.ended}"
+        return "not running" if self.pid == 0 else f"running, pid {self.pid or 'unknown'}"
 
-class Manager:
-    """What starts services here.  The base class is for machines that have none.
 
-    enable(): at every boot; restart(): now; disable(): neither; forget(): once its definition is
-    gone.  Raises: UnhealthyError.
+def said_by(result: CommandResult) -> str:
+    """What a command that failed says of it, in one line."""
+    text = " ".join((result.problem or result.output).split())
+    return printable(text[-300:]).rstrip(".") or "no reason"
+
+
+class Manager(NamedTuple):
+    """What starts services here, as the command lines that drive it; none where there is none.
+
+    enable: at every boot; restart: now; disable: neither; forget: once its definition is gone; ask:
+    whether it runs; logs: follows its log.  A line with a "-" may fail; any other is tried again
+    for patience_s.
     """
-    logs = ""
-    enable_calls: Tuple[Tuple[str, ...], ...] = ()
-    disable_calls: Tuple[Tuple[str, ...], ...] = ()
-    forget_calls: Tuple[Tuple[str, ...], ...] = ()
-    restart_call: Tuple[str, ...] = ()
+    place: Place
+    enable: Tuple[str, ...] = ()
+    restart: Tuple[str, ...] = ()
+    disable: Tuple[str, ...] = ()
+    forget: Tuple[str, ...] = ()
+    ask: str = "false"
+    logs: str = ""
+    patience_s: float = 0.0
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-
-    def _call(self, *argv: str) -> None:
-        result = run_command(argv, 200.0)  # a stop may take 90 s
-        if result.exit_code != 0:
-            said = printable(" ".join((result.problem or result.output).split())[-300:])
-            raise UnhealthyError(f"`{' '.join(argv)}` failed: {said.rstrip('.') or 'no reason'}")
-
-    def prepare(self, _say: Callable[[str], None]) -> bool:
-        """What comes before all else.  False where the manager is not there after all."""
-        return True
-
-    def overriding(self) -> List[str]:
-        """Files of the operator's that come before ours."""
-        return []
-
-    def enable(self) -> None:
-        for argv in self.enable_calls:
-            self._call(*argv)
-
-    def restart(self) -> None:
-        self._call(*self.restart_call)
-
-    def disable(self) -> None:
-        for argv in self.disable_calls:
-            run_command(argv, 200.0)
-
-    def forget(self) -> None:
-        for argv in self.forget_calls:
-            run_command(argv, 30.0)
-
-    def process(self) -> Process:
-        return Process(0)
-
-    def last_lines(self) -> str:
-        """The end of its log."""
-        return ""
-
-
-class Systemd(Manager):
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        user = ("--user",) if place.scope == "user" else ()
-        call = self._systemctl = ("systemctl", *user)
-        self._journal = ("journalctl", *user, "-u", "b9agent")
-        self.logs = " ".join(self._journal + ("-f",))
-        self.enable_calls = ((*call, "daemon-reload"), (*call, "enable", "b9agent.service"))
-        self.restart_call = (*call, "restart", "b9agent.service")
-        self.disable_calls = ((*call, "disable", "--now", "b9agent.service"),)
-        self.forget_calls = ((*call, "daemon-reload"), (*call, "reset-failed", "b9agent.service"))
-        if user:  # missing after su and in cron
-            os.environ.setdefault("XDG_RUNTIME_DIR", f"/run/user/{place.account.uid}")
-
-    def prepare(self, say: Callable[[str], None]) -> bool:
-        """A user's services need that user's manager, which without linger ends at logout."""
-        if self.place.scope == "system":
-            return True
-        account, until_s, wake = self.place.account, now_s() + 10.0, Wake()
-        if run_command(["loginctl", "enable-linger", account.name], 20.0).exit_code != 0:
-            say("warning: the service stops when you log out. To change that: sudo loginctl "
-                f"enable-linger {account.name}")
-        while run_command([*self._systemctl, "show-environment"], 10.0).exit_code != 0:
-            if now_s() > until_s:
-                return False
-            wake.wait(0.2)
-        return True
-
-    def overriding(self) -> List[str]:
-        folders = (["/etc/systemd/system", "/run/systemd/system"] if self.place.scope == "system"
-                   else [self.place.account.home + "/.config/systemd/user", "/etc/systemd/user"])
-        names = ("b9agent.service", "b9agent.service.d")
-        paths = [os.path.join(folder, name) for folder in folders for name in names]
-        return [path for path in paths if os.path.exists(path)]
-
-    def process(self) -> Process:
-        shown = run_command([*self._systemctl, "show", "b9agent.service", "-p", "MainPID,"
-                             "ActiveState,ExecMainCode,ExecMainStatus"], 10.0).output
-        values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-        failed = values.get("ActiveState") == "failed" and values.get("ExecMainCode") == "1"
-        return Process(int(values.get("MainPID") or 0),
-                       int(values["ExecMainStatus"]) if failed else None)
-
-    def last_lines(self) -> str:
-        return run_command([*self._journal, "-n", "20", "--no-pager", "-o", "cat"], 10.0).output
-
-
-class Launchd(Manager):
-    def __init__(self, place: Place) -> None:
-        super().__init__(place)
-        self.logs = f"tail -f {launchd_log(place)}"
-        gui, background = (f"{domain}/{place.account.uid}" for domain in ("gui", "user"))
-        # Over ssh there is no gui session: a launch agent then belongs in the user's domain.
-        self._domain = "system" if place.scope == "system" else (
-            gui if run_command(["launchctl", "print", gui], 10.0).exit_code == 0 else background)
-        self._target = self._domain + "/com.b9agent"
-        self.disable_calls = (("launchctl", "bootout", self._target),)
-
-    def prepare(self, _say: Callable[[str], None]) -> bool:
-        with _ActingAs(self.place.account):  # launchd would make the folder, but as root
-            os.makedirs(os.path.dirname(launchd_log(self.place)), exist_ok=True)
-        return True
-
-    def restart(self) -> None:
-        """bootstrap answers 5 while the old job is still going away."""
+    def run(self, lines: Iterable[str]) -> None:
+        """Raises: UnhealthyError."""
+        import shlex
         wake = Wake()
-        self.disable()
-        self._call("launchctl", "enable", self._target)
-        for wait_s in (0.0, 1.0, 1.0, 2.0, 4.0):
-            wake.wait(wait_s)
-            bootstrap = ("launchctl", "bootstrap", self._domain, self.place.definition)
-            if run_command(bootstrap, 30.0).exit_code == 0:
-                break
-        else:
-            self._call(*bootstrap)
-        self._call("launchctl", "kickstart", self._target)
-        self._call("launchctl", "print", self._target)
+        for line in lines:
+            argv, until_s = shlex.split(line.lstrip("-")), now_s() + self.patience_s
+            while True:
+                result = run_command(argv, 200.0)  # a stop may take 90 s
+                if result.exit_code == 0 or line[0] == "-":
+                    break
+                if now_s() >= until_s:
+                    raise UnhealthyError(f"`{line}` failed: {said_by(result)}")
+                wake.wait(1.0)
 
     def process(self) -> Process:
-        shown = run_command(["launchctl", "print", self._target], 10.0).output
-        match = re.search(r"^\s*pid = ([0-9]+)$", shown, re.M)
-        return Process(int(match.group(1)) if match else 0)
+        result = run_command(self.ask.split(), 10.0)
+        if self.place.manager == "openrc":  # it knows its supervisor's pid alone
+            return Process(None if result.exit_code == 0 else 0)
+        pid = re.search(r"(?m)^\s*(?:MainPID=|pid = )([0-9]+)$", result.output)
+        status = re.search("(?m)^ExecMainStatus=([0-9]+)$", result.output)
+        failed = {"ActiveState=failed", "ExecMainCode=1"} <= set(result.output.split())
+        return Process(int(pid.group(1)) if pid else 0,
+                       int(status.group(1)) if status and failed else None)
 
     def last_lines(self) -> str:
-        with _ActingAs(self.place.account):
-            return "\n".join((read_text(launchd_log(self.place)) or "").splitlines()[-20:])
+        import shlex
+        argv = shlex.split(self.logs.replace(" -f", " -n 20", 1))
+        account = None if self.place.manager == "systemd" else self.place.account
+        return as_user(account, run_command, argv, 10.0).output
 
 
-class OpenRc(Manager):
-    logs = "tail -f /var/log/b9agent.log"
-    enable_calls = (("rc-update", "add", "b9agent", "default"),)
-    restart_call = ("rc-service", "b9agent", "restart")
-    disable_calls = (("rc-service", "b9agent", "stop"), ("rc-update", "del", "b9agent"))
-
-    def process(self) -> Process:
-        """It knows its supervisor's pid alone: started or not is all that can be asked."""
-        started = run_command(["rc-service", "b9agent", "status"], 10.0).exit_code == 0
-        return Process(None if started else 0)
-
-    def last_lines(self) -> str:
-        return "\n".join((read_text("/var/log/b9agent.log") or "").splitlines()[-20:])
+def systemd(place: Place) -> Manager:
+    user = " --user" if place.scope == "user" else ""
+    if user:  # missing after su and in cron
+        os.environ.setdefault("XDG_RUNTIME_DIR", f"/run/user/{place.account.uid}")
+    control, unit = f"systemctl{user}", "b9agent.service"
+    return Manager(
+        place, enable=(f"{control} daemon-reload", f"{control} enable {unit}"),
+        restart=(f"{control} restart {unit}",), disable=(f"-{control} disable --now {unit}",),
+        forget=(f"-{control} daemon-reload", f"-{control} reset-failed {unit}"),
+        ask=f"{control} show {unit} -p MainPID,ActiveState,ExecMainCode,ExecMainStatus",
+        logs=f"journalctl{user} -u b9agent -f")
 
 
-MANAGERS = {"systemd": Systemd, "launchd": Launchd, "openrc": OpenRc, "none": Manager}
+def launchd(place: Place) -> Manager:
+    import shlex
+    domain = "system"
+    if place.scope == "user":
+        # Over ssh there is no gui session: a launch agent then belongs in the user's domain.
+        gui = run_command(["launchctl", "print", f"gui/{place.account.uid}"], 10.0).exit_code == 0
+        domain = f"{'gui' if gui else 'user'}/{place.account.uid}"
+    target = f"{domain}/com.b9agent"
+    return Manager(
+        place, disable=(f"-launchctl bootout {target}",), ask=f"launchctl print {target}",
+        restart=(f"-launchctl bootout {target}", f"launchctl enable {target}",
+                 f"launchctl bootstrap {domain} {shlex.quote(place.definition)}",
+                 f"launchctl kickstart {target}"),
+        logs="tail -f " + shlex.quote(launchd_log(place)),
+        patience_s=8.0)  # `bootstrap` fails while the old job is still going away
+
+
+def openrc(place: Place) -> Manager:
+    return Manager(
+        place, enable=("rc-update add b9agent default",), restart=("rc-service b9agent restart",),
+        disable=("-rc-service b9agent stop", "-rc-update del b9agent"),
+        ask="rc-service b9agent status", logs="tail -f /var/log/b9agent.log")
+
+
+MANAGERS = {"systemd": systemd, "launchd": launchd, "openrc": openrc, "none": Manager}
+
+
+def prepare_manager(place: Place, say: Callable[[str], None]) -> bool:
+    """What comes before all calls.  False where the manager is not there after all."""
+    if place.manager == "launchd":
+        # launchd would make the folder, but as root.
+        as_user(place.account, os.makedirs, os.path.dirname(launchd_log(place)), 0o755, True)
+    if (place.manager, place.scope) != ("systemd", "user"):
+        return True
+    # A user's services need that user's manager, which without linger ends at logout.
+    linger = ["loginctl", "enable-linger", place.account.name]
+    if run_command(linger, 20.0).exit_code != 0:
+        say("warning: the service stops when you log out. To change that: sudo " + " ".join(linger))
+    until_s, wake = now_s() + 10.0, Wake()
+    while run_command(["systemctl", "--user", "show-environment"], 10.0).exit_code != 0:
+        if now_s() > until_s:
+            return False
+        wake.wait(0.2)
+    return True
+
+
+def overriding_files(place: Place) -> List[str]:
+    """Of the operator's, that come before our unit."""
+    folders = (("/etc/systemd/system", "/run/systemd/system") if place.scope == "system" else
+               (place.account.home + "/.config/systemd/user", "/etc/systemd/user"))
+    paths = [f"{folder}/b9agent.service{end}" for folder in folders for end in ("", ".d")]
+    return [path for path in paths if place.manager == "systemd" and os.path.exists(path)]
 
 
 # -- changes, and whether the service is well -----------------------------
 
 def version_of(code: str) -> str:
-    """
-    >>> version_of('x\\nVERSION = "1.2.3"\\n')
-    '1.2.3'
-    """
     match = re.search(r'^VERSION = "([^"]+)"$', code, re.M)
     return match.group(1) if match else "unknown"
 
@@ -6953,25 +6955,26 @@ class Steps:
     written."""
 
     def __init__(self, say: Callable[[str], None], options: Dict[str, str]) -> None:
-        self.dry = "dry-run" in options
-        self._say = say if self.dry or "quiet" not in options else lambda _text: None
+        self.dry, self._say = "dry-run" in options, say
+        self._quiet = "quiet" in options and not self.dry
         self._undo: List[Tuple[str, Optional[str], int, Optional[Account]]] = []
 
     def say(self, text: str) -> None:
         try:
-            self._say(text)
+            if not self._quiet:
+                self._say(text)
         except OSError:
             pass  # the terminal is gone: what was begun must be ended, or taken back
 
-    def do(self, what: str, action: Callable[..., Any], *arguments: Any) -> None:
+    def do(self, what: str, action: Callable[..., Any], *arguments: Any) -> Any:
         self.say(("would " if self.dry else "") + what)
-        if not self.dry:
-            action(*arguments)
+        return None if self.dry else action(*arguments)
 
-    def will_write(self, path: str, mode: int, account: Optional[Account] = None) -> None:
+    def keep(self, path: str, mode: int, account: Optional[Account] = None) -> None:
+        """Before it is written."""
         self._undo.append((path, read_text(path, CODE_MAX_BYTES), mode, account))
 
-    def write(self, path: str, text: str, mode: int = 0o644) -> bool:
+    def write(self, path: str, text: str, mode: int) -> bool:
         """True where there was something to change."""
         old = read_text(path, CODE_MAX_BYTES)
         if old == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
@@ -6981,59 +6984,47 @@ class Steps:
 
     def _write(self, path: str, text: str, mode: int) -> None:
         make_public_folder(os.path.dirname(path))
-        self.will_write(path, mode)
+        self.keep(path, mode)
         write_atomic(path, text, mode)
 
     def undo(self) -> None:
-        for path, old, mode, account in reversed(self._undo):
-            with _ActingAs(account):
-                if old is None:
-                    remove_file(path)
-                else:
-                    write_atomic(path, old, mode)
-        self._undo = []
+        while self._undo:
+            path, old, mode, account = self._undo.pop()
+            if old is None:
+                as_user(account, remove_file, path)
+            else:
+                as_user(account, write_atomic, path, old, mode)
 
 
 def _answer(place: Place, version: str, pid: Optional[int]) -> Tuple[Dict[str, Any], str]:
     """(what the agent says of itself, what is wrong with that)."""
     try:
-        with _ActingAs(place.account):
-            status = read_agent_status(place.state, 3.0)
-            mode = stat.S_IMODE(os.stat(place.config).st_mode)
-    except (AgentError, OSError) as error:
-        return {}, getattr(error, "what", "") or f"{place.config}: {error}"
+        status = as_user(place.account, read_agent_status, place.state, 3.0)
+    except AgentError as error:
+        return {}, error.what
     if status["version"] != version:
         return status, f"b9agent {printable(str(status['version']))} answers, not {version}"
-    if pid is not None and status.get("pid") != pid:
-        return status, f"process {status.get('pid')} answers, but the service is process {pid}"
-    return status, f"{place.config} has mode {mode:04o}, not 0600" if mode & 0o077 else ""
+    if pid is not None and status["pid"] != pid:
+        return status, f"process {status['pid']} answers, but the service is process {pid}"
+    return status, ""
 
 
 def _raise_refused(exit_code: Optional[int], version: str) -> None:
     what = f"b9agent {version} is installed, but the gateway refused "
     if exit_code == Exit.TOKEN_REFUSED:
         raise TokenRefused(what + "its token", "Make one with `machine create`, and run this again "
-                           "with it and its --machine-id; the service waits for that")
+                           "with it and its --machine-id")
     if exit_code == Exit.REQUEST_REFUSED:
-        raise RequestRefused(what + "the machine", "The service's log says why; mend --pool or "
-                             "--gateway and run this again")
+        raise RequestRefused(what + "the machine", "Its log says why: mend --pool or --gateway, "
+                             "and run this again")
     if exit_code in PERMANENT_EXITS:
         raise UnhealthyError(f"the agent ended with exit code {exit_code}")
 
 
 def _run_as(place: Place, *argv: str) -> CommandResult:
     """Run our own code as the service will: with its user's rights and its folders."""
-    with _ActingAs(place.account):
-        return run_command(["/usr/bin/env", f"B9AGENT_HOME={place.state}",
-                            f"HOME={place.account.home}", *argv], 120.0)
-
-
-def _try_once(place: Place) -> Optional[int]:
-    """launchd and OpenRC keep an agent that may not end: why it waits, by one more attempt."""
-    if place.manager not in ("launchd", "openrc"):
-        return None
-    code = _run_as(place, *place.command, "--once").exit_code
-    return code if code in (Exit.TOKEN_REFUSED, Exit.REQUEST_REFUSED) else None
+    environment = (f"B9AGENT_HOME={place.state}", f"HOME={place.account.home}")
+    return as_user(place.account, run_command, ["/usr/bin/env", *environment, *argv], 120.0)
 
 
 def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any]:
@@ -7042,70 +7033,41 @@ def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any
     A gateway that does not answer is not the service's illness.
     Raises: TokenRefused, RequestRefused, UnhealthyError.
     """
-    wake, until_s, steady_pid, since_s = Wake(), now_s() + HEALTH_LIMIT_S, None, now_s()
-    while True:
+    wake, place, steady_pid, since_s = Wake(), manager.place, None, now_s()
+    until_s = since_s + HEALTH_LIMIT_S
+    late = False
+    while not late:
+        late = now_s() > until_s
         process = manager.process()
-        status, problem = _answer(manager.place, version, process.pid)
+        status, problem = _answer(place, version, process.pid)
         _raise_refused(process.ended, version)
         if status.get("pid") != steady_pid:
             steady_pid, since_s = status.get("pid"), now_s()
-        settled = offline or status.get("state") not in ("starting", "registering")
-        late, steady = now_s() > until_s, now_s() - since_s >= STEADY_S
-        if steady and not problem and (settled or late):
+        settled = late or offline or status.get("state") not in ("starting", "registering")
+        if settled and not problem and now_s() - since_s >= STEADY_S:
             return status
-        if late:
-            _raise_refused(None if status else _try_once(manager.place), version)
-            raise UnhealthyError(problem or "it starts again and again")
         wake.wait(0.25)
-
-
-def _port_holder(port: int) -> Tuple[Optional[int], str]:
-    """(pid, words for a person) of the program that listens on a port."""
-    for argv, pattern in (
-            (["ss", "-Hltnp", f"sport = :{port}"], r'\(\("(?P<name>[^"]+)",pid=(?P<pid>[0-9]+)'),
-            (["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"],
-             r"(?m)^p(?P<pid>[0-9]+)\n(?:.*\n)*?c(?P<name>.+)$")):
-        match = re.search(pattern, run_command(argv, 10.0).output)
-        if match:
-            pid = int(match.group("pid"))
-            return pid, f"{printable(match.group('name'))}, pid {pid}"
-    return None, "another program"
+    if not status and place.manager in ("launchd", "openrc"):
+        # They keep an agent that may not end: why it waits, by one more attempt.
+        code = _run_as(place, *place.command, "--once").exit_code
+        if code in (Exit.TOKEN_REFUSED, Exit.REQUEST_REFUSED):
+            _raise_refused(code, version)
+    raise UnhealthyError(problem or "it starts again and again")
 
 
 def check_port(place: Place, manager: Manager, host: str, port: int) -> None:
     """Raises: LockedError where another program than our service listens on the control port."""
-    import errno
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            return
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                return  # no address of this machine now, perhaps later: the agent will say
-    pid, holder = _port_holder(port)
-    ours = pid is not None and pid == manager.process().pid
-    if not ours and not _answer(place, "", None)[0]:
-        raise LockedError(f"the control port {port} is held by {holder}", "Stop that, or choose "
-                          "another with --control-port PORT. Nothing was changed")
+    try:
+        holder = port_holder(host, port)
+    except OSError:
+        return  # no address of this machine now, perhaps later: the agent will say
+    ours = holder and holder.endswith(f"pid {manager.process().pid}")
+    if holder and not ours and not _answer(place, "", None)[0]:
+        raise LockedError(f"the control port {port} is held by {holder}",
+                          "Stop that, or choose another with --control-port PORT")
 
 
 # -- what it is to be told -----------------------------------------------
-
-def _split_url(text: str) -> Tuple[Dict[str, str], str]:
-    """
-    >>> _split_url("https://gw/"), _split_url("gw:1994")
-    (({'gateway_scheme': 'https', 'gateway_port': '443'}, 'gw'), ({}, 'gw:1994'))
-    """
-    scheme, marked, rest = text.rpartition("://")
-    if not marked:
-        return {}, text
-    if scheme not in ("http", "https"):
-        raise UsageError(f"--gateway: `{printable(text[:60])}` cannot be used, expected "
-                         "HOST[:PORT] or a URL of http or https")
-    return {"gateway_scheme": scheme, "gateway_port": "443" if scheme == "https" else "80"}, (
-        rest.rstrip("/"))
-
 
 def _handed_environment(options: Dict[str, str]) -> Dict[str, str]:
     """The environment, with what sudo would have dropped from it."""
@@ -7126,9 +7088,14 @@ def wanted_settings(loaded: Loaded, options: Dict[str, str],
         wanted = {key: item.text for key, item in read_config(loaded.settings.config).items()}
     if environ["BETA9_TOKEN"]:
         wanted["token"] = environ["BETA9_TOKEN"]
-    from_url, address = _split_url(options.get("gateway", ""))
-    wanted.update(from_url)
-    wanted.update(init_values(loaded, dict(options, gateway=address) if address else options))
+    scheme, is_url, address = options.get("gateway", "").rpartition("://")
+    if is_url and scheme not in ("http", "https"):
+        raise UsageError(f"--gateway: `{printable(scheme[:20])}://` cannot be used, expected "
+                         "HOST[:PORT] or a URL of http or https")
+    if is_url:
+        wanted.update(gateway_scheme=scheme, gateway_port="443" if scheme == "https" else "80")
+        options = dict(options, gateway=address.rstrip("/"))
+    wanted.update(init_values(loaded, options))
     if wanted.pop("token_file", ""):
         wanted["token"] = loaded.settings.token
     return wanted
@@ -7151,14 +7118,12 @@ def _complete(wanted: Dict[str, str], known: Dict[str, str], environ: Dict[str, 
     """
     wanted, merged = dict(wanted), {**known, **wanted}
     if must and "gateway_host" not in merged:
-        raise UsageError("no gateway is known", "Say which with --gateway HOST[:PORT]. Nothing was "
-                         "changed")
+        raise UsageError("no gateway is known", "Say which with --gateway HOST[:PORT]")
     if must and not {"token", "token_file"} & set(merged):
         wanted["token"] = _ask_token() if may_ask else ""
         if not wanted["token"]:
             raise UsageError("there is no machine token", "Give one in B9AGENT_TOKEN or with "
-                             "--token-file PATH; `beta9 machine create --pool POOL` makes one. "
-                             "Nothing was changed")
+                             "--token-file PATH; `beta9 machine create --pool POOL` makes one")
     if merged.get("gateway_scheme") == "https" and "gateway_proxy" not in merged:
         if proxy_for("https", merged.get("gateway_host", ""), None, environ):
             url = next(environ[name] for name in ("https_proxy", "HTTPS_PROXY", "all_proxy",
@@ -7188,9 +7153,8 @@ def _create_user(name: str) -> None:
     for argv in calls:
         result = run_command(argv, 60.0)
         if result.exit_code != 0:
-            said = printable((result.problem or result.output).strip())
-            raise UsageError(f"cannot make the user {name}: {said}", "Name an existing one with "
-                             "--run-as USER")
+            raise UsageError(f"cannot make the user {name}: {said_by(result)}",
+                             "Name an existing one with --run-as USER")
 
 
 def _make_state_folder(place: Place) -> None:
@@ -7199,12 +7163,11 @@ def _make_state_folder(place: Place) -> None:
         os.mkdir(place.state, 0o700)
         os.chown(place.state, place.account.uid, place.account.gid)
     else:
-        with _ActingAs(place.account):
-            make_private_folder(place.state)
+        as_user(place.account, make_private_folder, place.state)
 
 
 def _remove_from(folder: str, names: Iterable[str]) -> None:
-    """Files, links, and folders with what is in them."""
+    """Files, links, folders with what is in them; then the folder, where nothing else is in it."""
     import shutil
     for name in names:
         path = os.path.join(folder, name)
@@ -7212,19 +7175,10 @@ def _remove_from(folder: str, names: Iterable[str]) -> None:
             shutil.rmtree(path)
         else:
             remove_file(path)
-
-
-def _remove_folder(folder: str) -> None:
-    """One that is empty."""
     try:
         os.rmdir(folder)
     except OSError:
-        pass  # something else is in it
-
-
-def _remove_code(place: Place) -> None:
-    _remove_from(place.code, _CODE_FILES)
-    _remove_folder(place.code)
+        pass
 
 
 def _claim(place: Place, steps: Steps) -> None:
@@ -7236,8 +7190,8 @@ def _claim(place: Place, steps: Steps) -> None:
                              "Run this with sudo, or add --user for a service of your own")
     import fcntl
     make_public_folder(place.code)
-    descriptor = os.open(os.path.join(place.code, "install.lock"),
-                         os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(f"{place.code}/install.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
+                         0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except OSError as error:
@@ -7251,73 +7205,74 @@ class Installation:
     """One run of `service install`: code is what is installed, definition its service's text."""
 
     def __init__(self, place: Place, options: Dict[str, str], steps: Steps) -> None:
+        import shutil
         self.place, self.steps, self._options = place, steps, options
         self._serve = "no-service" not in options
         self._start = self._serve and "no-start" not in options
-        self.manager = (MANAGERS[place.manager] if self._serve else Manager)(place)
-        self._code_file = os.path.join(place.code, "b9agent.py")
-        self._record = os.path.join(place.code, "definition")
+        self.manager = MANAGERS[place.manager if self._serve else "none"](place)
+        self._code_file, self._record = f"{place.code}/b9agent.py", f"{place.code}/definition"
         self._old_code = read_text(self._code_file, CODE_MAX_BYTES)
         self._restarted = False
         self.code: Optional[str] = read_text(os.path.abspath(__file__), CODE_MAX_BYTES)
-        self.definition = render_definition(place)
+        self.definition = render_definition(place, shutil.which("nvidia-modprobe") or "")
         if "rollback" in options:
             self.code = read_text(self._code_file + ".prev", CODE_MAX_BYTES)
-            self.definition = (read_text(self._record + ".prev") or read_text(self._record)
-                               or self.definition)
+            self.definition = read_text(self._record + ".prev") or self.definition
         if self.code is None:
-            raise UsageError(f"there is no previous version in {place.code}", "Nothing was changed")
+            raise UsageError(f"there is no previous version in {place.code}")
         self.version = version_of(self.code)
 
     def run(self, loaded: Loaded) -> int:
         for warning in loaded.warnings:
             self.steps.say(f"warning: {warning}")
         self._check()
-        environ, known, wanted = _handed_environment(self._options), self._known_settings(), {}
-        if "rollback" not in self._options:
-            wanted = wanted_settings(loaded, self._options, environ)
-        settings = _complete(wanted, known, environ, "yes" not in self._options,
-                             self._start and not self.steps.dry)
-        merged = {**known, **settings}
-        port = int(merged.get("control_port") or 9999)
-        if self._start and port:
-            check_port(self.place, self.manager, merged.get("control_host") or "127.0.0.1", port)
+        settings = self._new_settings(loaded)
         self._prepare()
-        status: Dict[str, Any] = {}
         try:
             changed = self._write(settings)
-            ready = self._serve and self.place.manager != "none"
-            ready = ready and (self.steps.dry or self.manager.prepare(self.steps.say))
-            if ready:
-                status = self._take_up(changed)
+            ready = self._serve and self.place.manager != "none" and (
+                self.steps.dry or prepare_manager(self.place, self.steps.say))
+            status = self._take_up(changed) if ready else {}
         except GatewayError:
             raise  # its token or pool was refused: that is no fault of the installation
         except (AgentError, OSError, KeyboardInterrupt) as error:
-            self._take_back(error)
-        return self._report(ready, status)
-
-    def _known_settings(self) -> Dict[str, str]:
-        try:
-            with _ActingAs(self.place.account):
-                return {key: item.text for key, item in read_config(self.place.config).items()}
-        except UsageError:
-            if not self.steps.dry or os.access(self.place.state, os.R_OK):
-                raise
-            self.steps.say(f"cannot look into {self.place.state}: that needs sudo")
-            return {}
+            self._take_back(str(error) or "interrupted")
+        self._report(ready, status)
+        served = ready or not self._serve or self.steps.dry
+        return Exit.OK if served else Exit.NO_SERVICE_MANAGER
 
     def _check(self) -> None:
         """Nothing of somebody else's is in the way.  Raises: UsageError."""
         place, launcher = self.place, read_text(self.place.launcher)
         if launcher is not None and _LAUNCHER_MARK not in launcher:
-            raise UsageError(f"{place.launcher} is not one of ours", "Move it away, and run this "
-                             "again. Nothing was changed")
+            raise UsageError(f"{place.launcher} is not one of ours",
+                             "Move it away, and run this again")
         if os.path.isdir(place.state) and os.stat(place.state).st_uid != place.account.uid:
-            raise UsageError(f"{place.state} is not {place.account.name}'s", "Name its owner with "
-                             f"--run-as USER, or: chown -R {place.account.name} {place.state}. "
-                             "Nothing was changed")
-        for path in self.manager.overriding():
+            name = place.account.name
+            raise UsageError(f"{place.state} is not {name}'s", "Name its owner with --run-as USER, "
+                             f"or: chown -R {name} {place.state}")
+        for path in overriding_files(place) if self._serve else ():
             self.steps.say(f"note: {path} is yours and stays in force")
+
+    def _new_settings(self, loaded: Loaded) -> Dict[str, str]:
+        """{key: text} that the config file lacks; with them the service can start."""
+        environ, wanted, known = _handed_environment(self._options), {}, {}
+        if "rollback" not in self._options:
+            wanted = wanted_settings(loaded, self._options, environ)
+        try:
+            found = as_user(self.place.account, read_config, self.place.config)
+            known = {key: item.text for key, item in found.items()}
+        except UsageError:
+            if not self.steps.dry or os.access(self.place.state, os.R_OK):
+                raise
+            self.steps.say(f"cannot look into {self.place.state}: that needs sudo")
+        settings = _complete(wanted, known, environ, "yes" not in self._options,
+                             self._start and not self.steps.dry)
+        merged = {**known, **settings}
+        port = int(merged.get("control_port", "9999"))
+        if self._start and port:
+            check_port(self.place, self.manager, merged.get("control_host", "127.0.0.1"), port)
+        return settings
 
     def _prepare(self) -> None:
         """User, folders, and a trial of the new file with that user's rights."""
@@ -7325,7 +7280,8 @@ class Installation:
         if account.uid is None:
             steps.do(f"create the system user {account.name}", _create_user, account.name)
             account = account if steps.dry else _find_account(account.name)
-            self.place = self.manager.place = self.place._replace(account=account)
+            self.place = self.place._replace(account=account)
+            self.manager = self.manager._replace(place=self.place)
         if not os.path.isdir(self.place.state):
             steps.do(f"make {self.place.state}", _make_state_folder, self.place)
         steps.do(f"try b9agent {self.version} with {self.place.python} as {account.name}",
@@ -7339,10 +7295,9 @@ class Installation:
         finally:
             remove_file(draft)
         if result.exit_code != 0 or self.version not in result.output:
-            said = printable((result.problem or result.output).strip()[-300:])
             raise UsageError(f"{self.place.python} cannot run b9agent {self.version} as "
-                             f"{self.place.account.name}: {said}", "Mend that, or name another "
-                             "Python with --python PATH. No service was touched")
+                             f"{self.place.account.name}: {said_by(result)}",
+                             "Mend that, or name another Python with --python PATH")
 
     def _write(self, settings: Dict[str, str]) -> bool:
         """True where the running service has something to take up."""
@@ -7350,22 +7305,34 @@ class Installation:
         if settings:
             steps.do(f"set {', '.join(sorted(settings))} in {place.config}", self._save_config,
                      settings)
-        if self._old_code not in (None, self.code):
-            steps.write(self._code_file + ".prev", self._old_code)
-            steps.write(self._record + ".prev", read_text(self._record) or self.definition)
-        changed = steps.write(self._code_file, self.code)
-        changed = steps.write(os.path.join(place.code, "__main__.py"), _MAIN_FILE) or changed
+        changed = [path for path, text, mode in self._files() if steps.write(path, text, mode)]
         if changed:
             steps.do("compile it", self._compile)
-        steps.write(place.launcher, render_launcher(place), 0o755)
-        if self._serve and place.definition:
-            changed = self._write_definition() or changed
-        return changed or bool(settings)
+        return bool(settings or changed)
+
+    def _files(self) -> List[Tuple[str, str, int]]:
+        """(path, text, mode) of what is to be there.  The definition that we wrote last is kept
+        beside the code: one that differs from it was changed by somebody, and is theirs."""
+        place, record, files = self.place, read_text(self._record), []
+        if self._old_code not in (None, self.code):
+            files += [(self._code_file + ".prev", self._old_code, 0o644),
+                      (self._record + ".prev", record or self.definition, 0o644)]
+        files += [(self._code_file, self.code, 0o644),
+                  (f"{place.code}/__main__.py", _MAIN_FILE, 0o644),
+                  (place.launcher, render_launcher(place), 0o755)]
+        if not self._serve or not place.definition:
+            return files
+        if read_text(place.definition) not in (None, record, self.definition):
+            self.steps.say(f"note: {place.definition} was changed by hand and stays as it is")
+            return files
+        mode = 0o755 if place.manager == "openrc" else 0o644
+        return files + [(self._record, self.definition, 0o644),
+                        (place.definition, self.definition, mode)]
 
     def _save_config(self, settings: Dict[str, str]) -> None:
-        with _ActingAs(self.place.account):
-            self.steps.will_write(self.place.config, 0o600, self.place.account)
-            backup = save_config(self.place.config, settings)
+        account, path = self.place.account, self.place.config
+        as_user(account, self.steps.keep, path, 0o600, account)
+        backup = as_user(account, save_config, path, settings)
         if backup:
             self.steps.say(f"note: the old file, with its comments, is {backup}")
 
@@ -7376,17 +7343,6 @@ class Installation:
         os.chmod(cached, 0o644)
         os.chmod(os.path.dirname(cached), 0o755)
 
-    def _write_definition(self) -> bool:
-        """What we wrote last is kept beside the code: a file that differs from it was changed by
-        somebody, and is theirs."""
-        record, target = read_text(self._record), read_text(self.place.definition)
-        if target is not None and target not in (record, self.definition):
-            self.steps.say(f"note: {self.place.definition} was changed by hand and stays as it is")
-            return False
-        self.steps.write(self._record, self.definition)
-        mode = 0o755 if self.place.manager == "openrc" else 0o644
-        return self.steps.write(self.place.definition, self.definition, mode)
-
     def _take_up(self, changed: bool) -> Dict[str, Any]:
         """Enable the service; restart it where something changed or nothing runs; its status."""
         import shutil
@@ -7394,70 +7350,64 @@ class Installation:
         if shutil.which("restorecon"):  # SELinux
             steps.do("restore file labels", run_command, [
                 "restorecon", "-RF", place.code, place.launcher, place.definition], 30.0)
-        steps.do(f"enable the service ({place.manager})", self.manager.enable)
+        steps.do(f"enable the service ({place.manager})", self.manager.run, self.manager.enable)
         if not self._start:
             return {}
-        if not steps.dry and not changed and self.manager.process().pid != 0:
+        if not changed and self.manager.process().pid != 0:
             steps.say("nothing changed: the service keeps running")
         else:
             self._restarted = not steps.dry
-            steps.do("restart it, and wait until it is healthy", self.manager.restart)
-        return {} if steps.dry else await_health(self.manager, self.version,
-                                                 "offline" in self._options)
+            steps.do("restart it", self.manager.run, self.manager.restart)
+        return steps.do("wait until it is healthy", await_health, self.manager, self.version,
+                        "offline" in self._options) or {}
 
-    def _take_back(self, error: BaseException) -> None:
+    def _take_back(self, what: str) -> None:
         """The previous version, running; or after a first installation a stopped service.
 
         Raises: UnhealthyError, always.
         """
-        what = str(error) or "interrupted"
         if self._restarted:
             self.steps.say(self.manager.last_lines())
         if self._restarted and self._old_code is None:
-            self.manager.disable()
+            self.manager.run(self.manager.disable)
             raise UnhealthyError(f"the service did not become healthy: {what}", "It is stopped, "
-                                 "its files stay; see the lines above, and run this again"
-                                 ) from error
+                                 "its files stay; see the lines above, and run this again")
         self.steps.undo()
         if self._old_code is not None:
             self._compile()
         if not self._restarted:
-            raise UnhealthyError(f"not installed: {what}", "Nothing was changed") from error
+            raise UnhealthyError(f"not installed: {what}", "Nothing was changed")
         old_version = version_of(self._old_code)
         try:
-            self.manager.enable()
-            self.manager.restart()
+            self.manager.run(self.manager.enable + self.manager.restart)
             await_health(self.manager, old_version, True)
-        except AgentError as second:
-            raise UnhealthyError(f"the new version was not healthy ({what}), and b9agent "
-                                 f"{old_version}, put back, is not either ({second})",
+        except AgentError as error:
+            raise UnhealthyError(f"b9agent {old_version}, put back since the new version was not "
+                                 f"healthy ({what}), is not either ({error})",
                                  f"See: {self.manager.logs}") from error
         raise UnhealthyError(f"the new version was not healthy: {what}",
-                             "Previous version restored") from error
+                             "Previous version restored")
 
-    def _report(self, ready: bool, status: Dict[str, Any]) -> int:
+    def _report(self, ready: bool, status: Dict[str, Any]) -> None:
         """What is true now, and nothing more."""
-        say, state, done = self.steps.say, status.get("state"), f"b9agent {self.version}"
+        import shutil
+        say, done, launcher = self.steps.say, f"b9agent {self.version}", self.place.launcher
         if self.steps.dry:
             say("nothing was changed")
         elif status:
-            gateway = ("not checked (offline)" if "offline" in self._options else
-                       f"unreachable, retrying ({printable(str(status.get('message')))})"
-                       if state == "unreachable" else printable(str(state)))
-            import shutil
-            found = shutil.which("b9agent") == self.place.launcher
-            command = "b9agent" if found else self.place.launcher
-            say(f"{done} installed and running (pid {status.get('pid')}, user "
+            gateway = printable(str(status.get("state")))
+            if "offline" in self._options:
+                gateway = "not checked (offline)"
+            elif gateway == "unreachable":
+                gateway += f", retrying ({printable(str(status.get('message')))})"
+            command = "b9agent" if shutil.which("b9agent") == launcher else launcher
+            say(f"{done} installed and running (pid {status['pid']}, user "
                 f"{self.place.account.name})\ngateway: {gateway}\nlogs: {self.manager.logs}     "
                 f"status: {command} status     remove: {command} service uninstall")
         elif ready:
-            say(f"{done}: files installed, service NOT started. Run this again without --no-start "
-                "to start it")
+            say(f"{done}: files installed, service NOT started; run this without --no-start")
         else:
-            say(f"{done}: files installed, no service. In the foreground: "
-                f"{self.place.launcher} run")
-        missing = self._serve and not ready and not self.steps.dry
-        return Exit.NO_SERVICE_MANAGER if missing else Exit.OK
+            say(f"{done}: files installed, no service. In the foreground: {launcher} run")
 
 
 def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> int:
@@ -7473,16 +7423,16 @@ def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str]
     except KeyboardInterrupt as error:
         raise UnhealthyError("interrupted", "No service was touched") from error
     finally:
-        if not steps.dry and not os.path.exists(os.path.join(place.code, "b9agent.py")):
-            _remove_code(place)
+        if not steps.dry and not os.path.exists(f"{place.code}/b9agent.py"):
+            _remove_from(place.code, _CODE_FILES)
 
 
 # -- uninstalling, status ---------------------------------------------------
 
 def _remove_state(place: Place) -> None:
-    with _ActingAs(place.account):
-        _remove_from(place.state, set(os.listdir(place.state)) - set(_KEPT_BY_PURGE))
-    _remove_folder(place.state)
+    names = set(as_user(place.account, os.listdir, place.state)) - _KEPT_BY_PURGE
+    as_user(place.account, _remove_from, place.state, names)
+    _remove_from(place.state, ())  # where the folder above it is root's
 
 
 def service_uninstall(_loaded: Loaded, options: Dict[str, str],
@@ -7496,17 +7446,17 @@ def service_uninstall(_loaded: Loaded, options: Dict[str, str],
     _claim(place, steps)
     manager, definition = MANAGERS[place.manager](place), read_text(place.definition or os.devnull)
     if definition:
-        steps.do("stop and disable the service", manager.disable)
+        steps.do("stop and disable the service", manager.run, manager.disable)
         if not steps.dry and manager.process().pid != 0:
             raise UnhealthyError("the service cannot be stopped", f"See: {manager.logs}")
-    if definition and definition == read_text(os.path.join(place.code, "definition")):
+    if definition and definition == read_text(f"{place.code}/definition"):
         steps.do(f"remove {place.definition}", remove_file, place.definition)
-        steps.do("tell the service manager", manager.forget)
+        steps.do("tell the service manager", manager.run, manager.forget)
     elif definition:
         steps.say(f"note: {place.definition} was changed by hand and stays")
     if _LAUNCHER_MARK in (read_text(place.launcher) or ""):
         steps.do(f"remove {place.launcher}", remove_file, place.launcher)
-    steps.do(f"remove {place.code}", _remove_code, place)
+    steps.do(f"remove {place.code}", _remove_from, place.code, _CODE_FILES)
     if purge:
         steps.do(f"remove {place.state}, but no models", _remove_state, place)
     elif os.path.isdir(place.state):
@@ -7520,16 +7470,12 @@ def service_uninstall(_loaded: Loaded, options: Dict[str, str],
 def service_status(_loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> int:
     """The service as its manager and the agent itself see it."""
     place = find_place(options)
-    code = read_text(os.path.join(place.code, "b9agent.py"), CODE_MAX_BYTES)
+    code = read_text(f"{place.code}/b9agent.py", CODE_MAX_BYTES)
     say(f"files    {place.code}, " + (f"b9agent {version_of(code)}" if code else "not installed"))
     if place.definition:
-        process = MANAGERS[place.manager](place).process()
-        state = (f"ended with exit code {process.ended}" if process.ended is not None else
-                 "not running" if process.pid == 0 else f"running, pid {process.pid or 'unknown'}")
-        say(f"service  {state}; {place.definition}")
+        say(f"service  {MANAGERS[place.manager](place).process()}; {place.definition}")
     try:
-        with _ActingAs(place.account):
-            status = read_agent_status(place.state, 5.0)
+        status = as_user(place.account, read_agent_status, place.state, 5.0)
     except AgentError as error:
         say(f"agent    {error.what}")
         return Exit.UNREACHABLE
@@ -7542,20 +7488,18 @@ def service_status(_loaded: Loaded, options: Dict[str, str], say: Callable[[str]
 # 20b. Doctor       reads; asks the gateway, k3s and drivers; changes nothing
 # ----------------------------------------------------------------------
 # One table of checks.  Each says what it saw and, where that is not well,
-# the command that mends it.  Every check runs in a thread of its own: one
+# the command that mends it; an AgentError that it raises is such a finding
+# as well.  Every check runs in a thread of its own: one
 # that hangs costs its row and nothing else.  A running agent is not touched,
 # and nothing is sent to the gateway that it would act upon.
 
-DOCTOR_LIMIT_S = 13.0     # all checks together
-_REQUEST_LIMIT_S = 4.0    # each request of a check
-_DRIVER_LIMIT_S = 8.0
+DOCTOR_LIMIT_S, _REQUEST_LIMIT_S, _DRIVER_LIMIT_S = 13.0, 4.0, 8.0  # all checks; one request
 _CLOCK_EARLIEST_S = 1704067200.0  # 2024: a machine that lost its clock's battery stands before it
 _STATE_LOW_BYTES, _STATE_LEAST_BYTES = 1 << 30, 16 << 20
 _MODELS_LOW_BYTES = 20 << 30      # one model of 30 billion parameters, quantised
 _ENGINES = ("ollama", "vllm", "sglang", "llama-server", "mlx_lm.server")
 _PRIVATE_FILES = ("config.yaml", "config.yaml.old", "control.token", "agent.log", "agent.log.1",
                   "agent.lock", "gateway.db")
-_K3S_CONFIG = "/etc/rancher/k3s/k3s.yaml"
 _K3S = Endpoint("https", "127.0.0.1", 6443)
 
 
@@ -7580,6 +7524,14 @@ class NotTried(Exception):
     """A check that cannot be made, because of something that another one reports."""
 
 
+def ok(seen: str) -> Finding:
+    return Finding("ok", seen)
+
+
+def warn(seen: str, mend: str) -> Finding:
+    return Finding("warn", seen, mend)
+
+
 def finding_of(error: AgentError) -> Finding:
     unwell = error.exit_code is Exit.UNREACHABLE
     return Finding("fail", error.what, error.hint, Exit.UNREACHABLE if unwell else Exit.USAGE)
@@ -7589,13 +7541,10 @@ def load_what_can_be(flags: Dict[str, str], environ: Dict[str, str],
                      must_exist: bool = True) -> Loaded:
     """Settings as far as they can be had: without the file, or without flags and variables as well
     but for the state folder's.  `problem` says what was wrong."""
-    row = SETTING_BY_KEY["state_dir"]
-    bare = {"config": os.devnull}
-    folder = flags.get(row.key) or environ.get(row.variable)
-    problem = None
-    for some_flags, some_environ in (
-            (flags, environ), ({**flags, **bare}, environ),
-            ({**bare, row.key: folder or row.default}, {}), (bare, {})):
+    row, bare, problem = SETTING_BY_KEY["state_dir"], {"config": os.devnull}, None
+    folder = flags.get(row.key) or environ.get(row.variable) or row.default
+    for some_flags, some_environ in ((flags, environ), ({**flags, **bare}, environ),
+                                     ({**bare, row.key: folder}, {}), (bare, {})):
         try:
             return load_settings(some_flags, some_environ, must_exist)._replace(problem=problem)
         except UsageError as error:
@@ -7603,20 +7552,24 @@ def load_what_can_be(flags: Dict[str, str], environ: Dict[str, str],
     raise problem
 
 
+def refuse_default(loaded: Loaded, key: str) -> None:
+    """Raises: NotTried where a setting may stand in a configuration that cannot be used."""
+    if loaded.problem is not None and loaded.origins[key] == "default":
+        raise NotTried("the configuration, which says it, cannot be used")
+
+
 # -- this machine ---------------------------------------------------------
 
 def check_python(_loaded: Loaded) -> Iterator[Finding]:
     import importlib
-    missing = []
+    missing, seen = [], f"{sys.version.split()[0]} ({sys.executable})"
     for name in ("ssl", "ctypes", "sqlite3"):  # Debian's python3-minimal has none of them
         try:
             importlib.import_module(name)
         except ImportError:
             missing.append(name)
-    seen = f"{sys.version.split()[0]} ({sys.executable})"
-    yield Finding("ok", seen) if not missing else Finding(
-        "warn", f"{seen} lacks {', '.join(missing)}: no https gateway without ssl, less said of "
-        "GPUs without ctypes, no embedded gateway without sqlite3",
+    yield ok(seen) if not missing else warn(
+        f"{seen} lacks {', '.join(missing)} (for https, GPUs and the embedded gateway)",
         "sudo apt install libpython3-stdlib")
 
 
@@ -7629,18 +7582,16 @@ def judge_clock(here_s: float, ahead_s: Optional[float], https: bool) -> Finding
         return Finding("fail" if https else "warn", f"{stamp} cannot be: certificates are refused "
                        "as not valid yet", mend)
     if ahead_s is None:
-        return Finding("ok", f"{stamp}; the gateway's time is not known")
+        return ok(f"{stamp}; the gateway's time is not known")
     seen = f"{stamp}, {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the gateway's"
-    off = abs(ahead_s) > CLOCK_OFFSET_MAX_S
-    return Finding("warn", seen, mend) if off else Finding("ok", seen)
+    return warn(seen, mend) if abs(ahead_s) > CLOCK_OFFSET_MAX_S else ok(seen)
 
 
 def doctor_client(loaded: Loaded) -> GatewayClient:
+    refuse_default(loaded, "gateway_host")
     settings = loaded.settings
-    if loaded.problem is not None and loaded.origins["gateway_host"] == "default":
-        raise NotTried("the configuration, which says where it is, cannot be used")
-    return GatewayClient(gateway_endpoint(settings), settings.token or "-", settings.pool_name,
-                         Log(settings.log_format, "debug" if settings.debug else "error"),
+    log = Log(settings.log_format, "debug" if settings.debug else "error")
+    return GatewayClient(gateway_endpoint(settings), settings.token or "-", settings.pool_name, log,
                          _REQUEST_LIMIT_S)
 
 
@@ -7658,46 +7609,45 @@ def check_clock(loaded: Loaded) -> Iterator[Finding]:
 def judge_space(what: str, folder: str, space: BytesPair, low_bytes: int,
                 least_bytes: int) -> Finding:
     import shlex
+    mend = f"du -xhd1 {shlex.quote(nearest_folder(folder))} | sort -h   # what takes the space"
     total, free = space
     if total is None or free is None:
-        return Finding("warn", f"{what}: free space of {folder} is not known")
+        return warn(f"{what}: free space of {folder} is not known", mend)
     seen = f"{what}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB free at {folder}"
-    if free >= low_bytes:
-        return Finding("ok", seen)
-    limit = least_bytes if free < least_bytes else low_bytes
-    return Finding("fail" if free < least_bytes else "warn",
-                   f"{seen}, less than {limit / 2**30:.3g} GiB",
-                   f"du -xhd1 {shlex.quote(nearest_folder(folder))} | sort -h   # what takes it")
+    if free < least_bytes:
+        return Finding("fail", f"{seen}, less than {least_bytes / 2**30:.3g} GiB", mend)
+    return ok(seen) if free >= low_bytes else warn(
+        f"{seen}, less than {low_bytes / 2**30:.3g} GiB", mend)
 
 
 def check_disk(loaded: Loaded) -> Iterator[Finding]:
     state = loaded.settings.state_dir
-    yield judge_space("state", state, read_disk(nearest_folder(state)), _STATE_LOW_BYTES,
-                      _STATE_LEAST_BYTES)
     models = os.environ.get("OLLAMA_MODELS") or os.environ.get("HF_HOME") or "~/.ollama/models"
     models = os.path.abspath(os.path.expanduser(models))
-    yield judge_space("models", models, read_disk(nearest_folder(models)), _MODELS_LOW_BYTES, 0)
+    for what, folder, low_bytes, least_bytes in (
+            ("state", state, _STATE_LOW_BYTES, _STATE_LEAST_BYTES),
+            ("models", models, _MODELS_LOW_BYTES, 0)):
+        yield judge_space(what, folder, read_disk(nearest_folder(folder)), low_bytes, least_bytes)
 
 
 def check_host(loaded: Loaded) -> Iterator[Finding]:
     host, settings = make_host(), loaded.settings
-    capacity, facts = host.capacity(), host.facts()
-    cpu, memory = capacity
+    (cpu, memory), facts = host.capacity(), host.facts()
     if cpu is None or memory is None:
-        yield Finding("warn", "its CPUs or its memory cannot be measured: too little is offered",
-                      "b9agent.py run --max-cpu CORES --max-memory SIZE   # and please report this")
+        yield warn("its CPUs or its memory cannot be measured: too little is offered",
+                   "b9agent.py run --max-cpu CORES --max-memory SIZE   # and please report this")
         return
     place = " in ".join(filter(None, (facts.os_name or sys.platform, facts.container,
                                       "WSL" if facts.wsl else "")))
-    yield Finding("ok", f"{place}: offers {min(cpu, settings.max_cpu or cpu) / 1000:g} of "
-                  f"{cpu / 1000:g} CPUs, {min(memory, settings.max_memory or memory) / 2**30:.1f} "
-                  f"of {memory / 2**30:.1f} GiB of memory")
+    yield ok(f"{place}: offers {min(cpu, settings.max_cpu or cpu) / 1000:g} of {cpu / 1000:g} "
+             f"CPUs, {min(memory, settings.max_memory or memory) / 2**30:.1f} of "
+             f"{memory / 2**30:.1f} GiB of memory")
     for key, whole in (("max_cpu", cpu), ("max_memory", memory)):
         row, cap = SETTING_BY_KEY[key], getattr(settings, key)
         if cap is not None and cap > whole:
-            yield Finding("warn", f"{row.path} {setting_text(row, cap)} is more than the machine's "
-                          f"{setting_text(row, whole)}, which is what it offers",
-                          f"b9agent.py init {row.flag} {setting_text(row, whole)} -y")
+            most = setting_text(row, whole)
+            yield warn(f"{row.path} {setting_text(row, cap)} is more than the machine's {most}, "
+                       "which is what it offers", f"b9agent.py init {row.flag} {most} -y")
 
 
 # -- GPUs -----------------------------------------------------------------
@@ -7719,17 +7669,13 @@ _GPU_MENDS = (  # the first that fits; words of the problems above and of nvidia
     ("is excluded", "grep -rs NVreg_ExcludedGpus /etc/modprobe.d /proc/cmdline   # else see dmesg"),
     (r"lost|fell|\bbus\b|Xid|reset", "sudo reboot   # again lost: power, riser or GPU"),
     ("dmesg", "sudo dmesg | grep -iE 'nvrm|xid'"),
+    ("", "nvidia-smi -q   # or the tool of its vendor says more"),
 )
 
 
-def mend_of_gpu(problem: str) -> str:
-    return next((mend for pattern, mend in _GPU_MENDS if re.search(pattern, problem, re.I)),
-                "nvidia-smi -q   # or the tool of its vendor says more")
-
-
-def process_name(pid: int) -> str:
-    name = (read_text(f"/proc/{pid}/comm", 64) or "").strip()
-    return f"{name}, pid {pid}" if name else f"pid {pid}"
+def gpu_problem(problem: str) -> Finding:
+    return warn(problem, next(mend for pattern, mend in _GPU_MENDS
+                              if re.search(pattern, problem, re.I)))
 
 
 def why_not_offered(gpu: Gpu, sample: GpuSample, settings: Any, visible: Optional[str]) -> str:
@@ -7764,63 +7710,51 @@ def judge_gpus(sample: GpuSample, settings: Any, visible: Optional[str]) -> Iter
         reading.source, reading.driver_version and f"driver {reading.driver_version}",
         reading.cuda_version and f"CUDA {reading.cuda_version}"))) for reading in sample.readings)
     if not sample.known:
-        yield Finding("warn", "not known, so none is offered", mend_of_gpu(str(sample.problems)))
+        yield gpu_problem(str(sample.problems))._replace(seen="not known, so none is offered")
     elif not offered and any(not (gpu.problem or gpu.integrated) for gpu in sample.gpus):
-        yield Finding("warn", f"none of {len(sample.gpus)} offered ({drivers})",
-                      "unset CUDA_VISIBLE_DEVICES   # or mend limits.gpu_ids, limits.gpus")
+        yield warn(f"none of {len(sample.gpus)} offered ({drivers})",
+                   "unset CUDA_VISIBLE_DEVICES   # or mend limits.gpu_ids, limits.gpus")
     else:
-        yield Finding("ok", f"{len(offered)} of {len(sample.gpus)} offered, "
-                      f"{sum(map(is_free, offered))} free ({drivers})" if sample.gpus else "none")
+        yield ok(f"{len(offered)} of {len(sample.gpus)} offered, {sum(map(is_free, offered))} free "
+                 f"({drivers})" if sample.gpus else "none")
     for gpu in sample.gpus:
         why = why_not_offered(gpu, sample, settings, visible) or why_not_free(gpu)
         if why and not gpu.problem:
-            yield Finding("ok", f"GPU {gpu.index} ({gpu.name or gpu.vendor}): {why}")
-    for problem in sample.problems:
-        yield Finding("warn", problem, mend_of_gpu(problem))
+            yield ok(f"GPU {gpu.index} ({gpu.name or gpu.vendor}): {why}")
+    yield from map(gpu_problem, sample.problems)
     there = {(gpu.vendor, gpu.index) for gpu in sample.gpus}
     for vendor, index in settings.gpu_ids or ():
         if sample.known and (vendor or sample.vendor, index) not in there:
-            yield Finding("warn", f"limits.gpu_ids names GPU {index}, which is not there",
-                          "Mend limits.gpu_ids (--gpu-ids)")
-
-
-def read_link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
+            yield warn(f"limits.gpu_ids names GPU {index}, which is not there",
+                       "Mend limits.gpu_ids (--gpu-ids)")
 
 
 def read_nvidia_pci(root: str = "/sys/bus/pci/devices") -> Dict[str, str]:
     """{address: driver or ""} of NVIDIA's display controllers, class 0x03.  A container sees the
     whole machine's."""
-    found = {}
-    for address in sorted(os.listdir(root)) if os.path.isdir(root) else ():
-        folder = os.path.join(root, address)
-        if ((read_text(folder + "/vendor", 16) or "").strip() == "0x10de"
-                and (read_text(folder + "/class", 16) or "").startswith("0x03")):
-            found[address] = os.path.basename(read_link(folder + "/driver"))
-    return found
+    def is_gpu(folder: str) -> bool:
+        return ((read_text(folder + "/vendor", 16) or "").startswith("0x10de")
+                and (read_text(folder + "/class", 16) or "").startswith("0x03"))
+    return {address: os.path.basename(read_link(f"{root}/{address}/driver"))
+            for address in list_folder(root) if is_gpu(f"{root}/{address}")}
 
 
 def judge_pci(devices: Dict[str, str], seen: bool) -> Iterator[Finding]:
     """seen: whether NVIDIA's driver told of a GPU, or of a problem."""
     for address, driver in devices.items():
         if driver in ("", "nouveau"):
-            yield Finding("warn", f"an NVIDIA GPU at {address} has "
-                          + (f"the driver {driver}" if driver else "no driver"),
-                          "sudo ubuntu-drivers install && sudo reboot   # elsewhere: "
-                          "https://www.nvidia.com/drivers")
+            has = f"the driver {driver}" if driver else "no driver"
+            yield warn(f"an NVIDIA GPU at {address} has {has}", "sudo ubuntu-drivers install && "
+                       "sudo reboot   # elsewhere: https://www.nvidia.com/drivers")
         elif driver == "nvidia" and not seen:
-            yield Finding("warn", f"the NVIDIA GPU at {address} has its driver, but no tool here "
-                          "shows it", "docker run --gpus all …   # in a container; else install "
-                          "nvidia-smi of the driver's version")
+            yield warn(f"the NVIDIA GPU at {address} has its driver, but no tool here shows it",
+                       "docker run --gpus all …   # in a container; else install nvidia-smi of the "
+                       "driver's version")
 
 
 def check_gpus(loaded: Loaded) -> Iterator[Finding]:
-    sample, visible = (GpuSampler(make_gpu_sources()).sample(_DRIVER_LIMIT_S),
-                       os.environ.get("CUDA_VISIBLE_DEVICES"))
-    yield from judge_gpus(sample, loaded.settings, visible)
+    sample = GpuSampler(make_gpu_sources()).sample(_DRIVER_LIMIT_S)
+    yield from judge_gpus(sample, loaded.settings, os.environ.get("CUDA_VISIBLE_DEVICES"))
     yield from judge_pci(read_nvidia_pci(), bool(sample.problems) or any(
         gpu.vendor == "nvidia" for gpu in sample.gpus))
 
@@ -7832,37 +7766,31 @@ def check_gateway(loaded: Loaded) -> Iterator[Finding]:
     client, endpoint = doctor_client(loaded), gateway_endpoint(loaded.settings)
     way = f", through the proxy {host_port(*endpoint.proxy[:2])}" if endpoint.proxy else ""
     begun_s = now_s()
+    client.health()
+    took_ms = (now_s() - begun_s) * 1000
+    yield ok(f"{endpoint.url} is well, answered in {took_ms:.0f} ms{way}")
+    if not loaded.settings.token:
+        raise NotTried("its routes are seen with a token only")
     try:
-        client.health()
-        took_ms = (now_s() - begun_s) * 1000
-        yield Finding("ok", f"{endpoint.url} is well, answered in {took_ms:.0f} ms{way}")
-        if not loaded.settings.token:
-            raise NotTried("its routes are seen with a token only")
         for route in ("keepalive", "register"):
             client.probe(route)
     except TokenRefused as error:
         raise NotTried("its routes are seen with a good token only") from error
-    except GatewayError as error:
-        yield finding_of(error)
-    else:
-        yield Finding("ok", "it has the routes keepalive and register")
+    yield ok("it has the routes keepalive and register")
 
 
 def check_token(loaded: Loaded) -> Iterator[Finding]:
-    settings, origin = loaded.settings, loaded.origins["token"]
-    if not settings.token:
-        if loaded.problem is not None:
-            raise NotTried("the configuration cannot be used")
-        yield Finding("fail", "there is none", "b9agent.py init   # asks for it; it comes from: "
-                      f"beta9 machine create --pool {settings.pool_name}")
-        return
+    if not loaded.settings.token:
+        refuse_default(loaded, "token")
+        raise UsageError("there is none", "b9agent.py init   # asks for it; it comes from: "
+                         f"beta9 machine create --pool {loaded.settings.pool_name}")
     try:
         doctor_client(loaded).probe("register")
-        yield Finding("ok", f"accepted; from {origin}")
-    except TokenRefused as error:
-        yield finding_of(error)
+    except TokenRefused:
+        raise
     except GatewayError as error:
         raise NotTried("the gateway did not judge it") from error
+    yield ok(f"accepted; from {loaded.origins['token']}")
 
 
 def agent_status(loaded: Loaded) -> Dict[str, Any]:
@@ -7877,72 +7805,46 @@ def check_pool(loaded: Loaded) -> Iterator[Finding]:
     """Whether a pool exists shows in registering alone, which would set a ready machine back."""
     status = agent_status(loaded)
     if status.get("state") == "ready":
-        yield Finding("ok", f"`{status.get('pool')}` has machine {status.get('machine_id')}, ready")
+        yield ok(f"`{status.get('pool')}` has machine {status.get('machine_id')}, ready")
     elif "has no pool" in str(status.get("message")):
-        yield Finding("fail", f"`{status.get('pool')}` does not exist on the gateway",
-                      "b9agent.py init --pool POOL   # one of the gateway's configuration")
-    elif loaded.problem is not None and loaded.origins["pool_name"] == "default":
-        raise NotTried("the configuration cannot be used")
+        raise UsageError(f"`{status.get('pool')}` does not exist on the gateway",
+                         "b9agent.py init --pool POOL   # one of the gateway's configuration")
     else:
-        yield Finding("ok", f"`{loaded.settings.pool_name}` is looked for at the first "
-                      "registration; `b9agent.py --once` tries it")
+        refuse_default(loaded, "pool_name")
+        yield ok(f"`{loaded.settings.pool_name}` is looked for at the first registration; "
+                 "`b9agent.py --once` tries it")
 
 
 # -- what runs beside it --------------------------------------------------
 
-def parse_listeners(text: str) -> Dict[int, str]:
-    """{port: inode of the socket} of /proc/net/tcp or tcp6.  Source: proc(5); state 0A listens."""
-    found: Dict[int, str] = {}
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) > 9 and words[3] == "0A" and re.search(":[0-9A-F]{4}$", words[1]):
-            found.setdefault(int(words[1][-4:], 16), words[9])
-    return found
-
-
-def port_holder(port: int) -> str:
-    """Who listens on a port, as far as /proc shows it: to root, all; to others, their own."""
-    import glob
-    inode = next((table[port] for table in (parse_listeners(read_text(f"/proc/net/{name}") or "")
-                                            for name in ("tcp", "tcp6")) if port in table), "")
-    path = next((path for path in glob.iglob("/proc/[0-9]*/fd/*" if inode else "")
-                 if read_link(path) == f"socket:[{inode}]"), "")
-    return process_name(int(path.split("/")[2])) if path else "another program"
-
-
-def why_no_listening(host: str, port: int) -> str:
-    """"" where a server could listen there now; it is bound, and let go of at once."""
-    import errno
+def why_not_listening(host: str, port: int) -> str:
+    """Why a server could not listen there now, or ""."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        holder = port_holder(host, port)
     except OSError as error:
-        return (f"held by {port_holder(port)}" if error.errno == errno.EADDRINUSE else
-                error.strerror or str(error))
-    return ""
+        return error.strerror or str(error)
+    return f"held by {holder}" if holder else ""
 
 
 def check_ports(loaded: Loaded) -> Iterator[Finding]:
     host, port = loaded.settings.control_host, loaded.settings.control_port
     status = agent_status(loaded)
-    why = "" if port == 0 or status else why_no_listening(host, port)
-    if status:
-        yield Finding("ok", f"control API: the agent listens, pid {status.get('pid')}")
-    elif why:
-        yield Finding("warn", f"control API: {host_port(host, port)}: {why}; the machine would be "
-                      "kept alive without it", "b9agent.py run --control-port 0   # a free one")
+    where = host_port(host, port) if port else "a free one"
+    why = why_not_listening(host, port) if port and not status else ""
+    if why:
+        yield warn(f"control API: {where}: {why}; the machine would be kept alive without it",
+                   "b9agent.py run --control-port 0   # a free one")
     else:
-        yield Finding("ok", f"control API: {host_port(host, port) if port else 'a free one'}")
-    yield Finding("ok", "; ".join(
-        f"{use} {other}: {why_no_listening('127.0.0.1', other) or 'free'}" for use, other in (
+        yield ok("control API: " + (f"the agent listens, pid {status['pid']}" if status else where))
+    yield ok("; ".join(
+        f"{use} {other}: {why_not_listening('127.0.0.1', other) or 'free'}" for use, other in (
             ("front door", 11434), ("its second choice", 11435), ("embedded gateway", 1994))))
 
 
 def check_engines(_loaded: Loaded) -> Iterator[Finding]:
     import shutil
     found = [f"{name} ({path})" for name in _ENGINES for path in [shutil.which(name)] if path]
-    yield Finding("ok", ", ".join(found) or "none yet: " + ", ".join(_ENGINES))
+    yield ok(", ".join(found) or "none yet: " + ", ".join(_ENGINES))
 
 
 def k3s_answers(endpoint: Endpoint, limit_s: float) -> bool:
@@ -7957,20 +7859,19 @@ def k3s_answers(endpoint: Endpoint, limit_s: float) -> bool:
 def judge_k3s(installed: bool, answers: bool, token: bool) -> Finding:
     where = host_port(_K3S.host, _K3S.port)
     if answers and not token:
-        return Finding("warn", f"answers on {where}, but k3s.token is not set: the gateway cannot "
-                       "start workers on it", "Set k3s.token (BETA9_K3S_TOKEN) to a bearer token "
-                       "that may make jobs in the namespace default")
+        return warn(f"answers on {where}; without k3s.token the gateway starts no workers on it",
+                    "Set k3s.token (BETA9_K3S_TOKEN) to one that may make jobs in `default`")
     if not answers and (installed or token):
-        return Finding("warn", ("installed" if installed else "k3s.token is set")
-                       + f", but nothing answers on {where}", "sudo systemctl start k3s"
-                       if installed else "Install k3s (https://docs.k3s.io), or unset k3s.token")
-    return Finding("ok", f"answers on {where}; its token is set" if answers else
-                   "none: this machine runs models, not the gateway's workers")
+        why = "installed" if installed else "k3s.token is set"
+        return warn(f"{why}, but nothing answers on {where}", "sudo systemctl start k3s"
+                    if installed else "Install k3s (https://docs.k3s.io), or unset k3s.token")
+    return ok(f"answers on {where}; its token is set" if answers else
+              "none: this machine runs models, not the gateway's workers")
 
 
 def check_k3s(loaded: Loaded) -> Iterator[Finding]:
-    yield judge_k3s(os.path.exists(_K3S_CONFIG), k3s_answers(_K3S, _REQUEST_LIMIT_S),
-                    bool(loaded.settings.k3s_token))
+    yield judge_k3s(os.path.exists("/etc/rancher/k3s/k3s.yaml"),
+                    k3s_answers(_K3S, _REQUEST_LIMIT_S), bool(loaded.settings.k3s_token))
 
 
 def read_tailnet_address() -> str:
@@ -7987,95 +7888,81 @@ def check_tailnet(loaded: Loaded) -> Iterator[Finding]:
     import shutil
     address, hostname = read_tailnet_address(), loaded.settings.hostname or ""
     if not address and shutil.which("tailscale"):
-        yield Finding("warn", "tailscale is installed, but this machine has no address",
-                      "sudo tailscale up")
+        yield warn("tailscale is installed, but this machine has no address", "sudo tailscale up")
     elif address and hostname.startswith("100.") and hostname != address:
-        yield Finding("warn", f"{address}, but machine.hostname is {hostname}, which the gateway "
-                      "dials", f"b9agent.py init --hostname {address} -y")
+        yield warn(f"{address}, but machine.hostname is {hostname}, which the gateway dials",
+                   f"b9agent.py init --hostname {address} -y")
     else:
-        yield Finding("ok", address or "none: no tailscale here")
+        yield ok(address or "none: no tailscale here")
 
 
 # -- our files, the agent, the service -------------------------------------
 
 def check_config(loaded: Loaded) -> Iterator[Finding]:
-    if loaded.problem is not None:
-        yield finding_of(loaded.problem)
-    else:
-        path = loaded.settings.config
-        given = sum(1 for origin in loaded.origins.values() if origin != "default")
-        yield Finding("ok", (path if os.path.exists(path) else f"there is no {path}")
-                      + f"; {given} of {len(SETTINGS)} settings are not the default")
+    path = loaded.settings.config
+    given = sum(origin != "default" for origin in loaded.origins.values())
+    yield finding_of(loaded.problem) if loaded.problem is not None else ok(
+        (path if os.path.exists(path) else f"there is no {path}")
+        + f"; {given} of {len(SETTINGS)} settings are not the default")
     for warning in loaded.warnings:
-        yield Finding("warn", warning, "b9agent.py init   # keeps it in the config file, 0600")
+        yield warn(warning, "b9agent.py init   # keeps it in the config file, 0600")
 
 
 def check_files(loaded: Loaded) -> Iterator[Finding]:
     from shlex import quote
-    folder, clean = loaded.settings.state_dir, True
-    above, user = nearest_folder(folder), os.geteuid()
+    folder, user = loaded.settings.state_dir, os.geteuid()
+    above, found = nearest_folder(folder), []
     if os.path.lexists(folder) and above != folder or not os.access(above, os.W_OK | os.X_OK):
-        yield Finding("fail", f"{folder} is no folder that this user can write in",
-                      f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {quote(above)}")
+        raise UsageError(f"{folder} is no folder that this user can write in",
+                         f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {quote(above)}")
+    if above != folder:
+        yield ok(f"{folder}, not made yet")
         return
-    if above == folder:
-        make_private_folder(folder)  # makes none: it looks at who owns and writes in this one
-    for path in [folder] * (above == folder) + [os.path.join(folder, name)
-                                                for name in _PRIVATE_FILES]:
+    make_private_folder(folder)  # makes none: it looks at who owns and writes in this one
+    for path in [folder] + [os.path.join(folder, name) for name in _PRIVATE_FILES]:
         mode = shared_mode(path)
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
-            yield Finding("fail", f"{path} is not this user's to use",
-                          f"sudo chown {user} {quote(path)}")
-            clean = False
+            found.append(Finding("fail", f"{path} is not this user's to use",
+                                 f"sudo chown {user} {quote(path)}"))
         elif mode is not None:
-            clean = False
-            yield Finding("warn", f"{path} has mode {mode:04o}: others may use it",
-                          f"chmod {700 if path == folder else 600} {quote(path)}")
-    if clean:
-        yield Finding("ok", f"{folder}, " + ("with what is in it, is private" if above == folder
-                                             else "not made yet"))
+            found.append(warn(f"{path} has mode {mode:04o}: others may use it",
+                              f"chmod {700 if path == folder else 600} {quote(path)}"))
+    yield from found or [ok(f"{folder}, with what is in it, is private")]
     kept_machine_id(loaded.settings, keep=False)
 
 
 def check_agent(loaded: Loaded) -> Iterator[Finding]:
     folder = loaded.settings.state_dir
     if not agent_holds(folder):
-        yield Finding("ok", f"none runs on {folder}: b9agent.py run")
+        yield ok(f"none runs on {folder}: b9agent.py run")
         return
     try:
         status = read_agent_status(folder)
     except GatewayUnreachable as error:
-        yield Finding("warn", error.what, error.hint)
+        yield warn(error.what, error.hint)
         return
     state = str(status["state"])
     seen = (f"b9agent {status['version']}, pid {status['pid']}, {state} for "
             f"{status.get('state_seconds')} s, {status.get('keepalives')} keepalives")
     if state not in ("ready", "starting", "registering", "registered"):
-        yield Finding("warn", f"{seen}: {status.get('message')}", "b9agent.py status   # and the "
-                      "rows above")
+        yield warn(f"{seen}: {status.get('message')}", "b9agent.py status   # and the rows above")
     elif status["version"] != VERSION:
-        yield Finding("warn", f"{seen}; this is {VERSION}", "b9agent.py service install   # or "
-                      "restart what runs it")
+        yield warn(f"{seen}; this is {VERSION}", "b9agent.py service install   # or restart it")
     else:
-        yield Finding("ok", seen)
+        yield ok(seen)
 
 
-def check_service(loaded: Loaded) -> Iterator[Finding]:
+def check_service(_loaded: Loaded) -> Iterator[Finding]:
     place = find_place({})
     if not place.definition or not os.path.exists(place.definition):
-        yield Finding("ok", "not installed: b9agent.py service install")
+        yield ok("not installed: b9agent.py service install")
         return
     manager = MANAGERS[place.manager](place)
     process = manager.process()
-    seen = f"{place.definition}, state folder {place.state}"
-    if process.pid == 0:
-        ended = "" if process.ended is None else f", ended with exit code {process.ended}"
-        sudo = "sudo " if place.scope == "system" else ""
-        start = sudo + " ".join(manager.restart_call) + "   # its log: " if manager.restart_call \
-            else ""
-        yield Finding("warn", f"{seen}: not running{ended}", start + manager.logs)
-    else:
-        yield Finding("ok", f"{seen}: running, pid {process.pid or 'unknown'}")
+    seen = f"{place.definition}, state folder {place.state}: {process}"
+    sudo = "sudo " if place.scope == "system" else ""
+    start = " && ".join(sudo + line for line in manager.restart if line[0] != "-")
+    yield ok(seen) if process.pid != 0 else warn(seen, f"{start}   # its log: {manager.logs}")
 
 
 # -- all of them ----------------------------------------------------------
@@ -8106,7 +7993,7 @@ def _look(check: Check, loaded: Loaded, found: List[Finding]) -> None:
         for finding in check.look(loaded):
             found.append(finding)
     except NotTried as reason:
-        found.append(Finding("warn", f"not tried: {reason}"))
+        found.append(warn(f"not tried: {reason}", ""))
     except AgentError as error:
         found.append(finding_of(error))
     except Exception as error:
@@ -8116,21 +8003,21 @@ def _look(check: Check, loaded: Loaded, found: List[Finding]) -> None:
 
 def run_checks(checks: Sequence[Check], loaded: Loaded, limit_s: float) -> List[Finding]:
     """All findings in the order of the checks, within limit_s, and without a secret in them."""
-    until_s = now_s() + limit_s
+    until_s, result = now_s() + limit_s, []
     found: List[List[Finding]] = [[] for _ in checks]
     threads = [threading.Thread(target=_look, args=(check, loaded, rows), daemon=True,
                                 name=f"check-{check.name}") for check, rows in zip(checks, found)]
     for thread in threads:
         thread.start()
-    result = []
     for check, thread, rows in zip(checks, threads, found):
         thread.join(max(0.0, until_s - now_s()))
-        late = [] if not thread.is_alive() else [Finding(
-            "fail" if check.late else "warn", f"did not end within {limit_s:g} s",
-            "b9agent.py doctor --debug   # shows more", check.late)]
-        result += [finding._replace(
-            name=check.name, seen=printable(REDACTOR.scrub(finding.seen)),
-            mend=printable(REDACTOR.scrub(finding.mend))) for finding in rows[:] + late]
+        rows = rows[:]
+        if thread.is_alive():
+            rows.append(Finding("fail" if check.late else "warn", f"did not end within {limit_s:g} "
+                                "s", "b9agent.py doctor --debug   # shows more", check.late))
+        for finding in rows:
+            seen, mend = (printable(REDACTOR.scrub(text)) for text in finding[1:3])
+            result.append(finding._replace(name=check.name, seen=seen, mend=mend))
     return result
 
 
@@ -8146,11 +8033,11 @@ def doctor_lines(findings: Sequence[Finding]) -> List[str]:
         lines.append(f"{finding.level:<5} {finding.name:<8} {finding.seen}")
         if finding.mend:
             lines.append(f"{'':<14} mend: {finding.mend}")
-    warnings, fails = (sum(1 for finding in findings if finding.level == level)
-                       for level in ("warn", "fail"))
-    return lines + ["", ("this machine cannot be ready" if fails else
-                         "nothing keeps this machine from ready")
-                    + f": {len(findings)} findings, {warnings} warn, {fails} fail"]
+    levels = [finding.level for finding in findings]
+    cannot = "this machine cannot be ready" if "fail" in levels else (
+        "nothing keeps this machine from ready")
+    return lines + ["", f"{cannot}: {len(findings)} findings, {levels.count('warn')} warn, "
+                        f"{levels.count('fail')} fail"]
 
 
 # ----------------------------------------------------------------------

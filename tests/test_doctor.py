@@ -537,12 +537,12 @@ def test_gpus_that_are_ill():
     (b9agent.hidden_gpu_problem("0000:0a:00.0", {}), "sudo dmesg"),
     (b9agent.hidden_gpu_problem("0000:0a:00.0", {"GPU Excluded": "Yes"}), "grep -rs NVreg_Excluded")])
 def test_what_a_driver_says_has_the_command_that_mends_it(problem, mend):
-    assert b9agent.mend_of_gpu(problem).startswith(mend)
+    assert b9agent.gpu_problem(problem).mend.startswith(mend)
 
 
 def test_what_sources_without_a_driver_say_has_its_mend(tmp_path):
     def mend():
-        return b9agent.mend_of_gpu(b9agent.Nvidia("none.so", str(tmp_path), "").read().problem)
+        return b9agent.gpu_problem(b9agent.Nvidia("none.so", str(tmp_path), "").read().problem).mend
     (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
     (tmp_path / "proc/driver/nvidia/version").write_text("")
     assert mend().startswith("docker run --gpus all")
@@ -680,7 +680,7 @@ def test_the_service(monkeypatch, tmp_path, process, level, said):
                             definition=str(tmp_path / "unit"), state="/s")
     monkeypatch.setattr(b9agent, "find_place", lambda options: place)
     monkeypatch.setitem(b9agent.MANAGERS, "fake", lambda place: SimpleNamespace(
-        logs="journalctl -f", process=lambda: process, restart_call=("svc", "restart")))
+        logs="journalctl -f", process=lambda: process, restart=("-svc gone", "svc restart")))
     found = list(b9agent.check_service(loaded()))
     assert levels(found) == [level] and said in found[0].seen
     assert found[0].mend == ("sudo svc restart   # its log: journalctl -f" if level == "warn"
