@@ -486,7 +486,7 @@ def gpu(index, vendor="nvidia", **more):
 
 
 def judged(gpus, visible=None, problem="", **changes):
-    sample = b9agent.GpuSample(tuple(gpus), gpus[0].vendor, True, 0.0, (
+    sample = b9agent.GpuSample(tuple(gpus), gpus[0].vendor, True, (
         b9agent.GpuReading("nvml", tuple(gpus), "535.1", "12.2", problem),))
     return list(b9agent.judge_gpus(sample, settings(**changes), visible))
 

@@ -91,7 +91,7 @@ FULL = MetricsView(
     MachineSample(
         HostSample(12.5, 50.0, 1000, 500, 2000, 1500, 11, 12, 13, 14, 1.5, 2.5, 3.5, 4.5, 300, 30,
                    0.25, 0.5, 0.75, 86400.5),
-        GpuSample((GPU_0, GPU_1), "nvidia", True, 0.5,
+        GpuSample((GPU_0, GPU_1), "nvidia", True,
                   (GpuReading("nvml", (GPU_0,), "550.54.15", "12.4"),
                    GpuReading("amdgpu", (GPU_1,), "6.8", problem="amd: the driver does not answer"))),
         (GPU_0,),
@@ -311,7 +311,7 @@ def test_of_what_is_unknown_nothing_is_said():
 
 def test_a_driver_that_does_not_answer_leaves_the_number_of_gpus_unknown():
     said = samples_of(NOTHING._replace(machine=MachineSample(
-        NO_HOST, GpuSample((), "nvidia", False, 400.0, (GpuReading("nvml", None, problem="hangs"),)),
+        NO_HOST, GpuSample((), "nvidia", False, (GpuReading("nvml", None, problem="hangs"),)),
         None, None)))
     assert said["b9agent_gpus_known", ()] == 0 and said["b9agent_gpu_problems", ()] == 1
     assert ("b9agent_gpus", ()) not in said
