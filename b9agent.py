@@ -2643,6 +2643,37 @@ def first_text(look: Look, *keys: str) -> str:
     return ""
 
 
+# What tools call them: nvidia-smi, rocm-smi (in lower case, for that has changed), amd-smi, xpu-smi
+# and ioreg.  AMD's memory is of two kinds: see amd_gpu.
+_MIB = 1 << 20  # which amd-smi calls MB
+TOOL_FIGURES = (
+    Figure("utilization_pct", ("utilization.gpu", "gpu use (%)", "usage.gfx_activity",
+                               "GPU Utilization (%)", "Device Utilization %")),
+    Figure("temperature_c", (
+        "temperature.gpu", "temperature (sensor edge) (c)", "temperature (sensor junction) (c)",
+        "temperature.edge", "temperature.hotspot", "GPU Core Temperature (Celsius Degree)")),
+    Figure("power_w", ("power.draw", "average graphics package power (w)", "power.socket_power",
+                       "current socket graphics package power (w)", "GPU Power (W)")),
+    Figure("power_limit_w", ("enforced.power.limit", "max graphics package power (w)",
+                             "limit.socket_power", "limit.ppt0.socket_power_limit")),
+    Figure("fan_pct", ("fan.speed", "fan speed (%)", "fan.usage")),
+    Figure("graphics_clock_mhz", ("clocks.gr", "sclk clock speed:", "clock.gfx_0.clk",
+                                  "GPU Frequency (MHz)")),
+    Figure("memory_clock_mhz", ("clocks.mem", "mclk clock speed:", "clock.mem_0.clk")),
+    Figure("ecc_errors", ("ecc.errors.uncorrected.volatile.total",)),
+    Figure("memory_total_bytes", ("memory.total", "Memory Physical Size"), _MIB),
+    Figure("memory_used_bytes", ("memory.used", "GPU Memory Used (MiB)"), _MIB),
+    Figure("memory_used_bytes", ("In use system memory",)),
+    Figure("vram_total_bytes", ("vram total memory (b)",)),
+    Figure("vram_total_bytes", ("mem_usage.total_vram",), _MIB),
+    Figure("vram_used_bytes", ("vram total used memory (b)",)),
+    Figure("vram_used_bytes", ("mem_usage.used_vram",), _MIB),
+    Figure("gtt_total_bytes", ("gtt total memory (b)",)),
+    Figure("gtt_total_bytes", ("mem_usage.total_gtt",), _MIB),
+    Figure("gtt_used_bytes", ("gtt total used memory (b)",)),
+    Figure("gtt_used_bytes", ("mem_usage.used_gtt",), _MIB))
+
+
 # The names that Beta9's scheduler knows.  A laptop's chip, or a slice of a GPU (vGPU), is not the
 # GPU whose name it bears: work that needs that one's memory would fail on it.
 _GPU_TYPES = (
@@ -3130,17 +3161,6 @@ NVIDIA_SMI_COLUMNS = (
     "pci.bus_id", "power.draw", "enforced.power.limit", "fan.speed", "clocks.gr", "clocks.mem",
     "ecc.errors.uncorrected.volatile.total", "mig.mode.current", "driver_version")
 NVIDIA_SMI_BASIC = NVIDIA_SMI_COLUMNS[:7]
-NVIDIA_SMI = (
-    Figure("memory_total_bytes", ("memory.total",), 1 << 20),
-    Figure("memory_used_bytes", ("memory.used",), 1 << 20),
-    Figure("utilization_pct", ("utilization.gpu",)),
-    Figure("temperature_c", ("temperature.gpu",)),
-    Figure("power_w", ("power.draw",)),
-    Figure("power_limit_w", ("enforced.power.limit",)),
-    Figure("fan_pct", ("fan.speed",)),
-    Figure("graphics_clock_mhz", ("clocks.gr",)),
-    Figure("memory_clock_mhz", ("clocks.mem",)),
-    Figure("ecc_errors", ("ecc.errors.uncorrected.volatile.total",)))
 _SMI_SICK = {"[GPU is lost]": _LOST, "[GPU requires reset]": _NEEDS_RESET,
              "[Unknown Error]": _UNKNOWN_ERROR, "ERR!": _UNKNOWN_ERROR}
 
@@ -3151,9 +3171,9 @@ def parse_smi_bus_id(word: str) -> str:
     return match.group(1) if match else ""
 
 
-def parse_nvidia_smi(text: str, columns: Sequence[str] = NVIDIA_SMI_COLUMNS) -> List[Gpu]:
-    """The rows that are GPUs.  Sentences and rows of [Unknown Error] between them, which a failing
-    GPU leaves, are passed over."""
+def parse_nvidia_smi(text: str, columns: Sequence[str]) -> Optional[List[Gpu]]:
+    """The rows that are GPUs; sentences and rows of [Unknown Error] between them, which a failing
+    GPU leaves, are passed over.  [] only where no GPU is all that it says, else None."""
     gpus = []
     for line in text.splitlines():
         words = [word.strip() for word in line.split(",")]
@@ -3170,8 +3190,8 @@ def parse_nvidia_smi(text: str, columns: Sequence[str] = NVIDIA_SMI_COLUMNS) -> 
             index, "nvidia", first_text(row.get, "uuid"), first_text(row.get, "name"),
             parse_smi_bus_id(row.get("pci.bus_id", "")),
             mig_enabled={"Enabled": True, "Disabled": False}.get(row.get("mig.mode.current")),
-            problem=nvml_problem(codes[0]) if codes else "", **read_figures(NVIDIA_SMI, row.get)))
-    return gpus
+            problem=nvml_problem(codes[0]) if codes else "", **read_figures(TOOL_FIGURES, row.get)))
+    return gpus if gpus or text.strip() == "No devices were found" else None
 
 
 def parse_lost_gpus(text: str) -> List[str]:
@@ -3180,13 +3200,6 @@ def parse_lost_gpus(text: str) -> List[str]:
     found = re.findall(r"handle for GPU ?(?:[0-9]+: )?([0-9A-Fa-f:.]{7,16}): (.{1,200})", text)
     return [f"GPU {parse_smi_bus_id(bus_id) or bus_id}: {printable(why.strip())}"
             for bus_id, why in found]
-
-
-def parse_nvidia_smi_answer(text: str, columns: Sequence[str] = NVIDIA_SMI_COLUMNS
-                            ) -> Optional[List[Gpu]]:
-    """[] only where no GPU is all that it says: a lost GPU brings that sentence and another one."""
-    gpus = parse_nvidia_smi(text, columns)
-    return gpus if gpus or text.strip() == "No devices were found" else None
 
 
 def parse_compute_apps(text: str) -> Dict[str, Optional[Tuple[GpuProcess, ...]]]:
@@ -3222,7 +3235,7 @@ class NvidiaSmi(GpuSource):
             self._columns = NVIDIA_SMI_BASIC
             result = self._ask("--query-gpu=" + ",".join(self._columns))
         # It may fail and still show what works: so the text counts, not its exit code.
-        gpus = None if result.problem else parse_nvidia_smi_answer(result.output, self._columns)
+        gpus = None if result.problem else parse_nvidia_smi(result.output, self._columns)
         if gpus is None:
             first = printable(" ".join(result.output.split())[:200])
             return GpuReading("nvidia-smi", None,
@@ -3393,10 +3406,8 @@ def list_cards(root: str, drivers: Sequence[str], read: SysfsReader) -> List[Car
 # AMD.  Sources: the kernel's amdgpu documents, amdgpu_pm.c and kfd_process.c; rocm-smi and amd-smi
 # as recorded from ROCm 4.3 to 7.2.
 
-_AMD_MEMORY = [(f"{kind}_{part}_bytes", kind, part)
-               for kind in ("vram", "gtt") for part in ("total", "used")]
-AMD_MEMORY = [Figure(field, (f"device/mem_info_{kind}_{part}",))
-              for field, kind, part in _AMD_MEMORY]
+AMD_MEMORY = [Figure(f"{kind}_{part}_bytes", (f"device/mem_info_{kind}_{part}",))
+              for kind in ("vram", "gtt") for part in ("total", "used")]
 AMD_SENSORS = [
     Figure("utilization_pct", ("device/gpu_busy_percent",)),
     Figure("power_w", ("hwmon/power1_average", "hwmon/power1_input"), 1e-6),
@@ -3404,32 +3415,6 @@ AMD_SENSORS = [
     Figure("graphics_clock_mhz", ("hwmon/freq1_input",), 1e-6),
     Figure("memory_clock_mhz", ("hwmon/freq2_input",), 1e-6),
     Figure("fan_pct", ("hwmon/pwm1",), 100 / 255)]
-# In lower case: what was "Card series" is "Card Series" since ROCm 6.1, and others alike.
-ROCM_SMI = [
-    Figure("utilization_pct", ("gpu use (%)",)),
-    Figure("temperature_c", ("temperature (sensor edge) (c)", "temperature (sensor junction) (c)")),
-    Figure("power_w", ("average graphics package power (w)",
-                       "current socket graphics package power (w)")),
-    Figure("power_limit_w", ("max graphics package power (w)",)),
-    Figure("graphics_clock_mhz", ("sclk clock speed:",)),
-    Figure("memory_clock_mhz", ("mclk clock speed:",)),
-    Figure("fan_pct", ("fan speed (%)",))] + [
-        Figure(field, (f"{kind} total {'used ' if part == 'used' else ''}memory (b)",))
-        for field, kind, part in _AMD_MEMORY]
-AMD_SMI = [
-    Figure("utilization_pct", ("usage.gfx_activity",)),
-    Figure("temperature_c", ("temperature.edge", "temperature.hotspot")),
-    Figure("power_w", ("power.socket_power",)),
-    Figure("power_limit_w", ("limit.socket_power", "limit.ppt0.socket_power_limit")),
-    Figure("graphics_clock_mhz", ("clock.gfx_0.clk",)),
-    Figure("memory_clock_mhz", ("clock.mem_0.clk",)),
-    Figure("fan_pct", ("fan.usage",))] + [  # its MB are MiB
-        Figure(field, (f"mem_usage.{part}_{kind}",), 1 << 20) for field, kind, part in _AMD_MEMORY]
-# Name, number of the model, identity, place, architecture.
-_ROCM_SMI_TEXTS = (("device name", "card series", "card model"), ("device id", "gpu id"),
-                   "unique id", "pci bus", "gfx version")
-_AMD_SMI_TEXTS = (("asic.market_name", "board.product_name"), ("asic.device_id",),
-                  "asic.asic_serial", "bus.bdf", "asic.target_graphics_version")
 ROCM_SMI_ARGUMENTS = (
     "--showid --showuniqueid --showproductname --showbus --showtemp --showuse --showpower "
     "--showmaxpower --showclocks --showfan --showdriverversion "
@@ -3456,13 +3441,17 @@ def amd_gpu(index: int, figures: Dict[str, Any], integrated: bool, **more: Any) 
     return Gpu(index, "amd", integrated=integrated, **memory, **figures, **more)
 
 
-def _amd_gpu_of_tool(index: int, table: Sequence[Figure], texts: Any, look: Look) -> Gpu:
-    names, codes, uuid, place, architecture = texts
-    code = next((printable(look(key)[:20]) for key in codes if isinstance(look(key), str)), index)
-    return amd_gpu(index, read_figures(table, look),
-                   bool(re.match(_AMD_APU, first_text(look, architecture))),
-                   name=first_text(look, *names) or f"AMD GPU {code}",
-                   uuid=amd_uuid(look(uuid)), bus_id=first_text(look, place).lower())
+def amd_gpu_of_tool(index: int, look: Look) -> Gpu:
+    """Of what rocm-smi or amd-smi says of a GPU."""
+    codes = [look(key) for key in ("device id", "gpu id", "asic.device_id")]
+    code = next((printable(code[:20]) for code in codes if isinstance(code, str)), index)
+    name = first_text(look, "device name", "card series", "card model", "asic.market_name",
+                      "board.product_name")
+    architecture = first_text(look, "gfx version", "asic.target_graphics_version")
+    return amd_gpu(index, read_figures(TOOL_FIGURES, look), bool(re.match(_AMD_APU, architecture)),
+                   name=name or f"AMD GPU {code}",
+                   uuid=amd_uuid(look("unique id")) or amd_uuid(look("asic.asic_serial")),
+                   bus_id=first_text(look, "pci bus", "bus.bdf").lower())
 
 
 def parse_rocm_smi(text: str) -> Tuple[List[Gpu], str]:
@@ -3472,7 +3461,7 @@ def parse_rocm_smi(text: str) -> Tuple[List[Gpu], str]:
     for name, card in found.items() if isinstance(found, dict) else ():
         if isinstance(card, dict) and re.fullmatch("card[0-9]{1,4}", name):
             look = {key.lower(): value for key, value in card.items()}.get
-            gpus.append(_amd_gpu_of_tool(int(name[4:]), ROCM_SMI, _ROCM_SMI_TEXTS, look))
+            gpus.append(amd_gpu_of_tool(int(name[4:]), look))
     return gpus, first_text(lambda key: look_up(found, key), "system.Driver version")
 
 
@@ -3487,7 +3476,7 @@ def parse_amd_smi(*texts: str) -> Tuple[List[Gpu], str]:
     gpus, version = [], ""
     for number in sorted(rows):
         look = lambda path: look_up(rows[number], path)
-        gpus.append(_amd_gpu_of_tool(number, AMD_SMI, _AMD_SMI_TEXTS, look))
+        gpus.append(amd_gpu_of_tool(number, look))
         version = version or first_text(look, "driver.version")
     return gpus, version
 
@@ -3587,13 +3576,6 @@ INTEL_SENSORS = [  # hwmon: of the card, else of the chip
     Figure("energy_j", ("hwmon/energy1_input", "hwmon/energy2_input"), 1e-6),
     Figure("power_limit_w", ("hwmon/power1_max", "hwmon/power2_max"), 1e-6),
     Figure("graphics_clock_mhz", ("device/tile0/gt0/freq0/act_freq", "gt_act_freq_mhz"))]
-XPU_SMI = [
-    Figure("memory_total_bytes", ("Memory Physical Size",), 1 << 20),
-    Figure("memory_used_bytes", ("GPU Memory Used (MiB)",), 1 << 20),
-    Figure("utilization_pct", ("GPU Utilization (%)",)),
-    Figure("power_w", ("GPU Power (W)",)),
-    Figure("graphics_clock_mhz", ("GPU Frequency (MHz)",)),
-    Figure("temperature_c", ("GPU Core Temperature (Celsius Degree)",))]
 
 
 def parse_xpu_csv(text: str) -> List[Dict[str, Any]]:
@@ -3673,7 +3655,7 @@ class Intel(GpuSource):
     def _read_card(self, index: int, card: Card, told_of: Dict[str, Dict[str, Any]]) -> Gpu:
         integrated = self._is_integrated(card)  # then its memory is the machine's
         told = {} if integrated else told_of.get(card.bus_id, {})
-        figures = read_figures(XPU_SMI, told.get)
+        figures = read_figures(TOOL_FIGURES, told.get)
         if not card.asleep:
             figures.update(read_figures(INTEL_SENSORS, card.text))
             figures.update(card.temperature("pkg", ""))
@@ -3713,8 +3695,6 @@ class Intel(GpuSource):
 
 # Apple.  Sources: ioreg as recorded from M1 to M5, macmon, exelban/stats.
 
-APPLE_FIGURES = [Figure("utilization_pct", ("Device Utilization %",)),
-                 Figure("memory_used_bytes", ("In use system memory",))]
 # What Metal allows a GPU.  In a process of its own: a framework may end the process that loads it.
 METAL_LIMIT = """\
 from ctypes import CDLL, c_char_p, c_uint64, c_void_p
@@ -3800,7 +3780,7 @@ class Apple(GpuSource):
         cores = cores or known[1]
         return Gpu(index, "apple", name=name or known[0] or "Apple GPU", memory_total_bytes=total,
                    cores=int(cores) if cores and cores < 10000 else None,
-                   **read_figures(APPLE_FIGURES, entry["PerformanceStatistics"].get))
+                   **read_figures(TOOL_FIGURES, entry["PerformanceStatistics"].get))
 
     def _read_limit(self) -> Optional[int]:
         """Bytes that the GPU may use: what the owner set, else what Metal says, else two thirds of

@@ -415,7 +415,7 @@ gpus = some(Gpu, st.integers(0, 9), st.sampled_from(["nvidia", "amd"]), words, w
             *[number] * 11, st.none() | truth, mig_instances,
             st.none() | st.just((GpuProcess(1, None),)), number, truth, truth, words, truth)
 gpu_lists = st.lists(gpus, max_size=4).map(tuple)
-gpu_samples = some(GpuSample, gpu_lists, words, truth, st.floats(0), st.lists(
+gpu_samples = some(GpuSample, gpu_lists, words, truth, st.lists(
     some(GpuReading, words, st.none() | gpu_lists, words, words, words), max_size=2).map(tuple))
 totals = some(EnergyTotals, *[st.floats()] * 4, number, number)
 energies = some(Energy, totals, totals, st.floats(), number, words, number, words)

@@ -31,7 +31,11 @@ def recording(name):
 
 
 def basic(text):
-    return b9agent.parse_nvidia_smi(text, NVIDIA_SMI_BASIC)
+    return b9agent.parse_nvidia_smi(text, NVIDIA_SMI_BASIC) or []
+
+
+def long(text):
+    return b9agent.parse_nvidia_smi(text, NVIDIA_SMI_COLUMNS)
 
 
 def gpu(index=0, total_mib=81559, used_mib=0, busy_pct=0.0, name="NVIDIA H100", **more):
@@ -57,7 +61,7 @@ def test_each_row_is_a_gpu_with_memory_in_bytes():
 
 
 def test_the_long_list_of_columns_fills_the_other_figures():
-    first, second = b9agent.parse_nvidia_smi(ROWS)
+    first, second = long(ROWS)
     assert first == gpu(0, used_mib=19818, busy_pct=100.0, temperature_c=59.0, power_w=631.95,
                         bus_id="0000:0a:00.0", power_limit_w=700.0, graphics_clock_mhz=1980.0,
                         memory_clock_mhz=2619.0, ecc_errors=0, mig_enabled=False)
@@ -68,7 +72,7 @@ def test_the_long_list_of_columns_fills_the_other_figures():
 @pytest.mark.parametrize("word", ["[N/A]", "[Not Supported]", "N/A", "", "nan", "inf", "-5", "9" * 400,
                                   "[Requested functionality has been deprecated]"])
 def test_a_value_that_the_driver_does_not_give_is_unknown(word):
-    found = b9agent.parse_nvidia_smi("0, GPU-0, NVIDIA H100" + ", " + ", ".join([word] * 13) + "\n")
+    found = long("0, GPU-0, NVIDIA H100" + ", " + ", ".join([word] * 13) + "\n")
     assert found == [gpu(0, None, None, None)]
 
 
@@ -82,7 +86,7 @@ def test_a_gpu_whose_figures_fail_is_sick(word, sick):
 
 
 def test_a_power_or_fan_sensor_alone_does_not_make_a_gpu_sick():
-    found, = b9agent.parse_nvidia_smi(
+    found, = long(
         "0, GPU-0, NVIDIA GeForce RTX 3060 Laptop GPU, 6144, 5, 0, 41, 00000000:01:00.0, [N/A], ERR!,"
         " [Unknown Error], 210, 405, [N/A], [N/A], 530.41.03\n")
     assert found.problem == "" and found.power_limit_w is None and found.fan_pct is None
@@ -117,14 +121,14 @@ def test_more_memory_in_use_than_there_is_is_unknown():
 def test_the_gpus_beside_a_lost_one_are_still_seen_and_it_is_named():
     lost = "Unable to determine the device handle for GPU0000:02:00.0: Unknown Error\n"
     first, second = ROWS.splitlines(True)
-    assert [one.index for one in b9agent.parse_nvidia_smi_answer(first + lost + second)] == [0, 1]
+    assert [one.index for one in long(first + lost + second)] == [0, 1]
     assert b9agent.parse_lost_gpus(first + lost + second) == ["GPU 0000:02:00.0: Unknown Error"]
 
 
 def test_no_devices_is_an_empty_list_and_a_failing_driver_is_unknown():
-    assert b9agent.parse_nvidia_smi_answer("No devices were found\n") == []
-    assert b9agent.parse_nvidia_smi_answer("NVIDIA-SMI has failed because ...\n") is None
-    assert b9agent.parse_nvidia_smi_answer("") is None
+    assert long("No devices were found\n") == []
+    assert long("NVIDIA-SMI has failed because ...\n") is None
+    assert long("") is None
 
 
 def test_processes_belong_to_their_gpu_and_are_added_up():
@@ -164,7 +168,7 @@ QUERY_RECORDINGS = [
 def test_recorded_queries_read_as_the_eye_reads_them(row):
     header, words = list(csv.reader(recording("query-gpu-all_{}.csv".format(row[0])).splitlines(),
                                     skipinitialspace=True))
-    found, = b9agent.parse_nvidia_smi(", ".join(words[header.index(name)] for name in HEADERS))
+    found, = long(", ".join(words[header.index(name)] for name in HEADERS))
     assert found == Gpu(
         0, "nvidia", "GPU-00000000-0000-0000-0000-000000000000", row[1], row[6], row[2] * MIB,
         row[3] * MIB, row[4], row[5], power_w=row[7], power_limit_w=row[8], fan_pct=row[9],
@@ -213,7 +217,7 @@ def test_recorded_processes_of_windows_and_of_a_shared_memory():
     ("err_handle_then_no-devices.txt", None, ["GPU 0000:01:00.0: Unknown Error"]),
     ("csv_loop-mode-breaks.txt", None, [])])
 def test_recorded_failures_are_unknown_and_only_no_devices_means_none(name, expected, problems):
-    assert b9agent.parse_nvidia_smi_answer(recording(name)) == expected
+    assert long(recording(name)) == expected
     assert b9agent.parse_lost_gpus(recording(name)) == problems
 
 
@@ -245,7 +249,7 @@ def test_recorded_sensors_that_fail_beside_memory_that_does_not():
     ("csv_tesla-t10_uuid.csv", None, None), ("csv_jetson-orin.csv", None, None)])
 def test_recorded_gpus_that_share_memory_and_rows_without_an_index(name, places, expected):
     if places is None:
-        assert basic(recording(name)) == [] and b9agent.parse_nvidia_smi(recording(name)) == []
+        assert basic(recording(name)) == [] and long(recording(name)) is None
         return
     one, = basic(reordered(name, *places))
     assert (one.name, one.memory_total_bytes, one.memory_used_bytes, one.utilization_pct,
@@ -273,7 +277,7 @@ HOSTILE = sorted(path.name for path in (FIXTURES / "nvidia").glob("*") if path.n
 def test_no_gpu_is_read_into_a_recording_of_something_else(name):
     text = recording(name)
     for columns in (NVIDIA_SMI_BASIC, NVIDIA_SMI_COLUMNS):
-        assert b9agent.parse_nvidia_smi(text, columns) == []
+        assert b9agent.parse_nvidia_smi(text, columns) is None
     b9agent.parse_compute_apps(text)
     assert b9agent.parse_lost_gpus(text) == (
         ["GPU 0000:34:00.0: Unknown Error"] if name == "table_one-gpu-unknown-error_610.txt" else [])
@@ -964,11 +968,10 @@ def test_mutated_text_ends_in_gpus_or_none_and_never_in_an_exception():
         for place, length, new in mutations:
             at = int(place * len(text))
             text = text[:at] + new + text[at + length:]
-        gpus = b9agent.parse_nvidia_smi(text)
+        gpus = long(text) or []
         b9agent.parse_compute_apps(text), b9agent.parse_lost_gpus(text)
         b9agent.parse_gpu_information(text)
         assert 0 <= sum(map(b9agent.is_free, gpus)) <= len(gpus)
         assert all(one.utilization_pct is None or 0 <= one.utilization_pct <= 100 for one in gpus)
-        b9agent.parse_nvidia_smi_answer(text)
 
     check()
