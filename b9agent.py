@@ -2605,11 +2605,8 @@ class Figure(NamedTuple):
 
 
 def parse_figure(word: Any) -> Optional[float]:
-    """The number of a file, of a JSON value, or of a word with its unit; None where it is none.
-
-    >>> parse_figure("(1402Mhz)"), parse_figure({"value": 94, "unit": "%"}), parse_figure("[N/A]")
-    (1402.0, 94.0, None)
-    """
+    """The number of a JSON value such as {"value": 94, "unit": "%"}, or of a word with its unit,
+    such as "(1402Mhz)"; None where it is none."""
     if isinstance(word, dict):
         word = word.get("value")
     if isinstance(word, (int, float)) and not isinstance(word, bool):
@@ -2747,13 +2744,10 @@ def _visible(gpus: Sequence[Gpu], variable: str) -> List[Gpu]:
 
 def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tuple[str, int]]],
                  max_gpus: Optional[int], visible: Optional[str] = None) -> List[Gpu]:
-    """The healthy GPUs that the gateway is told of: a pool has GPUs of one type, so they are of one
-    vendor, and one that is part of the CPU counts only where there is no other, and with known
-    memory.
-
-    gpu_ids: (vendor, index) of the ones that are chosen instead; "" means `vendor`.  None is no
-    choice, an empty list is no GPU.  visible: CUDA_VISIBLE_DEVICES, about NVIDIA's GPUs only.
-    """
+    """The healthy GPUs that the gateway is told of: of one vendor, for a pool has GPUs of one type;
+    one that is part of the CPU only where there is no other, and with known memory.  gpu_ids:
+    (vendor, index) of those that are chosen instead, "" being `vendor`; an empty list is no GPU.
+    visible: CUDA_VISIBLE_DEVICES, about NVIDIA's GPUs only."""
     if gpu_ids is None:
         own = [gpu for gpu in gpus if gpu.vendor == vendor]
         chosen = [gpu for gpu in own if not gpu.integrated] or [
@@ -2770,11 +2764,8 @@ def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tu
 
 def is_free(gpu: Gpu, idle_pids: Iterable[int] = ()) -> bool:
     """Whether the scheduler may place work on a GPU: it is healthy, nobody computes on it, and less
-    than 5 % of its memory, and less than 1 GiB, is in use.
-
-    idle_pids: engines of ours that are idle and would be ended for the work: they do not count.
-    A GPU whose memory is unknown is not free, or the gateway would send work to a busy one.
-    """
+    than 5 % of its memory, and less than 1 GiB, is in use; where that is unknown it may be busy.
+    idle_pids: engines of ours that are idle and would be ended for the work: they do not count."""
     total, used = gpu.memory_total_bytes, gpu.memory_used_bytes
     if gpu.problem or total is None or used is None:
         return False
@@ -2884,25 +2875,15 @@ def parse_gpu_information(text: str) -> Dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
 
 
-def hidden_gpu_problem(bus_id: str, information: Dict[str, str]) -> str:
-    """Why NVML may not list a GPU that the kernel's driver knows."""
-    why = "the driver knows it, but NVML does not list it: see dmesg"
-    if information.get("GPU Excluded", information.get("Blacklisted")) == "Yes":
-        why = "it is excluded (NVreg_ExcludedGpus), or the driver took it out as broken"
-    elif information.get("Video BIOS", "").startswith("??"):
-        why = "the driver could not start it: see dmesg for NVRM"
-    return f"GPU {bus_id}: {why}"
-
-
 def has_nvidia_hardware(root: str) -> bool:
-    """Whether there is an NVIDIA GPU for a driver to load for: on the PCI bus, in a Jetson, or
-    behind Windows.  True where there is no telling."""
+    """Whether there is an NVIDIA GPU for a driver to load for: in a Jetson, behind Windows, or on
+    the PCI bus (class 03).  True where there is no telling."""
     folder = f"{root}/sys/bus/pci/devices"
-    found = [[read_text(f"{folder}/{device}/{name}", 64) or "" for name in ("vendor", "class")]
+    found = [tuple((read_text(f"{folder}/{device}/{name}", 64) or "")[:length]
+                   for name, length in (("vendor", 6), ("class", 4)))
              for device in list_folder(folder)]
     other = any(os.path.exists(f"{root}/dev/{name}") for name in ("nvhost-gpu", "dxg"))
-    return other or not found or any(vendor.startswith("0x10de") and kind.startswith("0x03")
-                                     for vendor, kind in found)
+    return other or not found or ("0x10de", "0x03") in found
 
 
 class NvmlError(Exception):
@@ -2993,8 +2974,7 @@ class Nvml:
         buses = list_folder(f"{self._root}/proc/driver/nvidia/gpus")
         gpus = tuple(self._read_gpu(index, buses) for index in range(self._count))
         listed = {gpu.bus_id for gpu in gpus}
-        hidden = [hidden_gpu_problem(bus_id, self._information(bus_id)) for bus_id in buses
-                  if not listed & {bus_id, ""} and self._is_ours(bus_id)]
+        hidden = self._hidden([bus_id for bus_id in buses if not listed & {bus_id, ""}])
         return GpuReading("nvml", gpus, *self._versions, "; ".join(hidden))
 
     def _open(self) -> None:
@@ -3030,10 +3010,19 @@ class Nvml:
         return parse_gpu_information(
             read_text(f"{self._root}/proc/driver/nvidia/gpus/{bus_id}/information", 65536) or "")
 
-    def _is_ours(self, bus_id: str) -> bool:
-        """False for a GPU that another container has: its device node is not here."""
-        minor = self._information(bus_id).get("Device Minor", "")
-        return not minor.isdigit() or os.path.exists(f"{self._root}/dev/nvidia{minor}")
+    def _hidden(self, buses: Sequence[str]) -> Iterator[str]:
+        """Why NVML may not list GPUs that the kernel's driver knows."""
+        for bus_id in buses:
+            facts = self._information(bus_id)
+            minor = facts.get("Device Minor", "")
+            if minor.isdigit() and not os.path.exists(f"{self._root}/dev/nvidia{minor}"):
+                continue  # another container has it
+            why = "the driver knows it, but NVML does not list it: see dmesg"
+            if facts.get("GPU Excluded", facts.get("Blacklisted")) == "Yes":
+                why = "it is excluded (NVreg_ExcludedGpus), or the driver took it out as broken"
+            elif facts.get("Video BIOS", "").startswith("??"):
+                why = "the driver could not start it: see dmesg for NVRM"
+            yield f"GPU {bus_id}: {why}"
 
     def _read_gpu(self, index: int, buses: Sequence[str]) -> Gpu:
         known = self._known.get(index) or self._guess(index, buses)
@@ -3231,7 +3220,7 @@ class NvidiaSmi(GpuSource):
         if not self.present():
             return GpuReading("nvidia-smi", ())
         result = self._ask("--query-gpu=" + ",".join(self._columns))
-        if "is not a valid field to query" in result.output:  # by an old driver
+        if "is not a valid field to query" in result.output:  # says an old driver
             self._columns = NVIDIA_SMI_BASIC
             result = self._ask("--query-gpu=" + ",".join(self._columns))
         # It may fail and still show what works: so the text counts, not its exit code.
@@ -3241,7 +3230,7 @@ class NvidiaSmi(GpuSource):
             return GpuReading("nvidia-smi", None,
                               problem=f"nvidia-smi: {result.problem or first or 'no answer'}")
         version = re.search(r"(?m)^[0-9]+, .*, ([0-9]+\.[0-9.]+)$", result.output)
-        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus)),
+        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus)) if gpus else (),
                           version.group(1) if version else "",
                           problem="; ".join(parse_lost_gpus(result.output)))
 
@@ -3249,13 +3238,11 @@ class NvidiaSmi(GpuSource):
         return self._tool.ask(query, "--format=csv,noheader,nounits")
 
     def _with_processes(self, gpus: Sequence[Gpu]) -> Iterator[Gpu]:
-        if not gpus:
-            return
         result = self._ask("--query-compute-apps=gpu_uuid,pid,used_memory")
         found = parse_compute_apps(result.output)
         for gpu in gpus:
-            known = result.exit_code == 0 and gpu.uuid
-            gpu = gpu._replace(processes=found.get(gpu.uuid, ()) if known else None)
+            if result.exit_code == 0 and gpu.uuid:
+                gpu = gpu._replace(processes=found.get(gpu.uuid, ()))
             shares = gpu.memory_total_bytes is None and not gpu.problem
             yield with_host_memory(gpu, self._root) if shares else gpu
 
@@ -3616,11 +3603,8 @@ def awake_pct(old: Dict[str, float], new: Dict[str, float], passed_s: float) -> 
 
 class Intel(GpuSource):
     """Files of i915 and xe; for cards with memory of their own xpu-smi, since no driver says how
-    much of it is used.  Without xpu-smi that is unknown, and such a card is never free.
-
-    Load is how long the GPU was not in deep sleep since the read before, and power what the energy
-    counter gained.  The load that fdinfo shows is that of our own processes, and is not asked.
-    """
+    much of it is used: without it such a card is never free.  Load is how long the GPU was not in
+    deep sleep since the read before (fdinfo would show our own processes' alone)."""
 
     vendor = "intel"
 
@@ -3710,19 +3694,16 @@ print(objc.objc_msgSend(device, selector) if device else 0)
 
 
 def parse_ioreg(text: str) -> Optional[List[Dict[str, Any]]]:
-    """The GPUs of Apple silicon in the answer of `ioreg -a`; None for what is none.
-
-    Left out: GPUs of Intel Macs, which no engine of ours uses; a virtual machine's, which has no
-    figures; entries that say IOAccelerator for old programs' sake.  What is there twice counts
-    once, with its higher load.
-    """
+    """The GPUs of Apple silicon in the answer of `ioreg -a`; None for what is none.  Left out are
+    those of Intel Macs, of virtual machines, and entries for old programs' sake.  What is there
+    twice counts once, with its higher load."""
     import plistlib
     from xml.parsers.expat import ExpatError
-    begin, end = text.find("<?xml"), text.rfind("</plist>")
     if not text.strip():
         return []  # it prints nothing where there is no accelerator
+    begin, end = max(0, text.find("<?xml")), text.rfind("</plist>") + 8
     try:
-        entries = plistlib.loads(text[max(0, begin):end + 8].encode("utf-8"), fmt=plistlib.FMT_XML)
+        entries = plistlib.loads(text[begin:end].encode("utf-8"), fmt=plistlib.FMT_XML)
     except (ExpatError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
             RecursionError):
         return None
@@ -3946,17 +3927,13 @@ RAPL_MAX_W = 1000.0  # no package draws as much: more is a counter that was rese
 
 def read_rapl(root: str = "/sys/class/powercap") -> Dict[str, RaplZone]:
     """The counters of CPU packages and of the memory beside them, by zone; {} where one of a
-    package cannot be read: to read them takes root since Linux 5.10, and few VMs have them.
-
-    core and uncore are parts of their package, psys is all of a laptop, and intel-rapl-mmio is the
-    same package again.  Source: Linux, Documentation/power/powercap/powercap.rst.
-    """
-    try:
-        names = [name for name in os.listdir(root) if name.startswith("intel-rapl:")]
-    except OSError:
-        return {}
+    package cannot be read: that takes root since Linux 5.10, and few VMs have them.  core and
+    uncore are parts of their package, psys is all of a laptop, and intel-rapl-mmio is the same
+    package again.  Source: Linux, Documentation/power/powercap/powercap.rst."""
     zones = {}
-    for name in names:
+    for name in list_folder(root):
+        if not name.startswith("intel-rapl:"):
+            continue
         what = (read_text(f"{root}/{name}/name", 64) or "").strip()
         if not what.startswith("package-") and what != "dram":
             continue
@@ -4071,11 +4048,8 @@ def parse_energy_file(text: str) -> Optional[Tuple[float, EnergyTotals]]:
 
 
 class EnergyMeter:
-    """Adds up what the machine draws.  One thread at a time calls its methods.
-
-    path: the file that keeps the totals, None to keep none.  settings: those of `energy`.
-    clock: seconds that do not count sleep, unlike now_s().
-    """
+    """Adds up what the machine draws.  One thread at a time calls its methods.  path: the file that
+    keeps the totals, None to keep none.  clock: seconds that do not count sleep, unlike now_s()."""
 
     def __init__(self, path: Optional[str], settings: Any, log: Callable[..., None],
                  clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
