@@ -2818,6 +2818,7 @@ NVML_FIGURES = (NvmlFigure("nvmlDeviceGetMigMode", "I", ("mig_enabled",)),) + NV
 _NOT_SUPPORTED, _TOO_SMALL, _NOT_LOADED, _NO_SYMBOL, _MISMATCH = 3, 7, 9, 13, 18
 _LOST, _NEEDS_RESET, _UNKNOWN_ERROR = 15, 16, 999
 _SICK = (_LOST, _NEEDS_RESET, _UNKNOWN_ERROR)
+_REFUSALS = (_NOT_SUPPORTED, _NO_SYMBOL, 25, 26)  # 25, 26: of another version
 NVML_REOPEN_S = 3600.0  # what is sick may come back in another session, which may cost seconds
 
 _NVML_PROBLEMS = {
@@ -3139,7 +3140,7 @@ class Nvml:
             try:
                 return [row[:2] for row in self._library.rows(symbol, layout, handle)]
             except NvmlError as error:
-                if error.code not in (_NO_SYMBOL, _NOT_SUPPORTED):
+                if error.code not in _REFUSALS:
                     return None
         return None
 
