@@ -495,7 +495,7 @@ def gpu(index, vendor="nvidia", **more):
 
 
 def judged(gpus, visible=None, problem="", **changes):
-    sample = b9agent.GpuSample(tuple(gpus), gpus[0].vendor, True, 0.0, (
+    sample = b9agent.GpuSample(tuple(gpus), gpus[0].vendor, True, (
         b9agent.GpuReading("nvml", tuple(gpus), "535.1", "12.2", problem),))
     return list(b9agent.judge_gpus(sample, settings(**changes), visible))
 
@@ -522,12 +522,10 @@ def test_gpus_that_are_ill():
 
 
 @pytest.mark.parametrize("problem, mend", [
-    (b9agent._INIT_PROBLEMS[4], "ls -l /dev/nvidia*"), (b9agent._GPU_PROBLEMS[4], "ls -l /dev/nvidia*"),
-    (b9agent._INIT_PROBLEMS[9], "sudo modprobe nvidia"),
-    (b9agent._INIT_PROBLEMS[17], "docker restart"), (b9agent._GPU_PROBLEMS[17], "docker restart"),
-    (b9agent._INIT_PROBLEMS[18], "sudo reboot   # the driver was upgraded"),
-    (b9agent._INIT_PROBLEMS[999], "docker restart"), (b9agent._GPU_PROBLEMS[999], "sudo reboot"),
-    (b9agent._GPU_PROBLEMS[15], "sudo reboot"), (b9agent._GPU_PROBLEMS[16], "sudo reboot"),
+    (b9agent.nvml_problem(4), "ls -l /dev/nvidia*"), (b9agent.nvml_problem(9), "sudo modprobe nvidia"),
+    (b9agent.nvml_problem(17), "docker restart"), (b9agent.nvml_problem(999), "docker restart"),
+    (b9agent.nvml_problem(18), "sudo reboot   # the driver was upgraded"),
+    (b9agent.nvml_problem(15), "sudo reboot"), (b9agent.nvml_problem(16), "sudo reboot"),
     ("nvidia-smi: Failed to initialize NVML: Unknown Error", "docker restart"),
     ("nvidia-smi: Failed to initialize NVML: Driver/library version mismatch", "sudo reboot"),
     ("nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
