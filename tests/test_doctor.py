@@ -532,8 +532,8 @@ def test_gpus_that_are_ill():
      "sudo modprobe nvidia"),
     ("amd-smi and rocm-smi name no GPU", "sudo usermod -aG render,video"),
     ("/opt/rocm/bin/rocm-smi ran past its time limit", "sudo dmesg"),
-    (b9agent.hidden_gpu_problem("0000:0a:00.0", {}), "sudo dmesg"),
-    (b9agent.hidden_gpu_problem("0000:0a:00.0", {"GPU Excluded": "Yes"}), "grep -rs NVreg_Excluded")])
+    ("GPU 0000:0a:00.0: the driver knows it, but NVML does not list it: see dmesg", "sudo dmesg"),
+    ("GPU 0000:0a:00.0: it is excluded (NVreg_ExcludedGpus), or broken", "grep -rs NVreg_Excluded")])
 def test_what_a_driver_says_has_the_command_that_mends_it(problem, mend):
     assert b9agent.gpu_problem(problem).mend.startswith(mend)
 
