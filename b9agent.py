@@ -2760,6 +2760,11 @@ def make_host() -> Host:
 # hung driver, a library of another version, a GPU that fell off the bus.
 
 
+Look = Callable[[str], Any]  # what is found under a key
+Run = Callable[..., CommandResult]  # run_command, or a test's
+Clock = Callable[[], float]
+
+
 class GpuProcess(NamedTuple):
     """A process that computes on a GPU.  pid: as the driver sees it (a container sees others)."""
     pid: int
@@ -2819,17 +2824,17 @@ class GpuReading(NamedTuple):
 
 
 class GpuSource:
-    """The GPUs of one vendor.  One thread at a time calls read()."""
+    """The GPUs of one vendor.  One thread at a time calls read(), which may take as long as a
+    driver likes."""
 
     vendor = ""
 
     def present(self) -> bool:
-        """Whether there is a trace of this vendor's GPUs: a few file look-ups, no program."""
-        return False
+        """Whether there is a trace of them: a few file look-ups, no program."""
+        raise NotImplementedError
 
     def read(self) -> GpuReading:
-        """May take as long as a driver likes: a GpuSampler calls it, and does not wait for it."""
-        return GpuReading(self.vendor, ())
+        raise NotImplementedError
 
 
 # The greatest values that can be true, by field or the ending of its name: for "unknown" drivers
@@ -2838,10 +2843,91 @@ _MOST = {"pct": 100, "fan_pct": 300, "c": 200, "w": 1e4, "mhz": 1e5, "j": 1e15, 
          "errors": 1 << 60}
 
 
-def can_be(field: str, value: Any) -> bool:
-    """Whether a figure of Gpu's field can be true; what has no bound can."""
-    most = _MOST.get(field) or _MOST.get(field.rpartition("_")[2])
-    return most is None or value is not None and 0 <= value <= most
+def possible(found: Dict[str, Any]) -> Dict[str, Any]:
+    """Figures by their fields of Gpu, without those that cannot be true."""
+    kept = {}
+    for field, value in found.items():
+        most = _MOST.get(field) or _MOST.get(field.rpartition("_")[2])
+        if most is None or value is not None and 0 <= value <= most:
+            kept[field] = value
+    if kept.get("memory_used_bytes", 0) > kept.get("memory_total_bytes", 1 << 50):
+        del kept["memory_used_bytes"]
+    return kept
+
+
+class Figure(NamedTuple):
+    """Where a field of Gpu is found, in files or in what a tool says.  keys: the first one that
+    holds a number counts.  unit: what 1 is worth in the field's."""
+    field: str
+    keys: Tuple[str, ...]
+    unit: float = 1
+
+
+def parse_figure(word: Any) -> Optional[float]:
+    """The number of a JSON value such as {"value": 94, "unit": "%"}, or of a word with its unit,
+    such as "(1402Mhz)"; None where it is none."""
+    if isinstance(word, dict):
+        word = word.get("value")
+    if isinstance(word, (int, float)) and not isinstance(word, bool):
+        return float(word) if 0 <= word < 1e18 else None
+    if not isinstance(word, str) or len(word) > 64:
+        return None
+    match = re.fullmatch(r"\s*\(?([0-9]{1,18}(\.[0-9]{1,18})?)\s*[A-Za-z%]*\)?\s*", word)
+    return float(match.group(1)) if match else None
+
+
+def read_figures(table: Sequence[Figure], look: Look) -> Dict[str, Any]:
+    """{field: figure} of those that are known.  look: what is found under a key."""
+    found: Dict[str, Any] = {}
+    for field, keys, unit in table:
+        values = (parse_figure(look(key)) for key in keys)
+        value = next((one for one in values if one is not None), None)
+        if value is not None:
+            whole = field.endswith(("_bytes", "_errors"))
+            found[field] = int(value * unit) if whole else round(value * unit, 6)
+    return possible(found)
+
+
+def first_text(look: Look, *keys: str) -> str:
+    """The first that is a name: no number, no "N/A", no "[Not Supported]"."""
+    for text in map(look, keys):
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace").rstrip("\0")
+        unsaid = r"(?i)\s*(\[|N/A|ERR!|not supp|unknown|0x|$)"
+        if isinstance(text, str) and not re.match(unsaid, text):
+            return printable(text.strip()[:200])
+    return ""
+
+
+# What tools call them: nvidia-smi, rocm-smi (in lower case, for that has changed), amd-smi, xpu-smi
+# and ioreg.  AMD's memory is of two kinds: see amd_gpu.
+_MIB = 1 << 20  # which amd-smi calls MB
+TOOL_FIGURES = (
+    Figure("utilization_pct", ("utilization.gpu", "gpu use (%)", "usage.gfx_activity",
+                               "GPU Utilization (%)", "Device Utilization %")),
+    Figure("temperature_c", (
+        "temperature.gpu", "temperature (sensor edge) (c)", "temperature (sensor junction) (c)",
+        "temperature.edge", "temperature.hotspot", "GPU Core Temperature (Celsius Degree)")),
+    Figure("power_w", ("power.draw", "average graphics package power (w)", "power.socket_power",
+                       "current socket graphics package power (w)", "GPU Power (W)")),
+    Figure("power_limit_w", ("enforced.power.limit", "max graphics package power (w)",
+                             "limit.socket_power", "limit.ppt0.socket_power_limit")),
+    Figure("fan_pct", ("fan.speed", "fan speed (%)", "fan.usage")),
+    Figure("graphics_clock_mhz", ("clocks.gr", "sclk clock speed:", "clock.gfx_0.clk",
+                                  "GPU Frequency (MHz)")),
+    Figure("memory_clock_mhz", ("clocks.mem", "mclk clock speed:", "clock.mem_0.clk")),
+    Figure("ecc_errors", ("ecc.errors.uncorrected.volatile.total",)),
+    Figure("memory_total_bytes", ("memory.total", "Memory Physical Size"), _MIB),
+    Figure("memory_used_bytes", ("memory.used", "GPU Memory Used (MiB)"), _MIB),
+    Figure("memory_used_bytes", ("In use system memory",)),
+    Figure("vram_total_bytes", ("vram total memory (b)",)),
+    Figure("vram_total_bytes", ("mem_usage.total_vram",), _MIB),
+    Figure("vram_used_bytes", ("vram total used memory (b)",)),
+    Figure("vram_used_bytes", ("mem_usage.used_vram",), _MIB),
+    Figure("gtt_total_bytes", ("gtt total memory (b)",)),
+    Figure("gtt_total_bytes", ("mem_usage.total_gtt",), _MIB),
+    Figure("gtt_used_bytes", ("gtt total used memory (b)",)),
+    Figure("gtt_used_bytes", ("mem_usage.used_gtt",), _MIB))
 
 
 # The names that Beta9's scheduler knows.  A laptop's chip, or a slice of a GPU (vGPU), is not the
@@ -2856,19 +2942,12 @@ _GPU_TYPES = (
 
 
 def gpu_type(name: str) -> str:
-    """Beta9's name for a device name; "" for a device it has none for.
-
-    >>> gpu_type("NVIDIA A100-SXM4-80GB"), gpu_type("Tesla V100-SXM2-32GB"), gpu_type("Radeon")
-    ('A100-80', 'V100-32', '')
-    """
+    """Beta9's name for a device name; "" for a device it has none for."""
     bare = re.sub(r"^(NVIDIA |Tesla |Quadro |GeForce |GRID )*", "", name.strip())
     if re.search(r"\bLaptop\b|-[0-9]+[ABCQ]$|\bMIG\b", bare):
         return ""
-    for pattern, known in _GPU_TYPES:
-        match = re.match(pattern, bare)
-        if match:
-            return match.expand(known)
-    return ""
+    matches = ((re.match(pattern, bare), known) for pattern, known in _GPU_TYPES)
+    return next((match.expand(known) for match, known in matches if match), "")
 
 
 def list_folder(path: str) -> List[str]:
@@ -2878,13 +2957,15 @@ def list_folder(path: str) -> List[str]:
         return []
 
 
+TOOL_LIMIT_S = 30.0
+
+
 class Tool:
     """A vendor's program.  It may hang in a driver, where nothing can end it; until it has ended no
     second one is started.  search_path: folders as in PATH, which is also the default."""
 
-    def __init__(self, name: str, search_path: Optional[str] = None,
-                 run: Callable[..., CommandResult] = run_command, limit_s: float = 30.0) -> None:
-        self.name, self._search_path, self._run, self._limit_s = name, search_path, run, limit_s
+    def __init__(self, name: str, search_path: Optional[str], run: Run) -> None:
+        self.name, self._search_path, self._run = name, search_path, run
         self._stuck: Any = None
 
     def find(self) -> Optional[str]:
@@ -2901,7 +2982,7 @@ class Tool:
             return CommandResult(None, "", f"{self.name} is not installed")
         if self._stuck is not None and self._stuck.poll() is None:
             return CommandResult(None, "", f"{self.name} hangs in the driver")
-        result = self._run((program,) + arguments, self._limit_s)
+        result = self._run((program,) + arguments, TOOL_LIMIT_S)
         self._stuck = result.stuck
         return result
 
@@ -2922,13 +3003,10 @@ def _visible(gpus: Sequence[Gpu], variable: str) -> List[Gpu]:
 
 def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tuple[str, int]]],
                  max_gpus: Optional[int], visible: Optional[str] = None) -> List[Gpu]:
-    """The healthy GPUs that the gateway is told of: a pool has GPUs of one type, so they are of one
-    vendor, and one that is part of the CPU counts only where there is no other, and with known
-    memory.
-
-    gpu_ids: (vendor, index) of the ones that are chosen instead; "" means `vendor`.  None is no
-    choice, an empty list is no GPU.  visible: CUDA_VISIBLE_DEVICES, about NVIDIA's GPUs only.
-    """
+    """The healthy GPUs that the gateway is told of: of one vendor, for a pool has GPUs of one type;
+    one that is part of the CPU only where there is no other, and with known memory.  gpu_ids:
+    (vendor, index) of those that are chosen instead, "" being `vendor`; an empty list is no GPU.
+    visible: CUDA_VISIBLE_DEVICES, about NVIDIA's GPUs only."""
     if gpu_ids is None:
         own = [gpu for gpu in gpus if gpu.vendor == vendor]
         chosen = [gpu for gpu in own if not gpu.integrated] or [
@@ -2945,11 +3023,8 @@ def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tu
 
 def is_free(gpu: Gpu, idle_pids: Iterable[int] = ()) -> bool:
     """Whether the scheduler may place work on a GPU: it is healthy, nobody computes on it, and less
-    than 5 % of its memory, and less than 1 GiB, is in use.
-
-    idle_pids: engines of ours that are idle and would be ended for the work: they do not count.
-    A GPU whose memory is unknown is not free, or the gateway would send work to a busy one.
-    """
+    than 5 % of its memory, and less than 1 GiB, is in use; where that is unknown it may be busy.
+    idle_pids: engines of ours that are idle and would be ended for the work: they do not count."""
     total, used = gpu.memory_total_bytes, gpu.memory_used_bytes
     if gpu.problem or total is None or used is None:
         return False
@@ -2968,106 +3043,80 @@ def is_free(gpu: Gpu, idle_pids: Iterable[int] = ()) -> bool:
 # takes seconds.  Each figure is asked for by itself, for a driver refuses
 # those that a GPU does not have, and a GPU off the bus spoils no other.
 
-# What is called, and the shape of its arguments: p a pointer or a device, u an unsigned int.
-NVML_CALLS = {
-    "nvmlInit_v2": "", "nvmlShutdown": "", "nvmlSystemGetDriverVersion": "pu",
-    "nvmlSystemGetCudaDriverVersion_v2": "p", "nvmlDeviceGetCount_v2": "p",
-    "nvmlDeviceGetHandleByIndex_v2": "up", "nvmlDeviceGetName": "ppu", "nvmlDeviceGetUUID": "ppu",
-    "nvmlDeviceGetPciInfo_v3": "pp", "nvmlDeviceGetMigMode": "ppp",
-    "nvmlDeviceGetMaxMigDeviceCount": "pp", "nvmlDeviceGetMigDeviceHandleByIndex": "pup",
-    "nvmlDeviceGetMemoryInfo_v2": "pp", "nvmlDeviceGetMemoryInfo": "pp",
-    "nvmlDeviceGetUtilizationRates": "pp", "nvmlDeviceGetTemperature": "pup",
-    "nvmlDeviceGetTemperatureV": "pp", "nvmlDeviceGetPowerUsage": "pp",
-    "nvmlDeviceGetEnforcedPowerLimit": "pp", "nvmlDeviceGetTotalEnergyConsumption": "pp",
-    "nvmlDeviceGetFanSpeed": "pp", "nvmlDeviceGetClockInfo": "pup",
-    "nvmlDeviceGetTotalEccErrors": "puup", "nvmlDeviceGetComputeRunningProcesses_v3": "ppp",
-    "nvmlDeviceGetComputeRunningProcesses_v2": "ppp",
-    "nvmlDeviceGetComputeRunningProcesses": "ppp"}
-
 
 class NvmlFigure(NamedTuple):
-    """A call, what goes between the device and the result, and the result.
-
-    layout: of the result, as in the module struct; fields: of Gpu, one for each of its members.
-    scale: to the field's unit; None for an integer.  version: the word that the result begins with.
-    vital: every healthy GPU answers, or says that it does not have it.
-    """
+    """A call.  layout: of its result, as in the module struct; fields: of Gpu, one for each of the
+    result's members; arguments: between the device and the result; version: the word that the
+    result begins with."""
     symbol: str
     layout: str
     fields: Tuple[str, ...]
-    scale: Optional[float] = None
     arguments: Tuple[int, ...] = ()
     version: int = 0
-    vital: bool = False
 
 
-# Two rows with the same fields: the second is for drivers that refuse the first.
+# Two rows with the same fields: the second is for drivers that refuse the first.  Power and energy
+# come in thousandths.
 NVML_MEMORY = (
     NvmlFigure("nvmlDeviceGetMemoryInfo_v2", "IQQQQ",
-               ("", "memory_total_bytes", "", "", "memory_used_bytes"), version=0x02000028,
-               vital=True),
-    NvmlFigure("nvmlDeviceGetMemoryInfo", "QQQ", ("memory_total_bytes", "", "memory_used_bytes"),
-               vital=True))
+               ("", "memory_total_bytes", "", "", "memory_used_bytes"), version=0x02000028),
+    NvmlFigure("nvmlDeviceGetMemoryInfo", "QQQ", ("memory_total_bytes", "", "memory_used_bytes")))
 NVML_FIGURES = (NvmlFigure("nvmlDeviceGetMigMode", "I", ("mig_enabled",)),) + NVML_MEMORY + (
-    NvmlFigure("nvmlDeviceGetUtilizationRates", "II", ("utilization_pct", ""), 1.0, vital=True),
-    NvmlFigure("nvmlDeviceGetTemperature", "I", ("temperature_c",), 1.0, (0,), vital=True),
-    NvmlFigure("nvmlDeviceGetTemperatureV", "IIi", ("", "", "temperature_c"), 1.0,
-               version=0x0100000C, vital=True),
-    NvmlFigure("nvmlDeviceGetPowerUsage", "I", ("power_w",), 0.001),
-    NvmlFigure("nvmlDeviceGetEnforcedPowerLimit", "I", ("power_limit_w",), 0.001),
-    NvmlFigure("nvmlDeviceGetTotalEnergyConsumption", "Q", ("energy_j",), 0.001),
-    NvmlFigure("nvmlDeviceGetFanSpeed", "I", ("fan_pct",), 1.0),
-    NvmlFigure("nvmlDeviceGetClockInfo", "I", ("graphics_clock_mhz",), 1.0, (0,)),
-    NvmlFigure("nvmlDeviceGetClockInfo", "I", ("memory_clock_mhz",), 1.0, (2,)),
-    NvmlFigure("nvmlDeviceGetTotalEccErrors", "Q", ("ecc_errors",), None, (1, 0)))
+    NvmlFigure("nvmlDeviceGetUtilizationRates", "II", ("utilization_pct", "")),
+    NvmlFigure("nvmlDeviceGetTemperature", "I", ("temperature_c",), (0,)),
+    NvmlFigure("nvmlDeviceGetTemperatureV", "IIi", ("", "", "temperature_c"), version=0x0100000C),
+    NvmlFigure("nvmlDeviceGetPowerUsage", "I", ("power_w",)),
+    NvmlFigure("nvmlDeviceGetEnforcedPowerLimit", "I", ("power_limit_w",)),
+    NvmlFigure("nvmlDeviceGetTotalEnergyConsumption", "Q", ("energy_j",)),
+    NvmlFigure("nvmlDeviceGetFanSpeed", "I", ("fan_pct",)),
+    NvmlFigure("nvmlDeviceGetClockInfo", "I", ("graphics_clock_mhz",), (0,)),
+    NvmlFigure("nvmlDeviceGetClockInfo", "I", ("memory_clock_mhz",), (2,)),
+    NvmlFigure("nvmlDeviceGetTotalEccErrors", "Q", ("ecc_errors",), (1, 0)))
 
-# The layouts of a process, by symbol.  Some drivers 530 to 535 wrote 32 bytes for _v3.
-NVML_PROCESSES = (("nvmlDeviceGetComputeRunningProcesses_v3", "IQII"),
-                  ("nvmlDeviceGetComputeRunningProcesses_v2", "IQII"),
-                  ("nvmlDeviceGetComputeRunningProcesses", "IQ"))
-_ODD_PROCESS = "IQIIQ"
-
-# nvmlReturn_t.  A refusal holds as long as the session; what is sick may come back in another.
+# nvmlReturn_t
 _NOT_SUPPORTED, _TOO_SMALL, _NOT_LOADED, _NO_SYMBOL, _MISMATCH = 3, 7, 9, 13, 18
 _LOST, _NEEDS_RESET, _UNKNOWN_ERROR = 15, 16, 999
-_REFUSALS = (_NOT_SUPPORTED, _NO_SYMBOL, 25, 26)
 _SICK = (_LOST, _NEEDS_RESET, _UNKNOWN_ERROR)
-NVML_REOPEN_S = 3600.0  # it may cost seconds for each GPU
+_REFUSALS = (_NOT_SUPPORTED, _NO_SYMBOL, 25, 26)  # 25, 26: of another version
+NVML_REOPEN_S = 3600.0  # what is sick may come back in another session, which may cost seconds
 
-_GPU_PROBLEMS = {
-    4: "this user may not open it (NVML: no permission): look at the rights of /dev/nvidia*",
+_NVML_PROBLEMS = {
+    4: "no permission to open it: look at the rights of /dev/nvidia*",
+    _NOT_LOADED: "the driver is not loaded: try `modprobe nvidia`; after a new kernel, reinstall "
+                 "the driver",
     _LOST: "it fell off the bus (NVML: GPU is lost): reboot the machine",
     _NEEDS_RESET: "it needs a reset: nvidia-smi --gpu-reset, or reboot the machine",
-    17: "the operating system keeps it from this process: start the container again",
-    _UNKNOWN_ERROR: "its driver fails (NVML: unknown error): see dmesg for Xid; reboot the machine"}
-_INIT_PROBLEMS = {
-    4: "this user may not open the NVIDIA driver: look at the rights of /dev/nvidia*",
-    _NOT_LOADED: "the NVIDIA driver is not loaded: try `modprobe nvidia`; after a new kernel, "
-                 "reinstall the driver",
-    17: "the operating system keeps the NVIDIA GPUs from this process: a container that lost its "
-        "devices has to be started again",
-    _MISMATCH: "the NVIDIA driver and its library are of different versions, as after an update: "
-               "reboot, or reload the module nvidia",
-    _UNKNOWN_ERROR: "the NVIDIA driver fails (NVML: unknown error): a container that lost its "
-                    "devices has to be started again; otherwise see dmesg for Xid"}
-
-def possible(found: Dict[str, Any]) -> Dict[str, Any]:
-    """Figures by their fields of Gpu, without those that cannot be true."""
-    kept = {field: value for field, value in found.items() if can_be(field, value)}
-    if kept.get("memory_used_bytes", 0) > kept.get("memory_total_bytes", 1 << 50):
-        del kept["memory_used_bytes"]
-    return kept
+    17: "the operating system keeps it from this process: a container that lost its devices has to "
+        "be started again",
+    _MISMATCH: "the driver and its library are of different versions (NVML: version mismatch), as "
+               "after an update: reboot, or reload the module nvidia",
+    _UNKNOWN_ERROR: "its driver fails (NVML: unknown error): a container that lost its devices has "
+                    "to be started again; otherwise see dmesg for Xid, and reboot the machine"}
 
 
-def processes_of(rows: Iterable[Tuple[int, Optional[int]]]) -> Tuple[GpuProcess, ...]:
-    """From (pid, bytes): a process has a row for each slice of a GPU that it is on."""
+def nvml_problem(code: int) -> str:
+    return _NVML_PROBLEMS.get(code, f"its driver fails (NVML code {code})")
+
+
+def is_sick(symbol: str, code: int) -> bool:
+    """Whether a call's code says that the whole GPU is unwell.  Unknown errors of a power or fan
+    sensor alone are common on laptops."""
+    return code in (_LOST, _NEEDS_RESET) or code == _UNKNOWN_ERROR and bool(
+        re.match("nvmlDeviceGet(Memory|Utilization|Temperature)", symbol))
+
+
+def processes_of(rows: Sequence[Tuple[Optional[int], Optional[int]]]
+                 ) -> Optional[Tuple[GpuProcess, ...]]:
+    """From (pid, bytes): a process has a row for each slice of a GPU that it is on.  None where a
+    row does not say which process it is."""
     found: Dict[int, Optional[int]] = {}
     for pid, memory in rows:
+        if pid is None or pid < 0:
+            return None
         before = found.get(pid, 0)
-        if before is None or memory is None or not 0 <= memory <= 1 << 50:
-            found[pid] = None  # 2^64-1: Windows keeps the books
-        else:
-            found[pid] = before + memory
+        # 2^64-1: Windows keeps the books.
+        known = before is not None and memory is not None and 0 <= memory <= 1 << 50
+        found[pid] = before + memory if known else None
     return tuple(GpuProcess(pid, found[pid]) for pid in sorted(found))
 
 
@@ -3075,42 +3124,28 @@ def with_host_memory(gpu: Gpu, root: str) -> Gpu:
     """A GPU that shares the machine's memory (GB10, Jetson), of which NVML says nothing: all of it
     is the GPU's, and what its processes hold is in use."""
     total = parse_meminfo(read_text(f"{root}/proc/meminfo") or "").get("MemTotal")
-    held = None if gpu.processes is None else [process.memory_bytes for process in gpu.processes]
-    used = None if held is None or None in held else sum(map(int, filter(None, held)))
+    held = [None] if gpu.processes is None else [process.memory_bytes for process in gpu.processes]
+    used = None if None in held else sum(held)
     found = possible({"memory_total_bytes": total, "memory_used_bytes": used})
     return gpu._replace(memory_total_bytes=found.get("memory_total_bytes"),
                         memory_used_bytes=found.get("memory_used_bytes"), integrated=True)
 
 
 def parse_gpu_information(text: str) -> Dict[str, str]:
-    """/proc/driver/nvidia/gpus/BUS/information.
-
-    >>> parse_gpu_information("Model: \\t\\t Tesla T4\\nGPU Excluded:\\t No\\n")["GPU Excluded"]
-    'No'
-    """
+    """/proc/driver/nvidia/gpus/BUS/information: lines such as `Model: 		 Tesla T4`."""
     pairs = (line.partition(":") for line in text.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
 
 
-def hidden_gpu_problem(bus_id: str, information: Dict[str, str]) -> str:
-    """Why NVML may not list a GPU that the kernel's driver knows."""
-    why = "the driver knows it, but NVML does not list it: see dmesg"
-    if information.get("GPU Excluded", information.get("Blacklisted")) == "Yes":
-        why = "it is excluded (NVreg_ExcludedGpus), or the driver took it out as broken"
-    elif information.get("Video BIOS", "").startswith("??"):
-        why = "the driver could not start it: see dmesg for NVRM"
-    return f"GPU {bus_id}: {why}"
-
-
 def has_nvidia_hardware(root: str) -> bool:
-    """Whether there is an NVIDIA GPU for a driver to load for: on the PCI bus, in a Jetson, or
-    behind Windows.  True where there is no telling."""
+    """Whether there is an NVIDIA GPU for a driver to load for: in a Jetson, behind Windows, or on
+    the PCI bus (class 03).  True where there is no telling."""
     folder = f"{root}/sys/bus/pci/devices"
-    found = [[read_text(f"{folder}/{device}/{name}", 64) or "" for name in ("vendor", "class")]
+    found = [tuple((read_text(f"{folder}/{device}/{name}", 64) or "")[:length]
+                   for name, length in (("vendor", 6), ("class", 4)))
              for device in list_folder(folder)]
     other = any(os.path.exists(f"{root}/dev/{name}") for name in ("nvhost-gpu", "dxg"))
-    return other or not found or any(vendor.startswith("0x10de") and kind.startswith("0x03")
-                                     for vendor, kind in found)
+    return other or not found or ("0x10de", "0x03") in found
 
 
 class NvmlError(Exception):
@@ -3127,97 +3162,66 @@ class NvmlLibrary:
     def __init__(self, path: str) -> None:
         import ctypes  # 3 ms that a machine without NVIDIA's driver never pays
         import struct
-        self._ctypes, self._struct = ctypes, struct
-        self._library = ctypes.CDLL(path)
-        self._functions: Dict[str, Any] = {}
-        self._results: Dict[str, Tuple[Any, Any]] = {}
+        self._ctypes, self._struct, self._library = ctypes, struct, ctypes.CDLL(path)
 
     def has(self, symbol: str) -> bool:
         return hasattr(self._library, symbol)
 
     def call(self, symbol: str, *arguments: Any) -> int:
         """What a function returns; 13 where this library lacks it."""
-        function = self._functions.get(symbol)
-        if function is None:
-            if not self.has(symbol):
-                return _NO_SYMBOL
-            kinds = {"p": self._ctypes.c_void_p, "u": self._ctypes.c_uint32}
-            function = self._functions[symbol] = getattr(self._library, symbol)
-            function.argtypes = [kinds[letter] for letter in NVML_CALLS[symbol]]
-        return function(*arguments)
+        return getattr(self._library, symbol)(*arguments) if self.has(symbol) else _NO_SYMBOL
 
     def ask(self, symbol: str, layout: str, *arguments: Any, version: int = 0) -> Tuple[Any, ...]:
         """The members of the result, whose address goes last.  Raises: NvmlError."""
-        shape, result = self._results.get(layout) or self._result(layout)
+        result = self._ctypes.create_string_buffer(self._struct.calcsize(layout))
         if version:
             self._struct.pack_into("I", result, 0, version)
-        if symbol == "nvmlDeviceGetMigMode":  # and the mode after the next reset
-            code = self.call(symbol, *arguments, result, self._result("I")[1])
-        else:
-            code = self.call(symbol, *arguments, result)
+        results = [result]
+        if symbol == "nvmlDeviceGetMigMode":
+            results.append(self._ctypes.create_string_buffer(4))  # the mode after the next reset
+        code = self.call(symbol, *arguments, *results)
         if code:
             raise NvmlError(code)
-        return shape.unpack_from(result)
+        return self._struct.unpack(layout, result.raw)
 
-    def ask_or_none(self, symbol: str, layout: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
-        """For what is nice to know: a sick GPU shows in its figures."""
-        try:
-            return self.ask(symbol, layout, *arguments)
-        except NvmlError:
-            return None
-
-    def _result(self, layout: str) -> Tuple[Any, Any]:
-        """Room for a result, used again each time."""
-        shape = self._struct.Struct(layout)
-        self._results[layout] = shape, self._ctypes.create_string_buffer(shape.size)
-        return self._results[layout]
+    def handle(self, symbol: str, *arguments: Any) -> Any:
+        """A device, as a pointer: ctypes would cut a number to 32 bits.  Raises: NvmlError."""
+        return self._ctypes.c_void_p(self.ask(symbol, "P", *arguments)[0])
 
     def text(self, symbol: str, *arguments: Any) -> str:
-        """A text, or "" where the library has none to give."""
+        """A text, or "" where the library has none to give.  Raises: NvmlError for a sick GPU."""
         buffer = self._ctypes.create_string_buffer(96)
         code = self.call(symbol, *arguments, buffer, 96)
         if code in _SICK:
             raise NvmlError(code)
         return "" if code else printable(buffer.value.decode("utf-8", "replace"))
 
-    def rows(self, symbol: str, layout: str, device: int) -> List[Tuple[Any, ...]]:
+    def rows(self, symbol: str, layout: str, device: Any) -> List[Tuple[Any, ...]]:
         """An array whose length the library says, and may outgrow before it is asked again."""
-        size, count = self._struct.calcsize(layout), self._ctypes.c_uint32(0)
-        place, array, code = self._ctypes.addressof(count), None, _TOO_SMALL
+        size, room, array = self._struct.calcsize(layout), 0, None
         for _ in range(4):
-            code = self.call(symbol, device, place, array)
+            count = self._ctypes.c_uint32(room)
+            code = self.call(symbol, device, self._ctypes.byref(count), array)
             if code != _TOO_SMALL:
                 break
-            count.value = min(count.value, 4096) * 2 + 5
-            room, array = count.value, self._ctypes.create_string_buffer(count.value * size)
+            room = min(count.value, 4096) * 2 + 5
+            array = self._ctypes.create_string_buffer(room * size)
         if code:
             raise NvmlError(code)
-        used = 0 if array is None else min(count.value, room) * size
-        return list(self._struct.iter_unpack(layout, array.raw[:used])) if array else []
-
-
-class _NvmlDevice(NamedTuple):
-    """A GPU in a session.  known: what does not change; refused: codes by symbol and arguments."""
-    handle: int
-    known: Gpu
-    refused: Dict[Any, int]
+        used = array.raw[:min(count.value, room) * size] if array else b""
+        return list(self._struct.iter_unpack(layout, used))
 
 
 class Nvml:
-    """A session with NVML, and what is remembered of its GPUs.  One thread at a time calls read().
+    """A session with NVML, and what is remembered of its GPUs.  root: the folder under which proc,
+    sys and dev lie."""
 
-    root: the folder under which proc and sys lie.
-    """
-
-    def __init__(self, library: NvmlLibrary, root: str = "",
-                 clock: Callable[[], float] = now_s) -> None:
+    def __init__(self, library: NvmlLibrary, root: str, clock: Clock) -> None:
         self._library, self._root, self._clock = library, root, clock
-        self._count: Optional[int] = None  # while the session is open
-        self._last_count = 0
+        self._is_open, self._count, self._versions = False, 0, ("", "")
         self._reopen_s: Optional[float] = None  # on the clock, where a GPU is sick
-        self._devices: Dict[int, _NvmlDevice] = {}
-        self._last: Dict[int, Gpu] = {}
-        self._versions = ("", "")
+        self._handles: Dict[int, Any] = {}      # of this session
+        self._known: Dict[int, Gpu] = {}        # what does not change, of this and earlier ones
         self.init_code = 0
 
     def read(self) -> GpuReading:
@@ -3225,168 +3229,175 @@ class Nvml:
             self._open()
         except NvmlError as error:
             self.init_code = error.code
-            return self._unopened(error.code)
+            # Images for GPU machines have NVIDIA's library on machines without a GPU as well.
+            if error.code == _NOT_LOADED and not has_nvidia_hardware(self._root):
+                return GpuReading("nvml", ())
+            return GpuReading("nvml", None, problem="NVIDIA: " + nvml_problem(error.code))
         buses = list_folder(f"{self._root}/proc/driver/nvidia/gpus")
-        gpus = tuple(self._read_gpu(index, buses) for index in range(self._count or 0))
+        gpus = tuple(self._read_gpu(index, buses) for index in range(self._count))
         listed = {gpu.bus_id for gpu in gpus}
-        hidden = [hidden_gpu_problem(bus_id, self._information(bus_id)) for bus_id in buses
-                  if not listed & {bus_id, ""} and self._is_ours(bus_id)]
+        hidden = self._hidden([bus_id for bus_id in buses if not listed & {bus_id, ""}])
         return GpuReading("nvml", gpus, *self._versions, "; ".join(hidden))
 
     def _open(self) -> None:
         """Raises: NvmlError."""
-        ask, now = self._library.ask, self._clock()
-        if self._count is not None and self._reopen_s is not None and now >= self._reopen_s:
-            self._library.call("nvmlShutdown")
-            self._count = None
-        if self._count is not None:
+        library, due_s = self._library, self._reopen_s
+        if self._is_open and (due_s is None or self._clock() < due_s):
             return
-        code = self._library.call("nvmlInit_v2")
+        if self._is_open:
+            library.call("nvmlShutdown")
+            self._is_open = False
+        code = library.call("nvmlInit_v2")
         if code:
             raise NvmlError(code)
         try:
-            count = min(ask("nvmlDeviceGetCount_v2", "I")[0], 64)
-            cuda, = self._library.ask_or_none("nvmlSystemGetCudaDriverVersion_v2", "i") or (0,)
-            self._versions = (self._library.text("nvmlSystemGetDriverVersion"),
-                              f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda > 0 else "")
+            count = min(library.ask("nvmlDeviceGetCount_v2", "I")[0], 64)
+            self._versions = library.text("nvmlSystemGetDriverVersion"), self._cuda_version()
         except NvmlError:
-            self._library.call("nvmlShutdown")
+            library.call("nvmlShutdown")
             raise
-        if count != self._last_count:
-            self._last.clear()  # other GPUs may stand at these indexes now
-        self._devices.clear()
-        self._count = self._last_count = count
-        self._reopen_s, self.init_code = None, 0
+        if count != self._count:
+            self._known.clear()  # other GPUs may stand at these indexes now
+        self._handles.clear()
+        self._is_open, self._count, self._reopen_s, self.init_code = True, count, None, 0
 
-    def _unopened(self, code: int) -> GpuReading:
-        problem = _INIT_PROBLEMS.get(code, f"NVIDIA's library does not start (NVML code {code})")
-        # Images for GPU machines have NVIDIA's library on machines without a GPU as well.
-        none = code == _NOT_LOADED and not has_nvidia_hardware(self._root)
-        return GpuReading("nvml", ()) if none else GpuReading("nvml", None, problem=problem)
+    def _cuda_version(self) -> str:
+        try:
+            version, = self._library.ask("nvmlSystemGetCudaDriverVersion_v2", "i")
+        except NvmlError:
+            return ""
+        return f"{version // 1000}.{version % 1000 // 10}"
 
     def _information(self, bus_id: str) -> Dict[str, str]:
         return parse_gpu_information(
             read_text(f"{self._root}/proc/driver/nvidia/gpus/{bus_id}/information", 65536) or "")
 
-    def _is_ours(self, bus_id: str) -> bool:
-        """False for a GPU that another container has: its device node is not here."""
-        minor = self._information(bus_id).get("Device Minor", "")
-        return not minor.isdigit() or os.path.exists(f"{self._root}/dev/nvidia{minor}")
+    def _hidden(self, buses: Sequence[str]) -> Iterator[str]:
+        """Why NVML may not list GPUs that the kernel's driver knows."""
+        for bus_id in buses:
+            facts = self._information(bus_id)
+            minor = facts.get("Device Minor", "")
+            if minor.isdigit() and not os.path.exists(f"{self._root}/dev/nvidia{minor}"):
+                continue  # another container has it
+            why = "the driver knows it, but NVML does not list it: see dmesg"
+            if facts.get("GPU Excluded", facts.get("Blacklisted")) == "Yes":
+                why = "it is excluded (NVreg_ExcludedGpus), or the driver took it out as broken"
+            elif facts.get("Video BIOS", "").startswith("??"):
+                why = "the driver could not start it: see dmesg for NVRM"
+            yield f"GPU {bus_id}: {why}"
 
     def _read_gpu(self, index: int, buses: Sequence[str]) -> Gpu:
-        last = self._last.get(index) or self._guess(index, buses)
-        path = f"{self._root}/sys/bus/pci/devices/{last.bus_id}/power/runtime_status"
-        if last.bus_id and (read_text(path, 64) or "").strip() == "suspended":
+        known = self._known.get(index) or self._guess(index, buses)
+        path = f"{self._root}/sys/bus/pci/devices/{known.bus_id}/power/runtime_status"
+        if known.bus_id and (read_text(path, 64) or "").strip() == "suspended":
             # Any question would wake it.  It sleeps because nobody computes on it.
-            return last._replace(asleep=True, memory_used_bytes=0, utilization_pct=0.0,
-                                 processes=())
+            return known._replace(asleep=True, memory_used_bytes=0, utilization_pct=0.0,
+                                  processes=())
         try:
-            device = self._device(index, last)
-            gpu = self._measure(device)
+            if index not in self._handles:
+                handle = self._library.handle("nvmlDeviceGetHandleByIndex_v2", index)
+                self._known[index] = known = self._identify(handle, known)
+                self._handles[index] = handle
+            gpu = self._measure(self._handles[index], known)
         except NvmlError as error:
-            return self._sick(last, error.code)
+            return self._sick(known, error.code)
         if not gpu.problem:
-            self._last[index] = device.known._replace(
-                memory_total_bytes=gpu.memory_total_bytes, mig_enabled=gpu.mig_enabled)
+            self._known[index] = known._replace(memory_total_bytes=gpu.memory_total_bytes,
+                                                mig_enabled=gpu.mig_enabled)
         return gpu
 
     def _guess(self, index: int, buses: Sequence[str]) -> Gpu:
         """What the kernel says of a GPU that was never asked.  NVML counts in the bus's order."""
         if len(buses) != self._count:
             return Gpu(index, "nvidia")
-        known = self._information(buses[index])
-        uuid, name = known.get("GPU UUID", ""), known.get("Model", "")
-        return Gpu(index, "nvidia", "" if "?" in uuid else uuid, "" if name == "Unknown" else name,
+        facts = self._information(buses[index])
+        uuid = facts.get("GPU UUID", "")
+        return Gpu(index, "nvidia", "" if "?" in uuid else uuid, first_text(facts.get, "Model"),
                    buses[index])
+
+    def _identify(self, handle: Any, guess: Gpu) -> Gpu:
+        """Raises: NvmlError, where the GPU is sick."""
+        known = guess._replace(uuid=self._library.text("nvmlDeviceGetUUID", handle),
+                               name=self._library.text("nvmlDeviceGetName", handle))
+        try:
+            pci = self._library.ask("nvmlDeviceGetPciInfo_v3", "16s5I32s", handle)
+        except NvmlError:
+            return known
+        return known._replace(bus_id="{:04x}:{:02x}:{:02x}.0".format(*pci[1:4]))
 
     def _sick(self, gpu: Gpu, code: int) -> Gpu:
         if code in _SICK and self._reopen_s is None:
             self._reopen_s = self._clock() + NVML_REOPEN_S
-        return gpu._replace(problem=_GPU_PROBLEMS.get(code, f"its driver fails (NVML code {code})"))
+        return gpu._replace(problem=nvml_problem(code))
 
-    def _device(self, index: int, last: Gpu) -> _NvmlDevice:
-        """Raises: NvmlError."""
-        device = self._devices.get(index)
-        if device is None:
-            handle, = self._library.ask("nvmlDeviceGetHandleByIndex_v2", "P", index)
-            known = Gpu(index, "nvidia", self._library.text("nvmlDeviceGetUUID", handle),
-                        self._library.text("nvmlDeviceGetName", handle), last.bus_id)
-            pci = self._library.ask_or_none("nvmlDeviceGetPciInfo_v3", "16s5I32s", handle)
-            if pci is not None:
-                known = known._replace(bus_id="{:04x}:{:02x}:{:02x}.0".format(*pci[1:4]))
-            device = self._devices[index] = _NvmlDevice(handle, known, {})
-        return device
-
-    def _measure(self, device: _NvmlDevice) -> Gpu:
-        found, code = self._figures(device.handle, device.refused, NVML_FIGURES)
-        mig = None if found.get("mig_enabled") is None else found["mig_enabled"] == 1
-        gpu = device.known._replace(**dict(possible(found), mig_enabled=mig))
-        if code:
-            return self._sick(gpu, code)
-        if mig != self._last.get(gpu.index, gpu).mig_enabled:
-            device.refused.clear()  # a sliced GPU refuses other figures than a whole one
-        slices = list(self._slices(device)) if mig else []
-        processes = self._processes([device.handle] + [handle for handle, _ in slices])
-        gpu = gpu._replace(mig_instances=tuple(part for _, part in slices), processes=processes)
-        shares = ("memory_total_bytes" not in found
-                  and device.refused.get((NVML_MEMORY[-1].symbol,)) == _NOT_SUPPORTED)
+    def _measure(self, handle: Any, known: Gpu) -> Gpu:
+        found, failed = self._figures(handle, NVML_FIGURES)
+        mig = {0: False, 1: True}.get(found.pop("mig_enabled", None))
+        gpu = known._replace(**dict(possible(found), mig_enabled=mig))
+        for symbol, code in failed.items():
+            if is_sick(symbol, code):
+                return self._sick(gpu, code)
+        slices = list(self._slices(handle)) if mig else []
+        gpu = gpu._replace(mig_instances=tuple(part for _, part in slices),
+                           processes=self._processes(handle, [part for part, _ in slices]))
+        shares = failed.get("nvmlDeviceGetMemoryInfo") == _NOT_SUPPORTED
         return with_host_memory(gpu, self._root) if shares else gpu
 
-    def _figures(self, handle: int, refused: Dict[Any, int], rows: Sequence[NvmlFigure]
-                 ) -> Tuple[Dict[str, Any], int]:
-        """(figures by their fields, 0 or the code that says that the GPU is sick)."""
+    def _figures(self, handle: Any, rows: Sequence[NvmlFigure]
+                 ) -> Tuple[Dict[str, Any], Dict[str, int]]:
+        """(figures by their fields, codes of the calls that failed).  A sick GPU is left alone:
+        every call may last until a time limit of the driver."""
         found: Dict[str, Any] = {}
+        failed: Dict[str, int] = {}
         for row in rows:
-            key = (row.symbol,) + row.arguments
-            if key in refused or any(field in found for field in row.fields):
+            if any(field in found for field in row.fields):
                 continue
             try:
                 members = self._library.ask(row.symbol, row.layout, handle, *row.arguments,
                                             version=row.version)
             except NvmlError as error:
-                if error.code in _REFUSALS:
-                    refused[key] = error.code
-                # Unknown errors of a power or fan sensor alone are common on laptops.
-                elif error.code in (_LOST, _NEEDS_RESET) or row.vital and error.code in _SICK:
-                    return found, error.code
+                failed[row.symbol] = error.code
+                if is_sick(row.symbol, error.code):
+                    break
                 continue
-            found.update((field, value if row.scale is None else value * row.scale)
+            found.update((field, value / 1000 if field.endswith(("_w", "_j")) else value)
                          for field, value in zip(row.fields, members) if field)
-        return found, 0
+        return found, failed
 
-    def _slices(self, device: _NvmlDevice) -> Iterator[Tuple[int, MigInstance]]:
+    def _slices(self, device: Any) -> Iterator[Tuple[Any, MigInstance]]:
         """(handle, slice): the slots have holes."""
-        ask, text = self._library.ask, self._library.text
+        library = self._library
         try:
-            slots = min(ask("nvmlDeviceGetMaxMigDeviceCount", "I", device.handle)[0], 16)
+            slots = min(library.ask("nvmlDeviceGetMaxMigDeviceCount", "I", device)[0], 16)
         except NvmlError:
             return
         for slot in range(slots):
             try:
-                handle, = ask("nvmlDeviceGetMigDeviceHandleByIndex", "P", device.handle, slot)
-                uuid, name = text("nvmlDeviceGetUUID", handle), text("nvmlDeviceGetName", handle)
+                handle = library.handle("nvmlDeviceGetMigDeviceHandleByIndex", device, slot)
+                texts = [library.text(symbol, handle)
+                         for symbol in ("nvmlDeviceGetUUID", "nvmlDeviceGetName")]
             except NvmlError:
                 continue
-            memory = possible(self._figures(handle, {}, NVML_MEMORY)[0])
-            yield handle, MigInstance(uuid, name, memory.get("memory_total_bytes"),
+            memory = possible(self._figures(handle, NVML_MEMORY)[0])
+            yield handle, MigInstance(*texts, memory.get("memory_total_bytes"),
                                       memory.get("memory_used_bytes"))
 
-    def _processes(self, handles: Sequence[int]) -> Optional[Tuple[GpuProcess, ...]]:
-        """Of a GPU and its slices: the GPU's own list needs rights where it is sliced, and has
-        those of the slices where we have them."""
-        lists = [self._process_list(handle) for handle in handles]
-        if lists[0] is None and (len(lists) == 1 or None in lists[1:]):
+    def _processes(self, device: Any, slices: Sequence[Any]) -> Optional[Tuple[GpuProcess, ...]]:
+        """A GPU's own list has those of its slices, but needs rights where it is sliced."""
+        own = self._process_list(device)
+        lists = [self._process_list(part) for part in slices] if own is None else [own]
+        if not lists or None in lists:
             return None
-        sliced = processes_of(row for rows in lists[1:] for row in rows or ())
-        found = {one.pid: one for one in sliced + processes_of(lists[0] or ())}
-        return tuple(found[pid] for pid in sorted(found))
+        return processes_of([row for rows in lists for row in rows])
 
-    def _process_list(self, handle: int) -> Optional[List[Tuple[int, int]]]:
-        odd = (self._library.has("nvmlDeviceGetConfComputeMemSizeInfo")
-               and not self._library.has("nvmlDeviceGetRunningProcessDetailList"))
-        for symbol, layout in NVML_PROCESSES:
-            if odd and symbol.endswith("_v3"):
-                layout = _ODD_PROCESS
+    def _process_list(self, handle: Any) -> Optional[List[Tuple[int, int]]]:
+        """(pid, bytes) by the newest function that is there.  Some drivers 530 to 535 wrote 32
+        bytes for each process of _v3 (nvitop's rule)."""
+        longer = (self._library.has("nvmlDeviceGetConfComputeMemSizeInfo")
+                  and not self._library.has("nvmlDeviceGetRunningProcessDetailList"))
+        newest = "IQIIQ" if longer else "IQII"
+        for version, layout in (("_v3", newest), ("_v2", "IQII"), ("", "IQ")):
+            symbol = "nvmlDeviceGetComputeRunningProcesses" + version
             try:
                 return [row[:2] for row in self._library.rows(symbol, layout, handle)]
             except NvmlError as error:
@@ -3395,114 +3406,67 @@ class Nvml:
         return None
 
 
-def _smi_text(word: str) -> str:
-    return "" if word.startswith("[") or word in ("N/A", "ERR!") else word
-
-
-def _smi_bus_id(word: str) -> str:
-    """
-    >>> _smi_bus_id("00000000:0C:00.0"), _smi_bus_id("[N/A]")
-    ('0000:0c:00.0', '')
-    """
-    match = re.match(r"(?:0000)?([0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f])$", word.lower())
-    return match.group(1) if match else ""
-
-
-def _smi_number(word: str) -> Optional[float]:
-    """The number before a unit; a word in brackets is none."""
-    try:
-        value = float(word.split()[0]) if 0 < len(word) <= 24 else None
-    except (ValueError, IndexError):
-        return None
-    return value if value is not None and abs(value) < 1e12 else None  # nan is not less
-
-
-def _smi_bytes(word: str) -> Optional[int]:
-    mib = parse_int((word.split() or [""])[0])
-    return None if mib is None else mib << 20
-
-
-# Columns of --query-gpu, the fields of Gpu that they fill, and how.
-NVIDIA_SMI_COLUMNS: Tuple[Tuple[str, str, Callable[[str], Any]], ...] = (
-    ("index", "index", parse_int), ("uuid", "uuid", _smi_text), ("name", "name", _smi_text),
-    ("memory.total", "memory_total_bytes", _smi_bytes),
-    ("memory.used", "memory_used_bytes", _smi_bytes),
-    ("utilization.gpu", "utilization_pct", _smi_number),
-    ("temperature.gpu", "temperature_c", _smi_number),
-    # From here on those that an old driver may not have.
-    ("pci.bus_id", "bus_id", _smi_bus_id), ("power.draw", "power_w", _smi_number),
-    ("enforced.power.limit", "power_limit_w", _smi_number), ("fan.speed", "fan_pct", _smi_number),
-    ("clocks.gr", "graphics_clock_mhz", _smi_number),
-    ("clocks.mem", "memory_clock_mhz", _smi_number),
-    ("ecc.errors.uncorrected.volatile.total", "ecc_errors", parse_int),
-    ("mig.mode.current", "mig_enabled", {"Enabled": True, "Disabled": False}.get),
-    ("driver_version", "", _smi_text))
+# nvidia-smi.  The first seven columns every driver has.
+NVIDIA_SMI_COLUMNS = (
+    "index", "uuid", "name", "memory.total", "memory.used", "utilization.gpu", "temperature.gpu",
+    "pci.bus_id", "power.draw", "enforced.power.limit", "fan.speed", "clocks.gr", "clocks.mem",
+    "ecc.errors.uncorrected.volatile.total", "mig.mode.current", "driver_version")
 NVIDIA_SMI_BASIC = NVIDIA_SMI_COLUMNS[:7]
 _SMI_ABSENT = ("[N/A]", "N/A", "[Not Supported]")  # there is no such figure
 _SMI_SICK = {"[GPU is lost]": _LOST, "[GPU requires reset]": _NEEDS_RESET,
              "[Unknown Error]": _UNKNOWN_ERROR, "ERR!": _UNKNOWN_ERROR}
 
 
-def _smi_rows(text: str, columns: int) -> List[List[str]]:
-    """The rows that are GPUs.  Sentences and rows of [Unknown Error] between them, which a failing
-    GPU leaves, are passed over."""
-    rows = []
+def parse_smi_bus_id(word: str) -> str:
+    """As in sysfs: "0000:0c:00.0" for "00000000:0C:00.0"."""
+    match = re.match(r"(?:0000)?([0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f])$", word.lower())
+    return match.group(1) if match else ""
+
+
+def parse_nvidia_smi(text: str, columns: Sequence[str]) -> Optional[List[Gpu]]:
+    """The rows that are GPUs; sentences and rows of [Unknown Error] between them, which a failing
+    GPU leaves, are passed over.  [] only where no GPU is all that it says, else None."""
+    gpus = []
     for line in text.splitlines():
         words = [word.strip() for word in line.split(",")]
-        index, after_name = parse_int(words[0]), len(words) - columns + 3
-        if (index is not None and 0 <= index < 256 and len(words) >= columns
-                and re.match(r"GPU-|\[|N/A|ERR!|$", words[1])):
-            # A name may hold commas.
-            rows.append(words[:2] + [", ".join(words[2:after_name])] + words[after_name:])
-    return rows
-
-
-def parse_nvidia_smi(text: str, columns: Sequence[Tuple] = NVIDIA_SMI_COLUMNS) -> List[Gpu]:
-    """A value in brackets, or `ERR!`, is None."""
-    gpus = []
-    for words in _smi_rows(text, len(columns)):
-        found = {field: parse(word) for (_, field, parse), word in zip(columns, words) if field}
-        # Of the unknown errors only those of memory, load and temperature count: see _figures.
-        codes = [_SMI_SICK[word] for place, word in enumerate(words) if word in _SMI_SICK
-                 and (3 <= place <= 6 or _SMI_SICK[word] != _UNKNOWN_ERROR)]
-        gpus.append(Gpu(vendor="nvidia", problem=_GPU_PROBLEMS[codes[0]] if codes else "",
-                        **possible(found)))
-    return gpus
-
-
-def parse_lost_gpus(text: str) -> List[str]:
-    """Sentences of nvidia-smi about GPUs that it cannot open, as problems.
-
-    >>> parse_lost_gpus("Unable to determine the device handle for GPU1: 0000:34:00.0: Lost")
-    ['GPU 0000:34:00.0: Lost']
-    """
-    found = re.findall(r"handle for GPU ?(?:[0-9]+: )?([0-9A-Fa-f:.]{7,16}): (.{1,200})", text)
-    return [f"GPU {_smi_bus_id(bus_id) or bus_id}: {printable(why.strip())}"
-            for bus_id, why in found]
-
-
-def parse_nvidia_smi_answer(text: str, columns: Sequence[Tuple] = NVIDIA_SMI_COLUMNS
-                            ) -> Optional[List[Gpu]]:
-    """[] only where no GPU is all that it says: a lost GPU brings that sentence and another one."""
-    gpus = parse_nvidia_smi(text, columns)
+        index, after_name = parse_int(words[0]), len(words) - len(columns) + 3
+        if (index is None or not 0 <= index < 256 or after_name < 3
+                or not re.match(r"GPU-|\[|N/A|ERR!|$", words[1])):
+            continue
+        name = ", ".join(words[2:after_name])  # which may hold commas
+        row = dict(zip(columns, words[:2] + [name] + words[after_name:]))
+        # Of the unknown errors only those of memory, load and temperature count: see is_sick.
+        codes = [_SMI_SICK[word] for column, word in row.items() if word in _SMI_SICK
+                 and (column in NVIDIA_SMI_BASIC[3:] or _SMI_SICK[word] != _UNKNOWN_ERROR)]
+        gpus.append(Gpu(
+            index, "nvidia", first_text(row.get, "uuid"), first_text(row.get, "name"),
+            parse_smi_bus_id(row.get("pci.bus_id", "")),
+            mig_enabled={"Enabled": True, "Disabled": False}.get(row.get("mig.mode.current")),
+            problem=nvml_problem(codes[0]) if codes else "",
+            # Not one of which it may not say it: "[Insufficient Permissions]".
+            integrated=not codes and row["memory.total"] in _SMI_ABSENT,
+            **read_figures(TOOL_FIGURES, row.get)))
     return gpus if gpus or text.strip() == "No devices were found" else None
 
 
+def parse_lost_gpus(text: str) -> List[str]:
+    """`Unable to determine the device handle for GPU1: 0000:34:00.0: Lost` and the like, as
+    problems."""
+    found = re.findall(r"handle for GPU ?(?:[0-9]+: )?([0-9A-Fa-f:.]{7,16}): (.{1,200})", text)
+    return [f"GPU {parse_smi_bus_id(bus_id) or bus_id}: {printable(why.strip())}"
+            for bus_id, why in found]
+
+
 def parse_compute_apps(text: str) -> Dict[str, Optional[Tuple[GpuProcess, ...]]]:
-    """Processes by the UUID of their GPU, from rows of gpu_uuid, pid, used_memory.  None where a
-    row does not say which process it is."""
-    rows: Dict[str, List[Tuple[int, Optional[int]]]] = {}
-    unknown = set()
+    """Processes by the UUID of their GPU, from rows of gpu_uuid, pid, used_memory."""
+    rows: Dict[str, List[Tuple[Optional[int], Optional[int]]]] = {}
     for line in text.splitlines():
         uuid, *words = [word.strip() for word in line.split(",")]
         if len(words) == 2 and uuid.startswith("GPU-"):
-            pid = parse_int(words[0])
-            if pid is None or pid < 0:
-                unknown.add(uuid)
-            else:
-                rows.setdefault(uuid, []).append((pid, _smi_bytes(words[1])))
-    return dict({uuid: processes_of(pairs) for uuid, pairs in rows.items()},
-                **dict.fromkeys(unknown))
+            mib = parse_figure(words[1])
+            size = None if mib is None else int(mib) << 20
+            rows.setdefault(uuid, []).append((parse_int(words[0]), size))
+    return {uuid: processes_of(pairs) for uuid, pairs in rows.items()}
 
 
 class NvidiaSmi(GpuSource):
@@ -3510,10 +3474,9 @@ class NvidiaSmi(GpuSource):
 
     vendor = "nvidia"
 
-    def __init__(self, search_path: Optional[str] = None,
-                 run: Callable[..., CommandResult] = run_command, root: str = "",
-                 limit_s: float = 30.0) -> None:
-        self._tool, self._root = Tool("nvidia-smi", search_path, run, limit_s), root
+    def __init__(self, search_path: Optional[str] = None, run: Run = run_command,
+                 root: str = "") -> None:
+        self._tool, self._root = Tool("nvidia-smi", search_path, run), root
         self._columns = NVIDIA_SMI_COLUMNS
 
     def present(self) -> bool:
@@ -3522,67 +3485,51 @@ class NvidiaSmi(GpuSource):
     def read(self) -> GpuReading:
         if not self.present():
             return GpuReading("nvidia-smi", ())
-        result = self._query()
+        result = self._ask("--query-gpu=" + ",".join(self._columns))
+        if "is not a valid field to query" in result.output:  # says an old driver
+            self._columns = NVIDIA_SMI_BASIC
+            result = self._ask("--query-gpu=" + ",".join(self._columns))
         # It may fail and still show what works: so the text counts, not its exit code.
-        gpus = None if result.problem else parse_nvidia_smi_answer(result.output, self._columns)
+        gpus = None if result.problem else parse_nvidia_smi(result.output, self._columns)
         if gpus is None:
             first = printable(" ".join(result.output.split())[:200])
             return GpuReading("nvidia-smi", None,
                               problem=f"nvidia-smi: {result.problem or first or 'no answer'}")
-        problem = "; ".join(parse_lost_gpus(result.output))
-        rows, version = _smi_rows(result.output, len(self._columns)), ""
-        if gpus and self._columns is NVIDIA_SMI_COLUMNS:
-            version = _smi_text(rows[0][-1])
-        # Not those of which it may not say it: "[Insufficient Permissions]".
-        sharing = [parse_int(words[0]) for words in rows if words[3] in _SMI_ABSENT]
-        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus, sharing)),
-                          version, problem=problem)
+        version = re.search(r"(?m)^[0-9]+, .*, ([0-9]+\.[0-9.]+)$", result.output)
+        return GpuReading("nvidia-smi", tuple(self._with_processes(gpus)) if gpus else (),
+                          version.group(1) if version else "",
+                          problem="; ".join(parse_lost_gpus(result.output)))
 
     def _ask(self, query: str) -> CommandResult:
         return self._tool.ask(query, "--format=csv,noheader,nounits")
 
-    def _query(self) -> CommandResult:
-        """Once a driver does not know a column, it is asked for the basic ones alone."""
-        while True:
-            result = self._ask("--query-gpu=" + ",".join(name for name, _, _ in self._columns))
-            if (self._columns is NVIDIA_SMI_BASIC or result.problem
-                    or "is not a valid field to query" not in result.output):
-                return result
-            self._columns = NVIDIA_SMI_BASIC
-
-    def _with_processes(self, gpus: Sequence[Gpu], sharing: Sequence[Optional[int]]
-                        ) -> Iterator[Gpu]:
-        """sharing: the indexes of those that have no memory of their own."""
-        if not gpus:
-            return
+    def _with_processes(self, gpus: Sequence[Gpu]) -> Iterator[Gpu]:
         result = self._ask("--query-compute-apps=gpu_uuid,pid,used_memory")
         found = parse_compute_apps(result.output)
         for gpu in gpus:
-            known = result.exit_code == 0 and gpu.uuid
-            gpu = gpu._replace(processes=found.get(gpu.uuid, ()) if known else None)
-            shares = gpu.index in sharing and not gpu.problem
+            if result.exit_code == 0 and gpu.uuid:
+                gpu = gpu._replace(processes=found.get(gpu.uuid, ()))
+            shares = gpu.integrated
             yield with_host_memory(gpu, self._root) if shares else gpu
 
 
 class Nvidia(GpuSource):
-    """NVIDIA's GPUs, by whatever way is there.
-
-    library: of NVML.  root: the folder under which dev, proc and sys lie.  search_path: as PATH.
-    """
+    """NVIDIA's GPUs, by whatever way is there.  library: of NVML.  search_path: as PATH."""
 
     vendor = "nvidia"
 
     def __init__(self, library: str = "libnvidia-ml.so.1", root: str = "/",
-                 search_path: Optional[str] = None, clock: Callable[[], float] = now_s) -> None:
+                 search_path: Optional[str] = None, clock: Clock = now_s) -> None:
         self._path, self._root, self._clock = library, root.rstrip("/"), clock
         self._smi = NvidiaSmi(search_path, root=self._root)
         self._nvml: Optional[Nvml] = None
 
+    def _exists(self, path: str) -> bool:
+        return os.path.exists(f"{self._root}/{path}")
+
     def present(self) -> bool:
-        traces = ("dev/nvidiactl", "proc/driver/nvidia/version",
-                  "usr/lib/wsl/lib/libnvidia-ml.so.1")
-        return any(os.path.exists(f"{self._root}/{trace}") for trace in traces) or (
-            self._smi.present())
+        return any(map(self._exists, ("dev/nvidiactl", "proc/driver/nvidia/version",
+                                      "usr/lib/wsl/lib/libnvidia-ml.so.1"))) or self._smi.present()
 
     def read(self) -> GpuReading:
         nvml = self._nvml = self._nvml or self._load()
@@ -3596,10 +3543,11 @@ class Nvidia(GpuSource):
         return reading
 
     def _load(self) -> Optional[Nvml]:
-        wsl = f"{self._root}/usr/lib/wsl"
-        paths = [f"{wsl}/lib"] + [f"{wsl}/drivers/{one}" for one in list_folder(f"{wsl}/drivers")]
-        paths = [f"{path}/libnvidia-ml.so.1" for path in paths]
-        for path in [self._path] + [path for path in paths if os.path.exists(path)]:
+        drivers = "usr/lib/wsl/drivers"
+        folders = ["usr/lib/wsl/lib"] + [f"{drivers}/{name}"
+                                         for name in list_folder(f"{self._root}/{drivers}")]
+        for path in [self._path] + [f"{self._root}/{folder}/libnvidia-ml.so.1"
+                                    for folder in folders]:
             try:
                 return Nvml(NvmlLibrary(path), self._root, self._clock)
             except OSError:
@@ -3609,13 +3557,13 @@ class Nvidia(GpuSource):
     def _read_without(self) -> GpuReading:
         if self._smi.present():
             return self._smi.read()
-        if os.path.exists(f"{self._root}/dev/nvidiactl"):
+        if self._exists("dev/nvidiactl"):
             return GpuReading("nvml", None, problem="libnvidia-ml.so.1 cannot be opened, and there "
                               "is no nvidia-smi: install what the driver has for compute")
         # /proc shows a container the driver of its host.
-        trace = os.path.exists(f"{self._root}/proc/driver/nvidia/version")
         return GpuReading("nvml", (), problem="NVIDIA's driver runs, but no device of it is here: "
-                          "start the container with --gpus all" if trace else "")
+                          "start the container with --gpus all"
+                          if self._exists("proc/driver/nvidia/version") else "")
 
 
 # ----------------------------------------------------------------------
@@ -3624,50 +3572,6 @@ class Nvidia(GpuSource):
 # Linux shows AMD's and Intel's GPUs in files that every user may read: no
 # library, no root, no ROCm.  What those leave out comes from the vendor's
 # tool, where one is installed.  Tables say where a field of Gpu is found.
-
-class Figure(NamedTuple):
-    """keys: the first one that holds a number counts.  unit: what 1 is worth in the field's."""
-    field: str
-    keys: Tuple[str, ...]
-    unit: float = 1
-
-
-def parse_figure(word: Any) -> Optional[float]:
-    """The number of a file, of a JSON value, or of a word with its unit; None where it is none.
-
-    >>> parse_figure("(1402Mhz)"), parse_figure({"value": 94, "unit": "%"}), parse_figure("N/A")
-    (1402.0, 94.0, None)
-    """
-    if isinstance(word, dict):
-        word = word.get("value")
-    if isinstance(word, (int, float)) and not isinstance(word, bool):
-        return float(word) if 0 <= word < 1e18 else None
-    if not isinstance(word, str) or len(word) > 64:
-        return None
-    match = re.fullmatch(r"\s*\(?([0-9]{1,18}(\.[0-9]{1,18})?)\s*[A-Za-z%]*\)?\s*", word)
-    return float(match.group(1)) if match else None
-
-
-def read_figures(table: Sequence[Figure], look: Callable[[str], Any]) -> Dict[str, Any]:
-    """{field: figure} of those that are known.  look: what is found under a key."""
-    found: Dict[str, Any] = {}
-    for field, keys, unit in table:
-        values = (parse_figure(look(key)) for key in keys)
-        value = next((one for one in values if one is not None), None)
-        if value is not None and can_be(field, value * unit):
-            found[field] = (int(value * unit) if field.endswith("_bytes") else
-                            round(value * unit, 6))
-    return found
-
-
-def first_text(look: Callable[[str], Any], *keys: str) -> str:
-    """The first that is a name: no number, no "N/A", no "Not supported".  Bytes end with a zero."""
-    for text in map(look, keys):
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "replace").rstrip("\0")
-        if isinstance(text, str) and not re.match("(?i)\\s*(N/A|not supp|unknown|0x|$)", text):
-            return printable(text.strip()[:200])
-    return ""
 
 
 def parse_json_within(text: str) -> Any:
@@ -3684,6 +3588,18 @@ def parse_json_within(text: str) -> Any:
     return None
 
 
+def look_up(record: Any, path: str) -> Any:
+    """What lies at a path of keys, with dots between them; None where it ends early."""
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def objects_in(rows: Any) -> List[Dict[str, Any]]:
+    """The objects of a JSON list; none where it is no list."""
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
 # Linux: cards.  Source: the kernel's sysfs documents of amdgpu, i915 and xe.
 
 
@@ -3696,17 +3612,19 @@ def read_sysfs(path: str) -> Tuple[str, bool]:
         return "", error.errno == 1  # a file that is not for us says EACCES
 
 
+SysfsReader = Callable[[str], Tuple[str, bool]]  # read_sysfs, or a test's
+
+
 class Card:
     """A GPU in /sys.  Names of files are relative to /sys/class/drm/cardN, "hwmon/" is the folder
     of its sensors.  asleep: most files would wake it up, and are not read."""
 
-    def __init__(self, root: str, name: str, read: Callable[[str], Tuple[str, bool]]) -> None:
+    def __init__(self, root: str, name: str, read: SysfsReader) -> None:
         self._read = read
-        self.asleep = False
         self.folder = f"{root}/sys/class/drm/{name}/"
         self.sensors = (list_folder(self.folder + "device/hwmon") + [""])[0]
-        if self.text("device/power/runtime_status") == "suspended":
-            self.asleep = True
+        self.asleep = False
+        self.asleep = self.text("device/power/runtime_status") == "suspended"
         facts = dict(line.partition("=")[::2] for line in self.text("device/uevent").splitlines())
         self.driver, self.code = facts.get("DRIVER", ""), facts.get("PCI_ID", "")[5:].lower()
         self.bus_id = facts.get("PCI_SLOT_NAME", "").lower()
@@ -3730,8 +3648,7 @@ class Card:
                             self.text)
 
 
-def list_cards(root: str, drivers: Sequence[str],
-               read: Callable[[str], Tuple[str, bool]] = read_sysfs) -> List[Card]:
+def list_cards(root: str, drivers: Sequence[str], read: SysfsReader) -> List[Card]:
     """In the order of the PCI bus.  Connectors (card1-DP-1) and render nodes are no cards."""
     cards = [Card(root, name, read) for name in list_folder(f"{root}/sys/class/drm")
              if re.fullmatch("card[0-9]{1,4}", name)]
@@ -3742,10 +3659,8 @@ def list_cards(root: str, drivers: Sequence[str],
 # AMD.  Sources: the kernel's amdgpu documents, amdgpu_pm.c and kfd_process.c; rocm-smi and amd-smi
 # as recorded from ROCm 4.3 to 7.2.
 
-_AMD_MEMORY = [(f"{kind}_{part}_bytes", kind, part)
-               for kind in ("vram", "gtt") for part in ("total", "used")]
-AMD_MEMORY = [Figure(field, (f"device/mem_info_{kind}_{part}",))
-              for field, kind, part in _AMD_MEMORY]
+AMD_MEMORY = [Figure(f"{kind}_{part}_bytes", (f"device/mem_info_{kind}_{part}",))
+              for kind in ("vram", "gtt") for part in ("total", "used")]
 AMD_SENSORS = [
     Figure("utilization_pct", ("device/gpu_busy_percent",)),
     Figure("power_w", ("hwmon/power1_average", "hwmon/power1_input"), 1e-6),
@@ -3753,32 +3668,6 @@ AMD_SENSORS = [
     Figure("graphics_clock_mhz", ("hwmon/freq1_input",), 1e-6),
     Figure("memory_clock_mhz", ("hwmon/freq2_input",), 1e-6),
     Figure("fan_pct", ("hwmon/pwm1",), 100 / 255)]
-# In lower case: what was "Card series" is "Card Series" since ROCm 6.1, and others alike.
-ROCM_SMI = [
-    Figure("utilization_pct", ("gpu use (%)",)),
-    Figure("temperature_c", ("temperature (sensor edge) (c)", "temperature (sensor junction) (c)")),
-    Figure("power_w", ("average graphics package power (w)",
-                       "current socket graphics package power (w)")),
-    Figure("power_limit_w", ("max graphics package power (w)",)),
-    Figure("graphics_clock_mhz", ("sclk clock speed:",)),
-    Figure("memory_clock_mhz", ("mclk clock speed:",)),
-    Figure("fan_pct", ("fan speed (%)",))] + [
-        Figure(field, (f"{kind} total {'used ' if part == 'used' else ''}memory (b)",))
-        for field, kind, part in _AMD_MEMORY]
-AMD_SMI = [
-    Figure("utilization_pct", ("usage.gfx_activity",)),
-    Figure("temperature_c", ("temperature.edge", "temperature.hotspot")),
-    Figure("power_w", ("power.socket_power",)),
-    Figure("power_limit_w", ("limit.socket_power", "limit.ppt0.socket_power_limit")),
-    Figure("graphics_clock_mhz", ("clock.gfx_0.clk",)),
-    Figure("memory_clock_mhz", ("clock.mem_0.clk",)),
-    Figure("fan_pct", ("fan.usage",))] + [  # its MB are MiB
-        Figure(field, (f"mem_usage.{part}_{kind}",), 1 << 20) for field, kind, part in _AMD_MEMORY]
-# Name, number of the model, identity, place, architecture.
-_ROCM_SMI_TEXTS = (("device name", "card series", "card model"), ("device id", "gpu id"),
-                   "unique id", "pci bus", "gfx version")
-_AMD_SMI_TEXTS = (("asic.market_name", "board.product_name"), ("asic.device_id",),
-                  "asic.asic_serial", "bus.bdf", "asic.target_graphics_version")
 ROCM_SMI_ARGUMENTS = (
     "--showid --showuniqueid --showproductname --showbus --showtemp --showuse --showpower "
     "--showmaxpower --showclocks --showfan --showdriverversion "
@@ -3788,11 +3677,7 @@ _AMD_APU = r"gfx(902|909|90c|1033|1035|1036|1037|1103|115[0-3])\b"
 
 
 def amd_uuid(text: Any) -> str:
-    """As ROCR_VISIBLE_DEVICES takes it.
-
-    >>> amd_uuid("0x2150e7d042a1124"), amd_uuid("N/A")
-    ('GPU-02150e7d042a1124', '')
-    """
+    """As ROCR_VISIBLE_DEVICES takes it: "GPU-02150e7d042a1124" for "0x2150e7d042a1124"."""
     match = re.fullmatch("(?:0x)?0*([1-9a-fA-F][0-9a-fA-F]{0,15})",
                          text if isinstance(text, str) else "")
     return "GPU-" + match.group(1).lower().zfill(16) if match else ""
@@ -3804,57 +3689,49 @@ def amd_gpu(index: int, figures: Dict[str, Any], integrated: bool, **more: Any) 
     kinds = ("vram", "gtt") if integrated else ("vram",)
     parts = [[figures.get(f"{kind}_{part}_bytes") for kind in kinds] for part in ("total", "used")]
     total, used = [None if None in sizes else sum(sizes) for sizes in parts]
-    if total is not None and used is not None and used > total:
-        used = None
     figures = {field: value for field, value in figures.items() if not field.endswith("_bytes")}
-    return Gpu(index, "amd", memory_total_bytes=total or None, memory_used_bytes=used,
-               integrated=integrated, **figures, **more)
+    memory = possible({"memory_total_bytes": total or None, "memory_used_bytes": used})
+    return Gpu(index, "amd", integrated=integrated, **memory, **figures, **more)
 
 
-def _amd_gpu_of_tool(index: int, table: Sequence[Figure], texts: Any,
-                     look: Callable[[str], Any]) -> Gpu:
-    names, codes, uuid, place, architecture = texts
-    code = next((printable(look(key)[:20]) for key in codes if isinstance(look(key), str)),
-                index)
-    return amd_gpu(index, read_figures(table, look),
-                   bool(re.match(_AMD_APU, first_text(look, architecture))),
-                   name=first_text(look, *names) or f"AMD GPU {code}",
-                   uuid=amd_uuid(look(uuid)), bus_id=first_text(look, place).lower())
+def amd_gpu_of_tool(index: int, look: Look) -> Gpu:
+    """Of what rocm-smi or amd-smi says of a GPU."""
+    codes = [look(key) for key in ("device id", "gpu id", "asic.device_id")]
+    code = next((printable(code[:20]) for code in codes if isinstance(code, str)), index)
+    name = first_text(look, "device name", "card series", "card model", "asic.market_name",
+                      "board.product_name")
+    architecture = first_text(look, "gfx version", "asic.target_graphics_version")
+    return amd_gpu(index, read_figures(TOOL_FIGURES, look), bool(re.match(_AMD_APU, architecture)),
+                   name=name or f"AMD GPU {code}",
+                   uuid=amd_uuid(look("unique id")) or amd_uuid(look("asic.asic_serial")),
+                   bus_id=first_text(look, "pci bus", "bus.bdf").lower())
 
 
 def parse_rocm_smi(text: str) -> Tuple[List[Gpu], str]:
     """(GPUs, version of the driver) from rocm-smi's JSON."""
     found = parse_json_within(text)
-    cards = {name: {key.lower(): value for key, value in card.items()}
-             for name, card in (found.items() if isinstance(found, dict) else ())
-             if isinstance(card, dict)}
-    return [_amd_gpu_of_tool(int(name[4:]), ROCM_SMI, _ROCM_SMI_TEXTS, card.get)
-            for name, card in cards.items() if re.fullmatch("card[0-9]{1,4}", name)], first_text(
-                cards.get("system", {}).get, "driver version")
+    gpus = []
+    for name, card in found.items() if isinstance(found, dict) else ():
+        if isinstance(card, dict) and re.fullmatch("card[0-9]{1,4}", name):
+            look = {key.lower(): value for key, value in card.items()}.get
+            gpus.append(amd_gpu_of_tool(int(name[4:]), look))
+    return gpus, first_text(lambda key: look_up(found, key), "system.Driver version")
 
 
 def parse_amd_smi(*texts: str) -> Tuple[List[Gpu], str]:
     """(GPUs, version of the driver) from the JSON of `amd-smi static` and `amd-smi metric`: a list
     up to ROCm 6, in ROCm 7 an object around it.  "N/A" may stand for a value or for a group."""
-    gpus: Dict[int, Dict[str, Any]] = {}
-    for text in texts:
-        found = parse_json_within(text)
-        rows = found.get("gpu_data") if isinstance(found, dict) else found
-        for row in rows if isinstance(rows, list) else ():
-            number = row.get("gpu") if isinstance(row, dict) else None
-            if type(number) is int and 0 <= number < 10000:
-                gpus.setdefault(number, {}).update(row)
-
-    def look(number: int, path: str) -> Any:
-        value: Any = gpus[number]
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
-    looks = {number: (lambda path, number=number: look(number, path)) for number in sorted(gpus)}
-    return [_amd_gpu_of_tool(number, AMD_SMI, _AMD_SMI_TEXTS, find)
-            for number, find in looks.items()], next(
-                filter(None, (first_text(find, "driver.version") for find in looks.values())), "")
+    rows: Dict[int, Dict[str, Any]] = {}
+    for found in map(parse_json_within, texts):
+        for row in objects_in(look_up(found, "gpu_data") or found):
+            if type(row.get("gpu")) is int and 0 <= row["gpu"] < 10000:
+                rows.setdefault(row["gpu"], {}).update(row)
+    gpus, version = [], ""
+    for number in sorted(rows):
+        look = lambda path: look_up(rows[number], path)
+        gpus.append(amd_gpu_of_tool(number, look))
+        version = version or first_text(look, "driver.version")
+    return gpus, version
 
 
 def parse_dpm_clock(text: str) -> Optional[str]:
@@ -3884,18 +3761,13 @@ def read_amd_processes(root: str, bus_id: str) -> Optional[Tuple[GpuProcess, ...
 
 
 class Amd(GpuSource):
-    """amdgpu's files; where these show no GPU though there is a device, amd-smi, then rocm-smi.
-
-    root: the folder under which dev and sys lie.  read: the door to files of /sys.
-    """
+    """amdgpu's files; where these show no GPU though there is a device, amd-smi, then rocm-smi."""
 
     vendor = "amd"
 
-    def __init__(self, root: str = "/", search_path: Optional[str] = None,
-                 run: Callable[..., CommandResult] = run_command,
-                 read: Callable[[str], Tuple[str, bool]] = read_sysfs) -> None:
-        self._root = root.rstrip("/")
-        self._read = read
+    def __init__(self, root: str = "/", search_path: Optional[str] = None, run: Run = run_command,
+                 read: SysfsReader = read_sysfs) -> None:
+        self._root, self._read = root.rstrip("/"), read
         self._amd_smi, self._rocm_smi = [Tool(name, search_path, run)
                                          for name in ("amd-smi", "rocm-smi")]
 
@@ -3957,37 +3829,31 @@ INTEL_SENSORS = [  # hwmon: of the card, else of the chip
     Figure("energy_j", ("hwmon/energy1_input", "hwmon/energy2_input"), 1e-6),
     Figure("power_limit_w", ("hwmon/power1_max", "hwmon/power2_max"), 1e-6),
     Figure("graphics_clock_mhz", ("device/tile0/gt0/freq0/act_freq", "gt_act_freq_mhz"))]
-XPU_SMI = [
-    Figure("memory_total_bytes", ("Memory Physical Size",), 1 << 20),
-    Figure("memory_used_bytes", ("GPU Memory Used (MiB)",), 1 << 20),
-    Figure("utilization_pct", ("GPU Utilization (%)",)),
-    Figure("power_w", ("GPU Power (W)",)),
-    Figure("graphics_clock_mhz", ("GPU Frequency (MHz)",)),
-    Figure("temperature_c", ("GPU Core Temperature (Celsius Degree)",))]
+
+
+def parse_xpu_csv(text: str) -> List[Dict[str, Any]]:
+    """Rows by the names of the columns, which may be quoted or padded."""
+    import csv
+    header, rows = [], []
+    for line in text.replace("\0", "").splitlines():
+        try:
+            words = [word.strip() for word in next(csv.reader([line], skipinitialspace=True), [])]
+        except csv.Error:
+            continue
+        if "Device ID" in words or "DeviceId" in words:
+            header = words
+        elif header and len(words) == len(header):
+            rows.append(dict(zip(header, words)))
+    return rows
 
 
 def parse_xpu_smi(text: str) -> Dict[int, Dict[str, Any]]:
-    """{device: row} by the names of the columns, from xpu-smi's CSV, which may be quoted or padded,
-    or from the JSON of `discovery -j`.  Of several rows of a device the last counts."""
-    import csv
-    found = parse_json_within(text)
-    rows = found.get("device_list") if isinstance(found, dict) else None
-    if not isinstance(rows, list):
-        header, rows = [], []
-        for line in text.replace("\0", "").splitlines():
-            try:
-                words = next(csv.reader([line], skipinitialspace=True), [])
-            except csv.Error:
-                continue
-            words = [word.strip() for word in words]
-            if "Device ID" in words or "DeviceId" in words:
-                header = words
-            elif header and len(words) == len(header):
-                rows.append(dict(zip(header, words)))
+    """{device: row} from xpu-smi's CSV, or from the JSON of `discovery -j`.  Of several rows of a
+    device the last counts."""
     devices = {}
-    for row in rows:
-        names = ("device_id", "Device ID", "DeviceId") if isinstance(row, dict) else ()
-        number = next((parse_figure(row[name]) for name in names if name in row), None)
+    for row in objects_in(look_up(parse_json_within(text), "device_list")) or parse_xpu_csv(text):
+        numbers = map(parse_figure, map(row.get, ("device_id", "Device ID", "DeviceId")))
+        number = next((one for one in numbers if one is not None), None)
         if number is not None:
             devices[int(number)] = row
     return devices
@@ -3995,11 +3861,7 @@ def parse_xpu_smi(text: str) -> Dict[int, Dict[str, Any]]:
 
 def awake_pct(old: Dict[str, float], new: Dict[str, float], passed_s: float) -> Optional[float]:
     """How long the busiest part of a GPU was awake, from counters of milliseconds in deep sleep.
-    One that stands at 0 has its deep sleep switched off, and tells nothing.
-
-    >>> awake_pct({"gt0": 1000, "gt1": 0}, {"gt0": 1250, "gt1": 0}, 1.0)
-    75.0
-    """
+    One that stands at 0 has its deep sleep switched off, and tells nothing."""
     shares = [share_pct(1000 * passed_s - (new[name] - old[name]), 1000 * passed_s)
               for name in new if new[name] and name in old and new[name] >= old[name]]
     return max((share for share in shares if share is not None), default=None)
@@ -4007,19 +3869,14 @@ def awake_pct(old: Dict[str, float], new: Dict[str, float], passed_s: float) -> 
 
 class Intel(GpuSource):
     """Files of i915 and xe; for cards with memory of their own xpu-smi, since no driver says how
-    much of it is used.  Without xpu-smi that is unknown, and such a card is never free.
-
-    Load is how long the GPU was not in deep sleep since the read before, and power what the energy
-    counter gained.  The load that fdinfo shows is that of our own processes, and is not asked.
-    """
+    much of it is used: without it such a card is never free.  Load is how long the GPU was not in
+    deep sleep since the read before (fdinfo would show our own processes' alone)."""
 
     vendor = "intel"
 
-    def __init__(self, root: str = "/", search_path: Optional[str] = None,
-                 run: Callable[..., CommandResult] = run_command,
-                 clock: Callable[[], float] = now_s) -> None:
-        self._root = root.rstrip("/")
-        self._clock = clock
+    def __init__(self, root: str = "/", search_path: Optional[str] = None, run: Run = run_command,
+                 clock: Clock = now_s) -> None:
+        self._root, self._clock = root.rstrip("/"), clock
         self._tool = Tool("xpu-smi", search_path, run)
         self._devices: Dict[int, Dict[str, Any]] = {}  # asked for once: they do not change
         self._last: Dict[str, Any] = {}  # by bus_id: time, energy, sleep of each GT in ms
@@ -4038,7 +3895,7 @@ class Intel(GpuSource):
                                                "cards is unknown")
 
     def _cards(self) -> List[Card]:
-        return list_cards(self._root, ("i915", "xe"))
+        return list_cards(self._root, ("i915", "xe"), read_sysfs)
 
     @staticmethod
     def _is_integrated(card: Card) -> bool:
@@ -4048,7 +3905,7 @@ class Intel(GpuSource):
     def _read_card(self, index: int, card: Card, told_of: Dict[str, Dict[str, Any]]) -> Gpu:
         integrated = self._is_integrated(card)  # then its memory is the machine's
         told = {} if integrated else told_of.get(card.bus_id, {})
-        figures = read_figures(XPU_SMI, told.get)
+        figures = read_figures(TOOL_FIGURES, told.get)
         if not card.asleep:
             figures.update(read_figures(INTEL_SENSORS, card.text))
             figures.update(card.temperature("pkg", ""))
@@ -4068,11 +3925,10 @@ class Intel(GpuSource):
         old_at_s, old_j, old_ms = self._last.get(card.bus_id, (now_at_s, None, {}))
         self._last[card.bus_id] = now_at_s, energy_j, slept_ms
         passed_s = now_at_s - old_at_s
-        found: Dict[str, Any] = {"utilization_pct": awake_pct(old_ms, slept_ms, passed_s)}
+        found = {"utilization_pct": awake_pct(old_ms, slept_ms, passed_s)}
         if passed_s > 0 and energy_j is not None and old_j is not None:
             found["power_w"] = (energy_j - old_j) / passed_s
-        # A counter that begins again at 0 would say less than nothing.
-        return read_figures([Figure(name, (name,)) for name in found], found.get)
+        return possible(found)  # a counter that begins again at 0 would say less than nothing
 
     def _ask_tool(self) -> Dict[str, Dict[str, Any]]:
         """{bus_id: what xpu-smi says}"""
@@ -4089,8 +3945,6 @@ class Intel(GpuSource):
 
 # Apple.  Sources: ioreg as recorded from M1 to M5, macmon, exelban/stats.
 
-APPLE_FIGURES = [Figure("utilization_pct", ("Device Utilization %",)),
-                 Figure("memory_used_bytes", ("In use system memory",))]
 # What Metal allows a GPU.  In a process of its own: a framework may end the process that loads it.
 METAL_LIMIT = """\
 from ctypes import CDLL, c_char_p, c_uint64, c_void_p
@@ -4106,27 +3960,24 @@ print(objc.objc_msgSend(device, selector) if device else 0)
 
 
 def parse_ioreg(text: str) -> Optional[List[Dict[str, Any]]]:
-    """The GPUs of Apple silicon in the answer of `ioreg -a`; None for what is none.
-
-    Left out: GPUs of Intel Macs, which no engine of ours uses; a virtual machine's, which has no
-    figures; entries that say IOAccelerator for old programs' sake.  What is there twice counts
-    once, with its higher load.
-    """
+    """The GPUs of Apple silicon in the answer of `ioreg -a`; None for what is none.  Left out are
+    those of Intel Macs, of virtual machines, and entries for old programs' sake.  What is there
+    twice counts once, with its higher load."""
     import plistlib
     from xml.parsers.expat import ExpatError
-    begin, end = text.find("<?xml"), text.rfind("</plist>")
     if not text.strip():
         return []  # it prints nothing where there is no accelerator
+    begin, end = max(0, text.find("<?xml")), text.rfind("</plist>") + 8
     try:
-        entries = plistlib.loads(text[max(0, begin):end + 8].encode("utf-8"), fmt=plistlib.FMT_XML)
+        entries = plistlib.loads(text[begin:end].encode("utf-8"), fmt=plistlib.FMT_XML)
     except (ExpatError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
             RecursionError):
         return None
     found: Dict[Any, Dict[str, Any]] = {}
     # Nothing is turned into text that may be nested deeper than Python's stack.
-    load = lambda entry: parse_figure(entry["PerformanceStatistics"].get("Device Utilization %"))
-    for entry in entries if isinstance(entries, list) else ():
-        if (isinstance(entry, dict) and isinstance(entry.get("PerformanceStatistics"), dict)
+    load = lambda entry: parse_figure(look_up(entry, "PerformanceStatistics.Device Utilization %"))
+    for entry in objects_in(entries):
+        if (isinstance(entry.get("PerformanceStatistics"), dict)
                 and first_text(entry.get, "IOClass").startswith("AGXAccelerator")):
             key = parse_figure(entry.get("IORegistryEntryID")) or entry["IOClass"]
             found[key] = max(found.get(key, entry), entry, key=lambda one: load(one) or 0)
@@ -4135,25 +3986,20 @@ def parse_ioreg(text: str) -> Optional[List[Dict[str, Any]]]:
 
 def parse_displays(text: str) -> Tuple[str, Optional[float]]:
     """(name, cores) of Apple's GPU from `system_profiler SPDisplaysDataType -json`."""
-    found = parse_json_within(text)
-    rows = found.get("SPDisplaysDataType") if isinstance(found, dict) else None
-    for row in rows if isinstance(rows, list) else ():
-        name = first_text(row.get, "sppci_model") if isinstance(row, dict) else ""
+    for row in objects_in(look_up(parse_json_within(text), "SPDisplaysDataType")):
+        name = first_text(row.get, "sppci_model")
         if name.startswith("Apple"):
             return name, parse_figure(row.get("sppci_cores"))
     return "", None
 
 
 class Apple(GpuSource):
-    """Apple silicon through ioreg.  Power, clocks and temperature need root there: unknown.
-
-    Its memory is the machine's; still it is not marked as integrated, for it is the machine's GPU.
-    """
+    """Apple silicon through ioreg.  Power, clocks and temperature need root there: unknown.  Not
+    integrated, though its memory is the machine's: for it is the machine's GPU."""
 
     vendor = "apple"
 
-    def __init__(self, search_path: str = "/usr/sbin",
-                 run: Callable[..., CommandResult] = run_command) -> None:
+    def __init__(self, search_path: str = "/usr/sbin", run: Run = run_command) -> None:
         self._run = run
         self._ioreg, self._sysctl, self._profiler = [
             Tool(name, search_path, run) for name in ("ioreg", "sysctl", "system_profiler")]
@@ -4181,7 +4027,7 @@ class Apple(GpuSource):
         cores = cores or known[1]
         return Gpu(index, "apple", name=name or known[0] or "Apple GPU", memory_total_bytes=total,
                    cores=int(cores) if cores and cores < 10000 else None,
-                   **read_figures(APPLE_FIGURES, entry["PerformanceStatistics"].get))
+                   **read_figures(TOOL_FIGURES, entry["PerformanceStatistics"].get))
 
     def _read_limit(self) -> Optional[int]:
         """Bytes that the GPU may use: what the owner set, else what Metal says, else two thirds of
@@ -4196,7 +4042,7 @@ class Apple(GpuSource):
             allowed = (parse_int(result.output) if result.exit_code == 0 else None) or 0
             self._default_limit = allowed if 0 < allowed <= memory else memory * 2 // 3
         limit = self._default_limit or None
-        return limit if can_be("memory_total_bytes", limit) else None
+        return possible({"memory_total_bytes": limit}).get("memory_total_bytes")
 
 
 # ----------------------------------------------------------------------
@@ -4215,11 +4061,10 @@ GPU_UNKNOWN_AFTER_S = 300.0
 class GpuSample(NamedTuple):
     """All GPUs of a machine.  gpus: those that are known, by vendor and index.  vendor: whose GPUs
     the machine is for, "" where it has none.  known: False where that vendor's driver does not say.
-    age_s: of the oldest answer in it.  readings: what each source said."""
+    readings: what each source said."""
     gpus: Tuple[Gpu, ...] = ()
     vendor: str = ""
     known: bool = True
-    age_s: float = 0.0
     readings: Tuple[GpuReading, ...] = ()
 
     @property
@@ -4230,21 +4075,17 @@ class GpuSample(NamedTuple):
     @property
     def problems(self) -> List[str]:
         """What a person should know of, one line each."""
-        found = [reading.problem for reading in self.readings]
-        found += [f"GPU {gpu.index} ({gpu.name or gpu.vendor}): {gpu.problem}"
-                  for gpu in self.gpus if not gpu.stale and gpu.problem]
-        return [problem for problem in found if problem]
+        found = [reading.problem for reading in self.readings if reading.problem]
+        return found + [f"GPU {gpu.index} ({gpu.name or gpu.vendor}): {gpu.problem}"
+                        for gpu in self.gpus if gpu.problem and not gpu.stale]
 
 
 class _Watch:
     """One source and its last answer.  The thread that asks it sets _last and then clears _busy."""
 
-    def __init__(self, source: GpuSource, clock: Callable[[], float]) -> None:
-        self.source = source
-        self._clock = clock
-        self._done = Wake()
-        self._busy = False
-        self._begun_s = 0.0
+    def __init__(self, source: GpuSource, clock: Clock) -> None:
+        self.source, self._clock = source, clock
+        self._done, self._busy, self._begun_s = Wake(), False, 0.0
         self._last: Optional[Tuple[float, GpuReading]] = None
 
     def ask(self) -> bool:
@@ -4272,43 +4113,41 @@ class _Watch:
         self._busy = False
         self._done.set()
 
-    def answer(self, limit_s: float) -> Tuple[float, GpuReading]:
-        """(age in seconds, reading), limit_s after the question at the latest: whoever asks again
-        does not wait again."""
+    def answer(self, limit_s: float) -> GpuReading:
+        """limit_s after the question at the latest: whoever asks again does not wait again."""
         until_s = self._begun_s + limit_s
         while self._busy and now_s() < until_s:
             self._done.wait(until_s - now_s())
-        silent, now = self._busy, self._clock()
-        asked_s, reading = self._last or (now, GpuReading("", None))
+        silent = self._busy
+        asked_s, reading = self._last or (self._clock(), GpuReading("", None))
         if not silent:
-            return now - asked_s, reading
-        problem = f"{self.source.vendor}: the driver does not answer"
-        if reading.gpus is None or now - asked_s > GPU_UNKNOWN_AFTER_S:
-            return now - asked_s, reading._replace(gpus=None, problem=problem)
-        stale = tuple(gpu._replace(stale=True, problem="its driver does not answer")
-                      for gpu in reading.gpus)
-        return now - asked_s, reading._replace(gpus=stale, problem=problem)
+            return reading
+        gpus = None
+        if reading.gpus is not None and self._clock() - asked_s <= GPU_UNKNOWN_AFTER_S:
+            gpus = tuple(gpu._replace(stale=True, problem="its driver does not answer")
+                         for gpu in reading.gpus)
+        return reading._replace(gpus=gpus,
+                                problem=f"{self.source.vendor}: the driver does not answer")
 
 
 class GpuSampler:
     """Asks every source at once.  One thread at a time calls sample()."""
 
-    def __init__(self, sources: Sequence[GpuSource], clock: Callable[[], float] = now_s) -> None:
+    def __init__(self, sources: Sequence[GpuSource], clock: Clock = now_s) -> None:
         self._watches = [_Watch(source, clock) for source in sources]
 
     def sample(self, limit_s: float) -> GpuSample:
         """Returns within limit_s, and at once where the machine has no GPU."""
         asked = [watch for watch in self._watches if watch.ask()]
-        answers = [(watch.source.vendor, *watch.answer(limit_s)) for watch in asked]
-        answers = [row for row in answers if row[2].gpus != () or row[2].problem]
-        told = [(vendor, reading.gpus) for vendor, _, reading in answers if reading.gpus != ()]
+        answers = [(watch.source.vendor, watch.answer(limit_s)) for watch in asked]
+        answers = [(vendor, one) for vendor, one in answers if one.gpus != () or one.problem]
+        told = [(vendor, one.gpus) for vendor, one in answers if one.gpus != ()]
         # What is part of a CPU makes the machine its vendor's only where there is nothing else.
         vendor, gpus = next((row for row in told if row[1] is None or not all(
             gpu.integrated for gpu in row[1])), told[0] if told else ("", ()))
-        return GpuSample(
-            tuple(gpu for _, _, reading in answers for gpu in reading.gpus or ()), vendor,
-            gpus is not None, max((age_s for _, age_s, _ in answers), default=0.0),
-            tuple(reading for _, _, reading in answers))
+        readings = tuple(one for _, one in answers)
+        return GpuSample(tuple(gpu for one in readings for gpu in one.gpus or ()), vendor,
+                         gpus is not None, readings)
 
 
 def make_gpu_sources() -> List[GpuSource]:
@@ -4331,9 +4170,8 @@ def make_gpu_sources() -> List[GpuSource]:
 
 class EnergyTotals(NamedTuple):
     """co2e_g: of the electricity of the grid where the machine stands (location-based), PUE
-    included; None as long as the grid's intensity was never set, and nothing is added while it is
-    not.  market_co2e_g: less the share that certificates call renewable.  gpu_unknown_s: GPUs times
-    seconds that are in no figure."""
+    included; None as long as the grid's intensity was never set.  market_co2e_g: less the share
+    that certificates call renewable.  gpu_unknown_s: GPUs times seconds that are in no figure."""
     gpu_measured_j: float = 0.0
     gpu_estimated_j: float = 0.0
     cpu_measured_j: float = 0.0
@@ -4356,30 +4194,24 @@ class Energy(NamedTuple):
     cpu_basis: str = ""
 
 
-# -- CPUs: counters, or a model ------------------------------------------
-
-RAPL_MAX_W = 1000.0  # no package draws as much: more is a counter that was reset
-
-
 class RaplZone(NamedTuple):
     """A counter in microjoules, and where it starts again from 0."""
     energy_uj: int
     range_uj: int
 
 
+RAPL_MAX_W = 1000.0  # no package draws as much: more is a counter that was reset
+
+
 def read_rapl(root: str = "/sys/class/powercap") -> Dict[str, RaplZone]:
     """The counters of CPU packages and of the memory beside them, by zone; {} where one of a
-    package cannot be read: to read them takes root since Linux 5.10, and few VMs have them.
-
-    core and uncore are parts of their package, psys is all of a laptop, and intel-rapl-mmio is the
-    same package again.  Source: Linux, Documentation/power/powercap/powercap.rst.
-    """
-    try:
-        names = [name for name in os.listdir(root) if name.startswith("intel-rapl:")]
-    except OSError:
-        return {}
+    package cannot be read: that takes root since Linux 5.10, and few VMs have them.  core and
+    uncore are parts of their package, psys is all of a laptop, and intel-rapl-mmio is the same
+    package again.  Source: Linux, Documentation/power/powercap/powercap.rst."""
     zones = {}
-    for name in names:
+    for name in list_folder(root):
+        if not name.startswith("intel-rapl:"):
+            continue
         what = (read_text(f"{root}/{name}/name", 64) or "").strip()
         if not what.startswith("package-") and what != "dram":
             continue
@@ -4395,11 +4227,7 @@ def read_rapl(root: str = "/sys/class/powercap") -> Dict[str, RaplZone]:
 def rapl_joules(old: Dict[str, RaplZone], new: Dict[str, RaplZone],
                 seconds: float) -> Optional[float]:
     """What the counters rose by; None where that cannot be told: a zone came or went, a counter may
-    have wrapped more than once, or it was reset (a sleeping machine loses it).
-
-    >>> rapl_joules({"0": RaplZone(6553199999, 6553299999)}, {"0": RaplZone(900000, 6553299999)}, 5)
-    1.000001
-    """
+    have wrapped more than once, or it was reset (a sleeping machine loses it)."""
     if not new or old.keys() != new.keys():
         return None
     total_j = 0.0
@@ -4419,11 +4247,7 @@ CPU_IDLE_W_PER_THREAD, CPU_MAX_W_PER_THREAD = 0.74, 3.5
 
 def cpu_estimate_w(busy_pct: Optional[float], threads: Optional[float],
                    max_w: Optional[float] = None) -> Optional[float]:
-    """Watts, linear in how busy the CPUs are; max_w in place of the model's at full load.
-
-    >>> cpu_estimate_w(0.0, 8), cpu_estimate_w(100.0, 8), cpu_estimate_w(100.0, 8, 65.0)
-    (5.92, 28.0, 65.0)
-    """
+    """Watts, linear in how busy the CPUs are; max_w in place of the model's at full load."""
     if max_w is None and threads is not None:
         max_w = CPU_MAX_W_PER_THREAD * threads
     if busy_pct is None or max_w is None or not 0 <= busy_pct <= 100:
@@ -4431,8 +4255,6 @@ def cpu_estimate_w(busy_pct: Optional[float], threads: Optional[float],
     idle_w = max_w * CPU_IDLE_W_PER_THREAD / CPU_MAX_W_PER_THREAD
     return idle_w + (max_w - idle_w) * busy_pct / 100.0
 
-
-# -- GPUs ----------------------------------------------------------------
 
 GPU_MAX_W = 3000.0     # of one GPU: more is a driver's nonsense
 GPU_GAP_S = 300.0      # power samples farther apart than this say nothing of the time between
@@ -4449,24 +4271,21 @@ class GpuPoint(NamedTuple):
 
 def gpu_point(gpu: Gpu, at_s: float) -> GpuPoint:
     """Its power as the driver says it; else its limit times how busy it is."""
-    if gpu.power_w is not None and 0 <= gpu.power_w <= GPU_MAX_W:
-        return GpuPoint(at_s, gpu.energy_j, gpu.power_w, "measured")
-    if gpu.asleep:
-        return GpuPoint(at_s, gpu.energy_j, 0.0, "estimated")
-    if gpu.power_limit_w is not None and gpu.utilization_pct is not None:
-        power_w = gpu.power_limit_w * max(gpu.utilization_pct / 100.0, GPU_IDLE_SHARE)
-        if 0 <= power_w <= GPU_MAX_W:  # NaN is not
-            return GpuPoint(at_s, gpu.energy_j, power_w, "estimated")
-    return GpuPoint(at_s, gpu.energy_j)
+    power_w, basis = gpu.power_w, "measured"
+    if power_w is None:
+        basis = "estimated"
+        if gpu.asleep:
+            power_w = 0.0
+        elif gpu.power_limit_w is not None and gpu.utilization_pct is not None:
+            power_w = gpu.power_limit_w * max(gpu.utilization_pct / 100.0, GPU_IDLE_SHARE)
+    if power_w is None or not 0 <= power_w <= GPU_MAX_W:  # NaN is not
+        return GpuPoint(at_s, gpu.energy_j)
+    return GpuPoint(at_s, gpu.energy_j, power_w, basis)
 
 
 def gpu_joules(old: GpuPoint, new: GpuPoint) -> Tuple[Optional[float], str]:
     """(joules between two points, basis): by the counter, where that is plausible (a driver that is
-    loaded again starts it anew), else by the trapezoid of the power at both ends.
-
-    >>> gpu_joules(GpuPoint(0.0, None, 100.0, "measured"), GpuPoint(10.0, None, 200.0, "measured"))
-    (1500.0, 'measured')
-    """
+    loaded again starts it anew), else by the trapezoid of the power at both ends."""
     seconds = new.at_s - old.at_s
     if old.energy_j is not None and new.energy_j is not None \
             and 0 <= new.energy_j - old.energy_j <= seconds * GPU_MAX_W:
@@ -4484,8 +4303,6 @@ def wants_power_samples(sample: GpuSample) -> bool:
             and any(gpu.power_w is not None and gpu.energy_j is None
                     and not (gpu.stale or gpu.asleep) for gpu in sample.gpus))
 
-
-# -- the sum, over restarts ------------------------------------------------
 
 ENERGY_SAVE_S = 300.0     # a kill -9 loses so much at most
 ENERGY_BETWEEN_S = 10.0   # a RAPL counter may wrap in a minute, and power has changed by then
@@ -4509,15 +4326,11 @@ def parse_energy_file(text: str) -> Optional[Tuple[float, EnergyTotals]]:
 
 
 class EnergyMeter:
-    """Adds up what the machine draws.  One thread at a time calls its methods.
-
-    path: the file that keeps the totals, None to keep none.  settings: those of `energy`.
-    clock: seconds that do not count sleep, unlike now_s().
-    """
+    """Adds up what the machine draws.  One thread at a time calls its methods.  path: the file that
+    keeps the totals, None to keep none.  clock: seconds that do not count sleep, unlike now_s()."""
 
     def __init__(self, path: Optional[str], settings: Any, log: Callable[..., None],
-                 clock: Callable[[], float] = time.monotonic,
-                 wall: Callable[[], float] = time.time) -> None:
+                 clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
         self._path, self._settings, self._log, self._clock = path, settings, log, clock
         self._since_wall_s, self._total = self._kept() or (wall(), EnergyTotals())
         self._started = EnergyTotals()
@@ -4549,21 +4362,21 @@ class EnergyMeter:
 
     def report(self) -> Energy:
         powers = [point.power_w for point in self._gpus.values()]
-        known = bool(powers) and None not in powers
-        measured = all(point.basis == "measured" for point in self._gpus.values())
-        return Energy(self._started, self._total, self._since_wall_s,
-                      sum(powers) if known else None,
-                      "" if not known else "measured" if measured else "estimated", *self._cpu_w)
+        gpu_w, gpu_basis = None, ""
+        if powers and None not in powers:
+            measured = all(point.basis == "measured" for point in self._gpus.values())
+            gpu_w, gpu_basis = sum(powers), "measured" if measured else "estimated"
+        return Energy(self._started, self._total, self._since_wall_s, gpu_w, gpu_basis,
+                      *self._cpu_w)
 
     def save(self) -> None:
         """Keep the totals.  A disk that is full costs them, and one line in the log."""
         if self._path is None:
             return
         self._saved_s = self._clock()
-        text = json.dumps({"version": 1, "since_wall_s": self._since_wall_s,
-                           "total": self._total._asdict()}, indent=2) + "\n"
+        record = {"version": 1, "since_wall_s": self._since_wall_s, "total": self._total._asdict()}
         try:
-            write_atomic(self._path, text)
+            write_atomic(self._path, json.dumps(record, indent=2) + "\n")
             self._failing = False
         except OSError as error:
             if not self._failing:
@@ -4577,14 +4390,14 @@ class EnergyMeter:
             return None
         kept = parse_energy_file(read_text(self._path, 65536) or "")
         if kept is None:
+            what = f"{self._path} is not one of ours"
             try:
                 os.replace(self._path, self._path + ".bad")
                 done = f"It is now {self._path}.bad, and counting begins anew"
             except OSError as error:
                 done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
-            self._log("warning", "energy_file", what=f"{self._path} is not one of ours", do=done)
-            if os.path.lexists(self._path):
                 self._path = None
+            self._log("warning", "energy_file", what=what, do=done)
         return kept
 
     def _added(self) -> None:
@@ -4651,20 +4464,23 @@ class EnergyMeter:
         return new
 
 
+def _energy_figures(totals: EnergyTotals) -> Dict[str, Any]:
+    """As JSON, in watt-hours.  co2e_basis: "estimated" once a joule of the sum is."""
+    shown = {re.sub("_j$", "_wh", name): value if value is None else
+             round(value / 3600.0 if name.endswith("_j") else value, 3)
+             for name, value in totals._asdict().items()}
+    estimated = totals.gpu_estimated_j + totals.cpu_estimated_j > 0
+    return dict(shown, co2e_basis="" if totals.co2e_g is None else
+                "estimated" if estimated else "measured")
+
+
 def energy_payload(energy: Optional[Energy], settings: Any) -> Dict[str, Any]:
-    """What `status` says of it.  co2e_basis: "estimated" once a joule of the sum is."""
-    def figures(totals: EnergyTotals) -> Dict[str, Any]:
-        shown = {re.sub("_j$", "_wh", name): value if value is None else
-                 round(value / 3600.0 if name.endswith("_j") else value, 3)
-                 for name, value in totals._asdict().items()}
-        estimated = totals.gpu_estimated_j + totals.cpu_estimated_j > 0
-        return dict(shown, co2e_basis="" if totals.co2e_g is None else
-                    "estimated" if estimated else "measured")
+    """What `status` says of it."""
     payload = {"grid_intensity_g_per_kwh": settings.grid_intensity, "pue": settings.pue,
                "renewable_pct": settings.renewable_pct, "certificate": settings.energy_certificate}
     if energy is not None:
-        payload.update(energy._asdict(), started=figures(energy.started),
-                       total=figures(energy.total))
+        payload.update(energy._asdict(), started=_energy_figures(energy.started),
+                       total=_energy_figures(energy.total))
         payload["since"] = utc_stamp(payload.pop("since_wall_s"))
     return payload
 
@@ -5166,7 +4982,8 @@ class Probe(NamedTuple):
 
 class ChildSpec(NamedTuple):
     """What to run.  environment: added to clean_environment().  probe: may block, two seconds at
-    most.  still_held: "" once what it used (GPU memory) is free again, else what is not."""
+    most.  still_held: "" once what it used (GPU memory) is free again, else what is not; it may
+    neither block nor raise."""
     name: str
     argv: Sequence[str]
     environment: Dict[str, str]
@@ -5209,15 +5026,11 @@ def backoff_s(exits: int, pace: Pace, uniform: Callable[[float, float], float]) 
 
 
 def exit_words(code: int) -> str:
-    """
-    >>> exit_words(3), exit_words(-9), exit_words(139)
-    ('exit code 3', 'signal SIGKILL', 'exit code 139, as after signal SIGSEGV')
-    """
+    """code: as subprocess has it.  A shell adds 128 to the signal that ended its own child."""
     number = -code if code < 0 else code - 128
     name = next((known.name for known in signal.Signals if known == number), str(number))
-    if code < 0:
-        return f"signal {name}"
-    return f"exit code {code}" + (f", as after signal {name}" if 0 < number < 65 else "")
+    after = f", as after signal {name}" if 0 < number < 65 else ""
+    return f"signal {name}" if code < 0 else f"exit code {code}{after}"
 
 
 class Output:
@@ -5323,8 +5136,8 @@ class Output:
 
 
 class ProcessRow(NamedTuple):
-    """A row of the table of processes.  start: as the system has it, never the same for two
-    processes with one pid.  command: "" where it has to be read.  marked: has our mark."""
+    """A row of the table of processes.  start: as the system writes it; two processes never have
+    it and the pid in common.  command: "" where it has to be read.  marked: it has our mark."""
     pid: int
     parent: int
     group: int
@@ -5338,27 +5151,21 @@ class ProcessRow(NamedTuple):
 
 
 def parse_proc_stat(text: str, ticks_per_s: float = 100.0) -> Optional[ProcessRow]:
-    """/proc/PID/stat.  Source: proc(5).
-
-    >>> parse_proc_stat("7 (a) b) Z 1 7 6 0 0 0 0 0 0 0 3 4 5 8 0 0 1 0 4711 0")
-    ProcessRow(pid=7, parent=1, group=7, session=6, zombie=True, cpu_s=0.2, start='4711', \
-name='a) b', command='', marked=False)
-    """
-    head, _, rest = text.rpartition(")")
+    """/proc/PID/stat.  Source: proc(5)."""
+    head, _, rest = text.rpartition(")")  # the name may hold parentheses too
     pid, _, name = head.partition(" (")
     words = rest.split()
     numbers = [parse_int(word) for word in [pid] + words[1:20]]
     if len(numbers) < 20 or None in numbers:
         return None
-    return ProcessRow(numbers[0], *numbers[1:4], words[0] in "ZX", sum(numbers[11:15]) / ticks_per_s,
-                      words[19], name)
+    cpu_s = sum(numbers[11:15]) / ticks_per_s
+    return ProcessRow(*numbers[:4], words[0] in "ZX", cpu_s, words[19], name)
 
 
 def read_proc(mark: str, root: str = "/proc") -> Optional[Table]:
     ticks_per_s, table = os.sysconf("SC_CLK_TCK"), {}
-    for name in list_folder(root):
-        row = parse_proc_stat(read_text(f"{root}/{name}/stat", 4096) or "", ticks_per_s) \
-            if name.isdigit() else None
+    for name in filter(str.isdigit, list_folder(root)):
+        row = parse_proc_stat(read_text(f"{root}/{name}/stat", 4096) or "", ticks_per_s)
         if row is not None:
             environment = "\0" + (read_text(f"{root}/{name}/environ") or "") + "\0"
             table[row.pid] = row._replace(marked=f"\0{mark}\0" in environment)
@@ -5366,23 +5173,17 @@ def read_proc(mark: str, root: str = "/proc") -> Optional[Table]:
 
 
 def parse_ps(text: str) -> Table:
-    """`ps -o pid=,ppid=,pgid=,stat=,time=,lstart=,command=`; there are no sessions and no marks.
-
-    >>> row = parse_ps("  7  1  6 Ss  1:02.50 Sun Nov  1 09:05:07 2026   /opt/x serve  now")[7]
-    >>> row.cpu_s, row.start, row.command, row.zombie
-    (62.5, 'Sun Nov 1 09:05:07 2026', '/opt/x serve  now', False)
-    """
+    """`ps -o pid=,ppid=,pgid=,stat=,time=,lstart=,command=`: neither sessions nor marks."""
     table = {}
     for line in text.splitlines():
         words = line.split(None, 10)
         numbers = [parse_int(word) for word in words[:3]]
         if len(words) < 11 or None in numbers:
             continue
-        cpu_s = 0.0
-        for part in re.findall(r"[0-9]{1,9}(?:\.[0-9]{1,9})?", words[4]):  # [days-][hours:]m:s.cc
+        cpu_s, start, command = 0.0, " ".join(words[5:10]), words[10].strip()
+        for part in re.findall(r"[0-9]{1,9}(?:\.[0-9]{1,9})?", words[4]):  # 1:02.50
             cpu_s = cpu_s * 60 + float(part)
-        command = words[10].strip()
-        table[numbers[0]] = ProcessRow(*numbers, 0, words[3][0] == "Z", cpu_s, " ".join(words[5:10]),
+        table[numbers[0]] = ProcessRow(*numbers, 0, words[3][0] == "Z", cpu_s, start,
                                        os.path.basename(command.split()[0]), command)
     return table
 
@@ -5399,8 +5200,9 @@ def read_processes(mark: str) -> Optional[Table]:
 
 
 def read_command(row: ProcessRow) -> str:
-    text = row.command or read_text(f"/proc/{row.pid}/cmdline", 4096) or ""
-    return text.replace("\0", " ").strip()
+    """As far as it is compared."""
+    text = row.command or read_text(f"/proc/{row.pid}/cmdline", 500) or ""
+    return text.replace("\0", " ").strip()[:500]
 
 
 def family_of(table: Table, known: Dict[int, str], group: int) -> Table:
@@ -5473,26 +5275,32 @@ def read_oom_kills() -> Optional[int]:
 
 
 class _Motion:
-    """Whether something still moves in a child that starts: the probe's progress, its output, or
-    a tenth of a core or a MiB of traffic of all its processes."""
+    """For how long nothing has moved in a child that starts: not the probe's progress, not its
+    output, and less than a tenth of a core and a MiB of traffic in all its processes.
 
-    def __init__(self, limit_s: float, effort: Callable[[], Tuple[float, int]]) -> None:
-        self._limit_s, self._read_effort = limit_s, effort
-        self._moved_s = self._looked_s = now_s()
+    Time is counted from call to call, a second at most, for the machine may sleep between two.
+    """
+
+    def __init__(self, look_s: float, read_effort: Callable[[], Tuple[float, int]]) -> None:
+        self._look_s, self._read_effort = look_s, read_effort
+        self._called_s = self._looked_s = now_s()
+        self.all_s = self.quiet_s = 0.0
         self._seen: Any = None
         self._effort: Optional[Tuple[float, int]] = None
 
-    def stalled(self, seen: Any) -> bool:
-        now = now_s()
-        passed_s = now - self._looked_s
+    def note(self, seen: Any) -> None:
+        now, before = now_s(), self._effort
+        step_s, looked_ago_s = min(1.0, now - self._called_s), now - self._looked_s
+        self._called_s = now
+        self.all_s += step_s
+        self.quiet_s += step_s
         if seen != self._seen:
-            self._seen, self._moved_s, self._effort = seen, now, None
-        elif passed_s >= min(2.0, self._limit_s / 4):
-            before, self._effort, self._looked_s = self._effort, self._read_effort(), now
-            if before and (abs(self._effort[0] - before[0]) >= passed_s / 10
+            self._seen, self.quiet_s, self._effort = seen, 0.0, None
+        elif looked_ago_s >= self._look_s:
+            self._effort, self._looked_s = self._read_effort(), now
+            if before and (abs(self._effort[0] - before[0]) >= looked_ago_s / 10
                            or abs(self._effort[1] - before[1]) >= 1 << 20):
-                self._moved_s = now
-        return now - self._moved_s > self._limit_s
+                self.quiet_s = 0.0
 
 
 class Child:
@@ -5516,18 +5324,16 @@ class Child:
         self._stopping = False
         self._waiters: List[Wake] = []
         self._process: Any = None
-        self._mark, self._known = "", {}
         self._prober: Any = None
         self._ready_s: Optional[float] = None
-        self._seen_ready = False
-        self._eof_s = 0.0
-        self._left = self._lives_on = ""
+        self._mark, self._known, self._written = "", {}, []
+        self._seen_ready, self._eof_s, self._left, self._lives_on = False, 0.0, "", ""
         self.snapshot = ChildSnapshot(since_s=now_s())
 
     # -- for others
 
     def start(self) -> None:
-        """Returns at once; wait() tells what came of it.  Raises: UsageError while it is stopped."""
+        """Returns at once; wait() tells what came of it.  Raises: UsageError during a stop."""
         with self._lock:
             if self._wake is not None and self._stopping:
                 raise UsageError(f"{self.spec.name} is being stopped", "Start it when it has ended")
@@ -5628,26 +5434,25 @@ class Child:
                 break
             self._left = self._lives_on or self._await_freed()
             problem += f" ({self._left})" if self._left else ""
-            self.snapshot = self.snapshot._replace(exits=self.snapshot.exits + 1, pid=None)
+            self.snapshot = self.snapshot._replace(pid=None, exits=self.snapshot.exits
+                                                   + (self._process is not None))
             ends.append(now_s())
             often = len(ends) == ends.maxlen and ends[-1] - ends[0] <= self._pace.window_s
             if no_use or often or self._lives_on:
-                times = f" {len(ends)} times in a row, the last time" if often else ""
+                problem += f", as {len(ends) - 1} times before" if often else ""
                 last = [line[:300] for line in self.output.since(begun)[1][-20:]]
-                return ChildState.ERROR, "\n".join([f"{self.spec.name}{times} {problem}"] + last)
+                return ChildState.ERROR, "\n".join([f"{self.spec.name} {problem}"] + last)
             healthy = self._ready_s is not None and now_s() - self._ready_s >= self._pace.healthy_s
             in_row = 1 if healthy else in_row + 1
-            self._back_off(problem, backoff_s(in_row, self._pace, random_between))
+            wait_s = backoff_s(in_row, self._pace, random_between)
+            self._enter(ChildState.BACKOFF,
+                        message=f"{self.spec.name} {problem}; starts again in {wait_s:.1f} s")
+            until_s = now_s() + wait_s
+            while not self._stopping and now_s() < until_s:
+                self._pump(until_s - now_s())
         self._enter(ChildState.STOPPING, said="")
         self._left = self._lives_on or self._await_freed()
         return ChildState.ERROR if self._lives_on else ChildState.STOPPED, self._left
-
-    def _back_off(self, problem: str, wait_s: float) -> None:
-        until_s = now_s() + wait_s
-        self._enter(ChildState.BACKOFF, "warning", said="",
-                    message=f"{self.spec.name} {problem}; starts again in {wait_s:.1f} s")
-        while not self._stopping and now_s() < until_s:
-            self._pump(until_s - now_s())
 
     def _run_once(self) -> Tuple[str, bool]:
         """From its start to its end: (what it came to, whether another start has no use)."""
@@ -5663,33 +5468,34 @@ class Child:
             # After the end of its output it has often just ended, and may live on for years.
             self._pump(0.02 if now_s() - self._eof_s < 1.0 else 0.5)
         code = self._process.poll()
-        self._end(self.spec.stop_grace_s if code is None else 0.0)
-        if code is None:
-            return late, not self._seen_ready
-        problem = f"ended with {exit_words(code)}"
+        problem = late if code is None else f"ended with {exit_words(code)}"
         if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
             problem += (": the kernel ran out of memory while it ran"
                         if oom_kills is not None and (read_oom_kills() or 0) > oom_kills else
                         ": somebody ended it, or the system for lack of memory")
-        return problem, False
+        if not self._stopping:
+            self._enter(ChildState.BACKOFF, "warning", said="",
+                        message=f"{self.spec.name} {problem}")
+        self._end(self.spec.stop_grace_s if code is None else 0.0)
+        return problem, code is None and not self._seen_ready
 
     def _spawn(self) -> None:
         """Raises: UsageError where another try would come to the same; OSError."""
         import subprocess
+        self._known, self._process = {}, None
         for host, port in self.spec.ports:
             if is_taken(host, port):
                 raise UsageError(f"cannot be started: {host_port(host, port)} is taken by another "
                                  "program", "End that one, or choose another port")
-        self._mark = "B9AGENT_CHILD=" + os.urandom(16).hex()
-        self._known, self._process = {}, None
+        mark = os.urandom(16).hex()
+        self._mark = "B9AGENT_CHILD=" + mark
         # Written before there is a process: if we are killed now, its mark is known.
-        self._write_pidfile({})
-        name, _, value = self._mark.partition("=")
+        self._write_pidfile([])
         try:
             self._process = subprocess.Popen(
                 self.spec.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0,
                 stderr=subprocess.STDOUT, cwd=self.spec.cwd, start_new_session=True,
-                env=dict(clean_environment(), **self.spec.environment, **{name: value}))
+                env=dict(clean_environment(), **self.spec.environment, B9AGENT_CHILD=mark))
         except (OSError, ValueError) as error:
             remove_file(self._pidfile)
             if isinstance(error, (FileNotFoundError, PermissionError, ValueError)):
@@ -5698,21 +5504,30 @@ class Child:
                                  + str(getattr(error, "strerror", error))) from error
             raise
         self._eof_s = 0.0
-        self._write_pidfile(self._look() or {})
+        self._remember()
         self.snapshot = self._changed(ChildState.STARTING, pid=self._process.pid, message="",
                                       log_path=self.output.open(self._process.pid))
         self._tell("info")
 
-    def _write_pidfile(self, family: Table) -> None:
+    def _write_pidfile(self, rows: Sequence[Tuple[int, str, str]]) -> None:
+        self._written = rows
         record = {"pid": self._process and self._process.pid, "mark": self._mark,
                   "argv": [REDACTOR.scrub(word) for word in self.spec.argv],
-                  "ports": self.spec.ports,
-                  "processes": [(row.pid, row.start, read_command(row)) for row in family.values()]}
+                  "ports": self.spec.ports, "processes": rows}
         try:
             make_private_folder(os.path.dirname(self._pidfile))
             write_atomic(self._pidfile, json.dumps(record) + "\n")
         except (OSError, UsageError) as error:
             self._log("warning", "child", name=self.spec.name, what=f"no pidfile: {error}")
+
+    def _remember(self) -> Table:
+        """Its processes, written down for the next agent: a program may hide its mark, for it may
+        write its title there."""
+        family = self._look() or {}
+        rows = [(row.pid, row.start, read_command(row)) for row in family.values()][:200]
+        if rows != self._written:
+            self._write_pidfile(rows)
+        return family
 
     def _look(self) -> Optional[Table]:
         """Its processes.  Those once seen are known even when they leave group and parent."""
@@ -5756,33 +5571,31 @@ class Child:
 
     def _await_ready(self) -> str:
         """"" once it is ready, has ended or shall stop; else which limit it has passed."""
-        spec, began_s, due_s, probe = self.spec, now_s(), 0.0, Probe(False)
+        spec, due_s, probe = self.spec, 0.0, Probe(False)
         answers: List[Probe] = []
-        motion = _Motion(spec.stall_limit_s, lambda: read_effort(self._look() or {}))
+        motion = _Motion(min(2.0, spec.stall_limit_s / 4), lambda: read_effort(self._remember()))
         while self._process.poll() is None and not self._stopping:
             # Each question in a thread of its own, that ends with the answer: a probe may block.
             if now_s() >= due_s and not (self._prober and self._prober.is_alive()):
-                due_s = now_s() + min(0.5, 0.05 + (now_s() - began_s) / 10)
+                due_s = now_s() + min(0.5, 0.05 + motion.all_s / 10)
                 self._prober = threading.Thread(target=self._ask, args=(answers,), daemon=True,
                                                 name=f"child-{spec.name}-probe")
                 self._prober.start()
             probe = answers.pop() if answers else probe
-            if probe.ready:
-                return self._became_ready()
+            if probe.ready and self._process.poll() is None:  # else it was somebody else's answer
+                self._remember()
+                self._ready_s, self._seen_ready = now_s(), True
+                self._enter(ChildState.RUNNING, said="")
+                break
             if probe.said != self.snapshot.said:
                 self._enter(ChildState.STARTING, said=probe.said)
-            if motion.stalled((probe.progress, self.output.received_bytes)):
-                return f"was not ready, and nothing moved for {spec.stall_limit_s:g} s"
-            if now_s() - began_s > spec.ready_limit_s:
-                return f"was not ready within {spec.ready_limit_s:g} s"
+            motion.note((probe.progress, self.output.received_bytes))
+            said = f"; last it was: {probe.said}" if probe.said else ""
+            if motion.quiet_s > spec.stall_limit_s:
+                return f"was not ready, and nothing moved for {spec.stall_limit_s:g} s{said}"
+            if motion.all_s > spec.ready_limit_s:
+                return f"was not ready within {spec.ready_limit_s:g} s{said}"
             self._pump(0.05)
-        return ""
-
-    def _became_ready(self) -> str:
-        if self._process.poll() is None:  # else it was somebody else who answered
-            self._write_pidfile(self._look() or {})
-            self._ready_s, self._seen_ready = now_s(), True
-            self._enter(ChildState.RUNNING, said="")
         return ""
 
     def _end(self, grace_s: float) -> None:
@@ -5815,8 +5628,7 @@ class Child:
 
 
 class Leftover(NamedTuple):
-    """A child of an agent that was killed.  pid: 0 where it was not known yet.  known: {pid: (start,
-    command)}."""
+    """A killed agent's child.  pid: 0 where there was none yet.  known: {pid: (start, command)}."""
     pid: int
     mark: str
     known: Dict[int, Tuple[str, str]]
@@ -5855,7 +5667,8 @@ def _end_leftover(path: str, left: Leftover, log: Log,
         table = processes(left.mark)
         return None if table is None else leftover_family(table, left, seen)
 
-    problem = end_processes(look, LEFTOVER_GRACE_S, lambda s: select.poll().poll(s * 1000), left.pid)
+    pause = lambda wait_s: select.poll().poll(wait_s * 1000)
+    problem = end_processes(look, LEFTOVER_GRACE_S, pause, left.pid)
     if seen or problem:
         log("error" if problem else "warning", "leftover", file=os.path.basename(path),
             what=problem or "ended what a killed agent had left", pids=" ".join(map(str, seen)))
@@ -5934,57 +5747,41 @@ class Tensor(NamedTuple):
 
 
 HEADER_MAX_BYTES, HEADER_LIMIT_S = 256 << 20, 30.0
-_MAX_TENSORS, _MAX_FILES, _JSON_MAX_BYTES = 1 << 18, 1000, 32 << 20
+_MAX_TENSORS, _JSON_MAX_BYTES = 1 << 18, 32 << 20
 _FETCH_AGAIN = "Fetch it again: it did not come whole, or is damaged"
 _GIVE_MODEL = "Give a GGUF file, a safetensors file, or the folder of one model"
 
 
-class ModelFile:
-    """The front of a file, read in order.  A context manager."""
+class ModelFile(io.BufferedReader):
+    """The front of a file, read in order.  Raises UsageError, and OSError as any file does."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.at, self.order = path, 0, "little"
+        super().__init__(io.FileIO(path, opener=lambda name, flags: os.open(
+            name, flags | os.O_NONBLOCK)), 1 << 16)  # without the flag a FIFO would hold us
+        status = os.fstat(self.fileno())
+        self.path, self.at, self.size, self.order = path, 0, status.st_size, "little"
         self._until_s = now_s() + HEADER_LIMIT_S
-        try:  # a FIFO would hold us at open()
-            self._handle = open(path, "rb", 1 << 16, opener=lambda name, flags: os.open(
-                name, flags | os.O_NONBLOCK))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
-                             "Check that it is there, whole, and that you may read it") from error
-        status = os.fstat(self._handle.fileno())
-        self.size = status.st_size
         if not stat.S_ISREG(status.st_mode) or not self.size:
-            self._handle.close()
+            self.close()
             raise UsageError(f"{path} is no file, or an empty one", _GIVE_MODEL)
 
-    def __enter__(self) -> "ModelFile":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._handle.close()
-
     def wrong(self, what: str) -> UsageError:
-        return UsageError(f"{self.path}, byte {self.at}: {printable(what)}", _FETCH_AGAIN)
+        return UsageError(printable(f"{self.path}, byte {self.at}: {what}"), _FETCH_AGAIN)
 
     def skip(self, count: int) -> None:
         if count > self.size - self.at:
             raise self.wrong(f"{count} bytes should follow, there are {self.size - self.at}")
         self.at += count
-        self._handle.seek(self.at)
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.at:
-            self.skip(count)
-        if self.at + count > HEADER_MAX_BYTES or now_s() > self._until_s:
+        self.seek(self.at)
+        self.skip(count)
+        if self.at > HEADER_MAX_BYTES or now_s() > self._until_s:
             raise self.wrong(f"a header of more than {HEADER_MAX_BYTES >> 20} MiB, or one that "
                              f"took longer than {HEADER_LIMIT_S:g} s to read")
-        try:
-            found = self._handle.read(count)
-        except OSError as error:
-            raise self.wrong(f"cannot be read: {error.strerror}") from error
+        found = self.read(count) or b""
         if len(found) < count:
             raise self.wrong("the file became shorter while it was read")
-        self.at += count
         return found
 
     def integer(self, size: int, signed: bool = False) -> int:
@@ -5998,12 +5795,11 @@ class ModelFile:
         return self.take(length).decode("utf-8", "replace")
 
     def check(self, tensors: Sequence[Tensor]) -> None:
-        """The weights begin here, they are all there, and no tensors share a byte or a name."""
-        end, names = 0, set()
-        for tensor in sorted(tensors, key=lambda tensor: tensor.begin):
-            if tensor.name in names or tensor.begin < end:
-                raise self.wrong(f"the tensor {tensor.name[:80]} comes twice, or overlaps another")
-            names.add(tensor.name)
+        """The weights begin here; all are there, and no two tensors share a byte."""
+        end = 0
+        for tensor in sorted(tensors, key=lambda one: (one.begin, one.size_bytes or 0)):
+            if tensor.begin < end:
+                raise self.wrong(f"the tensor {tensor.name[:80]} overlaps another")
             end = tensor.begin + (tensor.size_bytes or 0)
         if end > self.size - self.at:
             raise self.wrong(f"{end} bytes of weights should follow, there are "
@@ -6083,6 +5879,22 @@ def _shape(fields: Dict[str, Any], name: str) -> Dict[str, Any]:
     return found
 
 
+def _read_parts(files: Sequence[str], read: Callable[[str], Tuple[Dict, List[Tensor], int]]
+                ) -> Tuple[Dict[str, Any], List[Tensor], int]:
+    """(metadata of the first, tensors, bytes of weights) of all the files of a model."""
+    metadata, tensors, weights_bytes, until_s = None, [], 0, now_s() + 4 * HEADER_LIMIT_S
+    for path in files:
+        found, more, size_bytes = read(path)
+        metadata = found if metadata is None else metadata
+        tensors, weights_bytes = tensors + more, weights_bytes + size_bytes
+        if len(tensors) > _MAX_TENSORS or now_s() > until_s:
+            raise UsageError(f"{path}: more than {_MAX_TENSORS} tensors so far, or more than "
+                             f"{4 * HEADER_LIMIT_S:g} s to read them", _GIVE_MODEL)
+    if not tensors or len({tensor.name for tensor in tensors}) < len(tensors):
+        raise UsageError(f"{files[0]} has no tensors, or one of them comes twice", _FETCH_AGAIN)
+    return metadata or {}, tensors, weights_bytes
+
+
 def _most_used(tensors: Sequence[Tensor]) -> str:
     """The type of most values."""
     counted: Dict[str, int] = collections.Counter()
@@ -6131,7 +5943,7 @@ def _gguf_value(file: ModelFile) -> Any:
     listed = kind == _GGUF_ARRAY
     if listed:
         kind, count = file.integer(4), file.integer(8)
-    if kind == _GGUF_TEXT and listed:  # a vocabulary of 250,000
+    if kind == _GGUF_TEXT:  # a vocabulary of 250,000
         for _ in range(count):
             file.skip(file.integer(8))
         return None
@@ -6185,13 +5997,10 @@ def _read_gguf(path: str) -> Tuple[Dict[str, Any], List[Tensor], int]:
 
 
 def _gguf_facts(path: str, files: Sequence[str]) -> ModelFacts:
-    metadata, tensors, weights_bytes = _read_gguf(files[0])
-    for part in files[1:]:
-        _, more, size_bytes = _read_gguf(part)
-        tensors, weights_bytes = tensors + more, weights_bytes + size_bytes
+    metadata, tensors, weights_bytes = _read_parts(files, _read_gguf)
     parts = _number(metadata.get("split.count"), 1 << 16) or len(files)
-    if not tensors or parts != len(files):
-        raise UsageError(f"{path} has {len(tensors)} tensors, in {len(files)} of {parts} files",
+    if parts != len(files):
+        raise UsageError(f"{path} is part of a model in {parts} files",
                          "Give a file …-00001-of-0000N.gguf with the others beside it")
 
     def say(key: str) -> Optional[str]:
@@ -6228,8 +6037,9 @@ _CONFIG_FIELDS = (
     ("attention.shared_kv_layers", "num_kv_shared_layers"),
     ("full_attention_interval", "full_attention_interval"),
     ("context_length", "max_position_embeddings n_positions max_seq_len seq_length"),
-    ("ssm.state_size", "linear_key_head_dim"), ("ssm.group_count", "linear_num_key_heads"),
-    ("ssm.conv_kernel", "linear_conv_kernel_dim"))
+    ("ssm.state_size", "linear_key_head_dim mamba_d_state"),
+    ("ssm.group_count", "linear_num_key_heads mamba_n_groups"),
+    ("ssm.conv_kernel", "linear_conv_kernel_dim mamba_d_conv"))
 
 
 def _config_shape(config: Dict[str, Any]) -> Dict[str, Any]:
@@ -6241,22 +6051,25 @@ def _config_shape(config: Dict[str, Any]) -> Dict[str, Any]:
     if config.get("use_sliding_window") is False:
         fields.pop("attention.sliding_window", None)
     if isinstance(config.get("layer_types"), list):
-        kinds, some = config["layer_types"][:4096], fields.get("attention.head_count_kv")
-        every = _number(config.get("num_global_key_value_heads")) or some
-        fields["attention.head_count_kv"] = [
-            every if kind == "full_attention" else
-            some if kind in ("sliding_attention", "chunked_attention") else 0 for kind in kinds]
-        fields["attention.sliding_window_pattern"] = [kind != "full_attention" for kind in kinds]
-        fields["full_attention_interval"] = 1
-    inner = [_number(config.get(f"linear_{key}"), 1 << 20)
-             for key in ("num_value_heads", "value_head_dim")]
-    fields["ssm.inner_size"] = None if None in inner else inner[0] * inner[1]
-    rope, context = config.get("rope_scaling"), _number(fields.get("context_length"))
+        kinds, some = list(map(_name, config["layer_types"][:4096])), fields.get(
+            "attention.head_count_kv", fields.get("attention.head_count"))
+        local = [bool(re.match("sliding|chunked", kind or "")) for kind in kinds]
+        whole = _number(config.get("num_global_key_value_heads")) or some
+        fields.update({"attention.sliding_window_pattern": local, "full_attention_interval": 1,
+                       "attention.head_count_kv": [
+                           0 if re.match("linear|mamba|conv|recurrent", kind or "")
+                           else some if near else whole for kind, near in zip(kinds, local)]})
+    for one, other in (("linear_num_value_heads", "linear_value_head_dim"),
+                       ("mamba_n_heads", "mamba_d_head")):
+        if _number(config.get(one), 1 << 20) and _number(config.get(other), 1 << 20):
+            fields["ssm.inner_size"] = config[one] * config[other]
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    context = _number(fields.get("context_length"))
     if context and isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn":
         factor, made_for = rope.get("factor"), rope.get("original_max_position_embeddings")
         if isinstance(factor, (int, float)) and 1 <= factor <= 1024:
             fields["context_length"] = max(context, int((_number(made_for) or 0) * factor))
-    return _shape(fields, str(config.get("model_type")))
+    return _shape(fields, _name(config.get("model_type")) or "")
 
 
 def _unique(pairs: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -6267,19 +6080,16 @@ def _unique(pairs: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 def _take_json(file: ModelFile, length: int) -> Dict[str, Any]:
-    """A million values at most: what Python makes of them is many times as long as the text."""
+    """An object.  A million values at most, for they take more memory than their text."""
     if length > _JSON_MAX_BYTES:
         raise file.wrong(f"{length} bytes of JSON, more than {_JSON_MAX_BYTES}")
     text = file.take(length)
     try:
-        if text.count(b",") > 1 << 20:
-            raise ValueError("more than a million values")
-        value = json.loads(text.decode("utf-8"), parse_int=parse_int, object_pairs_hook=_unique)
-        if not isinstance(value, dict):
-            raise ValueError("no object")
-        return value
+        value = json.loads(text.decode("utf-8") if text.count(b",") <= 1 << 20 else "",
+                           parse_int=parse_int, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise file.wrong(f"JSON that cannot be read: {str(error)[:100]}") from error
+        raise file.wrong(f"no JSON, or too much: {str(error)[:100]}") from error
+    return value if isinstance(value, dict) else {}
 
 
 def _read_json(path: str) -> Dict[str, Any]:
@@ -6307,16 +6117,17 @@ def _safetensor(file: ModelFile, name: str, entry: Any) -> Tensor:
     return Tensor(name, kind[:20], elements, begin, end - begin)
 
 
-def _read_safetensors(path: str) -> Tuple[Dict[str, Any], List[Tensor]]:
-    """(metadata, tensors) of one file."""
+def _read_safetensors(path: str) -> Tuple[Dict[str, Any], List[Tensor], int]:
+    """(metadata, tensors, bytes of weights) of one file."""
     with ModelFile(path) as file:
         header = _take_json(file, file.integer(8))
         metadata = header.pop("__metadata__", None)
         found = [_safetensor(file, name, entry) for name, entry in header.items()]
         file.check(found)
-        if sum(tensor.size_bytes or 0 for tensor in found) < file.size - file.at:
+        weights_bytes = sum(tensor.size_bytes or 0 for tensor in found)
+        if weights_bytes < file.size - file.at:
             raise file.wrong("weights that belong to no tensor")
-        return metadata if isinstance(metadata, dict) else {}, found
+        return metadata if isinstance(metadata, dict) else {}, found, weights_bytes
 
 
 def _quantization(config: Dict[str, Any]) -> Optional[str]:
@@ -6324,12 +6135,14 @@ def _quantization(config: Dict[str, Any]) -> Optional[str]:
     found = config.get("quantization_config") or config.get("quantization")
     if not isinstance(found, dict):
         return None
-    method = (_name(found.get("quant_method")) or _name(found.get("quant_algo")) or "MLX")
+    method = _name(found.get("quant_algo")) or _name(found.get("quant_method")) or "MLX"
     method = method.upper() if len(method) < 9 else method
-    # Compressed-tensors has groups, each with its own bits.
-    bits = re.search("""'(?:bits|w_bit|num_bits)': ([0-9]{1,2})\\b""", str(found)[:4096])
-    bits = bits.group(1) if bits else "4" if found.get("load_in_4bit") is True else None
-    return f"{method} {bits}-bit" if bits and "FP" not in method else method
+    for key in ("config_groups", "group_0", "weights"):  # of compressed-tensors
+        found = found[key] if isinstance(found.get(key), dict) else found
+    bits = [_number(found.get(key), 16) for key in ("bits", "w_bit", "num_bits")]
+    bits.append(4 if found.get("load_in_4bit") is True else None)
+    count = next(filter(None, bits), None)
+    return f"{method} {count}-bit" if count and "FP" not in method else method
 
 
 def _front_matter(folder: str, key: str) -> Optional[str]:
@@ -6345,21 +6158,17 @@ def _front_matter(folder: str, key: str) -> Optional[str]:
 def _safetensors_facts(path: str, files: Sequence[str]) -> ModelFacts:
     folder = os.path.dirname(files[0]) or "."
     config = _read_json(os.path.join(folder, "config.json"))
-    inner, metadata, tensors = config.get("text_config"), {}, []
-    for part in files:
-        metadata, more = _read_safetensors(part)
-        tensors += more
-    if not tensors or len({tensor.name for tensor in tensors}) < len(tensors):
-        raise UsageError(f"{path} has no tensors, or some of them twice", _FETCH_AGAIN)
+    metadata, tensors, weights_bytes = _read_parts(files, _read_safetensors)
     quantization, classes = _quantization(config), config.get("architectures")
     packed = quantization and any(re.match("[IU][0-9]", tensor.kind) for tensor in tensors)
     mlx = metadata.get("format") == "mlx" or isinstance(config.get("quantization"), dict)
     license_name = _front_matter(folder, "license") or _name(config.get("license"))
+    inner = config.get("text_config")
     return ModelFacts(
         model_name(path), path, "mlx" if mlx else "safetensors",
         _name(classes[0] if isinstance(classes, list) and classes else config.get("model_type")),
         None if packed else sum(tensor.elements for tensor in tensors),
-        quantization or _most_used(tensors), sum(tensor.size_bytes or 0 for tensor in tensors),
+        quantization or _most_used(tensors), weights_bytes,
         license=license_name == "other" and _front_matter(folder, "license_name") or license_name,
         base_model=_front_matter(folder, "base_model"), files=tuple(files),
         **_config_shape(dict(config, **inner) if isinstance(inner, dict) else config))
@@ -6369,17 +6178,17 @@ def _safetensors_facts(path: str, files: Sequence[str]) -> ModelFacts:
 
 # What people have in place of a model, by how it begins.
 _OTHER_FILES = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file", "Run: git lfs pull"),
-    (b"PK\3\4", "is a PyTorch file, which can run code", "Convert it to safetensors"),
-    (b"\x80", "is a Python pickle, which can run code", "Convert it to safetensors"),
-    (b"<", "is a web page", "Fetch the file itself: its address has /resolve/, not /blob/"))
+    (b"version https://git-lfs", "a Git LFS pointer, not the file", "Run: git lfs pull"),
+    (b"PK\3\4|\x80", "a PyTorch file, which can run code", "Convert it to safetensors"),
+    (b"<", "a web page", "Fetch the file itself: its address has /resolve/, not /blob/"),
+    (b"", "neither GGUF nor safetensors", _GIVE_MODEL))
 
 
 def _parts(path: str) -> List[str]:
-    """All files of a model that is in parts, from the path of any; or [path]."""
-    match = re.fullmatch(r"(.*-)[0-9]{5}-of-([0-9]{5})(\.gguf|\.safetensors)", path, re.DOTALL)
-    count = min(int(match.group(2)), _MAX_FILES) if match else 0
-    return [f"{match.group(1)}{number:05d}-of-{match.group(2)}{match.group(3)}"
+    """All files of a model that is in parts (1999 at most), from the path of any; or [path]."""
+    match = re.fullmatch(r"(.*-)[0-9]{5}-(of-0[01][0-9]{3}\.(?:gguf|safetensors))", path, re.DOTALL)
+    count = int(match.group(2)[3:8]) if match else 0
+    return [f"{match.group(1)}{number:05d}-{match.group(2)}"
             for number in range(1, count + 1)] or [path]
 
 
@@ -6387,8 +6196,8 @@ def _model_files(folder: str) -> List[str]:
     """Of the model in a folder: safetensors (those of its index, where it has one) before GGUF."""
     index = _read_json(os.path.join(folder, "model.safetensors.index.json")).get("weight_map")
     if isinstance(index, dict) and index:
-        names = sorted({os.path.basename(str(name)) for name in index.values()})
-        return [os.path.join(folder, name) for name in names[:_MAX_FILES]]
+        names = sorted({os.path.basename(_name(name) or "") for name in index.values()})
+        return [os.path.join(folder, name) for name in names]
     models: Any = ()
     for ending in (".safetensors", ".gguf"):
         models = models or {tuple(_parts(os.path.join(folder, name)))
@@ -6402,21 +6211,24 @@ def _model_files(folder: str) -> List[str]:
 
 def read_model(path: str) -> ModelFacts:
     """What a GGUF file (or one of its parts), a safetensors file or the folder of a model says of
-    itself; of its weights no byte is used.
+    itself; its weights are not looked at.
 
     Raises: UsageError, with the file, the place in it, and what mends it.
     """
-    files = _model_files(path) if os.path.isdir(path) else _parts(path)
-    with ModelFile(files[0]) as file:
-        front = file.take(min(file.size, 24))
-    if front.startswith(b"GGUF"):
-        return _gguf_facts(path, files)
-    for begin, what, mend in _OTHER_FILES:
-        if front.startswith(begin) and front[8:9] != b"{":
-            raise UsageError(f"{files[0]} {what}", mend)
-    if front[8:9] != b"{":
-        raise UsageError(f"{files[0]} is neither GGUF nor safetensors", _GIVE_MODEL)
-    return _safetensors_facts(path, files)
+    try:
+        files = _model_files(path) if os.path.isdir(path) else _parts(path)
+        with ModelFile(files[0]) as file:
+            front = file.take(min(file.size, 24))
+        if front.startswith(b"GGUF"):
+            return _gguf_facts(path, files)
+        for begin, what, mend in _OTHER_FILES:
+            if re.match(begin, front) and front[8:9] != b"{":
+                raise UsageError(f"{files[0]} is {what}", mend)
+        return _safetensors_facts(path, files)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise UsageError(f"cannot read {getattr(error, 'filename', None) or path}: "
+                         f"{getattr(error, 'strerror', None) or error}",
+                         "Check that it is there, whole, and that you may read it") from error
 
 
 class Fit(NamedTuple):
@@ -6470,13 +6282,14 @@ def show_bytes(count: Optional[float]) -> str:
 
 def _largest_context(facts: ModelFacts, parallel: int, bytes_per_value: float,
                      left_bytes: int) -> int:
-    """In whole blocks of 256 tokens, of what the model was made for where that is known."""
-    low, high = 0, (facts.context_tokens or 1 << 20) // 256 + 1
+    """In blocks of 256 tokens; no more than the model was made for, where that is known."""
+    most = facts.context_tokens or 1 << 20
+    low, high = 0, -(-most // 256) + 1
     while high - low > 1:
         middle = (low + high) // 2
         fits = (kv_cache_bytes(facts, middle * 256, parallel, bytes_per_value) or 0) <= left_bytes
         low, high = (middle, high) if fits else (low, middle)
-    return low * 256
+    return min(low * 256, most)
 
 
 def estimate_fit(facts: ModelFacts, available_bytes: Optional[int],
@@ -6487,7 +6300,7 @@ def estimate_fit(facts: ModelFacts, available_bytes: Optional[int],
     context_tokens: of each of `parallel` sequences; if None, what the model was made for, up to
     8192.  What is too much even without what is unknown does not fit.
     """
-    context = context_tokens or min(facts.context_tokens or 8192, 8192)
+    context = max(1, context_tokens or min(facts.context_tokens or 8192, 8192))
     parts = (facts.weights_bytes, kv_cache_bytes(facts, context, parallel, bytes_per_value),
              overhead_bytes(facts, gpus))
     known, free = sum(part or 0 for part in parts), available_bytes
@@ -6495,14 +6308,19 @@ def estimate_fit(facts: ModelFacts, available_bytes: Optional[int],
     fits = None if free is None or needed is None and known <= free else known <= free
     largest = None if free is None or needed is None else _largest_context(
         facts, parallel, bytes_per_value, free - parts[0] - parts[2])
-    advice = {None: "unknown whether it fits", True: f"fits, up to {largest} tokens would",
-              False: f"does not fit; {largest} tokens would" if largest else
-                     "does not fit, with any context"}[fits]
+    advice = "unknown whether it fits" if fits is None else "fits"
+    if fits is False:
+        advice = (f"does not fit by {show_bytes(max(known - free, 1 << 20))}"
+                  + (f"; {largest} tokens would" if largest else "; fewer tokens would not help"))
+    elif fits and largest > context:
+        advice = f"fits; up to {largest} tokens would"
     weights, cache, overhead = map(show_bytes, parts)
     shared = f" in {parallel} sequences each" if parallel > 1 else ""
     message = (f"needs {'at least ' if needed is None else ''}{show_bytes(known)} (weights "
                f"{weights}, KV cache {cache} for {context} tokens{shared}, overhead {overhead}), "
                f"{show_bytes(free)} free: {advice}")
+    if context > (facts.context_tokens or context):
+        message += f"; the model was made for {facts.context_tokens} tokens"
     return Fit(*parts, needed, free, context, fits, message, largest)
 
 
@@ -10468,7 +10286,7 @@ class Agent:
 # `service install` copies this file, writes a service definition, starts it
 # and believes in it only after the running agent has answered.  Every change
 # goes through Steps, so that a dry run prints them all and a failure undoes
-# them.  systemd, launchd and OpenRC have one class each.
+# them.  systemd, launchd and OpenRC are one Manager each.
 
 SYSTEM_STATE = "/var/lib/b9agent"
 HEALTH_LIMIT_S, STEADY_S = 30.0, 5.0
@@ -10817,8 +10635,8 @@ class Manager(NamedTuple):
     """What starts services here, as the command lines that drive it; none where there is none.
 
     enable: at every boot; restart: now; disable: neither; forget: once its definition is gone; ask:
-    whether it runs; tail: the end of its log; logs: the same, as it grows.  A line with a "-" may
-    fail; any other is tried again for patience_s.
+    whether it runs; logs: follows its log.  A line with a "-" may fail; any other is tried again
+    for patience_s.
     """
     place: Place
     enable: Tuple[str, ...] = ()
@@ -10826,7 +10644,6 @@ class Manager(NamedTuple):
     disable: Tuple[str, ...] = ()
     forget: Tuple[str, ...] = ()
     ask: str = "false"
-    tail: str = ""
     logs: str = ""
     patience_s: float = 0.0
 
@@ -10856,26 +10673,27 @@ class Manager(NamedTuple):
 
     def last_lines(self) -> str:
         import shlex
+        argv = shlex.split(self.logs.replace(" -f", " -n 20", 1))
         account = None if self.place.manager == "systemd" else self.place.account
-        return as_user(account, run_command, shlex.split(self.tail), 10.0).output
+        return as_user(account, run_command, argv, 10.0).output
 
 
 def systemd(place: Place) -> Manager:
     user = " --user" if place.scope == "user" else ""
     if user:  # missing after su and in cron
         os.environ.setdefault("XDG_RUNTIME_DIR", f"/run/user/{place.account.uid}")
-    control, journal, unit = f"systemctl{user}", f"journalctl{user} -u b9agent", "b9agent.service"
+    control, unit = f"systemctl{user}", "b9agent.service"
     return Manager(
         place, enable=(f"{control} daemon-reload", f"{control} enable {unit}"),
         restart=(f"{control} restart {unit}",), disable=(f"-{control} disable --now {unit}",),
         forget=(f"-{control} daemon-reload", f"-{control} reset-failed {unit}"),
         ask=f"{control} show {unit} -p MainPID,ActiveState,ExecMainCode,ExecMainStatus",
-        tail=f"{journal} -n 20 --no-pager -o cat", logs=f"{journal} -f")
+        logs=f"journalctl{user} -u b9agent -f")
 
 
 def launchd(place: Place) -> Manager:
     import shlex
-    domain, log = "system", shlex.quote(launchd_log(place))
+    domain = "system"
     if place.scope == "user":
         # Over ssh there is no gui session: a launch agent then belongs in the user's domain.
         gui = run_command(["launchctl", "print", f"gui/{place.account.uid}"], 10.0).exit_code == 0
@@ -10886,7 +10704,7 @@ def launchd(place: Place) -> Manager:
         restart=(f"-launchctl bootout {target}", f"launchctl enable {target}",
                  f"launchctl bootstrap {domain} {shlex.quote(place.definition)}",
                  f"launchctl kickstart {target}"),
-        tail=f"tail -n 20 {log}", logs=f"tail -f {log}",
+        logs="tail -f " + shlex.quote(launchd_log(place)),
         patience_s=8.0)  # `bootstrap` fails while the old job is still going away
 
 
@@ -10894,8 +10712,7 @@ def openrc(place: Place) -> Manager:
     return Manager(
         place, enable=("rc-update add b9agent default",), restart=("rc-service b9agent restart",),
         disable=("-rc-service b9agent stop", "-rc-update del b9agent"),
-        ask="rc-service b9agent status", tail="tail -n 20 /var/log/b9agent.log",
-        logs="tail -f /var/log/b9agent.log")
+        ask="rc-service b9agent status", logs="tail -f /var/log/b9agent.log")
 
 
 MANAGERS = {"systemd": systemd, "launchd": launchd, "openrc": openrc, "none": Manager}
@@ -10943,11 +10760,6 @@ def make_public_folder(path: str) -> None:
         os.chmod(path, 0o755)
 
 
-def write_public(path: str, text: str, mode: int) -> None:
-    make_public_folder(os.path.dirname(path))
-    write_atomic(path, text, mode)
-
-
 class Steps:
     """Says each change and makes it, or in a dry run only says it; undo() takes back what was
     written."""
@@ -10977,9 +10789,13 @@ class Steps:
         old = read_text(path, CODE_MAX_BYTES)
         if old == text and stat.S_IMODE(os.stat(path).st_mode) == mode:
             return False
-        self.keep(path, mode)
-        self.do(f"write {path}", write_public, path, text, mode)
+        self.do(f"write {path}", self._write, path, text, mode)
         return True
+
+    def _write(self, path: str, text: str, mode: int) -> None:
+        make_public_folder(os.path.dirname(path))
+        self.keep(path, mode)
+        write_atomic(path, text, mode)
 
     def undo(self) -> None:
         while self._undo:
@@ -11211,8 +11027,7 @@ class Installation:
         self.definition = render_definition(place, shutil.which("nvidia-modprobe") or "")
         if "rollback" in options:
             self.code = read_text(self._code_file + ".prev", CODE_MAX_BYTES)
-            self.definition = (read_text(self._record + ".prev") or read_text(self._record)
-                               or self.definition)
+            self.definition = read_text(self._record + ".prev") or self.definition
         if self.code is None:
             raise UsageError(f"there is no previous version in {place.code}")
         self.version = version_of(self.code)
@@ -11483,7 +11298,8 @@ def service_status(_loaded: Loaded, options: Dict[str, str], say: Callable[[str]
 # 20b. Doctor       reads; asks the gateway, k3s and drivers; changes nothing
 # ----------------------------------------------------------------------
 # One table of checks.  Each says what it saw and, where that is not well,
-# the command that mends it.  Every check runs in a thread of its own: one
+# the command that mends it; an AgentError that it raises is such a finding
+# as well.  Every check runs in a thread of its own: one
 # that hangs costs its row and nothing else.  A running agent is not touched,
 # and nothing is sent to the gateway that it would act upon.
 
@@ -11582,10 +11398,10 @@ def judge_clock(here_s: float, ahead_s: Optional[float], https: bool) -> Finding
 
 
 def doctor_client(loaded: Loaded) -> GatewayClient:
-    settings = loaded.settings
     refuse_default(loaded, "gateway_host")
-    return GatewayClient(gateway_endpoint(settings), settings.token or "-", settings.pool_name,
-                         Log(settings.log_format, "debug" if settings.debug else "error"),
+    settings = loaded.settings
+    log = Log(settings.log_format, "debug" if settings.debug else "error")
+    return GatewayClient(gateway_endpoint(settings), settings.token or "-", settings.pool_name, log,
                          _REQUEST_LIMIT_S)
 
 
@@ -11653,7 +11469,7 @@ _GPU_MENDS = (  # the first that fits; words of the problems above and of nvidia
     ("--gpus all", "docker run --gpus all …   # start the container again so"),
     (r"\bcontainer\b|initialize NVML: Unknown",
      "docker restart CONTAINER   # on its host; where there is none: sudo reboot"),
-    ("may not open|insufficient perm", "ls -l /dev/nvidia*   # this user must be in their group"),
+    ("no permission|insufficient perm", "ls -l /dev/nvidia*   # this user must be in their group"),
     ("not loaded|couldn't communicate",
      "sudo modprobe nvidia   # after a new kernel: reinstall the driver"),
     ("libnvidia-ml", "sudo apt install nvidia-utils-NUMBER   # NUMBER: of the driver, see "
@@ -11776,9 +11592,8 @@ def check_gateway(loaded: Loaded) -> Iterator[Finding]:
 def check_token(loaded: Loaded) -> Iterator[Finding]:
     if not loaded.settings.token:
         refuse_default(loaded, "token")
-        yield Finding("fail", "there is none", "b9agent.py init   # asks for it; it comes from: "
-                      f"beta9 machine create --pool {loaded.settings.pool_name}")
-        return
+        raise UsageError("there is none", "b9agent.py init   # asks for it; it comes from: "
+                         f"beta9 machine create --pool {loaded.settings.pool_name}")
     try:
         doctor_client(loaded).probe("register")
     except TokenRefused:
@@ -11802,8 +11617,8 @@ def check_pool(loaded: Loaded) -> Iterator[Finding]:
     if status.get("state") == "ready":
         yield ok(f"`{status.get('pool')}` has machine {status.get('machine_id')}, ready")
     elif "has no pool" in str(status.get("message")):
-        yield Finding("fail", f"`{status.get('pool')}` does not exist on the gateway",
-                      "b9agent.py init --pool POOL   # one of the gateway's configuration")
+        raise UsageError(f"`{status.get('pool')}` does not exist on the gateway",
+                         "b9agent.py init --pool POOL   # one of the gateway's configuration")
     else:
         refuse_default(loaded, "pool_name")
         yield ok(f"`{loaded.settings.pool_name}` is looked for at the first registration; "
@@ -11906,16 +11721,15 @@ def check_config(loaded: Loaded) -> Iterator[Finding]:
 def check_files(loaded: Loaded) -> Iterator[Finding]:
     from shlex import quote
     folder, user = loaded.settings.state_dir, os.geteuid()
-    above = nearest_folder(folder)
+    above, found = nearest_folder(folder), []
     if os.path.lexists(folder) and above != folder or not os.access(above, os.W_OK | os.X_OK):
-        yield Finding("fail", f"{folder} is no folder that this user can write in",
-                      f"b9agent.py run --state-dir PATH   # or: sudo chown {user} {quote(above)}")
-        return
+        raise UsageError(f"{folder} is no folder that this user can write in",
+                         "b9agent.py run --state-dir PATH   # or: sudo chown "
+                         f"{user} {quote(above)}")
     if above != folder:
         yield ok(f"{folder}, not made yet")
         return
     make_private_folder(folder)  # makes none: it looks at who owns and writes in this one
-    found = []
     for path in [folder] + [os.path.join(folder, name) for name in _PRIVATE_FILES]:
         mode = shared_mode(path)
         if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
@@ -12008,12 +11822,13 @@ def run_checks(checks: Sequence[Check], loaded: Loaded, limit_s: float) -> List[
         thread.start()
     for check, thread, rows in zip(checks, threads, found):
         thread.join(max(0.0, until_s - now_s()))
-        late = [] if not thread.is_alive() else [Finding(
-            "fail" if check.late else "warn", f"did not end within {limit_s:g} s",
-            "b9agent.py doctor --debug   # shows more", check.late)]
-        result += [finding._replace(
-            name=check.name, seen=printable(REDACTOR.scrub(finding.seen)),
-            mend=printable(REDACTOR.scrub(finding.mend))) for finding in rows[:] + late]
+        rows = rows[:]
+        if thread.is_alive():
+            rows.append(Finding("fail" if check.late else "warn", f"did not end within {limit_s:g} "
+                                "s", "b9agent.py doctor --debug   # shows more", check.late))
+        for finding in rows:
+            seen, mend = (printable(REDACTOR.scrub(text)) for text in finding[1:3])
+            result.append(finding._replace(name=check.name, seen=seen, mend=mend))
     return result
 
 

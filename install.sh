@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=5acf1cc796e6b84705f3e090778ce994e85e920bf23d3606c3ba2e059bfb469e
+  sha256=d16e6a2a002297da546b32c1c79a06e159b253e344ed011d9527641b89b6955a
 }
 
 usage() {

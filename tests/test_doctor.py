@@ -495,7 +495,7 @@ def gpu(index, vendor="nvidia", **more):
 
 
 def judged(gpus, visible=None, problem="", **changes):
-    sample = b9agent.GpuSample(tuple(gpus), gpus[0].vendor, True, 0.0, (
+    sample = b9agent.GpuSample(tuple(gpus), gpus[0].vendor, True, (
         b9agent.GpuReading("nvml", tuple(gpus), "535.1", "12.2", problem),))
     return list(b9agent.judge_gpus(sample, settings(**changes), visible))
 
@@ -522,27 +522,25 @@ def test_gpus_that_are_ill():
 
 
 @pytest.mark.parametrize("problem, mend", [
-    (b9agent._INIT_PROBLEMS[4], "ls -l /dev/nvidia*"), (b9agent._GPU_PROBLEMS[4], "ls -l /dev/nvidia*"),
-    (b9agent._INIT_PROBLEMS[9], "sudo modprobe nvidia"),
-    (b9agent._INIT_PROBLEMS[17], "docker restart"), (b9agent._GPU_PROBLEMS[17], "docker restart"),
-    (b9agent._INIT_PROBLEMS[18], "sudo reboot   # the driver was upgraded"),
-    (b9agent._INIT_PROBLEMS[999], "docker restart"), (b9agent._GPU_PROBLEMS[999], "sudo reboot"),
-    (b9agent._GPU_PROBLEMS[15], "sudo reboot"), (b9agent._GPU_PROBLEMS[16], "sudo reboot"),
+    (b9agent.nvml_problem(4), "ls -l /dev/nvidia*"), (b9agent.nvml_problem(9), "sudo modprobe nvidia"),
+    (b9agent.nvml_problem(17), "docker restart"), (b9agent.nvml_problem(999), "docker restart"),
+    (b9agent.nvml_problem(18), "sudo reboot   # the driver was upgraded"),
+    (b9agent.nvml_problem(15), "sudo reboot"), (b9agent.nvml_problem(16), "sudo reboot"),
     ("nvidia-smi: Failed to initialize NVML: Unknown Error", "docker restart"),
     ("nvidia-smi: Failed to initialize NVML: Driver/library version mismatch", "sudo reboot"),
     ("nvidia-smi: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
      "sudo modprobe nvidia"),
     ("amd-smi and rocm-smi name no GPU", "sudo usermod -aG render,video"),
     ("/opt/rocm/bin/rocm-smi ran past its time limit", "sudo dmesg"),
-    (b9agent.hidden_gpu_problem("0000:0a:00.0", {}), "sudo dmesg"),
-    (b9agent.hidden_gpu_problem("0000:0a:00.0", {"GPU Excluded": "Yes"}), "grep -rs NVreg_Excluded")])
+    ("GPU 0000:0a:00.0: the driver knows it, but NVML does not list it: see dmesg", "sudo dmesg"),
+    ("GPU 0000:0a:00.0: it is excluded (NVreg_ExcludedGpus), or broken", "grep -rs NVreg_Excluded")])
 def test_what_a_driver_says_has_the_command_that_mends_it(problem, mend):
-    assert b9agent.mend_of_gpu(problem).startswith(mend)
+    assert b9agent.gpu_problem(problem).mend.startswith(mend)
 
 
 def test_what_sources_without_a_driver_say_has_its_mend(tmp_path):
     def mend():
-        return b9agent.mend_of_gpu(b9agent.Nvidia("none.so", str(tmp_path), "").read().problem)
+        return b9agent.gpu_problem(b9agent.Nvidia("none.so", str(tmp_path), "").read().problem).mend
     (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
     (tmp_path / "proc/driver/nvidia/version").write_text("")
     assert mend().startswith("docker run --gpus all")

@@ -91,7 +91,7 @@ FULL = MetricsView(
     MachineSample(
         HostSample(12.5, 50.0, 1000, 500, 2000, 1500, 11, 12, 13, 14, 1.5, 2.5, 3.5, 4.5, 300, 30,
                    0.25, 0.5, 0.75, 86400.5),
-        GpuSample((GPU_0, GPU_1), "nvidia", True, 0.5,
+        GpuSample((GPU_0, GPU_1), "nvidia", True,
                   (GpuReading("nvml", (GPU_0,), "550.54.15", "12.4"),
                    GpuReading("amdgpu", (GPU_1,), "6.8", problem="amd: the driver does not answer"))),
         (GPU_0,),
@@ -322,7 +322,7 @@ def test_free_gpus_add_up_to_what_the_keepalive_says():
 
 def test_a_driver_that_does_not_answer_leaves_the_number_of_gpus_unknown():
     said = samples_of(NOTHING._replace(machine=MachineSample(
-        NO_HOST, GpuSample((), "nvidia", False, 400.0, (GpuReading("nvml", None, problem="hangs"),)),
+        NO_HOST, GpuSample((), "nvidia", False, (GpuReading("nvml", None, problem="hangs"),)),
         None, None)))
     assert said["b9agent_gpus_known", ()] == 0 and said["b9agent_gpu_problems", ()] == 1
     assert ("b9agent_gpus", ()) not in said
@@ -426,7 +426,7 @@ gpus = some(Gpu, st.integers(0, 9), st.sampled_from(["nvidia", "amd"]), words, w
             *[number] * 11, st.none() | truth, mig_instances,
             st.none() | st.just((GpuProcess(1, None),)), number, truth, truth, words, truth)
 gpu_lists = st.lists(gpus, max_size=4).map(tuple)
-gpu_samples = some(GpuSample, gpu_lists, words, truth, st.floats(0), st.lists(
+gpu_samples = some(GpuSample, gpu_lists, words, truth, st.lists(
     some(GpuReading, words, st.none() | gpu_lists, words, words, words), max_size=2).map(tuple))
 totals = some(EnergyTotals, *[st.floats()] * 4, number, number)
 energies = some(Energy, totals, totals, st.floats(), number, words, number, words)

@@ -588,7 +588,7 @@ def test_recorded_laptop(tmp_path):
 
 
 def xpu_figures(row):
-    return b9agent.read_figures(b9agent.XPU_SMI, row.get)
+    return b9agent.read_figures(b9agent.TOOL_FIGURES, row.get)
 
 
 def test_recorded_xpu_smi_csv():
@@ -746,7 +746,7 @@ def from_text(text):
     ("ioreg_l_m1_fake-accelerator_excerpt.txt", []), ("ioreg_IOAccelerator_intel-amd_dual.txt", [])])
 def test_recorded_ioreg_text_reads_as_the_eye_reads_it(name, expected):
     found = b9agent.parse_ioreg(from_text(recording("macos/" + name)))
-    assert [(*(b9agent.read_figures(b9agent.APPLE_FIGURES, entry["PerformanceStatistics"].get).get(field)
+    assert [(*(b9agent.read_figures(b9agent.TOOL_FIGURES, entry["PerformanceStatistics"].get).get(field)
                for field in ("utilization_pct", "memory_used_bytes")), entry.get("model"),
              entry.get("gpu-core-count")) for entry in found] == expected
     assert not b9agent.parse_ioreg(recording("macos/" + name))  # text is not what we ask for
