@@ -7780,8 +7780,8 @@ class Field(NamedTuple):
     required: bool = False
     choices: Tuple[str, ...] = ()
     max_length: int = 1000
-    minimum: Optional[float] = None
-    maximum: Optional[float] = None
+    minimum: int = -10**18
+    maximum: int = 10**18
     example: Any = None
     items: str = "string"
 
@@ -7853,17 +7853,10 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _json_int(text: str) -> int:
-    if len(text) > 20:
-        raise ValueError("a number of more than 20 digits")
-    return int(text)
-
-
-def _json_float(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), -float("inf")):
+def _json_number(text: str) -> Any:
+    if len(text) > 32 or abs(float(text)) == float("inf"):
         raise ValueError("a number out of range")
-    return value
+    return int(text) if re.fullmatch("-?[0-9]+", text) else float(text)
 
 
 def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -7890,39 +7883,35 @@ def decode_json(raw: bytes) -> Any:
             if depth > JSON_DEPTH_MAX:
                 raise ValueError(f"nested deeper than {JSON_DEPTH_MAX}")
     value = json.loads(text, object_pairs_hook=_json_pairs, parse_constant=_no_constant,
-                       parse_int=_json_int, parse_float=_json_float)
+                       parse_int=_json_number, parse_float=_json_number)
     json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
-_JSON_KINDS: Dict[str, Any] = {"string": str, "integer": int, "number": (int, float),
-                               "boolean": bool, "object": dict, "array": list}
+_JSON_KINDS: Any = {"string": str, "integer": int, "number": (int, float), "boolean": bool,
+                    "object": dict, "array": list}
 
 
 def _is_kind(value: Any, kind: str) -> bool:
-    return isinstance(value, _JSON_KINDS[kind]) and (kind == "boolean" or value is not True
-                                                     and value is not False)
+    return isinstance(value, _JSON_KINDS[kind]) and (kind == "boolean") is isinstance(value, bool)
 
 
 def field_problem(field: Field, value: Any) -> str:
     """What is wrong with a value, or nothing.
 
     >>> field_problem(Field("n", "integer", "", minimum=1), 0)
-    'must be at least 1'
+    'must be from 1 to 1000000000000000000'
     """
     if not _is_kind(value, field.kind):
         return f"must be of type {field.kind}"
     if field.kind in ("string", "array") and len(value) > field.max_length:
-        unit = "items" if field.kind == "array" else "characters"
-        return f"is longer than {field.max_length} {unit}"
+        return f"is longer than {field.max_length}"
     if field.kind == "array" and not all(_is_kind(item, field.items) for item in value):
         return f"must hold items of type {field.items}"
     if field.choices and value not in field.choices:
         return "must be one of " + ", ".join(field.choices)
-    if field.minimum is not None and value < field.minimum:
-        return f"must be at least {field.minimum:g}"
-    if field.maximum is not None and value > field.maximum:
-        return f"must be at most {field.maximum:g}"
+    if field.kind in ("integer", "number") and not field.minimum <= value <= field.maximum:
+        return f"must be from {field.minimum} to {field.maximum}"
     return ""
 
 
@@ -7977,11 +7966,6 @@ def media_type(headers: Dict[str, str]) -> str:
     'application/json'
     """
     return headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def wants(headers: Dict[str, str], content_type: str) -> bool:
-    """Whether a client asks for this kind of answer by name."""
-    return content_type in headers.get("accept", "").lower()
 
 
 # -- what is served ----------------------------------------------------
@@ -8081,8 +8065,8 @@ class Api:
             query = checked_fields(route.query, query, "query")
             fields = self._fields(route, head.headers, body)
         try:
-            return route.handler(Request(head.method, path, query, head.headers, body, caller,
-                                         fields))
+            return route.handler(
+                Request(head.method, path, query, head.headers, body, caller, fields))
         except AgentError as error:
             _, status, code = next((row for row in self.statuses if isinstance(error, row[0])),
                                    (None, 500, "failed"))
@@ -8106,22 +8090,20 @@ def _field_schema(field: Field, of_result: bool = False) -> Dict[str, Any]:
     schema: Dict[str, Any] = {"type": field.kind, "description": field.about}
     if of_result:
         return schema if field.required else dict(schema, type=[field.kind, "null"])
-    if field.kind == "integer":
-        schema.update(minimum=-10**18, maximum=10**18)
-    bounds = {"enum": list(field.choices) or None, "minimum": field.minimum,
-              "maximum": field.maximum,
-              "maxLength": field.max_length if field.kind == "string" else None,
-              "maxItems": field.max_length if field.kind == "array" else None,
-              "items": {"type": field.items} if field.kind == "array" else None,
-              "examples": None if field.example is None else [field.example]}
-    return dict(schema, **{name: value for name, value in bounds.items() if value is not None})
+    if field.kind in ("integer", "number"):
+        schema.update(minimum=field.minimum, maximum=field.maximum)
+    elif field.kind == "string":
+        schema.update(maxLength=field.max_length)
+    elif field.kind == "array":
+        schema.update(maxItems=field.max_length, items={"type": field.items})
+    schema.update({"enum": list(field.choices)} if field.choices else {})
+    return dict(schema, examples=[field.example]) if field.example is not None else schema
 
 
 def _object_schema(fields: Sequence[Field], of_result: bool = False) -> Dict[str, Any]:
-    schema = {"type": "object", "additionalProperties": of_result,
-              "properties": {field.name: _field_schema(field, of_result) for field in fields},
-              "required": [field.name for field in fields if field.required]}
-    return {name: value for name, value in schema.items() if value != []}
+    return {"type": "object", "additionalProperties": of_result,
+            "properties": {field.name: _field_schema(field, of_result) for field in fields},
+            "required": [field.name for field in fields if field.required]}
 
 
 def _operation(route: Route) -> Dict[str, Any]:
@@ -8261,32 +8243,40 @@ class _Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(0)
 
-    # -- reading and sending: all raise _Gone, and the first three HttpError --
-
-    def _more(self) -> bytes:
-        """More of a request that has begun."""
+    def _receive(self, until_s: float, begun: bool = True) -> bytes:
+        """More of a request, or the beginning of one.  Raises: HttpError, _Gone."""
         try:
-            self.sock.settimeout(_left_s(self._until_s))
+            self.sock.settimeout(_left_s(until_s))
             piece = self.sock.recv(65536)
         except socket.timeout as error:
+            if not begun:
+                raise _Gone from error
             raise HttpError(408, "too_slow", "the request did not arrive within "
                             f"{HTTP_REQUEST_LIMIT_S:g} s") from error
         except OSError as error:
             raise _Gone from error
         if not piece:
-            raise HttpError(400, "cut_off", "the request ended early")
+            raise HttpError(400, "cut_off", "the request ended early") if begun else _Gone
         return piece
 
+    def _send(self, data: bytes) -> None:
+        try:
+            self.sock.settimeout(HTTP_PEER_LIMIT_S)
+            self.sock.sendall(data)
+        except OSError as error:
+            raise _Gone from error
+
     def _read_head(self) -> RequestHead:
-        held = self._held or self._wait()
+        """Raises: HttpError, _Gone."""
+        held = self._held or self._receive(now_s() + HTTP_PEER_LIMIT_S, False)
         self._until_s = now_s() + HTTP_REQUEST_LIMIT_S
         self._unread = True
         end = held.find(b"\r\n\r\n")
         while end < 0 and len(held) <= HTTP_HEAD_MAX_BYTES:
-            held += self._more()
+            held += self._receive(self._until_s)
             end = held.find(b"\r\n\r\n")
         if not 0 <= end <= HTTP_HEAD_MAX_BYTES:
-            raise HttpError(431, "head_too_long", f"a head of more than {HTTP_HEAD_MAX_BYTES} bytes")
+            raise HttpError(431, "too_large", f"a head of more than {HTTP_HEAD_MAX_BYTES} bytes")
         self._held = held[end + 4:]
         head = parse_request_head(held[:end])
         self._unread = head.has_body
@@ -8298,28 +8288,10 @@ class _Connection:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray(self._held)
         while len(body) < length:
-            body += self._more()
+            body += self._receive(self._until_s)
         self._held = bytes(body[length:])
         self._unread = False
         return bytes(body[:length])
-
-    def _wait(self) -> bytes:
-        """The beginning of the next request."""
-        try:
-            self.sock.settimeout(HTTP_PEER_LIMIT_S)
-            piece = self.sock.recv(65536)
-        except OSError as error:
-            raise _Gone from error
-        if not piece:
-            raise _Gone
-        return piece
-
-    def _send(self, data: bytes) -> None:
-        try:
-            self.sock.settimeout(HTTP_PEER_LIMIT_S)
-            self.sock.sendall(data)
-        except OSError as error:
-            raise _Gone from error
 
     def _drop_unread(self) -> None:
         """Read away, for two seconds, a body that was answered without being read.
@@ -8327,15 +8299,12 @@ class _Connection:
         Closing on unread bytes makes the kernel reset the connection, and the answer may be lost.
         """
         until_s, left = now_s() + 2.0, HTTP_BODY_MAX_BYTES
+        self.shut(socket.SHUT_WR)
         try:
-            self.sock.shutdown(socket.SHUT_WR)
             while left > 0:
-                self.sock.settimeout(_left_s(until_s))
-                left -= len(self.sock.recv(65536)) or left
-        except OSError:
+                left -= len(self._receive(until_s))
+        except (OSError, HttpError, _Gone):
             pass  # it is closed next in any case
-
-    # -- answering ------------------------------------------------------
 
     def _answer(self, head: RequestHead) -> Response:
         """Whatever happens in it.  Raises: _Gone."""
@@ -8383,6 +8352,13 @@ class _Connection:
         self._held, self.idle_until_s = b"", now_s() + HTTP_PEER_LIMIT_S
         return True
 
+    def shut(self, how: int) -> None:
+        """From any thread."""
+        try:
+            self.sock.shutdown(how)
+        except OSError:
+            pass  # it ended by itself
+
     def _is_left(self) -> bool:
         """Whether the reader of a stream has closed his side."""
         poll = select.poll()
@@ -8397,39 +8373,31 @@ class _Connection:
         chunked = head.minor != "0"
         self._send(render_response(response, None, "Transfer-Encoding: chunked\r\n" if chunked
                                    else "Connection: close\r\n"))
-        if head.method == "HEAD":
-            return chunked
-        for piece in response.body:
+        for piece in () if head.method == "HEAD" else response.body:
             if self._server.stopping or not piece and self._is_left():
                 return False
             if piece:
                 self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        if chunked:
+        if chunked and head.method != "HEAD":
             self._send(b"0\r\n\r\n")
         return chunked and not self._unread
 
-    def _serve_stream(self, response: Response, head: RequestHead) -> bool:
-        if not self._server.streams.acquire(blocking=False):
-            full = self._api.failure(_too_many("too many streams are open", 10))
-            answer, goes_on = self._render(full, head)
-            self._send(answer)
-            return goes_on
-        try:
-            return self._stream(response, head)
-        finally:
-            self._server.streams.release()
-            getattr(response.body, "close", int)()
-
     def _serve_one(self) -> bool:
         """Whether another request may follow.  Raises: _Gone."""
-        head = RequestHead("", "", {}, "0")
+        head, streams = RequestHead("", "", {}, "0"), self._server.streams
         try:
             head = self._read_head()
             response = self._answer(head)
         except HttpError as error:
             response = self._api.failure(error)
         if hasattr(response.body, "__next__"):
-            return self._serve_stream(response, head)
+            if streams.acquire(blocking=False):
+                try:
+                    return self._stream(response, head)
+                finally:
+                    streams.release()
+                    getattr(response.body, "close", int)()
+            response = self._api.failure(_too_many("too many streams are open", 10))
         answer, goes_on = self._render(response, head)
         self._send(answer)
         if self._unread:
@@ -8554,30 +8522,24 @@ class ApiServer:
     def start(self) -> None:
         self._thread.start()
 
-    def _end_connections(self, how: int, limit_s: float) -> None:
-        with self._lock:
-            found = list(self._connections.items())
-        until_s = now_s() + limit_s
-        for connection, _ in found:
-            try:
-                connection.sock.shutdown(how)
-            except OSError:
-                pass  # it ended by itself
-        for connection, thread in found:
-            if thread is None:
-                self.left(connection)
-            else:
-                thread.join(max(0.0, until_s - now_s()))
-
     def stop(self) -> None:
         """Answers that are being made have a moment to go out."""
         self.stopping = True
         os.write(self._end_write, b"!")
         if self._thread.ident is not None:
             self._thread.join(2.0)
+        for how, limit_s in ((socket.SHUT_RD, 1.5), (socket.SHUT_RDWR, 0.5)):
+            until_s = now_s() + limit_s
+            with self._lock:
+                found = list(self._connections.items())
+            for connection, thread in found:
+                connection.shut(how)
+                if thread is None:
+                    self.left(connection)
+            for _, thread in found:
+                if thread is not None:
+                    thread.join(max(0.0, until_s - now_s()))
         self._listener.close()
-        self._end_connections(socket.SHUT_RD, 1.5)
-        self._end_connections(socket.SHUT_RDWR, 0.5)
         os.close(self._end_read)
         os.close(self._end_write)
 
@@ -8938,41 +8900,25 @@ AGENT_ERRORS: Tuple[Tuple[Any, int, str], ...] = (
     (EngineMissing, 503, "engine_missing"), (EngineConflict, 409, "conflict"),
     (ModelError, 502, "model_failed"), (EngineError, 502, "engine_failed"))
 
-STATUS_FIELDS = (
-    Field("status", "string", "state of the membership, as the predecessor named it", True),
-    Field("machine_id", "string", "this machine's id", True),
-    Field("pool", "string", "the pool that it is in", True),
-    Field("uptime_seconds", "number", "how long the agent runs", True),
-    Field("cpu_percent", "number", "busy share of the processors"),
-    Field("memory_percent", "number", "share of memory in use"),
-    Field("gpu_count", "integer", "GPUs that are offered"),
-    Field("state", "string", "state of the membership", True),
-    Field("message", "string", "of the last failure", True),
-    Field("version", "string", "of the agent", True),
-    Field("pid", "integer", "of the agent", True),
-    Field("gateway", "string", "its URL", True),
-    Field("hostname", "string", "as the gateway is told", True),
-    Field("provider", "string", "as the gateway is told", True),
-    Field("state_seconds", "number", "how long it is in this state", True),
-    Field("last_keepalive", "string", "when the last one was accepted, UTC"),
-    Field("last_keepalive_seconds_ago", "number", "the same"),
-    Field("keepalives", "integer", "accepted", True),
-    Field("registrations", "integer", "accepted", True),
-    Field("failures", "integer", "requests in a row that failed", True),
-    Field("network_received_bytes", "integer", "by this machine"),
-    Field("network_sent_bytes", "integer", "by this machine"),
-    Field("clock_offset_seconds", "number", "our clock less the gateway's"),
-    Field("host", "object", "what the machine is, and how it was at the last keepalive", True),
-    Field("gpus", "array", "what is known of each GPU", True, items="object"),
-    Field("gpu_problems", "array", "of GPUs and their drivers", True),
-    Field("energy", "object", "used, and its emissions", True),
-    Field("inference_status", "string", "stopped, starting, running or error", True),
-    Field("inference_port", "integer", "of the engine"),
-    Field("running_jobs", "integer", "worker pods of this machine", True),
-    Field("total_jobs", "integer", "the same, with those that ended", True),
-    Field("inference", "object", "as GET /inference/status", True),
-    Field("metrics", "object", "as the last keepalive had them", True),
-)
+
+def fields_of(*rows: Tuple[str, str]) -> Tuple[Field, ...]:
+    """Fields of an answer, from (kind, names).  Those that may be unknown have none of the "!"; an
+    array is one of objects."""
+    return tuple(Field(name, kind.rstrip("!"), name.replace("_", " "), kind.endswith("!"),
+                       items="object" if kind.startswith("array") else "string")
+                 for kind, names in rows for name in names.split())
+
+
+STATUS_FIELDS = fields_of(
+    ("string!", "status machine_id pool state message version gateway hostname provider "
+                "inference_status"),
+    ("number!", "uptime_seconds state_seconds"),
+    ("integer!", "pid keepalives registrations failures running_jobs total_jobs"),
+    ("object!", "host energy metrics inference"), ("array!", "gpus"),
+    ("string", "last_keepalive"),
+    ("number", "cpu_percent memory_percent last_keepalive_seconds_ago clock_offset_seconds"),
+    ("integer", "gpu_count network_received_bytes network_sent_bytes inference_port"),
+) + (Field("gpu_problems", "array", "of GPUs and their drivers", True),)
 
 
 def agent_routes(status: Callable[[], Dict[str, Any]],
@@ -9128,7 +9074,7 @@ class ControlApi(Api):
         return "control"
 
     def _logs(self, request: Request) -> Response:
-        ring, is_json = self.log.kept, wants(request.headers, "application/x-ndjson")
+        ring, is_json = self.log.kept, "x-ndjson" in request.headers.get("accept", "")
         kind = "application/x-ndjson" if is_json else "text/plain; charset=utf-8"
         number = ring.last - request.query.get("lines", 100)
 

@@ -3,6 +3,7 @@ import http.client
 import json
 import socket
 import stat
+import urllib.request
 
 import pytest
 
@@ -19,6 +20,17 @@ class Control:
         self.host, self.port = match.group(1).strip("[]"), int(match.group(2))
         self.program, self.state = program, state
         self.token = (state / "control.token").read_text().strip()
+
+    def get(self, path, headers=None):
+        """An answer that is still to be read; a context manager."""
+        url = "http://%s:%d%s" % (self.host, self.port, path)
+        sent = dict({"Authorization": "Bearer " + self.token}, **(headers or {}))
+        return urllib.request.urlopen(urllib.request.Request(url, headers=sent), timeout=30)
+
+    def read(self, path, headers=None):
+        """(content type, body)."""
+        with self.get(path, headers) as reply:
+            return reply.headers["Content-Type"], reply.read()
 
     def call(self, method, path, headers=None, body=None):
         """(status, JSON, answer).  With the token, unless headers say otherwise; None sends none."""
@@ -166,3 +178,70 @@ def test_once_opens_no_port_and_writes_no_address(home, hostile):
                      BETA9_TOKEN=TOKEN)
     assert done.code == 0 and "listening" not in done.err
     assert not [path for path in tree(home) if "control" in path]
+
+
+# -- logs, events, openapi ---------------------------------------------------------
+
+def test_logs_are_the_newest_lines_as_text_or_json(control):
+    kind, body = control.read("/logs?lines=2")
+    lines = body.decode().splitlines()
+    assert kind == "text/plain; charset=utf-8"
+    assert len(lines) == 2 and lines[-1] in control.program.lines()
+    kind, body = control.read("/logs", {"Accept": "application/x-ndjson"})
+    records = [json.loads(line) for line in body.splitlines()]
+    assert kind == "application/x-ndjson"
+    assert {"listening", "started", "ready"} <= {record["event"] for record in records}
+    assert control.read("/logs?lines=0")[1] == b""
+    for query in ("lines=-1", "lines=1001", "lines=x", "follow=yes", "level=debug"):
+        assert control.call("GET", "/logs?" + query)[0] == 400
+
+
+def test_the_log_can_be_followed(control, hostile):
+    with control.get("/logs?follow=true&lines=1", {"Accept": "application/x-ndjson"}) as reply:
+        first = json.loads(reply.readline())
+        hostile.fault = "unauthorized"
+        following = json.loads(reply.readline())
+    assert following["time"] >= first["time"] and following["level"] in ("warning", "error")
+
+
+def event(reply):
+    lines = []
+    while not lines or lines[-1]:
+        lines.append(reply.readline().decode().rstrip("\n"))
+    return dict(line.split(": ", 1) for line in lines[:-1])
+
+
+def test_events_tell_of_states_and_can_be_resumed(control, hostile):
+    with control.get("/events") as stream:
+        assert stream.headers["Content-Type"] == "text/event-stream"
+        hostile.fault = "unauthorized"
+        found = [event(stream)]
+        while found[-1]["event"] != "state":
+            found.append(event(stream))
+    assert json.loads(found[-1]["data"])["state"] == "refused"
+    with control.get("/events", {"Last-Event-ID": str(int(found[0]["id"]) - 1)}) as again:
+        assert [event(again) for _ in found] == found
+    with control.get("/events?since=0") as everything:
+        assert int(event(everything)["id"]) < int(found[0]["id"])
+
+
+def test_no_secret_is_in_logs_or_events(control, hostile):
+    hostile.fault = "unauthorized"
+    control.program.wait_line(r"refused")
+    text = control.read("/logs")[1].decode()
+    assert "refused" in text and TOKEN not in text and control.token not in text
+
+
+def test_openapi_describes_every_route_and_every_status_field(control):
+    status, document, _ = control.call("GET", "/openapi.json")
+    assert (status, document["openapi"]) == (200, "3.1.0")
+    assert set(document["paths"]) == {"/health", "/status", "/metrics", "/logs", "/events", "/openapi.json"}
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            assert operation["summary"] and {"200", "400", "429", "500"} <= set(operation["responses"])
+            assert (operation.get("security") == []) == (path == "/health")
+            for response in operation["responses"].values():
+                name = response.get("$ref", "").rpartition("/")[2]
+                assert not name or name in document["components"]["responses"]
+    fields = document["paths"]["/status"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert set(fields["properties"]) == set(control.call("GET", "/status")[1])
