@@ -1138,6 +1138,8 @@ def decode(raw, struct_name):
                 raise Refused(400, "json: cannot unmarshal %s into Go struct field %s.%s of type %s"
                               % (go_kind(plain[key]), struct_name, name, kind))
             fields[name] = plain[key]
+            if name == "keep_alive":
+                keep_alive_of(plain[key])
     return fields
 
 
