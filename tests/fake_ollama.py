@@ -837,12 +837,12 @@ class Runner:
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port))
 
-    def answers(self):
-        """Whether it is loaded, within 20 ms."""
+    def answers(self, limit_s=0.02):
+        """Whether it is loaded."""
         try:
             with self.connect() as connection:
                 connection.sendall(b"{}\n")
-                return bool(select.select([connection], [], [], 0.02)[0]) and \
+                return bool(select.select([connection], [], [], limit_s)[0]) and \
                     bool(connection.recv(10))
         except OSError:
             return False
@@ -926,6 +926,12 @@ class Scheduler:
                 return None
             runner.refs += 1
             runner.turn += 1
+        good = runner.answers(2)  # as Ollama asks llama-server's /health
+        with self.lock:
+            if not good:
+                runner.refs -= 1
+                runner.kill()
+                return None
             if keep_alive is not None:
                 runner.keep_alive = keep_alive
             return runner
