@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -238,6 +239,40 @@ def test_create_quantizes_what_is_not_quantized_yet(any_ollama):
     status, _, text = any_ollama.ask("POST", "/api/create", {
         "model": "x", "from": "tiny", "quantize": "nope"})
     assert status == 500 and "supported types are F32, F16, Q4_K_S, Q4_K_M, Q8_0" in text
+
+
+def test_safetensors_are_converted(any_ollama, tmp_path):
+    if isinstance(any_ollama, RealOllama):
+        folder = engines.tiny_safetensors()
+    else:
+        folder = tmp_path
+        (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+        (folder / "model.safetensors").write_bytes(bytes(50000))
+    files = {}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        with open(os.path.join(str(folder), name), "rb") as handle:
+            raw = handle.read()
+        files[name] = "sha256:" + hashlib.sha256(raw).hexdigest()
+        assert any_ollama.ask("POST", "/api/blobs/" + files[name], raw=raw)[0] in (200, 201)
+    status, _, lines = any_ollama.lines("/api/create", {
+        "model": "made", "files": files, "quantize": "q8_0"})
+    said = [line["status"] for line in lines if "quantizing" not in line["status"]]
+    assert status == 200 and [re.sub(" layer sha256:.*", "", one) for one in said] == [
+        "converting model", "verifying conversion", "creating new",
+        "using autodetected template chatml", "creating new", "writing manifest", "success"]
+    shown = any_ollama.client.show("made")
+    assert shown.details.quantization_level == "Q8_0" and "im_start" in shown.template
+    assert "general.license" not in shown.modelinfo, "a conversion loses it"
+    for missing, message in (("config.json", "open config.json: no such file or directory"),
+                             ("tokenizer.json", "unknown tokenizer format")):
+        rest = {name: digest for name, digest in files.items() if name != missing}
+        _, _, lines = any_ollama.lines("/api/create", {"model": "x", "files": rest})
+        assert lines[-1] == {"error": message}
+    assert any_ollama.ask("POST", "/api/create", {
+        "model": "x", "files": {"config.json": files["config.json"]}})[::2] == (
+        400, '{"error":"unknown type"}')
 
 
 def test_generate_streams_and_counts(any_ollama):
