@@ -124,10 +124,24 @@ def stand_in(folder, *names):
     return folder
 
 
+def sglang_package(folder):
+    """A folder for PYTHONPATH in which `python -m sglang.launch_server` is the stand-in."""
+    package = os.path.join(str(folder), "sglang")
+    os.makedirs(package)
+    open(os.path.join(package, "__init__.py"), "w").close()
+    shutil.copy(os.path.join(HERE, "fake_engine.py"), os.path.join(package, "launch_server.py"))
+    return str(folder)
+
+
 def engine_environment(home, **extra):
     """helpers.environment() for an engine: no network, and one thread for each of its pools."""
     from helpers import environment
     return environment(home, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", **extra)
+
+
+def vllm_environment(home, **extra):
+    """The same for vLLM on a CPU: a GiB for its cache, and nothing told to its makers."""
+    return engine_environment(home, VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", **extra)
 
 
 # ---------------------------------------------------------------------- installing the real ones

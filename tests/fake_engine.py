@@ -54,7 +54,7 @@ TOKENS = int(ENV.get("FAKE_ENGINE_TOKENS", 0))
 TOKEN_S = float(ENV.get("FAKE_ENGINE_TOKEN_S", 0))
 POLL_S = float(ENV.get("FAKE_ENGINE_POLL_S", 0.1))
 PLAYS = ENV.get("B9TESTS_PLAYS") or (
-    "sglang" if "sglang" in os.path.realpath(sys.argv[0]) else "vllm")
+    "sglang" if os.path.basename(sys.argv[0]) in ("sglang", "launch_server.py") else "vllm")
 VERSION = ENV.get("FAKE_ENGINE_VERSION") or {"vllm": "0.33.0", "sglang": "0.5.23"}[PLAYS]
 
 OUTPUT = threading.Lock()
@@ -278,6 +278,11 @@ class HttpError(Exception):
                          "code": status}
 
 
+def missing(name):
+    return HttpError(400, "1 validation error:\n  {'type': 'missing', 'loc': 'body.%s', 'msg': "
+                     "'Field required'}" % name, "Bad Request", "body." + name)
+
+
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 
 
@@ -346,12 +351,17 @@ def make_handler():
             return not guarded or not keys or sent in ["Bearer " + key for key in keys]
 
         def fields(self):
+            kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            if kind != "application/json" and PLAYS == "vllm":
+                raise HttpError(400, "1 validation error:\n  Unsupported Media Type: Only "
+                                "'application/json' is allowed", "Bad Request")
             try:
                 value = json.loads(self.body)
-            except ValueError:
-                raise HttpError(400, "JSON decode error", "BadRequestError")
+            except ValueError as error:
+                raise HttpError(400, "1 validation error:\n  {'type': 'json_invalid', 'ctx': "
+                                "{'error': '%s'}}" % error, "Bad Request", "body.1")
             if not isinstance(value, dict):
-                raise HttpError(400, "Input should be a valid dictionary", "BadRequestError")
+                raise missing("")
             return value
 
     return Handler
@@ -427,7 +437,8 @@ def checked_generation(request):
     fields = request.fields()
     name = fields.get("model")
     if PLAYS == "vllm" and name is not None and name not in ENGINE.names:
-        raise HttpError(404, "The model `%s` does not exist." % name, "NotFoundError", "model")
+        raise HttpError(404, "The model `%s` does not exist. Valid aliases: %s." % (
+            name, ", ".join(ENGINE.names)), "NotFoundError", "model")
     if ENGINE.draining:
         raise HttpError(503, "Server is shutting down.", "ServiceUnavailable")
     if "worker_crash" in FAULTS:
@@ -452,7 +463,8 @@ def respond(request, prompt, fields, kind, choice):
     """choice(text, reason, first) -> the one choice; first None: of an answer in one piece."""
     most = fields.get("max_completion_tokens", fields.get("max_tokens"))
     if most is not None and (not isinstance(most, int) or most < 1):
-        raise HttpError(400, "max_tokens must be at least 1, got %s." % most, "BadRequestError",
+        raise HttpError(400, "max_tokens must be at least 1, got %s. (parameter=max_tokens, "
+                        "value=%s)" % (most, most), "BadRequestError",
                         "max_tokens")
     tokens, reason = answer_tokens(prompt, most)
     count = len(prompt.split()) + 1
@@ -479,11 +491,11 @@ def stream(request, tokens, reason, head, choice, usage):
     def send(value):
         request.send_chunk(b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n")
     try:
-        first = True
-        for token in generated(tokens):
-            send(dict(head, choices=[choice(token, None, first)]))
-            first = False
-        send(dict(head, choices=[choice("", reason, False)]))
+        if head["object"] == "chat.completion.chunk":
+            send(dict(head, choices=[choice("", None, True)]))
+        for number, token in enumerate(generated(tokens), 1):
+            send(dict(head, choices=[choice(token, reason if number == len(tokens) else None,
+                                            False)]))
         if usage:
             send(dict(head, choices=[], usage=usage))
     except HttpError as error:
@@ -497,7 +509,7 @@ def chat(request):
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages or not all(
             isinstance(message, dict) for message in messages):
-        raise HttpError(400, "messages: Field required", "BadRequestError")
+        raise missing("messages")
 
     def choice(text, reason, first):
         if first is None:
@@ -512,7 +524,7 @@ def completions(request):
     fields = checked_generation(request)
     prompt = fields.get("prompt")
     if not isinstance(prompt, str):
-        raise HttpError(400, "prompt: Field required", "BadRequestError")
+        raise missing("prompt")
     counted(respond, request, prompt, fields, "text_completion",
             lambda text, reason, _: {"index": 0, "text": text, "logprobs": None,
                                      "finish_reason": reason})

@@ -493,6 +493,8 @@ def manifest_bytes(config_digest, config_size, layers):
 CATALOGUE = ["tiny", "tiny:other", "smollm2:135m", "llama3.2", "llama3.2:1b", "qwen2.5:0.5b",
              "nomic-embed-text"] + ENV.get("FAKE_OLLAMA_CATALOGUE", "").split()
 LICENSE = "Apache License\nVersion 2.0, January 2004\n"
+CHATML = ("{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
+          "<|im_start|>assistant\n")
 TEMPLATE = "{{- range .Messages }}<|{{ .Role }}|>{{ .Content }}{{ end }}{{ if .Tools }}{{ end }}"
 
 
@@ -663,7 +665,9 @@ def converted(files, say):
     """GGUF bytes from safetensors that were uploaded.  Raises: Refused."""
     say({"status": "converting model"})
     if "config.json" not in files:
-        raise Refused(500, "open config.json: file does not exist")
+        raise Refused(500, "open config.json: no such file or directory")
+    if not {"tokenizer.json", "tokenizer.model"} & set(files):
+        raise Refused(500, "unknown tokenizer format")
     with open(blob_path(files["config.json"])) as handle:
         config = json.load(handle)
     architecture = (config.get("architectures") or ["unknown"])[0]
@@ -671,7 +675,31 @@ def converted(files, say):
         raise Refused(500, "unsupported architecture %s" % json.dumps(architecture))
     size = sum(os.path.getsize(blob_path(digest)) for name, digest in files.items()
                if name.endswith(".safetensors"))
-    return make_gguf(llama_metadata("converted", 1), size, "".join(sorted(files.values())))
+    lost = ("general.license", "general.base_model.count", "general.base_model.0.name")
+    metadata = {key: value for key, value in llama_metadata("converted", 1).items()
+                if key not in lost}
+    for key, theirs in (("block_count", "num_hidden_layers"), ("embedding_length", "hidden_size"),
+                        ("context_length", "max_position_embeddings"),
+                        ("attention.head_count", "num_attention_heads"),
+                        ("attention.head_count_kv", "num_key_value_heads")):
+        metadata["llama." + key] = config.get(theirs) or metadata["llama." + key]
+    return make_gguf(metadata, size, "".join(sorted(files.values())))
+
+
+def is_gguf(path):
+    try:
+        with open(path, "rb") as handle:
+            return handle.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def has_chat_template(files):
+    try:
+        with open(blob_path(files["tokenizer_config.json"])) as handle:
+            return "chat_template" in json.load(handle)
+    except (OSError, KeyError, ValueError):
+        return False
 
 
 def base_weights(fields, say, request):
@@ -694,9 +722,13 @@ def base_weights(fields, say, request):
     if not files:
         raise Refused(400, "no files provided to convert")
     if any(name.endswith(".safetensors") for name in files):
-        return converted(files, say), []
-    say({"status": "parsing GGUF"})
+        raw = converted(files, say)
+        return raw, [new_layer("template", CHATML.encode(), "chatml")] \
+            if has_chat_template(files) else []
     path = blob_path(next(iter(files.values())))
+    if not next(iter(files)).endswith(".gguf") and not is_gguf(path):
+        raise Refused(400, "unknown type")
+    say({"status": "parsing GGUF"})
     if not os.path.exists(path):
         raise Refused(500, "open %s: no such file or directory" % path)
     try:
@@ -745,6 +777,8 @@ def create(name, fields, say, request):
         layers = [layer for layer in layers if layer["mediaType"] != MEDIA + kind]
         layers.append(new_layer(kind, text.encode()))
     for layer in layers:
+        if "detected" in layer:
+            say({"status": "using autodetected template " + layer.pop("detected")})
         say({"status": "%s layer %s" % (layer.pop("said", "using existing"), layer["digest"])})
     config = json.dumps(image_config(Gguf(blob_path(layers[0]["digest"]))),
                         separators=(",", ":")).encode() + b"\n"
@@ -764,11 +798,12 @@ def layer_texts(fields):
     return [(kind, text) for kind, text in found if text]
 
 
-def new_layer(kind, raw):
-    """said: what the progress calls it; taken out again before it is written."""
+def new_layer(kind, raw, detected=None):
+    """said, detected: for the progress; taken out again before it is written."""
     digest, new = STORE.add_blob(raw)
-    return {"mediaType": MEDIA + kind, "digest": digest, "size": len(raw),
-            "said": "creating new" if new else "using existing"}
+    layer = {"mediaType": MEDIA + kind, "digest": digest, "size": len(raw),
+             "said": "creating new" if new else "using existing"}
+    return dict(layer, detected=detected) if detected else layer
 
 
 # ---------------------------------------------------------------------- runners
@@ -837,12 +872,12 @@ class Runner:
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port))
 
-    def answers(self):
-        """Whether it is loaded, within 20 ms."""
+    def answers(self, limit_s=0.02):
+        """Whether it is loaded."""
         try:
             with self.connect() as connection:
                 connection.sendall(b"{}\n")
-                return bool(select.select([connection], [], [], 0.02)[0]) and \
+                return bool(select.select([connection], [], [], limit_s)[0]) and \
                     bool(connection.recv(10))
         except OSError:
             return False
@@ -926,6 +961,12 @@ class Scheduler:
                 return None
             runner.refs += 1
             runner.turn += 1
+        good = runner.answers(2)  # as Ollama asks llama-server's /health
+        with self.lock:
+            if not good:
+                runner.refs -= 1
+                runner.kill()
+                return None
             if keep_alive is not None:
                 runner.keep_alive = keep_alive
             return runner
@@ -1138,6 +1179,8 @@ def decode(raw, struct_name):
                 raise Refused(400, "json: cannot unmarshal %s into Go struct field %s.%s of type %s"
                               % (go_kind(plain[key]), struct_name, name, kind))
             fields[name] = plain[key]
+            if name == "keep_alive":
+                keep_alive_of(plain[key])
     return fields
 
 
