@@ -250,6 +250,12 @@ def now_s() -> float:
     return time.clock_gettime(_STEADY_CLOCK)
 
 
+def rounded(record: Dict[str, Any]) -> Dict[str, Any]:
+    """For people as much as for programs: three digits after the point are enough."""
+    return {name: round(value, 3) if isinstance(value, float) else value
+            for name, value in record.items()}
+
+
 class Wake:
     """An event to wait on that no step of the wall clock can stretch.
 
@@ -504,6 +510,14 @@ def port_holder(host: str, port: int) -> Optional[str]:
         if error.errno != errno.EADDRINUSE:
             raise
     return _listener(port) or "another program"
+
+
+def find_program(name: str, search_path: Optional[str] = None) -> Optional[str]:
+    """search_path: folders as in PATH, which is also the default."""
+    path = os.environ.get("PATH", os.defpath) if search_path is None else search_path
+    programs = (os.path.join(folder, name) for folder in path.split(":") if folder)
+    return next((program for program in programs
+                 if os.access(program, os.X_OK) and os.path.isfile(program)), None)
 
 
 def host_port(host: str, port: int) -> str:
@@ -2969,12 +2983,8 @@ class Tool:
         self._stuck: Any = None
 
     def find(self) -> Optional[str]:
-        """A look-up of our own: a try to start a missing program costs a fork."""
-        path = self._search_path
-        path = os.environ.get("PATH", os.defpath) if path is None else path
-        programs = (os.path.join(folder, self.name) for folder in path.split(":") if folder)
-        return next((program for program in programs
-                     if os.access(program, os.X_OK) and os.path.isfile(program)), None)
+        """Before it is started: a try to start a missing program costs a fork."""
+        return find_program(self.name, self._search_path)
 
     def ask(self, *arguments: str) -> CommandResult:
         program = self.find()
@@ -5484,9 +5494,10 @@ class Child:
         import subprocess
         self._known, self._process = {}, None
         for host, port in self.spec.ports:
-            if is_taken(host, port):
-                raise UsageError(f"cannot be started: {host_port(host, port)} is taken by another "
-                                 "program", "End that one, or choose another port")
+            holder = port_holder(host, port)
+            if holder:
+                raise UsageError(f"cannot be started: {host_port(host, port)} is taken by {holder}",
+                                 "End that one, or choose another port")
         mark = os.urandom(16).hex()
         self._mark = "B9AGENT_CHILD=" + mark
         # Written before there is a process: if we are killed now, its mark is known.
@@ -6334,6 +6345,9 @@ def estimate_fit(facts: ModelFacts, available_bytes: Optional[int],
 # llama.cpp b10488, mlx-lm 0.32 and Ollama 0.33.
 
 
+CONTEXT_TOKENS = 8192  # of a request, where neither the user nor the model says otherwise
+
+
 class EngineError(AgentError):
     """An engine or a model did not do what was asked."""
     exit_code = Exit.FAILED
@@ -6483,16 +6497,15 @@ _ENGINES_FOR = (
 _FORMAT_TITLES = {"gguf": "a GGUF file", "safetensors": "a safetensors folder",
                   "mlx": "a folder of MLX weights", "hub": "a model of a hub",
                   "name": "a model of Ollama's library"}
-CONTEXT_TOKENS = 8192
 # Where installers put programs that the PATH of a service lacks.
 _PROGRAM_FOLDERS = ("~/.local/bin", "/usr/local/bin", "/opt/homebrew/bin",
                     "/Applications/Ollama.app/Contents/Resources")
 
 
-def find_program(name: str) -> Optional[str]:
+def find_engine(name: str) -> Optional[str]:
     """An engine's program on PATH, or where its installer puts it."""
     places = [os.environ.get("PATH", os.defpath), *map(os.path.expanduser, _PROGRAM_FOLDERS)]
-    return Tool(name, ":".join(places)).find()
+    return find_program(name, ":".join(places))
 
 
 class Reference(NamedTuple):
@@ -6652,11 +6665,13 @@ class TokenProbe:
 # 200 first, and may put an error into any line after it.
 
 TRANSFERS_MAX = 4            # at once; more only share the same line
-TRANSFERS_KEPT = 32          # ended ones that can still be asked about
+TRANSFERS_KEPT = 32          # that can be asked about, with those that run
 PULL_TRIES = 5               # in a row without a byte of progress
 RATE_WINDOW_S = 8.0
+LAYERS_SHOWN, LAYERS_MAX = 64, 1024
+SILENCE_LIMIT_S = 1800.0     # Ollama says nothing while it hashes what it pulled
 QUANTIZATIONS = ("q8_0", "q4_K_S", "q4_K_M")
-_REGISTRIES = ("registry.ollama.ai", "hf.co", "huggingface.co")
+REGISTRIES = ("registry.ollama.ai", "hf.co", "huggingface.co")
 
 
 class ModelError(EngineError):
@@ -6664,7 +6679,16 @@ class ModelError(EngineError):
 
 
 class ModelMissing(ModelError):
-    """The engine has no such model."""
+    """The engine has no such model, and no registry has."""
+
+
+class ModelRefused(ModelError):
+    """The engine will not do this, however often it is asked."""
+
+
+class ModelUnreachable(ModelError):
+    """No whole answer came.  kind: as of HttpFailure."""
+    kind = ""
 
 
 class TransfersFull(EngineError):
@@ -6681,63 +6705,104 @@ class ModelName(NamedTuple):
     @property
     def key(self) -> str:
         """One spelling for all: they differ in no case, and defaults are left out."""
-        host = "" if self.host == _REGISTRIES[0] else self.host + "/"
-        space = "" if not host and self.namespace == "library" else self.namespace + "/"
+        host = "" if self.host == REGISTRIES[0] else self.host + "/"
+        space = "" if not host and self.namespace.lower() == "library" else self.namespace + "/"
         return f"{host}{space}{self.model}:{self.tag}".lower()
 
 
-def parse_model_name(text: str) -> ModelName:
-    """Raises: UsageError.
+def split_model_name(text: str) -> Optional[ModelName]:
+    """As Ollama reads it, `:local` left out; None for what is no name."""
+    host, space, word = r"\w[\w.-]{0,349}(?::[0-9]{1,5})?", r"\w[\w-]{0,79}", r"\w[\w.-]{0,79}"
+    match = re.fullmatch(rf"(?:https://)?(?:(?:({host})/)?({space})/)?({word})(?::({word}))??"
+                         "(?::local)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if not match:
+        return None
+    host, namespace, model, tag = match.groups()
+    return ModelName((host or REGISTRIES[0]).lower(), namespace or "library", model,
+                     tag or "latest")
+
+
+def model_key(text: str) -> str:
+    """The one spelling of a name that somebody else may have made; never raises."""
+    name = split_model_name(text)
+    return name.key if name else text.strip().lower()
+
+
+def refuse_cloud(text: str) -> None:
+    """Raises: UsageError for a name that Ollama would pass on to ollama.com."""
+    if re.search(r":(\s*cloud|[^:/]*-cloud)\s*(:\s*local\s*)?$", text, re.IGNORECASE):
+        raise UsageError(f"{printable(text[:80])} would run on ollama.com, not here",
+                         "Choose a tag without `cloud`")
+
+
+def parse_model_name(text: str, registries: Sequence[str] = ()) -> ModelName:
+    """Raises: UsageError; for any other registry than ours and `registries`, too.
 
     >>> parse_model_name(" Library/M ").key, parse_model_name("registry.ollama.ai/library/m:8b").key
     ('m:latest', 'm:8b')
     """
-    word = r"[A-Za-z0-9_][\w.-]{0,127}"
-    match = re.fullmatch(f"(?:({word}(?::[0-9]+)?)/)??(?:({word})/)?({word})(?::({word}))?",
-                         text.strip(), re.ASCII)
-    if not match:
+    refuse_cloud(text)
+    name = split_model_name(text)
+    if name is None:
         raise UsageError(f"`{printable(text[:80])}` is no name of a model",
                          "Such as llama3.2, llama3.2:1b or hf.co/ORG/NAME:Q4_K_M")
-    host, namespace, model, tag = match.groups()
-    name = ModelName((host or _REGISTRIES[0]).lower(), namespace or "library", model,
-                     "latest" if tag in (None, "local") else tag)
-    if name.tag.lower() == "cloud" or name.tag.lower().endswith("-cloud"):
-        raise UsageError(f"{printable(text)} would run on ollama.com, not here",
-                         "Choose a tag without `cloud`")
-    if name.host not in _REGISTRIES:
+    if name.host not in REGISTRIES + tuple(registries):
         raise UsageError(f"{printable(name.host)} is no registry that models are pulled from",
-                         "They are: " + ", ".join(_REGISTRIES))
+                         "They are: " + ", ".join(REGISTRIES + tuple(registries)))
     return name
 
 
 class OllamaApi:
-    """Requests to an Ollama.  Raises (all): ModelError with its own words."""
+    """Requests to an Ollama.  Raises (all): ModelError with its own words, UsageError for a name
+    that would leave this machine."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
 
-    def _error(self, status: int, body: bytes, about: str) -> ModelError:
-        said = _json_object(body).get("error") or body.decode("utf-8", "replace").strip()
-        if status == 404:
-            return ModelMissing(f"Ollama has no model {about}", f"b9agent.py pull {about}")
-        return ModelError(f"Ollama answered {status}: {printable(str(said)[:300])}")
+    @contextlib.contextmanager
+    def _ask(self, method: str, path: str, body: Any, limit_s: float,
+             idle_limit_s: Optional[float] = None) -> Iterator[HttpStream]:
+        # A Host that is not loopback's is refused, whatever the address.
+        headers, name = {"Host": host_port("127.0.0.1", self.endpoint.port)}, ""
+        if isinstance(body, dict):
+            name = printable(str(body.get("model", "")))
+            if method == "POST":
+                refuse_cloud(name)
+            headers["Content-Type"] = "application/json"
+            body = json.dumps(body).encode("utf-8")
+        try:
+            with http_stream(method, self.endpoint, path, headers, body, limit_s,
+                             idle_limit_s) as stream:
+                if stream.status not in (200, 201):
+                    raise self._error(stream.status, stream.read(), name)
+                yield stream
+        except HttpFailure as failure:
+            error = ModelUnreachable(f"Ollama at {self.endpoint.url} cannot be asked: {failure}",
+                                     "Is it running? See `b9agent.py status`")
+            error.kind = failure.kind
+            raise error from failure
+
+    @staticmethod
+    def _error(status: int, body: bytes, name: str) -> ModelError:
+        said = _json_object(body).get("error")
+        text = said if isinstance(said, str) else body.decode("utf-8", "replace").strip()
+        text = f"Ollama answered {status}: {printable(text[:300])}"
+        if status == 404 and not body.startswith(b"404 page"):
+            return ModelMissing(text, name and f"To fetch it: b9agent.py pull {name}")
+        return (ModelRefused if status in (400, 401, 403) else ModelError)(text)
 
     def ask(self, method: str, path: str, body: Optional[Dict[str, Any]] = None,
-            limit_s: float = 10.0) -> Dict[str, Any]:
-        about = str((body or {}).get("model", ""))
-        try:
-            reply = http_request(method, self.endpoint, path, {"Content-Type": "application/json"},
-                                 body and json.dumps(body).encode("utf-8"), limit_s, 16 << 20)
-        except HttpFailure as failure:
-            raise ModelError(f"Ollama at {self.endpoint.url} cannot be asked: {failure}") from failure
-        if reply.status != 200:
-            raise self._error(reply.status, reply.body, about)
-        return _json_object(reply.body)
+            limit_s: float = 30.0) -> Dict[str, Any]:
+        with self._ask(method, path, body, limit_s) as stream:
+            return _json_object(stream.read(16 << 20))
 
     def _rows(self, path: str) -> List[Dict[str, Any]]:
         rows = self.ask("GET", path).get("models")
-        return [row for row in rows or () if isinstance(row, dict)
+        return [row for row in rows if isinstance(row, dict)
                 and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
+
+    def version(self) -> str:
+        return printable(str(self.ask("GET", "/api/version", limit_s=5.0).get("version"))[:40])
 
     def tags(self) -> List[Dict[str, Any]]:
         """The models in its store: name, size, digest, modified_at, details."""
@@ -6747,69 +6812,78 @@ class OllamaApi:
         """The models in memory: as tags(), with size_vram and expires_at."""
         return self._rows("/api/ps")
 
+    def has(self, name: str) -> bool:
+        return any(model_key(row["name"]) == model_key(name) for row in self.tags())
+
     def show(self, name: str) -> Dict[str, Any]:
         return self.ask("POST", "/api/show", {"model": name})
 
+    def generate_token(self, name: str, keep_alive: Any = None, limit_s: float = 3600.0) -> str:
+        """One token: who gives it is loaded and able.  Of a model that only embeds: "".
+        keep_alive: None leaves it as it is."""
+        keep = {"model": name} if keep_alive is None else {"model": name, "keep_alive": keep_alive}
+        try:
+            answer = self.ask("POST", "/api/generate", dict(
+                keep, prompt="Hello", stream=False, think=False, options={"num_predict": 1}),
+                limit_s)
+        except ModelRefused as refused:
+            if "does not support" not in refused.what:
+                raise
+            answer = self.ask("POST", "/api/embed", dict(keep, input="Hello"), limit_s)
+        if answer.get("done") is not True and not answer.get("embeddings"):
+            raise ModelError(f"{name} gave no token: {printable(str(answer)[:200])}")
+        return str(answer.get("response", ""))
+
     def load(self, name: str, keep_alive: Any = -1, limit_s: float = 3600.0) -> None:
         """Into memory, to stay there; and one token of it, for loaded is not yet able."""
-        self.ask("POST", "/api/generate", {"model": name, "keep_alive": keep_alive,
-                                           "stream": False}, limit_s)
-        answer = self.ask("POST", "/api/generate", {
-            "model": name, "prompt": "Hello", "stream": False, "keep_alive": keep_alive,
-            "think": False, "options": {"num_predict": 1}}, limit_s)
-        if not answer.get("done"):
-            raise ModelError(f"{name} gave no token: {printable(str(answer)[:200])}")
+        if self.show(name).get("remote_host"):  # a stub, whatever its name
+            refuse_cloud(f"{name}:cloud")
+        self.generate_token(name, keep_alive, limit_s)
 
     def unload(self, name: str, limit_s: float = 60.0) -> None:
-        """Until it is out of memory: a busy model goes after its last request."""
-        key, until_s = parse_model_name(name).key, now_s() + limit_s
+        """Until it is out of memory: a busy model goes after its last request.
+
+        Raises: EngineConflict where that takes longer.
+        """
+        key, until_s = model_key(name), now_s() + limit_s
         self.ask("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
-        wake = Wake()
-        try:
-            while any(parse_model_name(row["name"]).key == key for row in self.loaded()):
+        with contextlib.closing(Wake()) as wake:
+            while any(model_key(row["name"]) == key for row in self.loaded()):
                 if now_s() > until_s:
-                    raise ModelError(f"{name} is still in memory after {limit_s:g} s",
-                                     "A request holds it; it goes when that ends")
+                    raise EngineConflict(f"{name} is still in memory after {limit_s:g} s",
+                                         "A request holds it; it goes when that ends")
                 wake.wait(0.1)
-        finally:
-            wake.close()
 
     def delete(self, name: str) -> None:
-        self.ask("DELETE", "/api/delete", {"model": name})
+        self.ask("DELETE", "/api/delete", {"model": name}, 60.0)
 
     def events(self, path: str, body: Dict[str, Any], opened: Callable[[HttpStream], None]
                ) -> Iterator[Dict[str, Any]]:
         """The lines of a long request.  opened: gets the stream, to close it from elsewhere.
-
-        Raises: ModelError for a line that is an error, HttpFailure where the connection broke.
-        """
-        with http_stream("POST", self.endpoint, path, {"Content-Type": "application/json"},
-                         json.dumps(dict(body, stream=True)).encode("utf-8"), 60.0, 300.0) as stream:
+        Raises: ModelError for a line that is an error, too."""
+        with self._ask("POST", path, dict(body, stream=True), 20.0, SILENCE_LIMIT_S) as stream:
             opened(stream)
-            if stream.status != 200:
-                raise self._error(stream.status, stream.read(), str(body.get("model", "")))
-            for line in stream.lines():
-                event = _json_object(line)
-                if event.get("error"):
-                    raise ModelError(f"Ollama: {printable(str(event['error'])[:300])}")
+            for event in map(_json_object, stream.lines()):
+                said = printable(str(event.get("error") or "")[:300])
+                if said:
+                    missing = "manifest: file does not exist" in said
+                    raise (ModelMissing if missing else ModelError)(
+                        f"Ollama, of {printable(str(body['model']))}: {said}", missing and "Is it spelt as its registry does?" or "")
                 yield event
 
     def has_blob(self, digest: str) -> bool:
         try:
-            return http_request("HEAD", self.endpoint, f"/api/blobs/{digest}", {}, None,
-                                10.0).status == 200
-        except HttpFailure as failure:
-            raise ModelError(f"Ollama at {self.endpoint.url} cannot be asked: {failure}") from failure
+            with self._ask("HEAD", f"/api/blobs/{digest}", None, 30.0):
+                return True
+        except ModelMissing:
+            return False
 
     def send_blob(self, digest: str, upload: Upload) -> None:
-        try:
-            with http_stream("POST", self.endpoint, f"/api/blobs/{digest}", {}, upload, 600.0,
-                             60.0) as stream:
-                if stream.status not in (200, 201):
-                    raise self._error(stream.status, stream.read(), "")
-        except HttpFailure as failure:
-            raise ModelError(f"the file did not reach Ollama: {failure}") from failure
+        with self._ask("POST", f"/api/blobs/{digest}", upload, 120.0):
+            pass
 
+
+# -- long works ----------------------------------------------------------
 
 class Layer(NamedTuple):
     digest: str
@@ -6819,7 +6893,8 @@ class Layer(NamedTuple):
 
 class Progress(NamedTuple):
     """A pull or an import now.  state: running, success, error or cancelled.  total_bytes: of the
-    layers that were named so far; Ollama names them one after the other.  who: asked for it."""
+    layers that were named so far, and so is remaining_s; Ollama names them one after the other.
+    layers: the last 64.  who: asked for it."""
     name: str
     kind: str
     state: str
@@ -6835,92 +6910,99 @@ class Progress(NamedTuple):
 
 
 class Transfer:
-    """A long work with a model, in a thread of its own; any number may watch it.
+    """A long work with a model, in a thread of its own; any number may watch it.  error, result:
+    of its end, the result as the work left it.
 
-    _lock guards progress, the layers and the watchers.
+    Without a lock: only its thread changes progress, which is replaced whole; and of attach() and
+    cancel() the later one sees what the other has done.
     """
 
     def __init__(self, name: str, kind: str, who: str, work: Callable[["Transfer"], None]) -> None:
         self.progress = Progress(name, kind, "running", started=utc_stamp(), who=who)
-        self.stream: Optional[HttpStream] = None
         self.cancelled = False
+        self.result: Any = None
+        self.error: Optional[AgentError] = None
         self._work = work
-        self._lock = threading.Lock()
+        self._stream: Optional[HttpStream] = None
         self._layers: Dict[str, Layer] = {}
+        self._moved_bytes = 0
         self._samples: Any = collections.deque(maxlen=256)
-        self._watchers: List[Wake] = []
-        self._thread = threading.Thread(target=self._run, name=f"{kind}", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"{kind} {name}", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def _change(self, **fields: Any) -> None:
-        with self._lock:
-            self.progress = self.progress._replace(**fields)
-            for watcher in self._watchers:
-                watcher.set()
-
-    def count(self, status: str, digest: str = "", completed_bytes: int = 0,
-              total_bytes: int = 0) -> None:
-        """A line of progress; with a digest, of one layer.  Raises: ModelError once cancelled."""
+    def attach(self, stream: HttpStream) -> None:
+        """What cancel() closes."""
+        self._stream = stream
         if self.cancelled:
-            raise ModelError("cancelled")
-        if not digest:
-            self._change(status=status)
-            return
-        if digest in self._layers or len(self._layers) < 64:
-            self._layers[digest] = Layer(digest, completed_bytes, total_bytes)
-        done = sum(layer.completed_bytes for layer in self._layers.values())
-        total = sum(layer.total_bytes for layer in self._layers.values())
-        now = now_s()
-        if not self._samples or now - self._samples[-1][0] > RATE_WINDOW_S / 200:
-            self._samples.append((now, done))
-        while len(self._samples) > 2 and now - self._samples[0][0] > RATE_WINDOW_S:
-            self._samples.popleft()
-        took_s, grown = now - self._samples[0][0], done - self._samples[0][1]
-        rate = grown / took_s if took_s > 0.5 and grown >= 0 else self.progress.rate_bytes_s
-        self._change(status=status, completed_bytes=done, total_bytes=total, rate_bytes_s=rate,
-                     remaining_s=(total - done) / rate if rate else None,
-                     layers=tuple(self._layers.values()))
-
-    def _run(self) -> None:
-        try:
-            self._work(self)
-            self._change(state="success", status="success", remaining_s=0.0, message="")
-        except AgentError as error:
-            self._change(state="cancelled" if self.cancelled else "error",
-                         message="" if self.cancelled else str(error))
-        except Exception as error:
-            self._change(state="error", message=f"{type(error).__name__}: {error} (a defect of "
-                         f"ours, at {defect_place(error)})")
+            stream.close()
 
     def cancel(self) -> None:
         self.cancelled = True
-        stream = self.stream
-        if stream is not None:
-            stream.close()
+        if self._stream is not None:
+            self._stream.close()
+
+    def _rate(self) -> Optional[float]:
+        """Over the last seconds; what was there already has not come at any rate."""
+        now, samples = now_s(), self._samples
+        if not samples or now - samples[-1][0] > RATE_WINDOW_S / 200:
+            samples.append((now, self._moved_bytes))
+        while now - samples[0][0] > RATE_WINDOW_S:
+            samples.popleft()
+        took_s = now - samples[0][0]
+        return (self._moved_bytes - samples[0][1]) / took_s if took_s > 0.5 else None
+
+    def count(self, status: str, layer: str = "", completed_bytes: int = 0,
+              total_bytes: int = 0) -> None:
+        """A line of progress, or of one layer of it.  Raises: ModelError once cancelled."""
+        if self.cancelled:
+            raise ModelError("cancelled")
+        known = self._layers.get(layer)
+        if not layer or known is None and len(self._layers) >= LAYERS_MAX:
+            self.progress = self.progress._replace(status=status)
+            return
+        self._moved_bytes += max(0, completed_bytes - known.completed_bytes) if known else 0
+        self._layers[layer] = Layer(layer, completed_bytes, total_bytes)
+        layers, rate = tuple(self._layers.values()), self._rate()
+        done, total = (sum(each[field] for each in layers) for field in (1, 2))
+        self.progress = self.progress._replace(
+            status=status, completed_bytes=done, total_bytes=total, rate_bytes_s=rate,
+            remaining_s=(total - done) / rate if rate else None, layers=layers[-LAYERS_SHOWN:])
+
+    def _run(self) -> None:
+        state = "success"
+        try:
+            self._work(self)
+        except AgentError as error:
+            state, self.error = "error", error
+        except Exception as error:
+            state, self.error = "error", AgentError(
+                printable(f"{type(error).__name__}: {error} (a defect of ours, at "
+                          f"{defect_place(error)})"))
+        now = self.progress
+        if state == "success":  # Ollama leaves out the last line of a layer
+            now = now._replace(status=state, completed_bytes=now.total_bytes, layers=tuple(
+                layer._replace(completed_bytes=layer.total_bytes) for layer in now.layers))
+        elif self.cancelled:
+            state, self.error = "cancelled", None
+        self.progress = now._replace(state=state, remaining_s=None, message=str(self.error or ""))
+
+    def pause(self, seconds: float) -> None:
+        """For the work: wait, but not once cancelled."""
+        until_s = now_s() + seconds
+        with contextlib.closing(Wake()) as wake:
+            while not self.cancelled and now_s() < until_s:
+                wake.wait(0.1)
 
     def watch(self, heartbeat_s: float = 5.0) -> Iterator[Optional[Progress]]:
-        """Every change, five a second at most, to the end; None where nothing changed for a while,
-        so that who waits can see whether somebody still listens."""
-        wake = Wake()
-        with self._lock:
-            self._watchers.append(wake)
-        try:
-            while True:
-                progress, told_s = self.progress, now_s()
-                yield progress
-                if progress.state != "running":
-                    return
-                while self.progress is progress:
-                    if not wake.wait(heartbeat_s) and self.progress is progress:
-                        yield None
-                while self.progress.state == "running" and now_s() - told_s < 0.2:
-                    wake.wait(told_s + 0.2 - now_s())
-        finally:
-            with self._lock:
-                self._watchers.remove(wake)
-            wake.close()
+        """What is now, then what has changed, five times a second at most, to the end.  None where
+        nothing did for a while, so that who waits can see whether somebody still listens."""
+        told, told_s = None, now_s()
+        with contextlib.closing(Wake()) as wake:
+            while told is None or told.state == "running":
+                progress = self.progress
+                if progress != told or now_s() - told_s >= heartbeat_s:
+                    yield None if progress == told else progress
+                    told, told_s = progress, now_s()
+                wake.wait(0.2 if progress.state == "running" else 0.0)
 
 
 class Transfers:
@@ -6934,22 +7016,30 @@ class Transfers:
         self._known: Dict[str, Transfer] = {}
 
     def begin(self, name: str, kind: str, who: str, work: Callable[[Transfer], None]) -> Transfer:
-        """The one that runs, or a new one.  Raises: TransfersFull."""
+        """The one that runs, or a new one.  Raises: TransfersFull, EngineConflict."""
         with self._lock:
-            known = self._known.get(name)
-            if known is not None and known.progress.state == "running":
+            running = {key: each for key, each in self._known.items()
+                       if each.progress.state == "running"}
+            known = running.get(name)
+            if known is not None:
+                if known.cancelled or known.progress.kind != kind:
+                    raise EngineConflict(f"the {known.progress.kind} of {name} has not ended",
+                                         "Ask again when it has")
                 return known
-            running = [each for each in self._known.values() if each.progress.state == "running"]
             if len(running) >= TRANSFERS_MAX:
                 raise TransfersFull(f"{len(running)} pulls and imports are under way",
                                     "Wait for one to end, or cancel one")
             self._known.pop(name, None)
-            ended = [key for key, each in self._known.items() if each.progress.state != "running"]
-            for key in ended[:max(0, len(self._known) - TRANSFERS_KEPT + 1)]:
-                del self._known[key]
+            for key in [key for key in self._known if key not in running]:
+                if len(self._known) >= TRANSFERS_KEPT:
+                    del self._known[key]
             transfer = self._known[name] = Transfer(name, kind, who, work)
-            transfer.start()
+            transfer.thread.start()
             return transfer
+
+    def get(self, name: str) -> Optional[Transfer]:
+        with self._lock:
+            return self._known.get(name)
 
     def all(self) -> List[Progress]:
         with self._lock:
@@ -6957,97 +7047,143 @@ class Transfers:
 
     def cancel(self, name: str) -> bool:
         """Whether it was running."""
-        with self._lock:
-            transfer = self._known.get(name)
+        transfer = self.get(name)
         if transfer is None or transfer.progress.state != "running":
             return False
         transfer.cancel()
         return True
 
-    def cancel_all(self) -> None:
-        for progress in self.all():
-            self.cancel(progress.name)
+    def cancel_all(self, limit_s: float = 10.0) -> bool:
+        """Whether all have ended within limit_s."""
+        until_s = now_s() + limit_s
+        with self._lock:
+            transfers = [each for each in self._known.values() if each.thread.is_alive()]
+        for transfer in transfers:
+            transfer.cancel()
+        for transfer in transfers:
+            transfer.thread.join(max(0.0, until_s - now_s()))
+        return not any(transfer.thread.is_alive() for transfer in transfers)
 
 
-def _count_event(transfer: Transfer, event: Dict[str, Any]) -> str:
-    """Take one line of a pull or a create over; returns its status."""
-    status, digest = event.get("status"), event.get("digest")
-    total, completed = event.get("total"), event.get("completed", 0)
-    status = printable(status[:200]) if isinstance(status, str) else ""
-    sized = type(total) is int and type(completed) is int and 0 <= completed <= total < 1 << 60
-    transfer.count(status, digest[:80] if isinstance(digest, str) and sized else
-                   status if sized else "", completed if sized else 0, total if sized else 0)
-    return status
+def _check_space(folder: str, needed_bytes: int) -> None:
+    """Ollama itself would find out at the end.  A folder that is not here is not looked at."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return
+    if needed_bytes > disk.f_bavail * disk.f_frsize:
+        raise ModelError(f"{show_bytes(needed_bytes)} are still to come, and {folder} has "
+                         f"{show_bytes(disk.f_bavail * disk.f_frsize)} left", "Make room there")
 
 
-def pull_work(api: OllamaApi, name: str) -> Callable[[Transfer], None]:
-    """A pull that goes on where the connection breaks, as long as every try brings bytes."""
+def _follow(api: OllamaApi, transfer: Transfer, path: str, body: Dict[str, Any],
+            folder: str) -> None:
+    """Count the lines of a pull or a create, to `success`.  folder: see _check_space()."""
+    status = ""
+    with contextlib.closing(api.events(path, body, transfer.attach)) as events:
+        for event in events:
+            status, layer = (printable(value[:200]) if isinstance(value, str) else ""
+                             for value in (event.get("status"), event.get("digest")))
+            total, done = event.get("total"), event.get("completed", 0)
+            if type(total) is int and type(done) is int and 0 <= done <= total < 1 << 60:
+                transfer.count(status, layer or status, done, total)
+                now = transfer.progress
+                _check_space(folder, now.total_bytes - now.completed_bytes)
+            else:
+                transfer.count(status)
+            if status == "success":
+                return
+    raise ModelError(f"Ollama ended the work on {body['model']} without `success`, at `{status}`")
+
+
+def pull_work(api: OllamaApi, name: str, folder: str = "", registries: Sequence[str] = ()
+              ) -> Callable[[Transfer], None]:
+    """A pull that goes on where the connection breaks, as long as every try brings bytes.  folder:
+    Ollama's store, where it is on this machine.  Raises (now): UsageError for the name."""
+    parse_model_name(name, registries)
+
     def work(transfer: Transfer) -> None:
-        tries, best, wake = 0, -1, Wake()
-        try:
-            while True:
-                status = ""
-                try:
-                    for event in api.events("/api/pull", {"model": name},
-                                            lambda stream: setattr(transfer, "stream", stream)):
-                        status = _count_event(transfer, event)
-                    if status == "success":
-                        return
-                    what = "it ended without `success`"
-                except HttpFailure as failure:
-                    what = str(failure)
-                tries = tries + 1 if transfer.progress.completed_bytes <= best else 1
-                best = max(best, transfer.progress.completed_bytes)
-                if tries >= PULL_TRIES or transfer.cancelled:
-                    raise ModelError(f"the pull of {name} broke off: {what}",
-                                     "What came is kept: pull it again to go on")
-                transfer.count(f"{what}; trying again ({tries} of {PULL_TRIES})")
-                wake.wait(random_between(0.0, min(8.0, 0.5 * 2 ** tries)))
-        finally:
-            wake.close()
-    return work
-
-
-def sha256_file(path: str, count: Callable[[int], None] = lambda done: None) -> str:
-    """Hexadecimal.  count: gets the bytes read so far.  Raises: OSError."""
-    import hashlib
-    digest, done = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as handle:
+        tries, best = 0, -1
         while True:
-            piece = handle.read(1 << 20)
-            if not piece:
-                return digest.hexdigest()
-            digest.update(piece)
-            done += len(piece)
-            count(done)
+            try:
+                return _follow(api, transfer, "/api/pull", {"model": name.strip()}, folder)
+            except ModelUnreachable as error:
+                done = transfer.progress.completed_bytes
+                tries, best = 1 if done > best else tries + 1, max(done, best)
+                if tries >= PULL_TRIES or error.kind in ("garbage", "too_large"):
+                    raise ModelError(f"the pull of {name} broke off: {error.what}",
+                                     "What came is kept: pull it again to go on") from error
+                transfer.count(f"{error.what}; trying again ({tries} of {PULL_TRIES})")
+                transfer.pause(random_between(0.5, 1.0) * min(8.0, 0.5 * 2 ** tries))
+    return work
 
 
 def _file_pieces(path: str, count: Callable[[int], None]) -> Iterator[bytes]:
     done = 0
     with open(path, "rb", buffering=0) as handle:
-        while True:
-            piece = handle.read(1 << 20)
-            if not piece:
-                return
+        for piece in iter(lambda: handle.read(1 << 20), b""):
             yield piece
             done += len(piece)
             count(done)
 
 
+def sha256_file(path: str, count: Callable[[int], None] = lambda done: None) -> str:
+    """Hexadecimal.  count: gets the bytes read so far.  Raises: OSError."""
+    import hashlib
+    digest = hashlib.sha256()
+    for piece in _file_pieces(path, count):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def import_files(facts: ModelFacts) -> Dict[str, str]:
     """{name in the model: path} of what an engine needs of a model's files."""
-    if facts.format == "gguf":
-        return {os.path.basename(path): path for path in facts.files}
-    return {name: os.path.join(facts.path, name) for name in list_folder(facts.path)
-            if name.endswith((".safetensors", ".json", ".model", ".txt", ".jinja"))}
+    files = [os.path.abspath(path) for path in facts.files]
+    if facts.format != "gguf":
+        folder = os.path.dirname(files[0]) if files else facts.path
+        files += [os.path.join(folder, name) for name in list_folder(folder)
+                  if name.endswith((".json", ".model", ".jinja"))]
+    return {os.path.basename(path): path for path in files}
 
 
-def import_work(api: OllamaApi, name: str, facts: ModelFacts, quantize: str
-                ) -> Callable[[Transfer], None]:
-    """Files into Ollama's store as one model: hashed, sent, and created from.
+FileCount = Callable[[str, int, int], None]  # path, bytes done, its size
 
-    Raises (now): UsageError for a quantisation that Ollama cannot make.
-    """
+
+def file_records(facts: ModelFacts, count: FileCount = lambda path, done, size: None
+                 ) -> List[Dict[str, Any]]:
+    """[{path, size, sha256}] of a model's files, for the book.  Raises: UsageError."""
+    records = []
+    for path in import_files(facts).values():
+        try:
+            size = os.path.getsize(path)
+            digest = sha256_file(path, lambda done: count(path, done, size))
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}",
+                             "Mend its permissions, or fetch it again") from error
+        records.append({"path": path, "size": size, "sha256": digest})
+    return records
+
+
+def _sized_pieces(path: str, size: int, count: FileCount) -> Iterator[bytes]:
+    """What was promised, or ModelError."""
+    sent = 0
+    for piece in _file_pieces(path, lambda done: count(path, done, size)):
+        sent += len(piece)
+        if sent > size:
+            break
+        yield piece
+    if sent != size:
+        raise ModelError(f"{path} changed while it was sent")
+
+
+def import_work(api: OllamaApi, name: str, facts: ModelFacts, quantize: str = "",
+                folder: str = "") -> Callable[[Transfer], None]:
+    """Files into Ollama's store as one model: hashed, sent, and created from.  Its result:
+    file_records().  Raises (now): UsageError for what Ollama cannot make."""
+    parse_model_name(name)
+    if facts.format == "mlx":
+        raise UsageError(f"{facts.name} has MLX weights, which Ollama cannot import",
+                         "Serve it with the engine mlx")
     if quantize and quantize not in QUANTIZATIONS:
         raise UsageError(f"Ollama makes no {printable(quantize)}",
                          "It makes " + ", ".join(QUANTIZATIONS))
@@ -7056,29 +7192,45 @@ def import_work(api: OllamaApi, name: str, facts: ModelFacts, quantize: str
                          "BF16 and F32 can be quantised", "Leave --quantize away")
 
     def work(transfer: Transfer) -> None:
-        digests = {}
-        try:
-            for inner, path in import_files(facts).items():
-                size = os.path.getsize(path)
-                digest = digests[inner] = "sha256:" + sha256_file(path, lambda done: transfer.count(
-                    f"hashing {inner}", f"hash {inner}", done, size))
-                if not api.has_blob(digest):
-                    api.send_blob(digest, Upload(size, _file_pieces(path, lambda done: transfer.count(
-                        f"sending {inner}", f"send {inner}", done, size))))
-        except OSError as error:
-            raise ModelError(f"cannot read {error.filename}: {error.strerror}") from error
-        body = {"model": name, "files": digests}
-        if quantize:
-            body["quantize"] = quantize
-        status = ""
-        try:
-            for event in api.events("/api/create", body,
-                                    lambda stream: setattr(transfer, "stream", stream)):
-                status = _count_event(transfer, event)
-        except HttpFailure as failure:
-            raise ModelError(f"the import of {name} broke off: {failure}") from failure
-        if status != "success":
-            raise ModelError(f"the import of {name} ended without `success` ({status})")
+        def counter(verb: str) -> FileCount:
+            return lambda path, done, size: transfer.count(
+                *[f"{verb} {printable(os.path.basename(path))}"] * 2, min(done, size), size)
+        records = transfer.result = file_records(facts, counter("hashing"))
+        wanted = [row for row in records if not api.has_blob("sha256:" + row["sha256"])]
+        _check_space(folder, sum(row["size"] for row in wanted))
+        for row in wanted:
+            api.send_blob("sha256:" + row["sha256"], Upload(row["size"], _sized_pieces(
+                row["path"], row["size"], counter("sending"))))
+        files = {inner: "sha256:" + row["sha256"]
+                 for inner, row in zip(import_files(facts), records)}
+        body = {"model": name.strip(), "files": files, "quantize": quantize or None}
+        _follow(api, transfer, "/api/create", body, "")
+    return work
+
+
+def convert_command(source: str, target: str, quantize: bool = True) -> List[str]:
+    """What makes MLX weights of safetensors; -q: in 4 bits."""
+    return ["mlx_lm.convert", f"--hf-path={source}", f"--mlx-path={target}"] + ["-q"] * quantize
+
+
+def convert_work(source: str, target: str, quantize: bool = True) -> Callable[[Transfer], None]:
+    """The conversion; cancelled, it still runs to its end.  Raises (now): EngineMissing with what
+    to install and to run, UsageError."""
+    from shlex import quote
+    command = convert_command(source, target, quantize)
+    if os.path.lexists(target):
+        raise UsageError(f"{target} is there already", "Name a folder that is not")
+    program = find_program(command[0])
+    if program is None:
+        raise EngineMissing("mlx_lm.convert is not installed",
+                            "pip install mlx-lm, then: " + " ".join(map(quote, command)))
+
+    def work(transfer: Transfer) -> None:
+        transfer.count("converting")
+        done = run_command([program, *command[1:]], 6 * 3600.0, 64 << 20)
+        if done.exit_code != 0:
+            said = done.output.strip().rpartition("\n")[2]
+            raise ModelError(f"mlx_lm.convert: {done.problem or printable(said[-300:])}")
     return work
 
 
@@ -7099,64 +7251,97 @@ def store_folder() -> str:
 
 
 def manifest_path(folder: str, name: ModelName) -> str:
-    return os.path.join(folder, "manifests", name.host, name.namespace, name.model, name.tag)
+    """Names differ in no case, but files do: as it is spelt there."""
+    path = os.path.join(folder, "manifests")
+    for part in name:
+        there = [each for each in list_folder(path) if each.lower() == part.lower()]
+        path = os.path.join(path, part if part in there or not there else there[0])
+    return path
 
 
 def read_layers(folder: str, name: ModelName) -> Tuple[str, List[Dict[str, Any]]]:
     """(the manifest's SHA-256, its layers: digest, size_bytes, media_type); ("", []) where it
     cannot be read."""
-    import hashlib
-    text = read_text(manifest_path(folder, name), 4 << 20)
-    manifest = _json_object((text or "").encode("utf-8"))
-    rows = [manifest.get("config")] + (manifest.get("layers") or [])
+    path = manifest_path(folder, name)
+    manifest = _json_object((read_text(path, 4 << 20) or "").encode("utf-8"))
+    rows = manifest.get("layers")
+    rows = [manifest.get("config")] + (rows if isinstance(rows, list) else [])
     layers = [{"digest": row["digest"], "size_bytes": row.get("size"),
-               "media_type": row.get("mediaType")} for row in rows[:256]
+               "media_type": row.get("mediaType")} for row in rows
               if isinstance(row, dict) and re.fullmatch("sha256:[0-9a-f]{64}",
                                                         str(row.get("digest")))]
-    return (hashlib.sha256(text.encode("utf-8")).hexdigest() if text else ""), layers
+    try:
+        return (sha256_file(path), layers) if layers else ("", [])
+    except OSError:
+        return "", []
 
 
-MODEL_BOOK_MAX = 1000
+MODEL_BOOK_MAX, MODEL_BOOK_MAX_BYTES, USED_STEP_S = 1000, 16 << 20, 60.0
+
+
+def _sound(entry: Any) -> bool:
+    """Whether an entry of the book can be used without a further look."""
+    def rows(field: str, key: str, form: str) -> bool:
+        found = entry.get(field) or []
+        return isinstance(found, list) and all(
+            isinstance(row, dict) and re.fullmatch(form, str(row.get(key))) for row in found)
+    return (isinstance(entry, dict) and isinstance(entry.get("name"), str)
+            and re.fullmatch("([0-9a-f]{64})?", str(entry.get("manifest_digest") or "")) is not None
+            and rows("layers", "digest", "sha256:[0-9a-f]{64}")
+            and rows("files", "sha256", "[0-9a-f]{64}") and rows("files", "path", "/[^\0]*"))
 
 
 class ModelBook:
     """Every model that was pulled, imported or served here; STATE/models.json.
 
-    _lock guards _entries and the file.
+    _lock guards _entries, _used_s and the file.
     """
 
     def __init__(self, path: str, log: Log) -> None:
-        self._path = path
+        self._path: Optional[str] = path
         self._log = log
         self._lock = threading.Lock()
+        self._failing = False
+        self._used_s: Dict[str, float] = {}
         self._entries: Dict[str, Dict[str, Any]] = {}
-        text = read_text(path, 16 << 20)
-        if text is None:
-            return
-        entries = _json_object(text.encode("utf-8")).get("models")
-        if not isinstance(entries, dict) or not all(isinstance(entry, dict)
-                                                    for entry in entries.values()):
-            log("warning", "models_unreadable", where=path, do=f"Set aside as {path}.bad")
-            try:
-                os.replace(path, path + ".bad")
-            except OSError:
-                pass  # it is written over at the next change
-            return
-        self._entries = entries
+        if os.path.lexists(path):
+            text = read_text(path, 2 * MODEL_BOOK_MAX_BYTES) or ""
+            entries = _json_object(text.encode("utf-8")).get("models")
+            if isinstance(entries, dict) and all(map(_sound, entries.values())):
+                self._entries = entries
+                return
+            self._set_aside(path)
+
+    def _set_aside(self, path: str) -> None:
+        try:
+            os.replace(path, path + ".bad")
+            done = f"It is now {path}.bad, and the book begins anew"
+        except OSError as error:
+            self._path = None
+            done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
+        self._log("warning", "models_file", what=f"{path} is not one of ours", do=done)
 
     def entries(self) -> Dict[str, Dict[str, Any]]:
         with self._lock:
             return {name: dict(entry) for name, entry in self._entries.items()}
 
     def note(self, name: str, **fields: Any) -> None:
-        """Add to what is known of a model; a figure that is None changes nothing."""
+        """Add to what is known of a model; what is None changes nothing."""
         with self._lock:
-            entry = self._entries.pop(name, {"name": name})
-            entry.update({key: value for key, value in fields.items() if value is not None})
+            entry = dict(self._entries.pop(name, {}), name=name)
+            entry.update((key, value) for key, value in fields.items() if value is not None)
             self._entries[name] = entry
-            while len(self._entries) > MODEL_BOOK_MAX:
-                del self._entries[next(iter(self._entries))]
             self._save()
+
+    def used(self, name: str) -> None:
+        """It was served now; exact to a minute, so that a request costs no write."""
+        with self._lock:
+            if now_s() - self._used_s.get(name, -USED_STEP_S) < USED_STEP_S:
+                return
+            self._used_s[name] = now_s()
+            served = self._entries.get(name, {}).get("first_served_at")
+        stamp = utc_stamp()
+        self.note(name, first_served_at=served or stamp, last_used_at=stamp)
 
     def forget(self, name: str) -> None:
         with self._lock:
@@ -7164,53 +7349,104 @@ class ModelBook:
                 self._save()
 
     def _save(self) -> None:
+        """Those that changed last.  A disk that is full costs the change, and one line."""
+        rows = {name: f"{json.dumps(name)}: {json.dumps(entry)}"
+                for name, entry in self._entries.items()}
+        while len(rows) > MODEL_BOOK_MAX or sum(map(len, rows.values())) > MODEL_BOOK_MAX_BYTES:
+            oldest = next(iter(rows))
+            del rows[oldest], self._entries[oldest]
+        self._used_s = {name: at for name, at in self._used_s.items() if name in rows}
         try:
-            write_atomic(self._path, json.dumps({"models": self._entries}, indent=1) + "\n")
+            if self._path is not None:
+                write_atomic(self._path, '{"models": {\n%s\n}}\n' % ",\n".join(rows.values()))
+            self._failing = False
         except OSError as error:
-            self._log("warning", "models_not_kept", where=self._path, what=error.strerror)
+            if not self._failing:
+                self._log("error", "models_not_kept", what=f"{self._path}: {error.strerror}",
+                          do="They are known until the agent ends; the next change tries again")
+            self._failing = True
 
 
-def note_ollama_model(book: ModelBook, api: OllamaApi, name: str, folder: str, **fields: Any) -> None:
-    """What Ollama and its store tell of a model goes into the book."""
-    parsed = parse_model_name(name)
+def _line(value: Any) -> Optional[str]:
+    """The first line of a text, to be kept."""
+    return printable(str(value or "").strip().partition("\n")[0][:200]) or None
+
+
+def note_ollama_model(book: ModelBook, api: OllamaApi, name: str, folder: str,
+                      **fields: Any) -> str:
+    """What Ollama and its store tell of a model goes into the book.  Returns "", or what of the
+    store could not be read.  Raises: ModelError."""
+    parsed = split_model_name(name) or parse_model_name(name)
     shown = api.show(name)
-    info = shown.get("model_info") if isinstance(shown.get("model_info"), dict) else {}
-    details = shown.get("details") if isinstance(shown.get("details"), dict) else {}
+    info, details = (value if isinstance(value, dict) else {}
+                     for value in (shown.get("model_info"), shown.get("details")))
     digest, layers = read_layers(folder, parsed)
-    said = next((row.get("digest") for row in api.tags()
-                 if parse_model_name(row["name"]).key == parsed.key), None)
-    license_text = info.get("general.license") or shown.get("license")
-    book.note(parsed.key, engine="ollama", source=f"{parsed.host}/{parsed.namespace}/{parsed.model}",
-              manifest_digest=digest or said, layers=layers or None,
-              license=license_text and str(license_text).strip().splitlines()[0][:200],
-              base_model=details.get("parent_model") or info.get("general.base_model.0.name"),
-              parameters=details.get("parameter_size"),
-              quantization=details.get("quantization_level"), **fields)
+    listed = [row.get("digest") for row in api.tags() if model_key(row["name"]) == parsed.key]
+    said = str(listed[0] if listed else "").rpartition(":")[2]
+    if digest and re.fullmatch("[0-9a-f]{64}", said) and digest != said:
+        digest, layers = "", []  # another Ollama's store
+    known = digest or (said if re.fullmatch("[0-9a-f]{64}", said) else None)
+    book.note(parsed.key, engine="ollama", source="/".join(parsed[:3]),
+              manifest_digest=known, layers=layers,
+              license=_line(info.get("general.license") or shown.get("license")),
+              base_model=_line(details.get("parent_model")
+                               or info.get("general.base_model.0.name")),
+              parameters=_line(details.get("parameter_size")),
+              quantization=_line(details.get("quantization_level")), **fields)
+    return "" if digest else f"{manifest_path(folder, parsed)} cannot be read: layers are unknown"
 
 
 def verify_entry(entry: Dict[str, Any], folder: str,
-                 count: Callable[[str], None] = lambda what: None) -> List[BlobFault]:
+                 count: FileCount = lambda path, done, size: None) -> List[BlobFault]:
     """Hash again what a model is made of.  [] is: all of it is as it was."""
+    name, layers, wanted = split_model_name(entry["name"]), entry.get("layers") or [], []
+    if entry.get("engine") == "ollama" and name and entry.get("manifest_digest"):
+        wanted.append((entry["manifest_digest"], manifest_path(folder, name)))
+        layers = layers or read_layers(folder, name)[1]  # of a manifest that is checked as well
+    wanted += [(layer["digest"], os.path.join(folder, "blobs", layer["digest"].replace(":", "-")))
+               for layer in layers]
+    wanted += [(kept["sha256"], kept["path"]) for kept in entry.get("files") or ()]
     faults = []
-
-    def check(digest: str, path: str) -> None:
-        count(path)
+    for digest, path in wanted:
         try:
-            found = sha256_file(path)
+            size = os.path.getsize(path)
+            found = sha256_file(path, lambda done: count(path, done, size))
+            if found != digest.rpartition(":")[2]:
+                faults.append(BlobFault(digest, path, "differs"))
         except FileNotFoundError:
             faults.append(BlobFault(digest, path, "missing"))
         except OSError as error:
             faults.append(BlobFault(digest, path, error.strerror or "cannot be read"))
-        else:
-            if found != digest.rpartition(":")[2]:
-                faults.append(BlobFault(digest, path, "differs"))
-    if entry.get("engine") == "ollama" and entry.get("manifest_digest"):
-        check(entry["manifest_digest"], manifest_path(folder, parse_model_name(entry["name"])))
-    for layer in entry.get("layers") or ():
-        check(layer["digest"], os.path.join(folder, "blobs", layer["digest"].replace(":", "-")))
-    for kept in entry.get("files") or ():
-        check(kept["sha256"], kept["path"])
+    if not faults and not layers and not entry.get("files"):
+        faults.append(BlobFault("", folder, "nothing is known to compare it with"))
     return faults
+
+
+_ROW = dict.fromkeys(("loaded", "parameters", "quantization", "license", "base_model", "source",
+                      "pulled_by", "pulled_at", "first_served_at", "last_used_at", "verified_at",
+                      "verified_ok"))
+
+
+def model_list(api: Optional[OllamaApi], book: ModelBook) -> List[Dict[str, Any]]:
+    """Every model that can be served, from Ollama and the book.  Unknown: None."""
+    kept, rows = book.entries(), []
+    memory = {model_key(row["name"]): row for row in api.loaded()} if api else {}
+    for tag in api.tags() if api else ():
+        key = model_key(tag["name"])
+        running, details = memory.get(key, {}), tag.get("details")
+        details = details if isinstance(details, dict) else {}
+        row = {**_ROW, "parameters": _line(details.get("parameter_size")),
+               "quantization": _line(details.get("quantization_level")), **kept.pop(key, {}),
+               "name": printable(tag["name"]), "engine": "ollama", "loaded": key in memory}
+        row.update((ours, _number(source.get(theirs), 1 << 60)) for ours, theirs, source in (
+            ("size_bytes", "size", tag), ("vram_bytes", "size_vram", running),
+            ("context_tokens", "context_length", running)))
+        row.update((field, _line(source.get(field))) for field, source in (
+            ("digest", tag), ("modified_at", tag), ("expires_at", running)))
+        rows.append(row)
+    rows += [{**_ROW, **entry} for entry in kept.values()
+             if not (api and entry.get("engine") == "ollama")]
+    return sorted(rows, key=lambda row: row["name"])
 
 
 # ----------------------------------------------------------------------
@@ -7219,6 +7455,13 @@ def verify_entry(entry: Dict[str, Any], folder: str,
 # The engine of this machine: one at a time, ours or an Ollama that was here
 # before us, which is used and never ended.  What is called running has
 # answered a real token, or, without a model yet, a request.
+
+
+def progress_record(progress: Progress) -> Dict[str, Any]:
+    """A pull or an import as JSON: the words of Ollama's own API, and more."""
+    return dict(rounded(progress._asdict()), status=progress.state, step=progress.status,
+                model=progress.name, completed=progress.completed_bytes,
+                total=progress.total_bytes, layers=[layer._asdict() for layer in progress.layers])
 
 
 class Hardware(NamedTuple):
@@ -7285,8 +7528,8 @@ INFERENCE_CHECK_S = 10.0  # the gateway's router drops a node that is silent for
 class Inference:
     """The engine and its models.
 
-    _lock guards _up, _models and _told, and is held for nothing that takes time.  hardware(): what is
-    here now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
+    _lock guards _up, _models and _told, and is held for nothing that takes time.  hardware(): what
+    is here now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
     """
 
     def __init__(self, settings: Any, log: Log, hardware: Callable[[], Hardware],
@@ -7364,7 +7607,9 @@ class Inference:
         Raises: EngineError, UsageError.
         """
         engine = engine or self._settings.inference_engine
-        reference = read_reference((model is None and self._settings.inference_model) or model or "")
+        if model is None:
+            model = self._settings.inference_model
+        reference = read_reference(model or "")
         up = self._same(engine, reference) or self._begin(engine, reference, context_tokens, force)
         if up.child is not None:
             self._await_ready(up)
@@ -7381,7 +7626,7 @@ class Inference:
         return self.status()
 
     def _with_version(self, up: _Up) -> _Up:
-        told = up._replace(version=is_ollama(up.endpoint))
+        told = up._replace(version=OllamaApi(up.endpoint).version())
         with self._lock:
             if self._up is not up:
                 return up
@@ -7397,8 +7642,7 @@ class Inference:
             for _ in transfer.watch(3600.0):
                 pass
             if transfer.progress.state != "success":
-                raise ModelError(f"{reference.text} could not be imported into Ollama: "
-                                 f"{transfer.progress.message}")
+                raise transfer.error or EngineConflict("the import was cancelled")
         self.load(name)
 
     def _same(self, engine: str, reference: Reference) -> Optional[_Up]:
@@ -7447,7 +7691,7 @@ class Inference:
         set_program = self._settings.inference_program
         if set_program and os.path.basename(set_program) == engine.program:
             return set_program if os.access(set_program, os.X_OK) else None
-        return find_program(engine.program)
+        return find_engine(engine.program)
 
     def _check_fit(self, engine: Engine, facts: ModelFacts, hardware: Hardware,
                    context_tokens: Optional[int]) -> None:
@@ -7592,124 +7836,109 @@ class Inference:
 
     def pull(self, name: str, who: str) -> Transfer:
         """Begin to pull a model, or join who does.  Raises: UsageError, EngineError."""
-        key = parse_model_name(name).key
-        api = self._ollama(start=True)
-        work = pull_work(api, name.strip())
-
-        def pull(transfer: Transfer) -> None:
-            work(transfer)
-            note_ollama_model(self.book, api, key, store_folder(), pulled_by=who,
-                              pulled_at=utc_stamp())
-            self._ended(transfer)
-        return self.transfers.begin(key, "pull", who, pull)
+        key, api = parse_model_name(name).key, self._ollama(start=True)
+        return self._transfer(key, "pull", who, api, pull_work(api, name.strip(), store_folder()))
 
     def bring(self, path: str, name: str, quantize: str, who: str) -> Transfer:
         """Begin to import files into Ollama.  Raises: UsageError, EngineError."""
         facts = read_model(os.path.abspath(os.path.expanduser(path)))
         key = parse_model_name(name or re.sub(r"[^\w.-]", "-", facts.name or "model")).key
         api = self._ollama(start=True)
-        work = import_work(api, key, facts, quantize)
+        return self._transfer(key, "import", who, api, import_work(
+            api, key, facts, quantize, store_folder()), source=facts.path)
 
-        def bring(transfer: Transfer) -> None:
+    def _transfer(self, key: str, kind: str, who: str, api: OllamaApi,
+                  work: Callable[[Transfer], None], **noted: Any) -> Transfer:
+        def whole(transfer: Transfer) -> None:
             work(transfer)
-            note_ollama_model(self.book, api, key, store_folder(), pulled_by=who,
-                              pulled_at=utc_stamp(), source=facts.path)
-            self._ended(transfer)
-        return self.transfers.begin(key, "import", who, bring)
+            self._note(api, key, pulled_by=who, pulled_at=utc_stamp(), **noted)
+            self._log("notice", "model_here", model=key, how=kind)
+            up = self._up
+            if up is not None:
+                self._refresh(up)
+            self._on_change()
+        return self.transfers.begin(key, kind, who, whole)
 
-    def _ended(self, transfer: Transfer) -> None:
-        self._log("notice", "model_here", model=transfer.progress.name, how=transfer.progress.kind)
-        up = self._up
-        if up is not None:
-            self._refresh(up)
-        self._on_change()
+    def _note(self, api: OllamaApi, name: str, **noted: Any) -> None:
+        unread = note_ollama_model(self.book, api, name, store_folder(), **noted)
+        if unread:
+            self._log("info", "provenance", model=name, what=unread)
 
     def cancel(self, name: str) -> Dict[str, Any]:
-        key = parse_model_name(name).key
+        key = model_key(name)
         if not self.transfers.cancel(key):
-            raise ModelMissing(f"nothing is pulled or imported as {key}")
+            raise ModelMissing(f"nothing is pulled or imported as {printable(key)}")
         return {"status": "cancelled", "model": key, "message": "what came is kept"}
 
     def _note_served(self, name: str, engine: Engine, facts: ModelFacts) -> None:
         """A model of files is remembered with their hashes; reading gigabytes takes its time."""
-        known = self.book.entries().get(name, {})
-        sizes = {path: os.path.getsize(path) for path in facts.files if os.path.exists(path)}
         self.book.note(name, engine=engine.name, source=facts.path, license=facts.license,
                        base_model=facts.base_model, quantization=facts.quantization,
-                       parameters=facts.parameters, last_used_at=utc_stamp(),
-                       first_served_at=known.get("first_served_at") or utc_stamp())
-        if {row["path"]: row["size"] for row in known.get("files") or ()} == sizes:
+                       parameters=facts.parameters and f"{facts.parameters / 1e9:.3g}B")
+        self.book.used(name)
+        sizes = {path: os.path.getsize(path) for path in facts.files if os.path.exists(path)}
+        known = self.book.entries()[name].get("files") or ()
+        if sizes and sizes.items() <= {row["path"]: row["size"] for row in known}.items():
             return
 
         def hash_files() -> None:
             try:
-                self.book.note(name, files=[{"path": path, "size": size, "sha256":
-                                             sha256_file(path)} for path, size in sizes.items()])
-            except OSError as error:
-                self._log("warning", "provenance", what=f"{error.filename}: {error.strerror}")
+                self.book.note(name, files=file_records(facts))
+            except AgentError as error:
+                self._log.error("provenance", error, "warning")
         threading.Thread(target=hash_files, name="provenance", daemon=True).start()
 
-    def _check_known(self, up: _Up, name: str) -> None:
+    def _alone(self, name: str) -> Optional[_Up]:
+        """The engine that serves one model, where that is what runs.  Raises: ModelMissing."""
+        up = self._up
+        if up is None or up.engine.many or self.state() != "running":
+            return None
         if name != up.name:
             raise ModelMissing(f"{up.engine.title} serves {up.name} alone",
                                "One with other models starts after: b9agent.py stop")
+        return up
 
     def load(self, name: str) -> Dict[str, Any]:
         """Into memory, and a token of it.  Raises: EngineError."""
-        up = self._up
-        if up is not None and not up.engine.many and self.state() == "running":
-            self._check_known(up, name)
+        up = self._alone(name)
+        if up is not None:
             generate_one_token(up.endpoint, name, 600.0)
         else:
             api = self._ollama()
             api.load(name)
-            note_ollama_model(self.book, api, name, store_folder(), last_used_at=utc_stamp())
-            name = parse_model_name(name).key
-        self.book.note(name, last_used_at=utc_stamp())
+            name = model_key(name)
+            self._note(api, name)
+        self.book.used(name)
         return {"status": "loaded", "model": name, "message": "it is in memory and gave a token"}
 
     def unload(self, name: str) -> Dict[str, Any]:
-        up = self._up
-        if up is not None and not up.engine.many and self.state() == "running":
-            self._check_known(up, name)
+        up = self._alone(name)
+        if up is not None:
             raise EngineConflict(f"{up.engine.title} holds {name} as long as it runs",
                                  "b9agent.py stop")
         self._ollama().unload(name)
         return {"status": "unloaded", "model": name, "message": "it is out of memory"}
 
     def delete(self, name: str) -> Dict[str, Any]:
-        key, api = parse_model_name(name).key, self._ollama()
+        api = self._ollama()
         api.delete(name)
-        if any(parse_model_name(row["name"]).key == key for row in api.tags()):
+        if api.has(name):
             raise ModelError(f"Ollama says that it deleted {name}, and still lists it")
-        self.book.forget(key)
+        self.book.forget(model_key(name))
         if self._up is not None:
             self._refresh(self._up)
         return {"status": "deleted", "model": name, "message": "it is out of Ollama's store"}
 
     def models(self) -> Dict[str, Any]:
         """What is in the store or served now, and what is remembered of it."""
-        up, book, rows = self._up, self.book.entries(), []
-        if up is not None and up.engine.many and self.state() == "running":
-            api = OllamaApi(up.endpoint)
-            loaded = {parse_model_name(row["name"]).key: row for row in api.loaded()}
-            for tag in api.tags():
-                key = parse_model_name(tag["name"]).key
-                details = tag.get("details") if isinstance(tag.get("details"), dict) else {}
-                rows.append(dict(
-                    book.pop(key, {}), name=tag["name"], engine="ollama", here=True,
-                    size_bytes=tag.get("size"), digest=tag.get("digest"), loaded=key in loaded,
-                    gpu_bytes=loaded.get(key, {}).get("size_vram"),
-                    expires_at=loaded.get(key, {}).get("expires_at"),
-                    quantization=details.get("quantization_level"),
-                    parameters=details.get("parameter_size")))
-        elif up is not None and up.name:
-            rows.append(dict(book.pop(up.name, {}), name=up.name, engine=up.engine.name, here=True,
-                             loaded=self.state() == "running"))
-        rows += [dict(entry, here=None, loaded=False) for entry in book.values()]
-        return {"models": rows, "transfers": [dict(progress._asdict(), layers=None)
-                                              for progress in self.transfers.all()],
-                "message": "" if up else "no engine runs: this is what is remembered"}
+        up, running = self._up, self.state() == "running"
+        rows = model_list(OllamaApi(up.endpoint) if running and up.engine.many else None, self.book)
+        for row in rows:
+            if up is not None and up.name == row["name"]:
+                row["loaded"] = running
+        transfers = [progress_record(progress) for progress in self.transfers.all()]
+        return {"models": rows, "transfers": transfers,
+                "message": "" if running else "no engine runs: this is what is remembered"}
 
     def fit_of(self, name: str, context_tokens: Optional[int]) -> Dict[str, Any]:
         """Of files, or of a model in Ollama's store.  Raises: UsageError."""
@@ -7733,19 +7962,14 @@ class Inference:
         book, rows = self.book.entries(), []
         wanted = list(book)
         if name:
-            wanted = [key for key in book if key in (name, name.lower(), f"{name.lower()}:latest")]
+            wanted = [key for key in book if key in (name, model_key(name))]
             if not wanted:
                 raise ModelMissing(f"nothing is remembered of {name}", "See: b9agent.py models")
         for key in wanted:
-            entry = book[key]
-            if not entry.get("layers") and not entry.get("files"):
-                rows.append({"name": key, "ok": False, "faults": [], "message":
-                             "nothing to compare with: its digests could not be read"})
-                continue
-            faults = verify_entry(entry, store_folder())
+            faults = verify_entry(book[key], store_folder())
             self.book.note(key, verified_at=utc_stamp(), verified_ok=not faults)
-            rows.append({"name": key, "ok": not faults, "faults": [fault._asdict()
-                                                                   for fault in faults]})
+            rows.append({"name": key, "ok": not faults,
+                         "faults": [fault._asdict() for fault in faults]})
         return {"models": rows}
 
 
@@ -7988,8 +8212,8 @@ class Api:
 
     strict: bodies and queries are checked against their route.  refusals: failed authorizations
     in a minute, after which they are 429; 0 for no limit.  A right token is never held up.
-    statuses: HTTP's and ours for an AgentError that a handler raises, by its class.  instant: paths of open routes
-    whose handlers never wait: they need no thread.
+    statuses: HTTP's and ours for an AgentError that a handler raises, by its class.  instant: paths
+    of open routes whose handlers never wait: they need no thread.
     """
 
     name = "api"
@@ -8933,12 +9157,6 @@ def agent_routes(status: Callable[[], Dict[str, Any]],
     )
 
 
-def _rounded(record: Dict[str, Any]) -> Dict[str, Any]:
-    """For people as much as for programs: three digits after the point are enough."""
-    return {name: round(value, 3) if isinstance(value, float) else value
-            for name, value in record.items()}
-
-
 # -- inference and models --------------------------------------------------
 
 _MODEL = Field("model", "string", "its name, such as llama3.2:1b", required=True, max_length=512)
@@ -8946,32 +9164,26 @@ _STREAM = Field("stream", "boolean", "a line of JSON for each step, instead of o
                 "end; `Accept: application/x-ndjson` asks for the same")
 
 
-def _progress_record(progress: Progress) -> Dict[str, Any]:
-    """A pull or an import as JSON: the words of Ollama's own API, and more."""
-    return dict(_rounded(progress._asdict()), status=progress.state, step=progress.status,
-                model=progress.name, completed=progress.completed_bytes,
-                total=progress.total_bytes, layers=[layer._asdict() for layer in progress.layers])
-
-
 def _transfer_answer(request: Request, transfer: Transfer) -> Response:
     """Its progress as it goes, or its end."""
-    if request.fields.get("stream") or wants(request.headers, "application/x-ndjson"):
+    if request.fields.get("stream") or "x-ndjson" in request.headers.get("accept", ""):
         def lines() -> Iterator[bytes]:
             for progress in transfer.watch(STREAM_LOOK_S):
                 yield b"" if progress is None else REDACTOR.scrub(json.dumps(
-                    _progress_record(progress))).encode("utf-8") + b"\n"
+                    progress_record(progress))).encode("utf-8") + b"\n"
         return Response(200, lines(), "application/x-ndjson")
     progress = transfer.progress
     for step in transfer.watch(3600.0):
         progress = step or progress
     if progress.state != "success":
-        raise ModelError(progress.message or f"{progress.kind} of {progress.name}: {progress.state}")
-    return Response(200, dict(_progress_record(progress), message=f"{progress.name} is here"))
+        raise transfer.error or EngineConflict(f"the {progress.kind} of {progress.name} was "
+                                               f"{progress.state}")
+    return Response(200, dict(progress_record(progress), message=f"{progress.name} is here"))
 
 
 def inference_routes(inference: Inference) -> Tuple[Route, ...]:
     """The routes under /inference and /models."""
-    def fields_of(call: Callable[..., Any], *names: str) -> Callable[[Request], Response]:
+    def calls(call: Callable[..., Any], *names: str) -> Callable[[Request], Response]:
         def handler(request: Request) -> Response:
             return Response(200, call(*(request.fields.get(name) for name in names)))
         return handler
@@ -9006,22 +9218,22 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
               "end the engine, and see that all of it is gone"),
         Route("POST", "/inference/pull", pull, False, "bring a model into Ollama's store",
               fields=(_MODEL, _STREAM)),
-        Route("POST", "/inference/cancel", fields_of(inference.cancel, "model"), False,
+        Route("POST", "/inference/cancel", calls(inference.cancel, "model"), False,
               "end a pull or an import; what came is kept", fields=(_MODEL,)),
         Route("GET", "/models", lambda request: Response(200, inference.models()), False,
               "every model here: size, digest, loaded or not, where it came from"),
-        Route("POST", "/models/load", fields_of(inference.load, "model"), False,
+        Route("POST", "/models/load", calls(inference.load, "model"), False,
               "into memory, to stay; answers when a token came", fields=(_MODEL,)),
-        Route("POST", "/models/unload", fields_of(inference.unload, "model"), False,
+        Route("POST", "/models/unload", calls(inference.unload, "model"), False,
               "out of memory; answers when it is gone", fields=(_MODEL,)),
-        Route("POST", "/models/delete", fields_of(inference.delete, "model"), False,
+        Route("POST", "/models/delete", calls(inference.delete, "model"), False,
               "out of Ollama's store", fields=(_MODEL,)),
         Route("POST", "/models/import", bring, False, "local files into Ollama's store", fields=(
             path, Field("name", "string", "default: the file's", max_length=512),
             Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
-        Route("POST", "/models/fit", fields_of(inference.fit_of, "model", "context_tokens"), False,
+        Route("POST", "/models/fit", calls(inference.fit_of, "model", "context_tokens"), False,
               "whether a model fits here, from its files' headers", fields=(_MODEL, context)),
-        Route("POST", "/models/verify", fields_of(inference.verify, "model"), False,
+        Route("POST", "/models/verify", calls(inference.verify, "model"), False,
               "hash a model's files again", fields=(_MODEL._replace(required=False),)),
     )
 
@@ -9908,7 +10120,7 @@ def watchdog_interval_s() -> Optional[float]:
 
 def gpu_record(gpu: Gpu, offered: bool) -> Dict[str, Any]:
     """One GPU as JSON: the fields of Gpu, Beta9's name for its type, what it may be used for."""
-    return dict(_rounded(gpu._asdict()), type=gpu_type(gpu.name), offered=offered,
+    return dict(rounded(gpu._asdict()), type=gpu_type(gpu.name), offered=offered,
                 free=offered and is_free(gpu),
                 mig_instances=[part._asdict() for part in gpu.mig_instances],
                 processes=gpu.processes and [process._asdict() for process in gpu.processes])
@@ -9916,7 +10128,7 @@ def gpu_record(gpu: Gpu, offered: bool) -> Dict[str, Any]:
 
 def host_record(facts: HostFacts, sample: Optional[HostSample]) -> Dict[str, Any]:
     """The machine as JSON: what it is, and how it was at the last look."""
-    return dict(facts._asdict(), **_rounded(sample._asdict() if sample else {}))
+    return dict(facts._asdict(), **rounded(sample._asdict() if sample else {}))
 
 
 class Agent:
@@ -12522,8 +12734,9 @@ def model_rows(answer: Dict[str, Any]) -> List[Sequence[str]]:
                                   "LICENSE", "LAST USED")]
     for model in answer["models"]:
         rows.append((model["name"], model.get("engine") or "-", size_text(model.get("size_bytes")),
-                     "yes" if model.get("loaded") else "no" if model.get("here") else "-", (model.get("digest") or "-")[:12],
-                     model.get("quantization") or "-", (model.get("license") or "-")[:24],
+                     {True: "yes", False: "no"}.get(model.get("loaded"), "-"),
+                     (model.get("digest") or "-")[:12], model.get("quantization") or "-",
+                     (model.get("license") or "-")[:24],
                      model.get("last_used_at") or "-"))
     return rows
 
@@ -12589,8 +12802,7 @@ def command_models_verify(loaded: Loaded, options: Dict[str, str]) -> int:
         say_json(answer)
     else:
         for row in answer["models"]:
-            say(f"{row['name']}: " + ("as it was" if row["ok"] else
-                                      row.get("message") or "changed"))
+            say(f"{row['name']}: " + ("as it was" if row["ok"] else "not as it was"))
             for fault in row["faults"]:
                 say(f"  {fault['problem']}: {fault['path']}")
     return Exit.OK if all(row["ok"] for row in answer["models"]) else Exit.FAILED
@@ -12657,7 +12869,8 @@ def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Ca
 
     def stop() -> str:
         return call_agent(state_dir, "/inference/stop", {}, 120.0).get("message") or ""
-    return (("Sending start-inference command to agent", start), ("Testing health endpoint", health),
+    return (("Sending start-inference command to agent", start),
+            ("Testing health endpoint", health),
             ("Checking model availability", have_model), ("Testing chat", chat),
             ("Testing Python client, streamed", stream), ("Testing latency (3 requests)", latency),
             ("Stopping inference server", stop))
@@ -12706,7 +12919,7 @@ COMMANDS = (
         _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),
         ("state_dir",), "ask the running agent"),
     Command("start", command_start, (
-        Option("--engine", "ENGINE", "ollama, vllm, sglang, llama-server or mlx; else it is chosen"),
+        Option("--engine", "ENGINE", ", ".join(ENGINE_NAMES) + "; else it is chosen"),
         Option("--model", "MODEL", "a name, a GGUF file, or a folder of safetensors"),
         Option("--context", "TOKENS", "context of each request"),
         Option("--force", "", "also where it should not fit"), _JSON), ("state_dir",),

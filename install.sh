@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=d16e6a2a002297da546b32c1c79a06e159b253e344ed011d9527641b89b6955a
+  sha256=7be38125dce4fa03992e3f3956463068108d8066b1d1fa63cf6a1762589023fd
 }
 
 usage() {

@@ -204,11 +204,13 @@ def test_the_python_client_and_the_official_ones_reach_the_engine(world):
     assert set(client.list_models()) == {"llama3.2:latest", "nomic-embed-text:latest"}
     assert client.health()
     assert client.load_model("llama3.2") and client.unload_model("llama3.2")
-    theirs = ollama.Client(host=url).chat("llama3.2", [{"role": "user", "content": "hello"}])
-    assert theirs["message"]["content"] == said.content
-    official = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-    assert official.chat.completions.create(model="llama3.2", messages=[
-        {"role": "user", "content": "hello"}]).choices[0].message.content == said.content
+    theirs = ollama.Client(host=url)
+    assert theirs.chat("llama3.2", [{"role": "user", "content": "hello"}]
+                       )["message"]["content"] == said.content
+    theirs._client.close()
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as official:
+        assert official.chat.completions.create(model="llama3.2", messages=[
+            {"role": "user", "content": "hello"}]).choices[0].message.content == said.content
     missing = client.chat("nobody", [{"role": "user", "content": "x"}])
     assert not missing.ok and "nobody" in missing.error
     client.configure("127.0.0.1", here.port, raise_errors=True)
@@ -253,7 +255,14 @@ def test_a_pull_tells_its_progress_and_two_that_ask_share_one(world):
     assert told[0][0]["started"] == told[1][0]["started"]
 
 
-@pytest.mark.parametrize("fault, said", [("pull_error", "Ollama"), ("pull_cut", "broke off")])
+def test_a_pull_that_is_cut_goes_on_where_it_was(world):
+    here = world("ollama").start(FAKE_OLLAMA_FAULTS="pull_cut=2")
+    here.post("/inference/start")
+    status, answer = here.post("/inference/pull", {"model": "llama3.2"})
+    assert status == 200 and answer["completed"] == answer["total"] > 0
+
+
+@pytest.mark.parametrize("fault, said", [("pull_error", "Ollama"), ("pull_digest", "digest")])
 def test_a_pull_that_fails_after_a_200_is_an_error(world, fault, said):
     here = world("ollama").start(FAKE_OLLAMA_FAULTS=fault)
     here.post("/inference/start")
@@ -484,13 +493,18 @@ def test_every_command_binds_where_it_is_told_and_names_its_model():
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_vllm_and_sglang_start_give_a_token_and_leave_nothing(world, name, tmp_path):
     here = world(name).start()
-    status, answer = here.post("/inference/start", {"engine": name, "model": "org/model"})
-    assert (status, answer["models"]) == (200, ["org/model"]), answer
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    folder = tmp_path / "tiny-model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\1" * 8)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    status, answer = here.post("/inference/start", {"engine": name, "model": str(folder)})
+    assert (status, answer.get("models")) == (200, ["tiny-model"]), answer
     client = b9agent.InferenceClient()
     client.configure("127.0.0.1", here.port)
-    assert client.chat("org/model", [{"role": "user", "content": "hello"}]).content
+    assert client.chat("tiny-model", [{"role": "user", "content": "hello"}]).content
     status, answer = here.post("/inference/pull", {"model": "llama3.2"})
-    assert status == 409 and "serves org/model alone" in answer["error"]
+    assert status == 409 and "serves tiny-model alone" in answer["error"]
     assert here.post("/inference/stop")[0] == 200
     assert engine_processes(here.home) == {} and not listens(here.port)
 
@@ -514,9 +528,10 @@ def test_a_real_engine_starts_gives_a_token_and_is_gone(real_world, name):
     said = client.chat(served, [{"role": "user", "content": "hello"}], max_tokens=8)
     assert said.usage["completion_tokens"] >= 1 and said.finish_reason in ("length", "stop")
     assert any(client.chat(served, [{"role": "user", "content": "hello"}], max_tokens=8, stream=True))
-    official = openai.OpenAI(base_url=status["endpoint"] + "/v1", api_key="none", max_retries=0)
-    assert official.chat.completions.create(model=served, max_tokens=4, messages=[
-        {"role": "user", "content": "hello"}]).usage.completion_tokens >= 1
+    with openai.OpenAI(base_url=status["endpoint"] + "/v1", api_key="none",
+                       max_retries=0) as official:
+        assert official.chat.completions.create(model=served, max_tokens=4, messages=[
+            {"role": "user", "content": "hello"}]).usage.completion_tokens >= 1
     wait_until(lambda: here.get("/models")["models"][0].get("files"), "its files are hashed")
     (row,) = here.get("/models")["models"]
     assert row["loaded"] and all(len(kept["sha256"]) == 64 for kept in row["files"])
