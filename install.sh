@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=7be38125dce4fa03992e3f3956463068108d8066b1d1fa63cf6a1762589023fd
+  sha256=b4d9848d237d68f1a48e9c73da5ba0a4f8675461b7c2b0bd959ac7a4fe91a25f
 }
 
 usage() {
