@@ -7,36 +7,45 @@ What it does to this machine, all of it:
 
 files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
           reads   STATE/config.yaml, a token file if one is set; /proc, /sys, /etc/os-release, and
-                  whether the devices of GPUs are there
+                  whether the devices of GPUs are there; the heads of model files it is asked
+                  about, all of them to hash them; Ollama's manifests and blobs
           writes  STATE/config.yaml 0600 (`init`; config.yaml.old 0600 where it had comments),
                   machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
                   journald), energy.json 0600 (energy.json.bad where it was broken),
-                  control.token 0600, control.addr;
+                  control.token 0600, control.addr; models.json 0600 (models.json.bad);
+                  children/engine.json 0600, logs/engine-*.log 0600 (16 MiB each, five), hub/
+                  (a cache of Hugging Face's where there is none);
                   gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
                   folder (`demo`), removed; `service install`: what its --dry-run prints
 ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`;
-          `doctor` binds the ports it tells of for an instant
+          `doctor` binds the ports it tells of for an instant; the engine, once started, listens on
+          127.0.0.1:11434
 hosts     the gateway that is configured, or the proxy set for it; `doctor` also k3s, on
-          127.0.0.1:6443 and without a token; nobody else.  The machine token goes to the gateway
-          and nowhere else, and no redirect is followed
+          127.0.0.1:6443 and without a token; the engine; nobody else.  The machine token goes to
+          the gateway and nowhere else, and no redirect is followed.  Ollama itself fetches models
+          from its registries; the others are told to stay offline with files that are here
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
 programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi where the kernel's
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
           python3 with Metal; `init` and `doctor` ask tailscale; `service` runs systemctl, loginctl,
-          useradd, launchctl or rc-service, and `doctor` asks them
+          useradd, launchctl or rc-service, and `doctor` asks them, ps and lsof on macOS; the engine
+          that is started: ollama, vllm, sglang, llama-server or mlx_lm.server; mlx_lm.convert
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
           vendor's driver, and ends), control or gateway (accepts), and one for each connection to
-          those, 64 or 256 at most; check-NAME (`doctor`)
+          those, 64 or 256 at most; child-engine and child-engine-probe, first-token, inference
+          (looks at the engine), pull, import or convert NAME (4 at most), provenance (hashes
+          files); check-NAME (`doctor`)
 
 To read it: sections stand in order, and each uses only names from above it.
 
-   1 errors, exit codes, redaction, clock      12 HTTP server core, 12b metrics
-   2 doors: files, programs, the network       14 control API
-   3 settings: one table, YAML subset, flags   17 embedded gateway
-   4 log and snapshot                          19 agent: the composition
-   5 host metrics                              20 service installation, 20b doctor
-   6 GPUs, energy and carbon                   21 commands, main
-   7 gateway client and membership
+   1 errors, exit codes, redaction, clock      9b engines, 9c models, 9d inference
+   2 doors: files, programs, the network       12 HTTP server core, 12b metrics
+   3 settings: one table, YAML subset, flags   14 control API
+   4 log, events and snapshot                  17 embedded gateway
+   5 host metrics                              18 client: from b9agent import inference
+   6 GPUs, energy and carbon                   19 agent: the composition
+   7 gateway client and membership             20 service installation, 20b doctor
+   8 child processes, 9a model files           21 commands, main
 """
 import sys
 
@@ -7847,6 +7856,12 @@ class Inference:
         return self._transfer(key, "import", who, api, import_work(
             api, key, facts, quantize, store_folder()), source=facts.path)
 
+    def convert(self, source: str, target: str, quantize: bool, who: str) -> Transfer:
+        """Begin to make MLX weights of safetensors.  Raises: UsageError, EngineMissing."""
+        source, target = (os.path.abspath(os.path.expanduser(path)) for path in (source, target))
+        read_model(source)
+        return self.transfers.begin(target, "convert", who, convert_work(source, target, quantize))
+
     def _transfer(self, key: str, kind: str, who: str, api: OllamaApi,
                   work: Callable[[Transfer], None], **noted: Any) -> Transfer:
         def whole(transfer: Transfer) -> None:
@@ -9145,6 +9160,13 @@ STATUS_FIELDS = fields_of(
 ) + (Field("gpu_problems", "array", "of GPUs and their drivers", True),)
 
 
+INFERENCE_FIELDS = fields_of(
+    ("string!", "status message"), ("boolean!", "running"),
+    ("string", "endpoint engine version model why log"), ("boolean", "adopted"),
+    ("integer", "pid starts"), ("number", "uptime_seconds"),
+) + (Field("models", "array", "names that the engine serves", True),)
+
+
 def agent_routes(status: Callable[[], Dict[str, Any]],
                  metrics: Callable[[], str]) -> Tuple[Route, ...]:
     """status(): the fields of GET /status; metrics(): the text of GET /metrics."""
@@ -9183,10 +9205,9 @@ def _transfer_answer(request: Request, transfer: Transfer) -> Response:
 
 def inference_routes(inference: Inference) -> Tuple[Route, ...]:
     """The routes under /inference and /models."""
-    def calls(call: Callable[..., Any], *names: str) -> Callable[[Request], Response]:
-        def handler(request: Request) -> Response:
-            return Response(200, call(*(request.fields.get(name) for name in names)))
-        return handler
+    def calls(method: str, *names: str) -> Callable[[Request], Response]:
+        return lambda request: Response(200, getattr(inference, method)(
+            *(request.fields.get(name) for name in names)))
 
     def start(request: Request) -> Response:
         asked = request.fields
@@ -9201,41 +9222,52 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
         asked = request.fields
         return _transfer_answer(request, inference.bring(
             asked["path"], asked.get("name") or "", asked.get("quantize") or "", "control API"))
+    def convert(request: Request) -> Response:
+        asked = request.fields
+        return _transfer_answer(request, inference.convert(
+            asked["path"], asked["target"], bool(asked.get("quantize")), "control API"))
     context = Field("context_tokens", "integer", "tokens of context for each request", minimum=128,
                     maximum=1 << 24)
     path = Field("path", "string", "a GGUF file or a folder of safetensors on this machine",
                  required=True, max_length=4096)
-    return (
+    routes = (
         Route("GET", "/inference/status", lambda request: Response(200, inference.status()), False,
-              "the engine, its address and its models"),
+              "the engine, its address and its models", result=INFERENCE_FIELDS),
         Route("POST", "/inference/start", start, False,
               "start an engine; answers when a token came, or why none did", fields=(
                   Field("engine", "string", "default: what suits the model and this machine",
                         choices=("auto",) + tuple(engine.name for engine in ENGINES)),
                   _MODEL._replace(required=False, about="a name, a GGUF file, or a folder"),
-                  context, Field("force", "boolean", "also where it should not fit"))),
+                  context, Field("force", "boolean", "also where it should not fit")),
+              result=INFERENCE_FIELDS),
         Route("POST", "/inference/stop", lambda request: Response(200, inference.stop()), False,
-              "end the engine, and see that all of it is gone"),
+              "end the engine, and see that all of it is gone", result=INFERENCE_FIELDS),
         Route("POST", "/inference/pull", pull, False, "bring a model into Ollama's store",
               fields=(_MODEL, _STREAM)),
-        Route("POST", "/inference/cancel", calls(inference.cancel, "model"), False,
+        Route("POST", "/inference/cancel", calls("cancel", "model"), False,
               "end a pull or an import; what came is kept", fields=(_MODEL,)),
         Route("GET", "/models", lambda request: Response(200, inference.models()), False,
               "every model here: size, digest, loaded or not, where it came from"),
-        Route("POST", "/models/load", calls(inference.load, "model"), False,
+        Route("POST", "/models/load", calls("load", "model"), False,
               "into memory, to stay; answers when a token came", fields=(_MODEL,)),
-        Route("POST", "/models/unload", calls(inference.unload, "model"), False,
+        Route("POST", "/models/unload", calls("unload", "model"), False,
               "out of memory; answers when it is gone", fields=(_MODEL,)),
-        Route("POST", "/models/delete", calls(inference.delete, "model"), False,
+        Route("POST", "/models/delete", calls("delete", "model"), False,
               "out of Ollama's store", fields=(_MODEL,)),
         Route("POST", "/models/import", bring, False, "local files into Ollama's store", fields=(
             path, Field("name", "string", "default: the file's", max_length=512),
             Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
-        Route("POST", "/models/fit", calls(inference.fit_of, "model", "context_tokens"), False,
+        Route("POST", "/models/convert", convert, False, "safetensors into MLX weights", fields=(
+            path, Field("target", "string", "a folder that is not there yet", required=True,
+                        max_length=4096),
+            Field("quantize", "boolean", "in 4 bits"), _STREAM)),
+        Route("POST", "/models/fit", calls("fit_of", "model", "context_tokens"), False,
               "whether a model fits here, from its files' headers", fields=(_MODEL, context)),
-        Route("POST", "/models/verify", calls(inference.verify, "model"), False,
+        Route("POST", "/models/verify", calls("verify", "model"), False,
               "hash a model's files again", fields=(_MODEL._replace(required=False),)),
     )
+    statuses = tuple(sorted({status for _, status, _ in AGENT_ERRORS} - {400}))
+    return tuple(route._replace(statuses=statuses) for route in routes)
 
 
 class ControlApi(Api):
@@ -12240,28 +12272,54 @@ def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
-def settings_markdown() -> List[str]:
-    """The README's table, from the table."""
-    lines = ["| in the file | flag | environment | default | what |",
-             "| --- | --- | --- | --- | --- |"]
-    for row in SETTINGS:
-        place = f"`{row.path}`" + (f", `{row.also}`" if row.also not in ("", row.path) else "")
-        flag = f"`{row.flag}{' ' + row.kind if row.kind else ''}`"
-        default = f"`{row.default}`" if row.default else "–"
-        lines.append(f"| {place if row.path else '–'} | {flag} | `{row.variable}` | {default} "
-                     f"| {row.help} |")
-    return lines
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> List[str]:
+    """
+    >>> markdown_table(("code", "meaning"), [("0", "done")])
+    ['| code | meaning |', '| --- | --- |', '| 0 | done |']
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+Table = Tuple[Sequence[str], Iterable[Sequence[str]]]
+
+
+def settings_table() -> Table:
+    return ("in the file", "flag", "environment", "default", "what"), (
+        ((f"`{row.path}`" + (f", `{row.also}`" if row.also not in ("", row.path) else ""))
+         if row.path else "–", f"`{row.flag}{' ' + row.kind if row.kind else ''}`",
+         f"`{row.variable}`", f"`{row.default}`" if row.default else "–", row.help)
+        for row in SETTINGS)
+
+
+def engines_table() -> Table:
+    return ("engine", "program", "loads", "on", "to install it"), (
+        (engine.title, f"`{engine.program}`", ", ".join(
+            {"name": "its library", "hub": "Hugging Face"}.get(form, form)
+            for form in engine.formats), ", ".join(vendor or "CPU" for vendor in engine.vendors),
+         f"`{engine.install}`") for engine in ENGINES)
+
+
+def routes_table() -> Table:
+    routes = ControlApi(Log(), "", agent_routes(dict, str) + inference_routes(None)).routes
+    return ("request", "body or query", "what"), (
+        (f"`{route.method} {route.path}`", ", ".join(
+            f"`{field.name}`" if field.required else f"[`{field.name}`]"
+            for field in route.fields + route.query) or "–", route.summary) for route in routes)
+
+
+README_TABLES: Tuple[Tuple[str, Callable[[], Table]], ...] = (
+    ("settings", settings_table), ("engines", engines_table), ("routes", routes_table),
+    ("exit-codes", lambda: (("code", "meaning"), (
+        (str(int(code)), text) for code, text in EXIT_MEANINGS))))
 
 
 def command_config(loaded: Loaded, options: Dict[str, str]) -> int:
     """Every setting, its value and where it came from."""
-    if "markdown" in options:
-        say("\n".join(settings_markdown()))
-        return Exit.OK
-    if "exit-codes" in options:
-        say("\n".join(["| code | meaning |", "| --- | --- |",
-                       *(f"| {int(code)} | {text} |" for code, text in EXIT_MEANINGS)]))
-        return Exit.OK
+    for name, table in README_TABLES:
+        if name in options:
+            say("\n".join(markdown_table(*table())))
+            return Exit.OK
     shown = [(row, getattr(loaded.settings, row.key)) for row in SETTINGS]
     texts = {row.key: mask(str(value)) if row.secret and value else setting_text(row, value)
              for row, value in shown}
@@ -12779,6 +12837,16 @@ def command_models_import(loaded: Loaded, options: Dict[str, str]) -> int:
     return follow_transfer(loaded.settings.state_dir, "/models/import", body, "json" in options)
 
 
+def command_models_convert(loaded: Loaded, options: Dict[str, str]) -> int:
+    """MLX weights of a folder of safetensors, by mlx_lm.convert."""
+    if "to" not in options:
+        raise UsageError("models convert needs --to FOLDER", "Name a folder that is not there yet")
+    body = {"path": os.path.abspath(os.path.expanduser(options["operand"])),
+            "target": os.path.abspath(os.path.expanduser(options["to"])),
+            "quantize": "quantize-4bit" in options}
+    return follow_transfer(loaded.settings.state_dir, "/models/convert", body, "json" in options)
+
+
 def command_models_fit(loaded: Loaded, options: Dict[str, str]) -> int:
     """Whether it fits; exit code 1 where it does not."""
     name, body = options["operand"], {}
@@ -12912,8 +12980,8 @@ COMMANDS = (
         "register this machine and keep it alive; the default"),
     Command("init", command_init, INIT_OPTIONS, (), "write the config file"),
     Command("config", command_config, (
-        _JSON, Option("--markdown", "", "the README's table of settings"),
-        Option("--exit-codes", "", "the README's table of exit codes")), (),
+        _JSON, *(Option(f"--{name}", "", f"the README's table of {name.replace('-', ' ')}")
+                 for name, _ in README_TABLES)), (),
         "show every setting and where it comes from"),
     Command("status", command_status, (
         _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),
@@ -12941,6 +13009,10 @@ COMMANDS = (
         Option("--name", "NAME", "what it will be called; default: the file's name"),
         Option("--quantize", "TYPE", ", ".join(QUANTIZATIONS)), _JSON), ("state_dir",),
         "bring a GGUF file or a folder of safetensors into Ollama's store", "PATH"),
+    Command("models convert", command_models_convert, (
+        Option("--to", "FOLDER", "where the MLX weights go; not there yet"),
+        Option("--quantize-4bit", "", "in 4 bits"), _JSON), ("state_dir",),
+        "make MLX weights of a folder of safetensors, by mlx_lm.convert", "PATH"),
     Command("models fit", command_models_fit, (
         Option("--context", "TOKENS", "context of each request"), _JSON), ("state_dir",),
         "whether a model fits this machine; exit code 1 where it does not", "MODEL"),

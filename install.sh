@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=b4d9848d237d68f1a48e9c73da5ba0a4f8675461b7c2b0bd959ac7a4fe91a25f
+  sha256=5878fcd34f54186a5fd4fa9271bd3c852a95c48082a56083b78467046040b138
 }
 
 usage() {

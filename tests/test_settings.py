@@ -561,9 +561,9 @@ def between(name):
     return found[0].strip("\n")
 
 
-@pytest.mark.parametrize("name, flag", [("settings", "--markdown"), ("exit-codes", "--exit-codes")])
-def test_the_readme_has_the_tables_of_the_file(name, flag, home):
-    done = run_agent(home, "config", flag)
+@pytest.mark.parametrize("name", [name for name, _ in b9agent.README_TABLES])
+def test_the_readme_has_the_tables_of_the_file(name, home):
+    done = run_agent(home, "config", "--" + name)
     assert (done.code, done.err) == (0, "")
     assert between(name) == done.out.strip("\n")
 
