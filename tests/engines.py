@@ -194,11 +194,14 @@ def make_venv(venv, *arguments):
         must_run(pip(venv) + list(arguments))
 
 
-def debian_mirror():
-    """URL from which this machine's apt has Debian."""
+def debian_mirror(lists_are_new=False):
+    """URL from which this machine's apt has Debian; it names none before its first update."""
     listed = subprocess.run(["apt-get", "indextargets", "--format", "$(REPO_URI)"],
                             stdout=subprocess.PIPE, universal_newlines=True).stdout.split()
     found = [uri for uri in listed if uri.rstrip("/").endswith("/debian")]
+    if not found and not lists_are_new:
+        must_run(["apt-get", "-qq", "update"])
+        return debian_mirror(lists_are_new=True)
     return found[0] if found else fail("apt has no mirror of Debian here")
 
 
