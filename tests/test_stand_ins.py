@@ -670,6 +670,26 @@ def test_a_full_house_lets_the_idle_one_go(serve):
     assert [model.model for model in one.client.ps().models] == ["b:latest"]
 
 
+def test_what_hangs_hangs(serve):
+    one = serve(FAKE_OLLAMA_FAULTS="hang_generate,pull_stall")
+    one.add_tiny()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", one.port, timeout=0.5)) as there:
+        there.request("POST", "/api/generate", '{"model": "tiny", "prompt": "x"}')
+        with pytest.raises(socket.timeout):
+            there.getresponse()
+    assert len(one.client.ps().models) == 1, "all else still answers"
+    pulled = one.client.pull("smollm2:135m", stream=True)
+    seen = [next(pulled) for _ in range(6)]
+    assert seen[-1].completed == seen[-2].completed == seen[-1].total // 2
+    pulled.close()
+    two = serve(FAKE_OLLAMA_FAULTS="hang_http=0", until_ready=False)
+    two.program.wait_line("Listening on")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", two.port, timeout=0.2)) as there:
+        there.request("GET", "/")
+        with pytest.raises(socket.timeout):
+            there.getresponse()
+
+
 def test_a_stand_in_costs_little_to_start(serve):
     one = serve()
     with open("/proc/%d/stat" % one.program.pid) as handle:
