@@ -6877,7 +6877,8 @@ class OllamaApi:
                 if said:
                     missing = "manifest: file does not exist" in said
                     raise (ModelMissing if missing else ModelError)(
-                        f"Ollama, of {printable(str(body['model']))}: {said}", missing and "Is it spelt as its registry does?" or "")
+                        f"Ollama, of {printable(str(body['model']))}: {said}",
+                        missing and "Is it spelt as its registry does?" or "")
                 yield event
 
     def has_blob(self, digest: str) -> bool:
@@ -7395,13 +7396,13 @@ def note_ollama_model(book: ModelBook, api: OllamaApi, name: str, folder: str,
     if digest and re.fullmatch("[0-9a-f]{64}", said) and digest != said:
         digest, layers = "", []  # another Ollama's store
     known = digest or (said if re.fullmatch("[0-9a-f]{64}", said) else None)
-    book.note(parsed.key, engine="ollama", source="/".join(parsed[:3]),
-              manifest_digest=known, layers=layers,
+    noted = dict({"source": "/".join(parsed[:3])}, **fields)
+    book.note(parsed.key, engine="ollama", manifest_digest=known, layers=layers,
               license=_line(info.get("general.license") or shown.get("license")),
               base_model=_line(details.get("parent_model")
                                or info.get("general.base_model.0.name")),
               parameters=_line(details.get("parameter_size")),
-              quantization=_line(details.get("quantization_level")), **fields)
+              quantization=_line(details.get("quantization_level")), **noted)
     return "" if digest else f"{manifest_path(folder, parsed)} cannot be read: layers are unknown"
 
 
@@ -7646,7 +7647,7 @@ class Inference:
         """The model that a start names, in an engine with many.  Raises: EngineError."""
         name = reference.text
         if reference.format == "gguf":
-            transfer = self.bring(reference.text, "", "", "start")
+            transfer = self.bring(reference.text, who="start")
             name = transfer.progress.name
             for _ in transfer.watch(3600.0):
                 pass
@@ -7843,12 +7844,14 @@ class Inference:
                                  "b9agent.py start --engine ollama")
         return OllamaApi(up.endpoint)
 
-    def pull(self, name: str, who: str) -> Transfer:
+    def pull(self, model: str, who: str = "control API") -> Transfer:
         """Begin to pull a model, or join who does.  Raises: UsageError, EngineError."""
-        key, api = parse_model_name(name).key, self._ollama(start=True)
-        return self._transfer(key, "pull", who, api, pull_work(api, name.strip(), store_folder()))
+        key, api = parse_model_name(model).key, self._ollama(start=True)
+        return self._transfer(key, "pull", who, api, pull_work(api, model.strip(),
+                                                              store_folder()))
 
-    def bring(self, path: str, name: str, quantize: str, who: str) -> Transfer:
+    def bring(self, path: str, name: str = "", quantize: str = "",
+              who: str = "control API") -> Transfer:
         """Begin to import files into Ollama.  Raises: UsageError, EngineError."""
         facts = read_model(os.path.abspath(os.path.expanduser(path)))
         key = parse_model_name(name or re.sub(r"[^\w.-]", "-", facts.name or "model")).key
@@ -7856,9 +7859,10 @@ class Inference:
         return self._transfer(key, "import", who, api, import_work(
             api, key, facts, quantize, store_folder()), source=facts.path)
 
-    def convert(self, source: str, target: str, quantize: bool, who: str) -> Transfer:
+    def convert(self, path: str, target: str, quantize: bool = False,
+                who: str = "control API") -> Transfer:
         """Begin to make MLX weights of safetensors.  Raises: UsageError, EngineMissing."""
-        source, target = (os.path.abspath(os.path.expanduser(path)) for path in (source, target))
+        source, target = (os.path.abspath(os.path.expanduser(one)) for one in (path, target))
         read_model(source)
         return self.transfers.begin(target, "convert", who, convert_work(source, target, quantize))
 
@@ -7879,8 +7883,8 @@ class Inference:
         if unread:
             self._log("info", "provenance", model=name, what=unread)
 
-    def cancel(self, name: str) -> Dict[str, Any]:
-        key = model_key(name)
+    def cancel(self, model: str) -> Dict[str, Any]:
+        key = model_key(model)
         if not self.transfers.cancel(key):
             raise ModelMissing(f"nothing is pulled or imported as {printable(key)}")
         return {"status": "cancelled", "model": key, "message": "what came is kept"}
@@ -7913,36 +7917,36 @@ class Inference:
                                "One with other models starts after: b9agent.py stop")
         return up
 
-    def load(self, name: str) -> Dict[str, Any]:
+    def load(self, model: str) -> Dict[str, Any]:
         """Into memory, and a token of it.  Raises: EngineError."""
-        up = self._alone(name)
+        up = self._alone(model)
         if up is not None:
-            generate_one_token(up.endpoint, name, 600.0)
+            generate_one_token(up.endpoint, model, 600.0)
         else:
             api = self._ollama()
-            api.load(name)
-            name = model_key(name)
-            self._note(api, name)
-        self.book.used(name)
-        return {"status": "loaded", "model": name, "message": "it is in memory and gave a token"}
+            api.load(model)
+            model = model_key(model)
+            self._note(api, model)
+        self.book.used(model)
+        return {"status": "loaded", "model": model, "message": "it is in memory and gave a token"}
 
-    def unload(self, name: str) -> Dict[str, Any]:
-        up = self._alone(name)
+    def unload(self, model: str) -> Dict[str, Any]:
+        up = self._alone(model)
         if up is not None:
-            raise EngineConflict(f"{up.engine.title} holds {name} as long as it runs",
+            raise EngineConflict(f"{up.engine.title} holds {model} as long as it runs",
                                  "b9agent.py stop")
-        self._ollama().unload(name)
-        return {"status": "unloaded", "model": name, "message": "it is out of memory"}
+        self._ollama().unload(model)
+        return {"status": "unloaded", "model": model, "message": "it is out of memory"}
 
-    def delete(self, name: str) -> Dict[str, Any]:
+    def delete(self, model: str) -> Dict[str, Any]:
         api = self._ollama()
-        api.delete(name)
-        if api.has(name):
-            raise ModelError(f"Ollama says that it deleted {name}, and still lists it")
-        self.book.forget(model_key(name))
+        api.delete(model)
+        if api.has(model):
+            raise ModelError(f"Ollama says that it deleted {model}, and still lists it")
+        self.book.forget(model_key(model))
         if self._up is not None:
             self._refresh(self._up)
-        return {"status": "deleted", "model": name, "message": "it is out of Ollama's store"}
+        return {"status": "deleted", "model": model, "message": "it is out of Ollama's store"}
 
     def models(self) -> Dict[str, Any]:
         """What is in the store or served now, and what is remembered of it."""
@@ -7955,31 +7959,31 @@ class Inference:
         return {"models": rows, "transfers": transfers,
                 "message": "" if running else "no engine runs: this is what is remembered"}
 
-    def fit_of(self, name: str, context_tokens: Optional[int]) -> Dict[str, Any]:
+    def fit_of(self, model: str, context_tokens: Optional[int] = None) -> Dict[str, Any]:
         """Of files, or of a model in Ollama's store.  Raises: UsageError."""
-        reference = read_reference(name)
+        reference = read_reference(model)
         facts = reference.facts
         if facts is None:
-            _, layers = read_layers(store_folder(), parse_model_name(name))
+            _, layers = read_layers(store_folder(), parse_model_name(model))
             blob = next((layer["digest"] for layer in layers
                          if str(layer["media_type"]).endswith(".model")), None)
             if blob is None:
-                raise ModelMissing(f"there are no files of {name} here to look at",
-                                   f"b9agent.py pull {name}, or give a path")
+                raise ModelMissing(f"there are no files of {model} here to look at",
+                                   f"b9agent.py pull {model}, or give a path")
             facts = read_model(os.path.join(store_folder(), "blobs", blob.replace(":", "-")))
         verdict = self.fit(facts, self._hardware(), None if reference.format != "name" else
                            ENGINE_BY_NAME["ollama"], context_tokens)
-        return dict(verdict._asdict(), model=name, facts=dict(facts._asdict(), files=len(
+        return dict(verdict._asdict(), model=model, facts=dict(facts._asdict(), files=len(
             facts.files)))
 
-    def verify(self, name: Optional[str]) -> Dict[str, Any]:
+    def verify(self, model: Optional[str] = None) -> Dict[str, Any]:
         """Hash again the files of one model, or of all that are remembered."""
         book, rows = self.book.entries(), []
         wanted = list(book)
-        if name:
-            wanted = [key for key in book if key in (name, model_key(name))]
+        if model:
+            wanted = [key for key in book if key in (model, model_key(model))]
             if not wanted:
-                raise ModelMissing(f"nothing is remembered of {name}", "See: b9agent.py models")
+                raise ModelMissing(f"nothing is remembered of {model}", "See: b9agent.py models")
         for key in wanted:
             faults = verify_entry(book[key], store_folder())
             self.book.note(key, verified_at=utc_stamp(), verified_ok=not faults)
@@ -9203,67 +9207,59 @@ def _transfer_answer(request: Request, transfer: Transfer) -> Response:
     return Response(200, dict(progress_record(progress), message=f"{progress.name} is here"))
 
 
-def inference_routes(inference: Inference) -> Tuple[Route, ...]:
-    """The routes under /inference and /models."""
-    def calls(method: str, *names: str) -> Callable[[Request], Response]:
-        return lambda request: Response(200, getattr(inference, method)(
-            *(request.fields.get(name) for name in names)))
+_CONTEXT = Field("context_tokens", "integer", "tokens of context for each request", minimum=128,
+                 maximum=1 << 24)
+_PATH = Field("path", "string", "a GGUF file or a folder of safetensors on this machine",
+              required=True, max_length=4096)
 
-    def start(request: Request) -> Response:
-        asked = request.fields
-        return Response(200, inference.start(
-            asked.get("engine") or "", asked.get("model") or "", asked.get("context_tokens"),
-            bool(asked.get("force"))))
 
-    def pull(request: Request) -> Response:
-        return _transfer_answer(request, inference.pull(request.fields["model"], "control API"))
+def inference_routes(inference: Any) -> Tuple[Route, ...]:
+    """The routes under /inference and /models: each is a method of Inference, whose arguments are
+    named as the fields."""
+    def asks(method: str) -> Callable[[Request], Response]:
+        return lambda request: Response(200, getattr(inference, method)(**request.fields))
 
-    def bring(request: Request) -> Response:
-        asked = request.fields
-        return _transfer_answer(request, inference.bring(
-            asked["path"], asked.get("name") or "", asked.get("quantize") or "", "control API"))
-    def convert(request: Request) -> Response:
-        asked = request.fields
-        return _transfer_answer(request, inference.convert(
-            asked["path"], asked["target"], bool(asked.get("quantize")), "control API"))
-    context = Field("context_tokens", "integer", "tokens of context for each request", minimum=128,
-                    maximum=1 << 24)
-    path = Field("path", "string", "a GGUF file or a folder of safetensors on this machine",
-                 required=True, max_length=4096)
+    def begins(method: str) -> Callable[[Request], Response]:
+        def handler(request: Request) -> Response:
+            fields = {name: value for name, value in request.fields.items() if name != "stream"}
+            return _transfer_answer(request, getattr(inference, method)(**fields))
+        return handler
     routes = (
-        Route("GET", "/inference/status", lambda request: Response(200, inference.status()), False,
+        Route("GET", "/inference/status", asks("status"), False,
               "the engine, its address and its models", result=INFERENCE_FIELDS),
-        Route("POST", "/inference/start", start, False,
+        Route("POST", "/inference/start", asks("start"), False,
               "start an engine; answers when a token came, or why none did", fields=(
                   Field("engine", "string", "default: what suits the model and this machine",
                         choices=("auto",) + tuple(engine.name for engine in ENGINES)),
                   _MODEL._replace(required=False, about="a name, a GGUF file, or a folder"),
-                  context, Field("force", "boolean", "also where it should not fit")),
+                  _CONTEXT, Field("force", "boolean", "also where it should not fit")),
               result=INFERENCE_FIELDS),
-        Route("POST", "/inference/stop", lambda request: Response(200, inference.stop()), False,
+        Route("POST", "/inference/stop", asks("stop"), False,
               "end the engine, and see that all of it is gone", result=INFERENCE_FIELDS),
-        Route("POST", "/inference/pull", pull, False, "bring a model into Ollama's store",
+        Route("POST", "/inference/pull", begins("pull"), False, "bring a model into Ollama's store",
               fields=(_MODEL, _STREAM)),
-        Route("POST", "/inference/cancel", calls("cancel", "model"), False,
+        Route("POST", "/inference/cancel", asks("cancel"), False,
               "end a pull or an import; what came is kept", fields=(_MODEL,)),
-        Route("GET", "/models", lambda request: Response(200, inference.models()), False,
+        Route("GET", "/models", asks("models"), False,
               "every model here: size, digest, loaded or not, where it came from"),
-        Route("POST", "/models/load", calls("load", "model"), False,
+        Route("POST", "/models/load", asks("load"), False,
               "into memory, to stay; answers when a token came", fields=(_MODEL,)),
-        Route("POST", "/models/unload", calls("unload", "model"), False,
+        Route("POST", "/models/unload", asks("unload"), False,
               "out of memory; answers when it is gone", fields=(_MODEL,)),
-        Route("POST", "/models/delete", calls("delete", "model"), False,
+        Route("POST", "/models/delete", asks("delete"), False,
               "out of Ollama's store", fields=(_MODEL,)),
-        Route("POST", "/models/import", bring, False, "local files into Ollama's store", fields=(
-            path, Field("name", "string", "default: the file's", max_length=512),
+        Route("POST", "/models/import", begins("bring"), False, "local files into Ollama's store",
+              fields=(
+            _PATH, Field("name", "string", "default: the file's", max_length=512),
             Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
-        Route("POST", "/models/convert", convert, False, "safetensors into MLX weights", fields=(
-            path, Field("target", "string", "a folder that is not there yet", required=True,
+        Route("POST", "/models/convert", begins("convert"), False, "safetensors into MLX weights",
+              fields=(
+            _PATH, Field("target", "string", "a folder that is not there yet", required=True,
                         max_length=4096),
             Field("quantize", "boolean", "in 4 bits"), _STREAM)),
-        Route("POST", "/models/fit", calls("fit_of", "model", "context_tokens"), False,
-              "whether a model fits here, from its files' headers", fields=(_MODEL, context)),
-        Route("POST", "/models/verify", calls("verify", "model"), False,
+        Route("POST", "/models/fit", asks("fit_of"), False,
+              "whether a model fits here, from its files' headers", fields=(_MODEL, _CONTEXT)),
+        Route("POST", "/models/verify", asks("verify"), False,
               "hash a model's files again", fields=(_MODEL._replace(required=False),)),
     )
     statuses = tuple(sorted({status for _, status, _ in AGENT_ERRORS} - {400}))
@@ -12980,8 +12976,8 @@ COMMANDS = (
         "register this machine and keep it alive; the default"),
     Command("init", command_init, INIT_OPTIONS, (), "write the config file"),
     Command("config", command_config, (
-        _JSON, *(Option(f"--{name}", "", f"the README's table of {name.replace('-', ' ')}")
-                 for name, _ in README_TABLES)), (),
+        _JSON, *(Option("--" + table[0], "", f"the README's table of {table[0]}")
+                 for table in README_TABLES)), (),
         "show every setting and where it comes from"),
     Command("status", command_status, (
         _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),

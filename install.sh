@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=5878fcd34f54186a5fd4fa9271bd3c852a95c48082a56083b78467046040b138
+  sha256=9150d1ef72d2ec96c651efab7b608ce67a52882a8450829f1458840efb4e3310
 }
 
 usage() {

@@ -544,6 +544,26 @@ def test_a_real_engine_starts_gives_a_token_and_is_gone(real_world, name):
     assert engine_processes(here.home) == {} and not listens(here.port)
 
 
+def test_a_real_ollama_imports_loads_verifies_and_forgets_a_model(real_world):
+    program, model = engines.ollama(), engines.tiny_gguf()
+    here = real_world(os.path.dirname(program)).start()
+    done = here.cli("start", "--engine", "ollama", within_s=120)
+    assert done.code == 0 and "running" in done.out, done
+    done = here.cli("models", "import", model, "--name", "tiny", within_s=120)
+    assert done.code == 0 and "tiny:latest is here" in done.out, done
+    assert here.cli("models", "load", "tiny", within_s=120).code == 0
+    (row,) = here.get("/models")["models"]
+    assert row["loaded"] and row["name"] == "tiny:latest" and row["manifest_digest"] and row["layers"]
+    client = b9agent.InferenceClient()
+    client.configure("127.0.0.1", here.port, raise_errors=True)
+    assert client.generate("tiny", "hello", max_tokens=4).usage["completion_tokens"] >= 1
+    assert here.cli("models", "verify", "tiny").code == 0
+    assert here.cli("models", "unload", "tiny").code == 0
+    assert not here.get("/models")["models"][0]["loaded"]
+    assert here.cli("smoke", "--model", "tiny", within_s=120).code == 0
+    assert engine_processes(here.home) == {} and not listens(here.port)
+
+
 def test_secrets_of_the_agent_are_not_in_an_engines_environment_or_command(world):
     here = world("ollama").start()
     here.post("/inference/start")
