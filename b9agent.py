@@ -5202,6 +5202,10 @@ def parse_query(fields: Sequence[Field], text: str) -> Dict[str, Any]:
     return given
 
 
+def encode_json(value: Any) -> bytes:
+    return json.dumps(value).encode("utf-8") + b"\n"
+
+
 def media_type(headers: Dict[str, str]) -> str:
     """
     >>> media_type({"content-type": "Application/JSON; charset=utf-8"})
@@ -5312,11 +5316,11 @@ class Api:
         except AgentError as error:
             status = next((status for kind, status in self.statuses if isinstance(error, kind)),
                           500)
-            self.log.error("failed", error, request=path)
+            self.log.error("failed", error, "error" if status >= 500 else "info", request=path)
             raise HttpError(status, "failed", error.what, error.hint) from error
 
     def failure(self, error: HttpError) -> Response:
-        return Response(error.status, self.error_body(error), headers=error.headers)
+        return Response(error.status, encode_json(self.error_body(error)), headers=error.headers)
 
     def defect(self, error: Exception, target: str) -> Response:
         """What is said of an exception that nobody expected, once it is logged."""
@@ -5552,6 +5556,8 @@ class _Connection:
         """Whatever happens in it.  Raises: _Gone."""
         try:
             response = self._api.answer(head, lambda: self._read_body(head.headers))
+            if not isinstance(response.body, bytes) and not hasattr(response.body, "__next__"):
+                response = response._replace(body=encode_json(response.body))
         except HttpError as error:
             response = self._api.failure(error)
         except _Gone:
@@ -5564,13 +5570,11 @@ class _Connection:
 
     def _render(self, response: Response, head: RequestHead) -> Tuple[bytes, bool]:
         """(what is sent, whether another request may follow)."""
-        body = response.body
-        if not isinstance(body, bytes):
-            body = json.dumps(body).encode("utf-8") + b"\n"
         goes_on = not (self._unread or head.minor == "0" or self._server.stopping
                        or "close" in head.headers.get("connection", "").lower())
-        answer = render_response(response, len(body), "" if goes_on else "Connection: close\r\n")
-        return answer if head.method == "HEAD" else answer + body, goes_on
+        answer = render_response(response, len(response.body),
+                                 "" if goes_on else "Connection: close\r\n")
+        return answer if head.method == "HEAD" else answer + response.body, goes_on
 
     def answer_instant(self) -> bool:
         """Answer what has come, without waiting.  Raises: _Gone.  Returns: whether that could be:
@@ -5726,8 +5730,8 @@ class ApiServer:
                     self._connections[connection] = None
             if full:
                 error = self.api.failure(_too_many("too many connections are open", 1))
-                body = json.dumps(error.body).encode("utf-8")
-                sock.send(render_response(error, len(body), "Connection: close\r\n") + body)
+                sock.send(render_response(error, len(error.body), "Connection: close\r\n")
+                          + error.body)
                 sock.close()
                 return
         except OSError:
@@ -5741,8 +5745,10 @@ class ApiServer:
         try:
             if self._waiting[descriptor].answer_instant():
                 return
-        except _Gone:
+        except Exception as error:
             self.left(self._forget(descriptor))
+            if not isinstance(error, _Gone):
+                self.api.defect(error, "")
             return
         connection = self._forget(descriptor)
         thread = threading.Thread(target=connection.serve, name=f"{self.api.name}-client",

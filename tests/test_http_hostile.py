@@ -47,6 +47,7 @@ class TestApi(b9agent.Api):
                   query=(Field("n", "integer", "a number"), Field("b", "boolean", "a truth"))),
             Route("POST", "/none", self._take, True, "takes nothing"),
             Route("GET", "/defect", lambda request: [][1], True, "fails"),
+            Route("GET", "/odd", lambda request: Response(200, {"set": {1}}), True, "is no JSON"),
             Route("GET", "/os", lambda request: open("/nonexistent"), True, "fails"),
             Route("GET", "/usage", self._usage, True, "fails"),
             Route("GET", "/large", lambda request: Response(200, b"x" * (30 << 20)), True, "large"),
@@ -147,8 +148,11 @@ def served():
     running = Served()
     yield running
     running.server.stop()
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("test")]
-    assert left == []
+    wait_until(no_threads, "all its threads have ended", 5)
+
+
+def no_threads():
+    return not [thread for thread in threading.enumerate() if thread.name.startswith("test")]
 
 
 # -- heads ---------------------------------------------------------------------
@@ -331,7 +335,7 @@ def test_a_query_that_is_wrong_is_refused(served, query):
 
 # -- failures ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", ["/defect", "/os"])
+@pytest.mark.parametrize("path", ["/defect", "/os", "/odd"])
 def test_a_handler_that_fails_is_a_logged_500_with_a_number_and_the_connection_goes_on(served, path):
     with served.connect() as link:
         for _ in range(2):
@@ -525,7 +529,7 @@ def test_stopping_ends_streams_and_kept_connections_but_lets_an_answer_out():
         assert time.monotonic() - began < 2.5 + 3 * stall.worst_s
         assert running.api.closed.is_set() and list(chunks(stream)) == []
         assert kept.recv(1) == silent.recv(1) == b""
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("test")]
+        wait_until(no_threads, "all its threads have ended", 1)
 
 
 # -- rings -------------------------------------------------------------------------
