@@ -5191,7 +5191,7 @@ def parse_query(fields: Sequence[Field], text: str) -> Dict[str, Any]:
                           max_num_fields=32)
         given: Dict[str, Any] = _json_pairs(pairs)
     except ValueError as error:
-        raise HttpError(400, "bad_query", f"the query cannot be used: {error}",
+        raise HttpError(400, "bad_query", f"a query of no use: {printable(str(error)[:100])}",
                         "It is NAME=VALUE&..., each name once") from error
     for field in fields:
         value = given.get(field.name)
@@ -5529,6 +5529,7 @@ class _Connection:
         return head
 
     def _read_body(self, headers: Dict[str, str]) -> bytes:
+        """Raises: HttpError, _Gone."""
         length = body_length(headers)
         if length > len(self._held) and "expect" in headers:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")

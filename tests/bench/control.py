@@ -53,7 +53,7 @@ class Server:
 
     def measure(self, connections, seconds, keep=True):
         before = self.cpu_s()
-        done = subprocess.run(["wrk", "-t1", "-c%d" % connections, "-d%gs" % seconds, "--latency",
+        done = subprocess.run(["wrk", "-t1", "-c%d" % connections, "-d%d" % seconds, "--latency",
                                "http://127.0.0.1:%d/health" % self.port],
                               stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
         if "Non-2xx" in done or "Socket errors" in done:
@@ -109,7 +109,7 @@ def report(servers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--seconds", type=int, default=2)
     parser.add_argument("--python", default="/usr/bin/python3" if os.access("/usr/bin/python3", os.X_OK)
                         else sys.executable)
     options = parser.parse_args()
