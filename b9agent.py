@@ -8192,7 +8192,7 @@ def parse_query(fields: Sequence[Field], text: str) -> Dict[str, Any]:
                           max_num_fields=32)
         given: Dict[str, Any] = _json_pairs(pairs)
     except ValueError as error:
-        raise HttpError(400, "bad_query", f"the query cannot be used: {error}",
+        raise HttpError(400, "bad_query", f"a query of no use: {printable(str(error)[:100])}",
                         "It is NAME=VALUE&..., each name once") from error
     for field in fields:
         value = given.get(field.name)
@@ -8201,6 +8201,10 @@ def parse_query(fields: Sequence[Field], text: str) -> Dict[str, Any]:
         elif field.kind == "boolean" and value in ("true", "false"):
             given[field.name] = value == "true"
     return given
+
+
+def encode_json(value: Any) -> bytes:
+    return json.dumps(value).encode("utf-8") + b"\n"
 
 
 def media_type(headers: Dict[str, str]) -> str:
@@ -8317,7 +8321,7 @@ class Api:
             raise HttpError(status, code, error.what, error.hint) from error
 
     def failure(self, error: HttpError) -> Response:
-        return Response(error.status, self.error_body(error), headers=error.headers)
+        return Response(error.status, encode_json(self.error_body(error)), headers=error.headers)
 
     def defect(self, error: Exception, target: str) -> Response:
         """What is said of an exception that nobody expected, once it is logged."""
@@ -8526,6 +8530,7 @@ class _Connection:
         return head
 
     def _read_body(self, headers: Dict[str, str]) -> bytes:
+        """Raises: HttpError, _Gone."""
         length = body_length(headers)
         if length > len(self._held) and "expect" in headers:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -8553,6 +8558,8 @@ class _Connection:
         """Whatever happens in it.  Raises: _Gone."""
         try:
             response = self._api.answer(head, lambda: self._read_body(head.headers))
+            if not isinstance(response.body, bytes) and not hasattr(response.body, "__next__"):
+                response = response._replace(body=encode_json(response.body))
         except HttpError as error:
             response = self._api.failure(error)
         except _Gone:
@@ -8565,13 +8572,11 @@ class _Connection:
 
     def _render(self, response: Response, head: RequestHead) -> Tuple[bytes, bool]:
         """(what is sent, whether another request may follow)."""
-        body = response.body
-        if not isinstance(body, bytes):
-            body = json.dumps(body).encode("utf-8") + b"\n"
         goes_on = not (self._unread or head.minor == "0" or self._server.stopping
                        or "close" in head.headers.get("connection", "").lower())
-        answer = render_response(response, len(body), "" if goes_on else "Connection: close\r\n")
-        return answer if head.method == "HEAD" else answer + body, goes_on
+        answer = render_response(response, len(response.body),
+                                 "" if goes_on else "Connection: close\r\n")
+        return answer if head.method == "HEAD" else answer + response.body, goes_on
 
     def answer_instant(self) -> bool:
         """Answer what has come, without waiting.  Raises: _Gone.  Returns: whether that could be:
@@ -8727,8 +8732,8 @@ class ApiServer:
                     self._connections[connection] = None
             if full:
                 error = self.api.failure(_too_many("too many connections are open", 1))
-                body = json.dumps(error.body).encode("utf-8")
-                sock.send(render_response(error, len(body), "Connection: close\r\n") + body)
+                sock.send(render_response(error, len(error.body), "Connection: close\r\n")
+                          + error.body)
                 sock.close()
                 return
         except OSError:
@@ -8742,8 +8747,10 @@ class ApiServer:
         try:
             if self._waiting[descriptor].answer_instant():
                 return
-        except _Gone:
+        except Exception as error:
             self.left(self._forget(descriptor))
+            if not isinstance(error, _Gone):
+                self.api.defect(error, "")
             return
         connection = self._forget(descriptor)
         thread = threading.Thread(target=connection.serve, name=f"{self.api.name}-client",

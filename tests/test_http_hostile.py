@@ -8,13 +8,15 @@ import random
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 import b9agent
-from helpers import StallMeter, wait_until
+from helpers import StallMeter, environment, wait_until
 from hostile_gateway import TOKEN
 
 Field, Response, Route = b9agent.Field, b9agent.Response, b9agent.Route
@@ -45,6 +47,7 @@ class TestApi(b9agent.Api):
                   query=(Field("n", "integer", "a number"), Field("b", "boolean", "a truth"))),
             Route("POST", "/none", self._take, True, "takes nothing"),
             Route("GET", "/defect", lambda request: [][1], True, "fails"),
+            Route("GET", "/odd", lambda request: Response(200, {"set": {1}}), True, "is no JSON"),
             Route("GET", "/os", lambda request: open("/nonexistent"), True, "fails"),
             Route("GET", "/usage", self._usage, True, "fails"),
             Route("GET", "/large", lambda request: Response(200, b"x" * (30 << 20)), True, "large"),
@@ -145,8 +148,11 @@ def served():
     running = Served()
     yield running
     running.server.stop()
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("test")]
-    assert left == []
+    wait_until(no_threads, "all its threads have ended", 5)
+
+
+def no_threads():
+    return not [thread for thread in threading.enumerate() if thread.name.startswith("test")]
 
 
 # -- heads ---------------------------------------------------------------------
@@ -329,7 +335,7 @@ def test_a_query_that_is_wrong_is_refused(served, query):
 
 # -- failures ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", ["/defect", "/os"])
+@pytest.mark.parametrize("path", ["/defect", "/os", "/odd"])
 def test_a_handler_that_fails_is_a_logged_500_with_a_number_and_the_connection_goes_on(served, path):
     with served.connect() as link:
         for _ in range(2):
@@ -523,7 +529,7 @@ def test_stopping_ends_streams_and_kept_connections_but_lets_an_answer_out():
         assert time.monotonic() - began < 2.5 + 3 * stall.worst_s
         assert running.api.closed.is_set() and list(chunks(stream)) == []
         assert kept.recv(1) == silent.recv(1) == b""
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("test")]
+        wait_until(no_threads, "all its threads have ended", 1)
 
 
 # -- rings -------------------------------------------------------------------------
@@ -627,3 +633,31 @@ def test_a_thousand_hostile_requests_delay_no_keepalive_and_leave_nothing(agent,
     wait_until(lambda: process_figures(program.pid)[:2] <= (threads, descriptors), "nothing of it is left")
     assert process_figures(program.pid)[2] - resident_kib < 3 << 10
     assert program.stop() == 0
+
+
+# -- what /openapi.json says is so -------------------------------------------------------
+
+FUZZER = os.path.join(os.path.dirname(sys.executable), "st")
+
+
+@pytest.mark.skipif(not os.access(FUZZER, os.X_OK), reason="schemathesis is not installed")
+def test_a_fuzzer_driven_by_openapi_finds_no_defect_and_nothing_undocumented(agent, hostile, state, tmp_path):
+    program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(hostile.port), "--pool-name", "gpu",
+                    "--control-port", "0", "--keepalive-interval", "1", BETA9_TOKEN=TOKEN)
+    match, _ = program.wait_line(r"listening api=control url=(http://127\.0\.0\.1:\d+)")
+    hostile.wait_count(1, "keepalive", "ok")
+    token = (state / "control.token").read_text().strip()
+    # Streams without end are not for it: /events, and a log that is followed.
+    (tmp_path / "hooks.py").write_text(
+        "import schemathesis\n\n@schemathesis.hook\ndef before_call(context, case, kwargs):\n"
+        "    if str((case.query or {}).get('follow')).lower() == 'true':\n"
+        "        case.query['follow'] = 'false'\n")
+    command = [FUZZER, "run", match.group(1) + "/openapi.json", "-H", "Authorization: Bearer " + token,
+               "--exclude-path", "/events", "--seed", "1", "-n", "20", "--generation-deterministic",
+               "--request-timeout", "10", "--no-color", "--continue-on-failure", "--max-time", "15"]
+    done = subprocess.run(command, cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=100,
+                          env=environment(tmp_path, SCHEMATHESIS_HOOKS="hooks", PYTHONPATH=str(tmp_path)))
+    text = done.stdout.decode("utf-8", "replace")
+    assert done.returncode == 0, text
+    assert "defect" not in program.text()
