@@ -7517,6 +7517,15 @@ def gpus_for(facts: Optional[ModelFacts], hardware: Hardware) -> int:
     return best
 
 
+class EngineFigures(NamedTuple):
+    """name: "" where none was started.  state: "" where no agent runs."""
+    name: str = ""
+    state: str = ""
+    starts: Optional[int] = None
+    uptime_s: Optional[float] = None
+    models: Optional[int] = None
+
+
 class _Up(NamedTuple):
     """An engine that was started, or found.  child: None for one that is not ours."""
     engine: Engine
@@ -7597,6 +7606,14 @@ class Inference:
         up = self._up
         return up.endpoint.port if up else None
 
+    def figures(self) -> EngineFigures:
+        """For the metrics."""
+        up, state = self._up, self.state()
+        if up is None:
+            return EngineFigures("", state)
+        return EngineFigures(up.engine.name, state, up.child and up.child.snapshot.starts,
+                             now_s() - up.since_s, len(self._models))
+
     def wire(self, private_ip: str) -> Optional[Dict[str, Any]]:
         """The `inference` of a keepalive; None where the gateway could not reach the engine, for
         it would send its users there."""
@@ -7620,6 +7637,8 @@ class Inference:
         if model is None:
             model = self._settings.inference_model
         reference = read_reference(model or "")
+        if reference.format == "name":
+            parse_model_name(reference.text)
         up = self._same(engine, reference) or self._begin(engine, reference, context_tokens, force)
         if up.child is not None:
             self._await_ready(up)
@@ -8837,8 +8856,7 @@ class ProcessFigures(NamedTuple):
 class MetricsView(NamedTuple):
     """All that the metrics are made of.  at_s: the time on now_s().  keepalive_took_s: of the last
     request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
-    where no agent runs, and then nobody knows the agent's counters either.  inference: the fields
-    of GET /inference/status."""
+    where no agent runs, and then nobody knows the agent's counters either."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
     facts: HostFacts = HostFacts()
@@ -8850,8 +8868,8 @@ class MetricsView(NamedTuple):
     clock_offset_s: Optional[float] = None
     grid_g_per_kwh: Optional[float] = None
     pue: Optional[float] = None
-    inference: Optional[Dict[str, Any]] = None
     version: str = VERSION
+    engine: EngineFigures = EngineFigures()
 
 
 Samples = List[Tuple[Dict[str, Any], Any]]  # (labels, value); a value of None is left out
@@ -8987,12 +9005,8 @@ def _energy(view: MetricsView) -> Samples:
 # of Prometheus' own clients.  What ends with _total is a counter, everything else a gauge.
 def _engine(field: str) -> Family:
     """A figure of the engine's, labelled with its name; nothing where none was started."""
-    def samples(view: MetricsView) -> Samples:
-        status = view.inference or {}
-        value = status.get(field)
-        value = len(value) if isinstance(value, list) else value
-        return [({"engine": status["engine"]}, value)] if status.get("engine") else []
-    return samples
+    return lambda view: [({"engine": view.engine.name}, getattr(view.engine, field))
+                         ] if view.engine.name else []
 
 
 METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + name, text, samples)
@@ -9017,10 +9031,10 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("capacity_memory_bytes", "Memory on offer.", _at("capacity.memory_bytes")),
 
     ("inference_state", "1 for the state of the engine, 0 for the others.", lambda view: [
-        ({"state": state}, state == view.inference["status"])
-        for state in ("stopped", "starting", "running", "error")] if view.inference else []),
+        ({"state": state}, state == view.engine.state)
+        for state in ("stopped", "starting", "running", "error")] if view.engine.state else []),
     ("inference_starts_total", "Starts of the engine since it was asked for.", _engine("starts")),
-    ("inference_uptime_seconds", "Time since the engine was asked for.", _engine("uptime_seconds")),
+    ("inference_uptime_seconds", "Time since the engine was asked for.", _engine("uptime_s")),
     ("inference_models", "Models that the engine serves.", _engine("models")),
 
     ("host_info", "System and processor of this machine.", _host_info),
@@ -9146,8 +9160,9 @@ def kept_secret(path: str) -> str:
 # What a handler's error is to HTTP; and what an answer's error_code is to the command line.
 AGENT_ERRORS: Tuple[Tuple[Any, int, str], ...] = (
     (UsageError, 400, "bad_request"), (LockedError, 409, "locked"),
-    (ModelMissing, 404, "model_not_found"), (TransfersFull, 429, "too_many_transfers"),
-    (EngineMissing, 503, "engine_missing"), (EngineConflict, 409, "conflict"),
+    (ModelMissing, 404, "model_not_found"), (ModelRefused, 400, "model_refused"),
+    (TransfersFull, 429, "too_many_transfers"),
+    (EngineMissing, 409, "engine_missing"), (EngineConflict, 409, "conflict"),
     (ModelError, 502, "model_failed"), (EngineError, 502, "engine_failed"))
 
 
@@ -10327,7 +10342,7 @@ class Agent:
             self.membership.snapshot, self._sample, self.facts(), self._capacity,
             self.identity, read_process(self._started_wall_s), now_s(), self._keepalive_took_s,
             self.client.clock_offset_s, self.settings.grid_intensity, self.settings.pue,
-            self.inference.status())
+            engine=self.inference.figures())
 
     def metrics_text(self) -> str:
         return render_metrics(self.metrics_view())

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=9150d1ef72d2ec96c651efab7b608ce67a52882a8450829f1458840efb4e3310
+  sha256=f59fb895638ec89383c5a19d3316fb3c0003399d4b0be7d9845158e43ce71886
 }
 
 usage() {

@@ -181,7 +181,8 @@ def test_while_it_is_being_stopped_it_cannot_be_started(make):
 
 
 def test_a_hundred_lives_leak_no_descriptor_and_no_thread(make):
-    child = make.running("print('up')", pace=SOON._replace(exits=1000, first_s=1e-6))
+    child = make("print('up')", pace=SOON._replace(exits=1000, first_s=1e-6))
+    child.start()
     counts = lambda: (len(os.listdir("/dev/fd")), threading.active_count())
     wait_until(lambda: child.snapshot.starts > 5, "a few lives")
     child.stop()

@@ -235,7 +235,8 @@ def test_no_secret_is_in_logs_or_events(control, hostile):
 def test_openapi_describes_every_route_and_every_status_field(control):
     status, document, _ = control.call("GET", "/openapi.json")
     assert (status, document["openapi"]) == (200, "3.1.0")
-    assert set(document["paths"]) == {"/health", "/status", "/metrics", "/logs", "/events", "/openapi.json"}
+    assert set(document["paths"]) == {row[0].split()[1].strip("`")
+                                      for row in b9agent.routes_table()[1]}
     for path, item in document["paths"].items():
         for method, operation in item.items():
             assert operation["summary"] and {"200", "400", "429", "500"} <= set(operation["responses"])

@@ -16,6 +16,7 @@ import time
 import pytest
 
 import b9agent
+import engines
 from helpers import StallMeter, environment, wait_until
 from hostile_gateway import TOKEN
 
@@ -34,7 +35,7 @@ class TestApi(b9agent.Api):
     __test__ = False
     name, max_connections, max_streams, refusals = "test", 12, 2, 5
     instant = ("/instant",)
-    statuses = ((b9agent.UsageError, 400),)
+    statuses = ((b9agent.UsageError, 400, "bad_request"),)
 
     def __init__(self, log):
         super().__init__(log)
@@ -643,7 +644,8 @@ FUZZER = os.path.join(os.path.dirname(sys.executable), "st")
 @pytest.mark.skipif(not os.access(FUZZER, os.X_OK), reason="schemathesis is not installed")
 def test_a_fuzzer_driven_by_openapi_finds_no_defect_and_nothing_undocumented(agent, hostile, state, tmp_path):
     program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(hostile.port), "--pool-name", "gpu",
-                    "--control-port", "0", "--keepalive-interval", "1", BETA9_TOKEN=TOKEN)
+                    "--control-port", "0", "--keepalive-interval", "1", "--inference-port", "0",
+                    PATH=engines.path_with(engines.stand_in(tmp_path / "bin", "ollama")), BETA9_TOKEN=TOKEN)
     match, _ = program.wait_line(r"listening api=control url=(http://127\.0\.0\.1:\d+)")
     hostile.wait_count(1, "keepalive", "ok")
     token = (state / "control.token").read_text().strip()
@@ -652,8 +654,9 @@ def test_a_fuzzer_driven_by_openapi_finds_no_defect_and_nothing_undocumented(age
         "import schemathesis\n\n@schemathesis.hook\ndef before_call(context, case, kwargs):\n"
         "    if str((case.query or {}).get('follow')).lower() == 'true':\n"
         "        case.query['follow'] = 'false'\n")
+    # A name that fits the schema may still be no model's: 400, 404 and 409 are right answers to it.
     command = [FUZZER, "run", match.group(1) + "/openapi.json", "-H", "Authorization: Bearer " + token,
-               "--exclude-path", "/events", "--seed", "1", "-n", "20", "--generation-deterministic",
+               "--exclude-path", "/events", "--exclude-checks", "positive_data_acceptance", "--seed", "1", "-n", "20", "--generation-deterministic",
                "--request-timeout", "10", "--no-color", "--continue-on-failure", "--max-time", "15"]
     done = subprocess.run(command, cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=100,

@@ -310,7 +310,7 @@ def test_a_missing_engine_is_an_error_that_names_its_installer(world):
     here.path = "/usr/bin:/bin"
     here.start()
     status, answer = here.post("/inference/start", {"engine": "vllm", "model": "org/model"})
-    assert status == 503 and answer["error_code"] == "engine_missing"
+    assert status == 409 and answer["error_code"] == "engine_missing"
     assert "pip install vllm" in answer["suggestion"]
     done = here.cli("start", "--engine", "sglang", "--model", "org/model")
     assert done.code == 1 and "SGLang is not installed" in done.err and "pip install" in done.err
