@@ -11515,9 +11515,8 @@ DOCTOR_LIMIT_S, _REQUEST_LIMIT_S, _DRIVER_LIMIT_S = 13.0, 4.0, 8.0  # all checks
 _CLOCK_EARLIEST_S = 1704067200.0  # 2024: a machine that lost its clock's battery stands before it
 _STATE_LOW_BYTES, _STATE_LEAST_BYTES = 1 << 30, 16 << 20
 _MODELS_LOW_BYTES = 20 << 30      # one model of 30 billion parameters, quantised
-_ENGINES = ("ollama", "vllm", "sglang", "llama-server", "mlx_lm.server")
 _PRIVATE_FILES = ("config.yaml", "config.yaml.old", "control.token", "agent.log", "agent.log.1",
-                  "agent.lock", "gateway.db")
+                  "agent.lock", "gateway.db", "models.json", "energy.json", "logs")
 _K3S = Endpoint("https", "127.0.0.1", 6443)
 
 
@@ -11640,11 +11639,9 @@ def judge_space(what: str, folder: str, space: BytesPair, low_bytes: int,
 
 def check_disk(loaded: Loaded) -> Iterator[Finding]:
     state = loaded.settings.state_dir
-    models = os.environ.get("OLLAMA_MODELS") or os.environ.get("HF_HOME") or "~/.ollama/models"
-    models = os.path.abspath(os.path.expanduser(models))
     for what, folder, low_bytes, least_bytes in (
             ("state", state, _STATE_LOW_BYTES, _STATE_LEAST_BYTES),
-            ("models", models, _MODELS_LOW_BYTES, 0)):
+            ("models", os.path.abspath(store_folder()), _MODELS_LOW_BYTES, 0)):
         yield judge_space(what, folder, read_disk(nearest_folder(folder)), low_bytes, least_bytes)
 
 
@@ -11844,6 +11841,18 @@ def why_not_listening(host: str, port: int) -> str:
     return f"held by {holder}" if holder else ""
 
 
+def judge_engine_port(settings: Any, state: str) -> Finding:
+    """The engine's port.  state: of the running agent's engine."""
+    host, port = settings.inference_host, settings.inference_port
+    what = f"engine: {host_port(host, port) if port else 'a free port'}"
+    why = why_not_listening(host, port) if port and state == "stopped" else ""
+    version = is_ollama(Endpoint("http", "127.0.0.1", port)) if why else ""
+    if version:
+        return ok(f"{what}: Ollama {version} is here, and would be used")
+    return warn(f"{what}: {why}", "Set inference.port (0 takes a free one), or end that program"
+                ) if why else ok(what + (f", {state}" if state != "stopped" else ""))
+
+
 def check_ports(loaded: Loaded) -> Iterator[Finding]:
     host, port = loaded.settings.control_host, loaded.settings.control_port
     status = agent_status(loaded)
@@ -11854,15 +11863,21 @@ def check_ports(loaded: Loaded) -> Iterator[Finding]:
                    "b9agent.py run --control-port 0   # a free one")
     else:
         yield ok("control API: " + (f"the agent listens, pid {status['pid']}" if status else where))
-    yield ok("; ".join(
-        f"{use} {other}: {why_not_listening('127.0.0.1', other) or 'free'}" for use, other in (
-            ("front door", 11434), ("its second choice", 11435), ("embedded gateway", 1994))))
+    yield judge_engine_port(loaded.settings, (status or {}).get("inference_status", "stopped"))
 
 
-def check_engines(_loaded: Loaded) -> Iterator[Finding]:
-    import shutil
-    found = [f"{name} ({path})" for name in _ENGINES for path in [shutil.which(name)] if path]
-    yield ok(", ".join(found) or "none yet: " + ", ".join(_ENGINES))
+def check_engines(loaded: Loaded) -> Iterator[Finding]:
+    settings = loaded.settings
+    found = [(engine, find_engine(engine.program)) for engine in ENGINES]
+    yield ok(", ".join(f"{engine.title} ({path})" for engine, path in found if path) or
+             "none yet; such as: " + ENGINES[0].install)
+    program, wanted = settings.inference_program, ENGINE_BY_NAME.get(settings.inference_engine)
+    if program and not os.access(program, os.X_OK):
+        yield warn(f"inference.program: {program} is no program that this user can run",
+                   "b9agent.py init --inference-program PATH -y")
+    elif wanted and not program and not find_engine(wanted.program):
+        yield warn(f"inference.engine is {wanted.name}, and there is no {wanted.program} on PATH",
+                   wanted.install)
 
 
 def k3s_answers(endpoint: Endpoint, limit_s: float) -> bool:

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=f59fb895638ec89383c5a19d3316fb3c0003399d4b0be7d9845158e43ce71886
+  sha256=15550765a33a4e03010c6b8a549cd0184904204e0285f96c324d86f195ae3def
 }
 
 usage() {

@@ -601,12 +601,31 @@ def test_the_table_of_listening_sockets():
 
 def test_engines_on_the_path(doctor, hostile, tmp_path):
     _, found, _ = doctor(hostile)
-    assert found["engines"][0].seen.startswith("none yet: ollama")
+    assert found["engines"][0].seen.startswith("none yet; such as: curl")
     for name in ("ollama", "mlx_lm.server", "vllm"):
         program(tmp_path, name, "exit 1\n")
     _, found, _ = doctor(hostile)
-    assert found["engines"][0][:2] == ("ok", ", ".join(
-        "%s (%s)" % (name, tmp_path / "bin" / name) for name in ("ollama", "vllm", "mlx_lm.server")))
+    assert found["engines"][0][:2] == ("ok", ", ".join("%s (%s)" % (
+        title, tmp_path / "bin" / name) for title, name in (
+            ("Ollama", "ollama"), ("vLLM", "vllm"), ("MLX", "mlx_lm.server"))))
+
+
+def test_an_engine_that_is_asked_for_and_missing_is_a_warning_with_its_installer(doctor, hostile):
+    _, found, _ = doctor(hostile, "--inference-engine", "sglang")
+    assert found["engines"][1].level == "warn" and "pip install" in found["engines"][1].mend
+    _, found, _ = doctor(hostile, "--inference-program", "/nowhere/ollama")
+    assert found["engines"][1].level == "warn" and "/nowhere/ollama" in found["engines"][1].seen
+
+
+def test_the_engines_port_is_told_with_who_holds_it(doctor, hostile):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        port = str(holder.getsockname()[1])
+        _, found, _ = doctor(hostile, "--inference-port", port)
+    assert found["ports"][1].level == "warn" and "pid %d" % os.getpid() in found["ports"][1].seen
+    _, found, _ = doctor(hostile, "--inference-port", port)
+    assert found["ports"][1].level == "ok"
 
 
 @pytest.mark.parametrize("installed, answers, token, level", [
