@@ -288,14 +288,14 @@ def test_names_that_others_made_do_not_stand_in_the_way(ollama, transfers):
 
 def test_a_pull_is_measured_layer_by_layer(ollama, transfers):
     one = ollama(FAKE_OLLAMA_LAYER_BYTES=2000000, FAKE_OLLAMA_RATE=1000000)
-    transfer = pull(transfers, one, " Tiny ", who="alice")
+    transfer = pull(transfers, one, " tiny ", who="alice")
     assert transfer.thread.name == "pull tiny:latest"
     seen, at = [], []
     for progress in transfer.watch():
         seen.append(progress)
         at.append(time.monotonic())
     last = seen[-1]
-    assert last[:4] == ("tiny:latest", "pull", "success", "success")
+    assert last[:4] == ("tiny:latest", "pull", "success", "success"), last
     assert last.who == "alice" and last.started.endswith("Z") and last.message == ""
     assert last.completed_bytes == last.total_bytes >= last.layers[0].total_bytes > 2000000
     assert last.total_bytes == sum(layer.total_bytes for layer in last.layers)
