@@ -7514,7 +7514,6 @@ class _Up(NamedTuple):
     name: str
     endpoint: Endpoint
     child: Optional[Child]
-    version: str
     why: str
     since_s: float
 
@@ -7528,8 +7527,8 @@ INFERENCE_CHECK_S = 10.0  # the gateway's router drops a node that is silent for
 class Inference:
     """The engine and its models.
 
-    _lock guards _up, _models and _told, and is held for nothing that takes time.  hardware(): what
-    is here now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
+    _lock guards _up, _ending, _closed, _models, _told and _watch_thread, and is held for nothing
+    that takes time.  _up stays until its processes have ended.  hardware(): what is here now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
     """
 
     def __init__(self, settings: Any, log: Log, hardware: Callable[[], Hardware],
@@ -7541,9 +7540,10 @@ class Inference:
         self._on_change = on_change
         self._lock = threading.Lock()
         self._up: Optional[_Up] = None
+        self._ending = self._closed = False
         self._models: Tuple[str, ...] = ()
         self._silent = 0  # checks in a row that an Ollama of others did not answer
-        self._told = ""
+        self._told = self._version = ""
         self._watch_wake = Wake()
         self._watch_thread: Any = None
         self.book = ModelBook(os.path.join(settings.state_dir, "models.json"), log)
@@ -7553,13 +7553,15 @@ class Inference:
 
     def state(self) -> str:
         up = self._up
-        if up is None:
+        if up is None or self._ending:
             return "stopped"
         if up.child is None:
             return "error" if self._silent >= 3 else "running"
         return _WIRE_STATES[up.child.snapshot.state]
 
     def _message(self, up: _Up) -> str:
+        if self._ending:
+            return f"{up.engine.title} is being stopped"
         if up.child is None:
             return ("the Ollama that was here has stopped answering" if self._silent >= 3 else
                     "an Ollama that was here before; it is used, and never ended")
@@ -7577,7 +7579,7 @@ class Inference:
         child = up.child.snapshot if up.child else None
         record.update(
             endpoint=up.endpoint.url, models=list(self._models), message=self._message(up),
-            engine=up.engine.name, version=up.version or None, adopted=up.child is None,
+            engine=up.engine.name, version=up.engine.many and self._version or None, adopted=up.child is None,
             model=up.name or None, why=up.why, pid=child and child.pid,
             starts=child and child.starts, uptime_seconds=round(now_s() - up.since_s, 1),
             log=child and child.log_path)
@@ -7610,28 +7612,25 @@ class Inference:
         if model is None:
             model = self._settings.inference_model
         reference = read_reference(model or "")
-        up = self._same(engine, reference) or self._begin(engine, reference, context_tokens, force)
+        up = None
+        while up is None:
+            up = self._same(engine, reference) or self._begin(engine, reference, context_tokens,
+                                                              force)
         if up.child is not None:
             self._await_ready(up)
-        if up.engine.many and not up.version:
-            up = self._with_version(up)
+        if up.engine.many:
+            self._version = OllamaApi(up.endpoint).version()
         self._refresh(up)
         if up.engine.many and reference.text:
             self._load_first(reference)
         elif reference.facts is not None:
             self._note_served(up.name, up.engine, reference.facts)
+        if self._up is not up or self._ending:
+            raise EngineConflict("it was stopped while it started")
         self._log("notice", "inference_ready", engine=up.engine.name, endpoint=up.endpoint.url,
                   models=",".join(self._models) or None)
         self._on_change()
         return self.status()
-
-    def _with_version(self, up: _Up) -> _Up:
-        told = up._replace(version=OllamaApi(up.endpoint).version())
-        with self._lock:
-            if self._up is not up:
-                return up
-            self._up = told
-        return told
 
     def _load_first(self, reference: Reference) -> None:
         """The model that a start names, in an engine with many.  Raises: EngineError."""
@@ -7648,6 +7647,8 @@ class Inference:
     def _same(self, engine: str, reference: Reference) -> Optional[_Up]:
         """What runs, where it is what is asked for.  Raises: EngineConflict where it is not."""
         up = self._up
+        if up is not None and self._ending:
+            self._end(up)  # who asks for a start during a stop means the one after it
         if up is None or self.state() in ("stopped", "error"):
             return None
         if engine in ("", "auto", up.engine.name) and (
@@ -7663,9 +7664,32 @@ class Inference:
         return [Endpoint("http", "127.0.0.1", port) for port in dict.fromkeys(ports + [11434])]
 
     def _begin(self, wanted: str, reference: Reference, context_tokens: Optional[int],
-               force: bool) -> _Up:
-        """Choose, check that it fits and that the port is free, and start."""
-        before, hardware = self._up, self._hardware()
+               force: bool) -> Optional[_Up]:
+        """What was chosen and started; None where another start was faster."""
+        before = self._up
+        try:
+            up = self._choose(wanted, reference, context_tokens, force)
+        except EngineConflict:
+            if self._up is before:
+                raise
+            return None  # it is the faster one that holds the port
+        with self._lock:
+            if self._closed:
+                raise EngineConflict("the agent is being stopped")
+            if self._up is not before or self._ending:
+                return None
+            self._up, self._models, self._silent, self._told = up, (), 0, ""
+            if up.child is not None:
+                up.child.start()  # here, so that a stop finds it started; its thread does the rest
+        self._log("info", "inference_starting", engine=up.engine.name, model=up.name or None,
+                  why=up.why, endpoint=up.endpoint.url, adopted=up.child is None or None)
+        self._start_watch()
+        return up
+
+    def _choose(self, wanted: str, reference: Reference, context_tokens: Optional[int],
+                force: bool) -> _Up:
+        """The engine for it, once it fits and its port is free; not started yet."""
+        hardware = self._hardware()
         found = next(((place, version) for place in self._ollama_places()
                       for version in [is_ollama(place)] if version), None)
         choice = choose_engine(wanted, reference, hardware.vendor, self._find,
@@ -7673,19 +7697,8 @@ class Inference:
         if reference.facts is not None and not force:
             self._check_fit(choice.engine, reference.facts, hardware, context_tokens)
         if choice.program is None:
-            up = _Up(choice.engine, reference, "", found[0], None, found[1], choice.why, now_s())
-        else:
-            up = self._launch(choice, reference, hardware, context_tokens)
-        with self._lock:
-            if self._up is not before:
-                raise EngineConflict("another start was faster", "See: b9agent.py status")
-            self._up, self._models, self._silent, self._told = up, (), 0, ""
-        self._log("info", "inference_starting", engine=up.engine.name, model=up.name or None,
-                  why=up.why, endpoint=up.endpoint.url, adopted=up.child is None or None)
-        if up.child is not None:
-            up.child.start()
-        self._start_watch()
-        return up
+            return _Up(choice.engine, reference, "", found[0], None, choice.why, now_s())
+        return self._launch(choice, reference, hardware, context_tokens)
 
     def _find(self, engine: Engine) -> Optional[str]:
         set_program = self._settings.inference_program
@@ -7736,8 +7749,7 @@ class Inference:
             TokenProbe(engine, endpoint, name), stop_grace_s=engine.stop_grace_s,
             still_held=self._still_held(hardware))
         child = Child(spec, settings.state_dir, self._log, self._on_change)
-        return _Up(engine, reference, name, endpoint._replace(host=host), child, "", choice.why,
-                   now_s())
+        return _Up(engine, reference, name, endpoint._replace(host=host), child, choice.why, now_s())
 
     def _still_held(self, before: Hardware) -> Callable[[], str]:
         """What is gone from the GPUs' free memory since before the engine started."""
@@ -7756,7 +7768,7 @@ class Inference:
                 return
             if child.state in done:
                 break
-        if self._up is not up:
+        if self._up is not up or self._ending:
             raise EngineConflict("it was stopped while it started")
         raise EngineError(f"{up.engine.title} did not start: {child.message}",
                           f"Its log: {child.log_path}" if child.log_path else "")
@@ -7776,22 +7788,33 @@ class Inference:
         elif self.state() != "running":
             models = ()
         with self._lock:
-            if self._up is up:
+            if self._up is up and not self._ending:
                 self._models = models
 
     def _start_watch(self) -> None:
-        if self._watch_thread is None:
-            self._watch_thread = threading.Thread(target=self._watch, name="inference", daemon=True)
-            self._watch_thread.start()
+        with self._lock:
+            if self._watch_thread is None:
+                self._watch_thread = threading.Thread(target=self._watch, name="inference",
+                                                      daemon=True)
+                self._watch_thread.start()
 
     def _watch(self) -> None:
-        while self._up is not None:
-            up = self._up
-            if up is not None and self.state() == "running":
+        while True:
+            with self._lock:
+                up = self._up
+                if up is None:
+                    self._watch_thread = None
+                    return
+            before = self.state()
+            if before == "running" or before == "error" and up.child is None:  # it may come back
                 self._refresh(up)
-                self._beat(self._models)
+                state = self.state()
+                if state == "running":
+                    self._beat(self._models)
+                if state != before:
+                    self._log("notice", "inference", state=state, what=self._message(up))
+                    self._on_change()
             self._watch_wake.wait(INFERENCE_CHECK_S)
-        self._watch_thread = None
 
     # -- stop -------------------------------------------------------------
 
@@ -7801,30 +7824,44 @@ class Inference:
         Raises: EngineError with what is left.
         """
         with self._lock:
-            up, self._up, self._models = self._up, None, ()
+            up = self._up
+            self._ending, self._models = up is not None, ()
             self._told = "" if up else "no engine was running"
-        self._watch_wake.set()
-        if up is None:
-            return self.status()
-        left = ""
-        if up.child is not None:
-            left = up.child.stop()
-        else:
-            self._told = f"the Ollama at {up.endpoint.url} was here before, and runs on"
-        self._log("notice", "inference_stopped", engine=up.engine.name, left=left or None)
-        self._on_change()
-        if left:
-            raise EngineError(f"{up.engine.title} has ended, but not whole: {left}",
-                              "See which process holds it: b9agent.py doctor")
+        if up is not None:
+            left = self._end(up)
+            if left:
+                raise EngineError(f"{up.engine.title} has ended, but not whole: {left}",
+                                  "See which process holds it: b9agent.py doctor")
         return self.status()
 
+    def _end(self, up: _Up) -> str:
+        """Returns when it has ended, however many ask for it: "", or what is left."""
+        left = up.child.stop() if up.child else ""
+        with self._lock:
+            if self._up is not up:
+                return left  # another was as fast, and told
+            lives_on = up.child is not None and up.child.snapshot.state is ChildState.ERROR
+            self._up, self._models, self._ending = up if lives_on else None, (), False
+            self._told = left if up.child else (
+                f"the Ollama at {up.endpoint.url} was here before, and runs on")
+        self._watch_wake.set()
+        self._log("notice", "inference_stopped", engine=up.engine.name, left=left or None)
+        self._on_change()
+        return left
+
+    def close(self) -> None:
+        """The agent ends: nothing is begun any more, and what runs is ended.  Raises: as stop()."""
+        with self._lock:
+            self._closed = True
+        self.transfers.cancel_all()
+        self.stop()
 
     # -- models -----------------------------------------------------------
 
     def _ollama(self, start: bool = False) -> OllamaApi:
         """The Ollama that runs.  start: or is started for this.  Raises: EngineError."""
-        up = self._up
-        if start and (up is None or self.state() == "error"):
+        up, state = self._up, self.state()
+        if start and state != "running" and (state != "starting" or up and up.engine.many):
             self.start("ollama", "")
             up = self._up
         if up is None or not up.engine.many or self.state() != "running":
@@ -7857,6 +7894,8 @@ class Inference:
             if up is not None:
                 self._refresh(up)
             self._on_change()
+        if self._closed:
+            raise EngineConflict("the agent is being stopped")
         return self.transfers.begin(key, kind, who, whole)
 
     def _note(self, api: OllamaApi, name: str, **noted: Any) -> None:
@@ -10372,9 +10411,8 @@ class Agent:
             threading.Thread(target=start, name="inference-start", daemon=True).start()
 
     def _stop_inference(self) -> None:
-        self.inference.transfers.cancel_all()
         try:
-            self.inference.stop()
+            self.inference.close()
         except AgentError as error:
             self._log.error("inference_left", error)
 

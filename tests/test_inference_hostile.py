@@ -1,0 +1,146 @@
+"""Inference under people and programs that do not wait their turn: stops during starts, engines that
+come back, lie or say nothing, clients that crowd, servers that break off."""
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+import b9agent
+from helpers import Program, environment, wait_until
+from hostile_gateway import TOKEN
+from test_inference import (World, engine_processes, free_port, listens, nothing_left, processes_of,
+                            world)
+
+__all__ = ["World", "nothing_left", "world", "TOKEN"]
+
+
+def together(*calls):
+    """Their results, in the order of the calls, which run at once."""
+    results = [None] * len(calls)
+
+    def run(number, call):
+        results[number] = call()
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def command(here, *words):
+    return Program([sys.executable, b9agent.__file__, *words], environment(here.home, PATH=here.path))
+
+
+class Embedded:
+    """An Inference without an agent around it; told: the states it was asked to tell of."""
+
+    def __init__(self, folder, **flags):
+        folder.chmod(0o700)
+        settings = b9agent.load_settings(dict(flags, state_dir=str(folder)), {}).settings
+        self.told = []
+        self.inference = b9agent.Inference(
+            settings, b9agent.make_log(settings), lambda: b9agent.Hardware("", (), None),
+            lambda models: None, lambda: self.told.append(self.inference.state()))
+
+
+# -- starts and stops that cross ---------------------------------------------
+
+def test_what_is_asked_while_an_engine_is_being_stopped_waits_for_its_end(world):
+    here = world("ollama").start(FAKE_OLLAMA_FAULTS="ignore_sigterm")
+    here.post("/inference/start")
+    first, answers = here.pid(), []
+    stop = threading.Thread(target=lambda: answers.append(here.post("/inference/stop")))
+    stop.start()
+    wait_until(lambda: "being stopped" in here.get("/inference/status")["message"], "it stops")
+    said = here.get("/inference/status")
+    assert (said["status"], said["running"], said["pid"], said["models"]) == (
+        "stopped", False, first, [])
+    again = here.post("/inference/stop")
+    assert again[0] == 200 and first not in engine_processes(here.home)
+    stop.join()
+    assert answers[0][0] == 200 and answers[0][1]["engine"] is None
+
+
+def test_a_start_during_a_stop_is_a_new_engine_and_not_the_dying_one(world):
+    here = world("ollama").start(FAKE_OLLAMA_FAULTS="ignore_sigterm")
+    here.post("/inference/start")
+    first, answers = here.pid(), []
+    stop = threading.Thread(target=lambda: answers.append(here.post("/inference/stop")))
+    stop.start()
+    wait_until(lambda: "being stopped" in here.get("/inference/status")["message"], "it stops")
+    status, answer = here.post("/inference/start")
+    assert (status, answer["status"], answer["adopted"]) == (200, "running", False), answer
+    assert answer["pid"] not in (None, first)
+    stop.join()
+    assert answers[0][0] == 200
+    assert list(engine_processes(here.home)) == [answer["pid"]]
+
+
+def test_an_agent_that_ends_during_a_stop_leaves_nothing(world):
+    here = world("ollama").start(FAKE_OLLAMA_FAULTS="ignore_sigterm")
+    here.post("/inference/start")
+    with command(here, "stop") as stopper:
+        wait_until(lambda: "being stopped" in here.get("/inference/status")["message"], "it stops")
+        assert here.program.stop() == 0
+        assert processes_of(here.home).keys() <= {stopper.pid}
+        stopper.wait()
+
+
+def test_an_agent_that_ends_during_a_start_leaves_nothing(world):
+    here = world("ollama").start(FAKE_OLLAMA_FAULTS="slow_start=600")
+    with command(here, "start") as starter:
+        wait_until(lambda: here.get("/inference/status")["status"] == "starting", "it starts")
+        assert here.program.stop() == 0
+        assert starter.wait() in (1, 5)
+    assert processes_of(here.home) == {}
+
+
+def test_nothing_is_started_once_the_agent_ends(tmp_path):
+    inference = Embedded(tmp_path).inference
+    inference._find = lambda engine: "/bin/true"
+    inference._ollama_places = lambda: []
+    inference.close()
+    with pytest.raises(b9agent.EngineConflict, match="being stopped"):
+        inference.start("ollama", "")
+
+
+def test_starts_and_pulls_at_once_share_one_engine(world):
+    here = world("ollama").start(FAKE_OLLAMA_FAULTS="slow_start=0.5")
+    answers = together(*[lambda: here.post("/inference/pull", {"model": "llama3.2"})] * 3,
+                       *[lambda: here.post("/inference/start")] * 3)
+    assert [status for status, _ in answers] == [200] * 6, answers
+    assert here.get("/inference/status")["starts"] == 1
+    assert len(engine_processes(here.home)) == 1
+
+
+def test_starts_and_stops_in_a_heap_end_in_one_truth(world):
+    here = world("ollama").start()
+    calls = [lambda: here.post("/inference/start"), lambda: here.post("/inference/stop")] * 4
+    for _ in range(3):
+        assert {status for status, _ in together(*calls)} <= {200, 409}
+    assert here.post("/inference/stop")[0] == 200
+    assert engine_processes(here.home) == {} and not listens(here.port)
+
+
+# -- engines that go, come back, or say nothing --------------------------------
+
+def test_an_ollama_of_others_that_comes_back_is_running_again(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(b9agent, "INFERENCE_CHECK_S", 0.05)
+    here = world("ollama")
+    env = environment(here.home, PATH=here.path, OLLAMA_HOST="127.0.0.1:%d" % here.port)
+    words = [here.path.split(":")[0] + "/ollama", "serve"]
+    one = Embedded(tmp_path, inference_port=str(here.port))
+    with Program(words, env):
+        wait_until(lambda: listens(here.port), "their Ollama listens")
+        assert one.inference.start("ollama", "")["adopted"]
+    wait_until(lambda: one.told[-1] == "error", "it is missed, and told")
+    with Program(words, env):
+        wait_until(lambda: one.told[-1] == "running", "it is back, and told")
+        one.inference.close()
+    assert one.told[-1] == "stopped"
