@@ -6611,7 +6611,8 @@ def generate_one_token(endpoint: Endpoint, name: str, limit_s: float) -> None:
         raise EngineError(f"no token came from {endpoint.url}: {failure}") from failure
     answer = _json_object(reply.body)
     choices = answer.get("choices")
-    if reply.status != 200 or not choices or not isinstance(choices, list):
+    if reply.status != 200 or not (isinstance(choices, list) and choices and isinstance(
+            choices[0], dict) and isinstance(choices[0].get("text"), str)):
         said = answer.get("error") or reply.body.decode("utf-8", "replace")
         said = said.get("message") if isinstance(said, dict) else said
         raise EngineError(f"{name} did not answer a one-token request: {reply.status} "
@@ -6627,32 +6628,34 @@ class TokenProbe:
 
     def __init__(self, engine: Engine, endpoint: Endpoint, name: str) -> None:
         self._engine, self._endpoint, self._name = engine, endpoint, name
-        self._thread: Any = None
-        self._result: Any = None
+        self._results: Optional[List[Any]] = None  # of the question that is out; None for none
 
-    def _ask(self) -> None:
+    def _ask(self, results: List[Any]) -> None:
         try:
             generate_one_token(self._endpoint, self._name, 3600.0)
-            self._result = "ready"
+            results.append("ready")
         except EngineError as error:
-            self._result = error
+            results.append(error)
 
     def __call__(self) -> Probe:
         try:
             status = http_request("GET", self._endpoint, self._engine.alive, {}, None, 2.0).status
         except HttpFailure as failure:
+            if failure.kind == "refused":
+                self._results = None  # it is another start, which has to give a token of its own
             return Probe(False, failure.kind, "starting")
         if status != 200:
             return Probe(False, status, f"loading {self._name}")
         if self._engine.many:
             return Probe(True)
-        if self._thread is None:
-            self._result = None
-            self._thread = threading.Thread(target=self._ask, name="first-token", daemon=True)
-            self._thread.start()
-        result = self._result
+        if self._results is None:
+            self._results = []
+            threading.Thread(target=self._ask, args=(self._results,), name="first-token",
+                             daemon=True).start()
+        result = self._results[0] if self._results else None
+        if result is not None:
+            self._results = None
         if isinstance(result, EngineError):
-            self._thread = None
             return Probe(False, status, str(result))
         return Probe(result == "ready", status, f"loading {self._name}")
 

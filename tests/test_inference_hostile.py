@@ -144,3 +144,69 @@ def test_an_ollama_of_others_that_comes_back_is_running_again(world, tmp_path, m
         wait_until(lambda: one.told[-1] == "running", "it is back, and told")
         one.inference.close()
     assert one.told[-1] == "stopped"
+
+
+class Liar:
+    """An HTTP server on loopback that answers what `say(method, path, body)` returns: (status, bytes),
+    or (status, bytes, headers).  asked: what it was asked."""
+
+    def __init__(self, say):
+        import http.server
+        liar, self.asked = self, []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                liar.asked.append((self.command, self.path, body))
+                status, data, *headers = say(self.command, self.path, body)
+                self.send_response(status)
+                for name, value in (headers[0] if headers else {}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for piece in [data] if isinstance(data, bytes) else data:
+                    try:
+                        self.wfile.write(piece)
+                        self.wfile.flush()
+                    except OSError:
+                        return
+            do_GET = do_POST = do_DELETE = do_HEAD = answer
+
+            def log_message(self, *_):
+                pass
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+COMPLETION = b'{"choices": [{"text": "a", "finish_reason": "length"}]}'
+
+
+def test_an_engine_that_is_started_again_has_to_give_another_token():
+    said = [COMPLETION]
+    with Liar(lambda method, path, body: (200, said[0] if method == "POST" else b"{}")) as engine:
+        endpoint = b9agent.Endpoint("http", "127.0.0.1", engine.port)
+        probe = b9agent.TokenProbe(b9agent.ENGINE_BY_NAME["mlx"], endpoint, "m")
+        wait_until(lambda: probe().ready, "it is ready")
+        said[0] = b'{"error": "still loading"}'
+        for _ in range(5):
+            assert not probe().ready
+        said[0] = COMPLETION
+        wait_until(lambda: probe().ready, "it is ready again")
+
+
+@pytest.mark.parametrize("garbage", [b"", b"[]", b"{}", b"<html>", b'{"choices": [1]}',
+                                     b'{"choices": {"0": 1}}', b'{"choices": [{}]}'])
+def test_a_200_with_garbage_is_no_token(garbage):
+    with Liar(lambda method, path, body: (200, garbage)) as engine:
+        with pytest.raises(b9agent.EngineError, match="did not answer a one-token request"):
+            b9agent.generate_one_token(b9agent.Endpoint("http", "127.0.0.1", engine.port), "m", 5.0)
