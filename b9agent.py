@@ -7525,13 +7525,16 @@ _WIRE_STATES = {ChildState.STOPPED: "stopped", ChildState.STARTING: "starting",
                 ChildState.RUNNING: "running", ChildState.BACKOFF: "starting",
                 ChildState.STOPPING: "running", ChildState.ERROR: "error"}
 INFERENCE_CHECK_S = 10.0  # the gateway's router drops a node that is silent for 30 s
+SILENT_CHECKS = 3         # in a row without an answer: it is no longer said to run
+MODELS_TOLD = 1000        # to the gateway, of an Ollama
 
 
 class Inference:
     """The engine and its models.
 
-    _lock guards _up, _ending, _closed, _models, _told and _watch_thread, and is held for nothing
-    that takes time.  _up stays until its processes have ended.  hardware(): what is here now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
+    _lock guards _up, _place, _ending, _closed, _models, _told and _watch_thread, and is held for
+    nothing that takes time.  _up stays until its processes have ended.  hardware(): what is here
+    now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
     """
 
     def __init__(self, settings: Any, log: Log, hardware: Callable[[], Hardware],
@@ -7543,9 +7546,10 @@ class Inference:
         self._on_change = on_change
         self._lock = threading.Lock()
         self._up: Optional[_Up] = None
+        self._place: Optional[Endpoint] = None  # of the engine, or of the last one
         self._ending = self._closed = False
         self._models: Tuple[str, ...] = ()
-        self._silent = 0  # checks in a row that an Ollama of others did not answer
+        self._silent = 0  # checks in a row that it did not answer
         self._told = self._version = ""
         self._watch_wake = Wake()
         self._watch_thread: Any = None
@@ -7558,16 +7562,17 @@ class Inference:
         up = self._up
         if up is None or self._ending:
             return "stopped"
-        if up.child is None:
-            return "error" if self._silent >= 3 else "running"
-        return _WIRE_STATES[up.child.snapshot.state]
+        state = "running" if up.child is None else _WIRE_STATES[up.child.snapshot.state]
+        return "error" if state == "running" and self._silent >= SILENT_CHECKS else state
 
     def _message(self, up: _Up) -> str:
         if self._ending:
             return f"{up.engine.title} is being stopped"
         if up.child is None:
-            return ("the Ollama that was here has stopped answering" if self._silent >= 3 else
+            return ("the Ollama that was here has stopped answering" if self.state() == "error" else
                     "an Ollama that was here before; it is used, and never ended")
+        if up.child.snapshot.state is ChildState.RUNNING and self.state() == "error":
+            return f"{up.engine.title} lives and does not answer; a start ends it first"
         child = up.child.snapshot
         return child.message or child.said
 
@@ -7581,7 +7586,8 @@ class Inference:
             return record
         child = up.child.snapshot if up.child else None
         record.update(
-            endpoint=up.endpoint.url, models=list(self._models), message=self._message(up),
+            endpoint=up.endpoint.url, models=list(self._models) if state == "running" else [],
+            message=self._message(up),
             engine=up.engine.name, version=up.engine.many and self._version or None, adopted=up.child is None,
             model=up.name or None, why=up.why, pid=child and child.pid,
             starts=child and child.starts, uptime_seconds=round(now_s() - up.since_s, 1),
@@ -7594,13 +7600,11 @@ class Inference:
 
     def wire(self, private_ip: str) -> Optional[Dict[str, Any]]:
         """The `inference` of a keepalive; None where the gateway could not reach the engine, for
-        it would send its users there."""
-        up = self._up
-        if up is None:
-            return None
-        host = reachable_host(up.endpoint.host, self._settings.gateway_host, private_ip)
-        return host and {"status": self.state(), "ip": host, "port": up.endpoint.port,
-                         "models": list(self._models)}
+        it would send its users there, and before the first start."""
+        place, state = self._place, self.state()
+        host = place and reachable_host(place.host, self._settings.gateway_host, private_ip)
+        return host and {"status": state, "ip": host, "port": place.port,
+                         "models": list(self._models) if state == "running" else []}
 
     # -- start ----------------------------------------------------------
 
@@ -7650,8 +7654,9 @@ class Inference:
     def _same(self, engine: str, reference: Reference) -> Optional[_Up]:
         """What runs, where it is what is asked for.  Raises: EngineConflict where it is not."""
         up = self._up
-        if up is not None and self._ending:
-            self._end(up)  # who asks for a start during a stop means the one after it
+        if up is not None and (self._ending or up.child is not None and self.state() == "error"):
+            self._end(up)  # the start means what comes after the stop, or after one that hangs
+            up = self._up
         if up is None or self.state() in ("stopped", "error"):
             return None
         if engine in ("", "auto", up.engine.name) and (
@@ -7682,6 +7687,7 @@ class Inference:
             if self._up is not before or self._ending:
                 return None
             self._up, self._models, self._silent, self._told = up, (), 0, ""
+            self._place = up.endpoint
             if up.child is not None:
                 up.child.start()  # here, so that a stop finds it started; its thread does the rest
         self._log("info", "inference_starting", engine=up.engine.name, model=up.name or None,
@@ -7779,20 +7785,20 @@ class Inference:
     # -- while it runs ---------------------------------------------------
 
     def _refresh(self, up: _Up) -> None:
-        """Ask what it serves; an engine with one model serves that."""
+        """Ask whether it answers and what it serves; an engine with one model serves that."""
         models: Tuple[str, ...] = (up.name,) if up.name else ()
-        if up.engine.many:
-            try:
-                models = tuple(row["name"] for row in OllamaApi(up.endpoint).tags())
-                self._silent = 0
-            except AgentError:
-                self._silent += 1
-                models = self._models
-        elif self.state() != "running":
-            models = ()
+        try:
+            if up.engine.many:
+                names = (row["name"] for row in OllamaApi(up.endpoint).tags())
+                models = tuple(name for name in names if len(name) <= 512)[:MODELS_TOLD]
+            elif http_request("GET", up.endpoint, up.engine.alive, {}, None, 5.0).status != 200:
+                raise EngineError(f"{up.engine.title} is unwell")
+            silent = 0
+        except (AgentError, HttpFailure):
+            models, silent = self._models or models, self._silent + 1
         with self._lock:
             if self._up is up and not self._ending:
-                self._models = models
+                self._models, self._silent = models, silent
 
     def _start_watch(self) -> None:
         with self._lock:
@@ -7809,14 +7815,16 @@ class Inference:
                     self._watch_thread = None
                     return
             before = self.state()
-            if before == "running" or before == "error" and up.child is None:  # it may come back
-                self._refresh(up)
+            if up.child is None or up.child.snapshot.state is ChildState.RUNNING:
+                self._refresh(up)  # in an error too: it may come back
                 state = self.state()
                 if state == "running":
                     self._beat(self._models)
                 if state != before:
                     self._log("notice", "inference", state=state, what=self._message(up))
                     self._on_change()
+            else:
+                self._silent = 0  # another start begins with a clean slate
             self._watch_wake.wait(INFERENCE_CHECK_S)
 
     # -- stop -------------------------------------------------------------
@@ -7828,7 +7836,6 @@ class Inference:
         """
         with self._lock:
             up = self._up
-            self._ending, self._models = up is not None, ()
             self._told = "" if up else "no engine was running"
         if up is not None:
             left = self._end(up)
@@ -7839,6 +7846,9 @@ class Inference:
 
     def _end(self, up: _Up) -> str:
         """Returns when it has ended, however many ask for it: "", or what is left."""
+        with self._lock:
+            if self._up is up:
+                self._ending, self._models = True, ()
         left = up.child.stop() if up.child else ""
         with self._lock:
             if self._up is not up:

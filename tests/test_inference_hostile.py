@@ -210,3 +210,57 @@ def test_a_200_with_garbage_is_no_token(garbage):
     with Liar(lambda method, path, body: (200, garbage)) as engine:
         with pytest.raises(b9agent.EngineError, match="did not answer a one-token request"):
             b9agent.generate_one_token(b9agent.Endpoint("http", "127.0.0.1", engine.port), "m", 5.0)
+
+
+def test_an_engine_of_ours_that_hangs_is_no_longer_said_to_run_and_a_start_mends_it(
+        world, tmp_path, monkeypatch):
+    monkeypatch.setattr(b9agent, "INFERENCE_CHECK_S", 0.05)
+    here, silent = world("ollama"), []
+    monkeypatch.setenv("PATH", here.path)
+    monkeypatch.setenv("HOME", str(here.home))
+    one = Embedded(tmp_path, inference_port=str(here.port), gateway_host="localhost")
+    try:
+        first = one.inference.start("ollama", "")["pid"]
+        tags = b9agent.OllamaApi.tags
+
+        def asked(api):
+            if silent:
+                raise b9agent.ModelError("nothing came")
+            return tags(api)
+        monkeypatch.setattr(b9agent.OllamaApi, "tags", asked)
+        silent.append(True)
+        wait_until(lambda: one.told[-1] == "error", "it is told")
+        said = one.inference.status()
+        assert not said["running"] and "does not answer" in said["message"] and said["models"] == []
+        assert one.inference.wire("10.0.0.1")["status"] == "error"
+        silent.clear()
+        wait_until(lambda: one.told[-1] == "running", "it answers again")
+        silent.append(True)
+        wait_until(lambda: one.told[-1] == "error", "it is told again")
+        assert one.inference.start("ollama", "")["pid"] != first
+    finally:
+        one.inference.close()
+
+
+def test_a_stopped_engine_is_told_to_the_gateway(world):
+    here = world("ollama").start()
+    assert all("inference" not in request.body for request in here.hostile.named("keepalive"))
+    here.post("/inference/start")
+    here.last_inference(lambda sent: sent and sent["status"] == "running")
+    here.post("/inference/stop")
+    assert here.last_inference(lambda sent: sent and sent["status"] == "stopped") == {
+        "status": "stopped", "ip": "127.0.0.1", "port": here.port, "models": []}
+
+
+def test_a_lying_ollama_cannot_blow_up_a_keepalive(tmp_path):
+    names = [{"name": "m%d" % number} for number in range(5000)] + [{"name": "x" * 100000}, 5, {}]
+    tags = json.dumps({"models": names[::-1]}).encode()
+
+    def say(method, path, body):
+        return 200, {"/": b"Ollama is running", "/api/version": b'{"version": "1"}'}.get(path, tags)
+    with Liar(say) as engine:
+        one = Embedded(tmp_path, inference_port=str(engine.port), gateway_host="localhost")
+        one.inference.start("ollama", "")
+        assert len(one.inference.wire("10.0.0.1")["models"]) == 1000
+        assert len(json.dumps(one.inference.wire("10.0.0.1"))) < 20000
+        one.inference.close()
