@@ -65,7 +65,7 @@ import stat
 import threading
 import time
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
-                    Tuple)
+                    Set, Tuple)
 
 VERSION = "0.1.0"
 
@@ -7553,6 +7553,7 @@ class Inference:
         self._told = self._version = ""
         self._watch_wake = Wake()
         self._watch_thread: Any = None
+        self._hashing: Set[str] = set()  # names of models whose files are being hashed
         self.book = ModelBook(os.path.join(settings.state_dir, "models.json"), log)
         self.transfers = Transfers()
 
@@ -7619,6 +7620,8 @@ class Inference:
         if model is None:
             model = self._settings.inference_model
         reference = read_reference(model or "")
+        if engine == "ollama" and reference.format == "hub":
+            reference = reference._replace(format="name")  # of a user, in Ollama's library
         up = None
         while up is None:
             up = self._same(engine, reference) or self._begin(engine, reference, context_tokens,
@@ -7737,8 +7740,12 @@ class Inference:
                 context_tokens: Optional[int]) -> _Up:
         settings, engine, facts = self._settings, choice.engine, reference.facts
         host = settings.inference_host
-        port = settings.inference_port or free_port(host)
-        held = port_holder(host, port)
+        try:
+            port = settings.inference_port or free_port(host)
+            held = port_holder(host, port)
+        except OSError as error:
+            raise UsageError(f"no engine can listen on {printable(host)}: {error.strerror}",
+                             "Set inference.host to an address of this machine") from error
         if held:
             raise EngineConflict(f"port {port} is taken by {held}", "End that program, or choose "
                                  "another port with inference.port (0 takes a free one)")
@@ -7938,6 +7945,12 @@ class Inference:
                 self.book.note(name, files=file_records(facts))
             except AgentError as error:
                 self._log.error("provenance", error, "warning")
+            finally:
+                self._hashing.discard(name)
+        with self._lock:
+            if self._closed or name in self._hashing:
+                return
+            self._hashing.add(name)
         threading.Thread(target=hash_files, name="provenance", daemon=True).start()
 
     def _alone(self, name: str) -> Optional[_Up]:
@@ -9243,7 +9256,7 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
     def start(request: Request) -> Response:
         asked = request.fields
         return Response(200, inference.start(
-            asked.get("engine") or "", asked.get("model") or "", asked.get("context_tokens"),
+            asked.get("engine") or "", asked.get("model"), asked.get("context_tokens"),
             bool(asked.get("force"))))
 
     def pull(request: Request) -> Response:

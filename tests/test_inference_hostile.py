@@ -264,3 +264,49 @@ def test_a_lying_ollama_cannot_blow_up_a_keepalive(tmp_path):
         assert len(one.inference.wire("10.0.0.1")["models"]) == 1000
         assert len(json.dumps(one.inference.wire("10.0.0.1"))) < 20000
         one.inference.close()
+
+
+# -- what is asked for ----------------------------------------------------------
+
+def test_a_start_without_a_model_takes_that_of_the_settings(world):
+    here = world("ollama").start("--inference-model", "llama3.2")
+    status, answer = here.post("/inference/start")
+    assert status == 404 and "llama3.2" in answer["error"], answer
+    assert here.post("/inference/pull", {"model": "llama3.2"})[0] == 200
+    assert here.post("/inference/start")[0] == 200
+    assert here.get("/models")["models"][0]["loaded"]
+    assert here.post("/inference/start", {"model": ""})[0] == 200
+
+
+def test_a_users_model_of_ollamas_library_is_one_for_ollama(world):
+    here = world("ollama").start(FAKE_OLLAMA_CATALOGUE="someone/tiny")
+    for _ in range(2):
+        status, answer = here.post("/inference/start", {"engine": "ollama", "model": "someone/tiny"})
+        assert status == 404 and "pull someone/tiny" in answer["suggestion"], answer
+    assert here.post("/inference/pull", {"model": "someone/tiny"})[0] == 200
+    assert here.post("/inference/start", {"engine": "ollama", "model": "someone/tiny"})[0] == 200
+
+
+def test_an_address_that_is_not_ours_is_a_wrong_setting_and_no_defect(world):
+    here = world("ollama").start("--inference-host", "203.0.113.9")
+    status, answer = here.post("/inference/start")
+    assert status == 400 and "inference.host" in answer["suggestion"], answer
+
+
+def test_files_that_are_being_hashed_are_not_hashed_twice_at_once(tmp_path, monkeypatch):
+    hold, begun = threading.Event(), []
+
+    def slow(facts):
+        begun.append(facts)
+        hold.wait(30)
+        return []
+    monkeypatch.setattr(b9agent, "file_records", slow)
+    (tmp_path / "weights").write_bytes(b"w")
+    facts = b9agent.ModelFacts(**dict.fromkeys(b9agent.ModelFacts._fields))._replace(
+        path=str(tmp_path), files=(str(tmp_path / "weights"),))
+    one = Embedded(tmp_path)
+    for _ in range(20):
+        one.inference._note_served("m", b9agent.ENGINE_BY_NAME["vllm"], facts)
+    hold.set()
+    wait_until(lambda: "provenance" not in [each.name for each in threading.enumerate()], "it ends")
+    assert len(begun) == 1
