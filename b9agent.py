@@ -9919,25 +9919,32 @@ class InferenceClient:
         raise_errors: raise a typed InferenceError instead of giving a result that is not ok."""
         host = host or os.environ.get("BETA9_INFERENCE_HOST") or "127.0.0.1"
         text = os.environ.get("B9AGENT_INFERENCE_PORT", "")
-        port = port or (int(text) if re.fullmatch("[0-9]{1,5}", text) and int(text) else 11434)
+        port = port or (int(text) if re.fullmatch("[0-9]{1,5}", text) and 0 < int(text) < 65536
+                        else 11434)
         if token:
             REDACTOR.add(token)
-        self._endpoint = Endpoint(scheme, host, port, ca_file)
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if scheme not in ("http", "https") or not 0 < port < 65536:
+            raise UsageError(f"`{scheme}` and {port} are no scheme and port of a server",
+                             "Such as http and 11434; B9AGENT_INFERENCE_PORT may say otherwise")
+        # At once: a token goes to the host that it was given with, whichever thread asks.
+        self._target = (Endpoint(scheme, host, port, ca_file),
+                        {"Authorization": f"Bearer {token}"} if token else {})
         self._timeout_s = timeout_s
         self._raise = raise_errors
 
     # -- requests --------------------------------------------------------
 
-    def _open(self, method: str, path: str, body: Optional[Dict[str, Any]]) -> HttpStream:
+    def _open(self, method: str, path: str, body: Optional[Dict[str, Any]],
+              streams: bool = False) -> HttpStream:
         """The head of a 200.  Raises: InferenceError."""
         data = None if body is None else json.dumps(body).encode("utf-8")
-        headers = dict(self._headers, **({"Content-Type": "application/json"} if data else {}))
+        endpoint, headers = self._target
+        headers = dict(headers, **({"Content-Type": "application/json"} if data else {}))
         try:
-            stream = http_stream(method, self._endpoint, path, headers, data, self._timeout_s,
-                                 self._timeout_s)
+            stream = http_stream(method, endpoint, path, headers, data, self._timeout_s,
+                                 self._timeout_s if streams else None)
         except HttpFailure as failure:
-            raise InferenceUnreachable(f"{self._endpoint.url} cannot be asked: {failure}",
+            raise InferenceUnreachable(f"{endpoint.url} cannot be asked: {failure}",
                                        "Is an engine running there? b9agent.py status") from failure
         if stream.status == 200:
             return stream
@@ -9973,7 +9980,7 @@ class InferenceClient:
     def _pieces(self, path: str, body: Dict[str, Any]) -> Iterator[InferenceResult]:
         """Server-sent events to `[DONE]`; a stream that ends without it has broken off."""
         body = dict(body, stream=True, stream_options={"include_usage": True})
-        with self._open("POST", path, body) as stream:
+        with self._open("POST", path, body, streams=True) as stream:
             try:
                 for line in stream.lines():
                     if line.strip() == b"data: [DONE]":
@@ -9982,7 +9989,11 @@ class InferenceClient:
                         continue
                     answer = _json_object(line[5:])
                     if answer.get("error"):
-                        raise InferenceError(printable(str(answer["error"])[:500]))
+                        said = answer["error"]
+                        said = said.get("message") or said if isinstance(said, dict) else said
+                        raise InferenceError(printable(str(said)[:500]))
+                    if not isinstance(answer.get("choices"), list):
+                        raise InferenceError("a piece of the answer is none of a completion")
                     yield parse_answer(answer, streams=True)
             except HttpFailure as failure:
                 raise InferenceUnreachable(f"the answer broke off: {failure}") from failure
@@ -9999,7 +10010,12 @@ class InferenceClient:
     def _complete(self, path: str, body: Dict[str, Any], stream: bool) -> Any:
         if stream:
             return self._stream(path, body)
-        return self._result(lambda: parse_answer(self._ask("POST", path, dict(body, stream=False))))
+        def ask() -> InferenceResult:
+            answer = self._ask("POST", path, dict(body, stream=False))
+            if not _dict_at(answer, "choices", 0):
+                raise InferenceError("the answer holds no completion")
+            return parse_answer(answer)
+        return self._result(ask)
 
     # -- what there is to ask --------------------------------------------
 
@@ -10024,29 +10040,44 @@ class InferenceClient:
             rows = answer.get("data")
             vectors = [row.get("embedding") for row in rows if isinstance(row, dict)] if isinstance(
                 rows, list) else []
-            if not vectors or not all(isinstance(vector, list) for vector in vectors):
-                raise InferenceError("the answer holds no embeddings")
+            count = len(input) if isinstance(input, (list, tuple)) and not (
+                input and isinstance(input[0], int)) else 1  # a list of numbers is one text's tokens
+            if len(vectors) != count or not all(
+                    isinstance(vector, list) and vector and all(type(number) in (int, float)
+                    for number in vector) for vector in vectors):
+                raise InferenceError("the answer does not hold the embeddings")
             return InferenceResult(True, usage=_dict_at(answer, "usage"), model=model,
                                    embeddings=tuple(map(tuple, vectors)))
         return self._result(ask)
 
+    def _model_rows(self) -> List[Any]:
+        """Raises: InferenceError."""
+        answer = self._ask("GET", "/v1/models", None)
+        rows = answer.get("data") or []  # Ollama: null where none
+        if "data" not in answer or not isinstance(rows, list):
+            raise InferenceError("the answer is no list of models")
+        return rows
+
     def list_models(self) -> ModelNames:
         """The names that can be asked for."""
         try:
-            rows = self._ask("GET", "/v1/models", None).get("data")  # Ollama: null where none
+            rows = self._model_rows()
         except InferenceError as error:
             if self._raise:
                 raise
             names = ModelNames()
             names.error = str(error)
             return names
-        return ModelNames(row["id"] for row in rows or () if isinstance(row, dict)
+        return ModelNames(row["id"] for row in rows if isinstance(row, dict)
                           and isinstance(row.get("id"), str))
 
     def _keep(self, model: str, keep_alive: int) -> InferenceResult:
         def ask() -> InferenceResult:
-            self._ask("POST", "/api/generate", {"model": model, "prompt": "", "stream": False,
-                                                "keep_alive": keep_alive})
+            answer = self._ask("POST", "/api/generate", {
+                "model": model, "prompt": "", "stream": False, "keep_alive": keep_alive})
+            if answer.get("done") is not True:
+                raise InferenceError(printable(str(answer.get("error") or "the answer is not "
+                                                   "Ollama's: it loads and unloads")[:500]))
             return InferenceResult(True, model=model)
         return self._result(ask)
 
@@ -10060,8 +10091,7 @@ class InferenceClient:
 
     def health(self) -> InferenceResult:
         """ok where an engine answers."""
-        return self._result(lambda: InferenceResult(
-            "data" in self._ask("GET", "/v1/models", None)))
+        return self._result(lambda: InferenceResult(self._model_rows() is not None))
 
 
 inference = InferenceClient()
@@ -12890,6 +12920,15 @@ def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Ca
     state_dir, client = loaded.settings.state_dir, InferenceClient()
     hello = [{"role": "user", "content": "Say hello."}]
 
+    def tokens_of(pieces: Sequence[InferenceResult]) -> Any:
+        """A token may be no letter: what the engine counts is believed, too."""
+        counts = [piece.usage.get("completion_tokens") for piece in pieces]
+        count = next((count for count in counts if count), None)
+        if not count and not any(piece.content for piece in pieces):
+            raise InferenceError(f"{model} said nothing", "The engine's log may say why: "
+                                 "b9agent.py status --json names it")
+        return count or "?"
+
     def start() -> str:
         status = call_agent(state_dir, "/inference/start", {}, 7200.0)
         where = re.match(r"http://(.+):([0-9]+)$", status["endpoint"])
@@ -12916,12 +12955,11 @@ def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Ca
 
     def chat() -> str:
         reply = client.chat(model, hello, max_tokens=16)
-        return f"{reply.usage.get('completion_tokens', '?')} tokens"
+        return f"{tokens_of([reply])} tokens"
 
     def stream() -> str:
-        pieces = sum(1 for piece in client.chat(model, hello, stream=True, max_tokens=16)
-                     if piece.content)
-        return f"{pieces} pieces"
+        pieces = list(client.chat(model, hello, stream=True, max_tokens=16))
+        return f"{tokens_of(pieces)} tokens in {len(pieces)} pieces"
 
     def latency() -> str:
         times = []

@@ -310,3 +310,109 @@ def test_files_that_are_being_hashed_are_not_hashed_twice_at_once(tmp_path, monk
     hold.set()
     wait_until(lambda: "provenance" not in [each.name for each in threading.enumerate()], "it ends")
     assert len(begun) == 1
+
+
+# -- the client, and who answers it ---------------------------------------------------
+
+def asked(say, ask, **settings):
+    """What a client gets of a server that answers so: of each of ask(client)."""
+    with Liar(say) as server:
+        client = b9agent.InferenceClient()
+        client.configure("127.0.0.1", server.port, **dict({"timeout_s": 1.0}, **settings))
+        return ask(client)
+
+
+def every_call(client):
+    hello = [{"role": "user", "content": "x"}]
+    return [client.chat("m", hello), client.generate("m", "x"), client.embed("m", "x"),
+            list(client.chat("m", hello, stream=True))[-1], client.load_model("m"), client.health(),
+            client.list_models()]
+
+
+def drip():
+    for _ in range(200):
+        yield b" "
+        time.sleep(0.05)
+
+
+REFUSALS = {
+    "500 with a page": (500, b"<html><h1>Oops</h1></html>"),
+    "a redirect": (302, b"", {"Location": "http://203.0.113.1/"}),
+    "nothing": (200, b""), "no JSON": (200, b"<html>"), "a list": (200, b"[1]"),
+    "empty JSON": (200, b"{}"), "numbers": (200, b'{"choices": 5, "data": 5}'),
+    "odd rows": (200, b'{"choices": [5], "data": "five", "done": 1}'),
+    "half": (200, b'{"choices": [{"me', {"Content-Length": "5000"}),
+    "a stream without an end": (200, b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'),
+    "an error inside": (200, b'data: {"error": {"message": "it broke"}}\n\ndata: [DONE]\n\n'),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSALS))
+def test_the_client_calls_nothing_a_success_that_is_none(name):
+    for result in asked(lambda *_: REFUSALS[name], every_call):
+        if isinstance(result, list):
+            assert result == [] and result.error
+        else:
+            assert not result.ok and result.error, result
+
+
+def test_an_answer_that_drips_is_over_when_its_time_is():
+    begun = time.monotonic()
+    results = asked(lambda *_: (200, drip()), lambda client: [
+        client.chat("m", []), client.embed("m", "x"), client.health()], timeout_s=0.4)
+    assert not any(results) and time.monotonic() - begun < 5
+
+
+def test_as_many_embeddings_as_texts_or_an_error():
+    def say(method, path, body):
+        return 200, b'{"data": [{"embedding": [1.0, 2]}, {"embedding": [3, 4]}]}'
+    two, three, one, tokens = asked(say, lambda client: [
+        client.embed("m", ["a", "b"]), client.embed("m", ["a", "b", "c"]), client.embed("m", "a"),
+        client.embed("m", [[1, 2], [3]])])
+    assert two.ok and two.embeddings == ((1.0, 2), (3, 4)) and tokens.ok
+    assert not three.ok and not one.ok
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_is_none_is_told_at_once(port, monkeypatch):
+    with pytest.raises(b9agent.UsageError):
+        b9agent.InferenceClient().configure("127.0.0.1", port)
+    monkeypatch.setenv("B9AGENT_INFERENCE_PORT", str(port))
+    b9agent.InferenceClient().configure("127.0.0.1")
+
+
+def test_a_token_stays_with_the_host_it_was_given_for():
+    def say(method, path, body):
+        return 200, b'{"data": []}'
+    with Liar(say) as one, Liar(say) as other:
+        client, stop = b9agent.InferenceClient(), threading.Event()
+
+        def change():
+            while not stop.is_set():
+                client.configure("127.0.0.1", one.port, token="t-one")
+                client.configure("127.0.0.1", other.port)
+        thread = threading.Thread(target=change)
+        client.configure("127.0.0.1", other.port)
+        thread.start()
+        try:
+            targets = [client._target for _ in range(20000)]
+        finally:
+            stop.set()
+            thread.join()
+        assert all((endpoint.port == one.port) == bool(headers) for endpoint, headers in targets)
+
+
+def test_smoke_does_not_pass_what_says_nothing(monkeypatch, tmp_path):
+    def say(method, path, body):
+        if path == "/v1/models":
+            return 200, b'{"data": [{"id": "llama3.2"}]}'
+        return 200, b'{"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}'
+    with Liar(say) as liar:
+        monkeypatch.setattr(b9agent, "call_agent", lambda *_: {
+            "engine": "ollama", "endpoint": "http://127.0.0.1:%d" % liar.port})
+        steps = b9agent.smoke_steps(b9agent.load_settings({"state_dir": str(tmp_path)}, {}),
+                                    "127.0.0.1", "llama3.2")
+        for _, step in steps[:3]:
+            step()
+        with pytest.raises(b9agent.InferenceError, match="said nothing"):
+            steps[3][1]()
