@@ -9246,12 +9246,27 @@ def _transfer_answer(request: Request, transfer: Transfer) -> Response:
     return Response(200, dict(progress_record(progress), message=f"{progress.name} is here"))
 
 
+WAITING_MAX = 32  # requests for what takes its time: half of the connections stay for the rest
+
+
 def inference_routes(inference: Inference) -> Tuple[Route, ...]:
     """The routes under /inference and /models."""
+    waiting = threading.BoundedSemaphore(WAITING_MAX)
+
+    def patient(handler: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        def limited(request: Request) -> Response:
+            if not waiting.acquire(blocking=False):
+                raise TransfersFull(f"{WAITING_MAX} requests wait for the engine already",
+                                    "See what it does: b9agent.py status")
+            try:
+                return handler(request)
+            finally:
+                waiting.release()
+        return limited
+
     def calls(call: Callable[..., Any], *names: str) -> Callable[[Request], Response]:
-        def handler(request: Request) -> Response:
-            return Response(200, call(*(request.fields.get(name) for name in names)))
-        return handler
+        return patient(lambda request: Response(
+            200, call(*(request.fields.get(name) for name in names))))
 
     def start(request: Request) -> Response:
         asked = request.fields
@@ -9273,7 +9288,7 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
     return (
         Route("GET", "/inference/status", lambda request: Response(200, inference.status()), False,
               "the engine, its address and its models"),
-        Route("POST", "/inference/start", start, False,
+        Route("POST", "/inference/start", patient(start), False,
               "start an engine; answers when a token came, or why none did", fields=(
                   Field("engine", "string", "default: what suits the model and this machine",
                         choices=("auto",) + tuple(engine.name for engine in ENGINES)),
@@ -9281,9 +9296,10 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
                   context, Field("force", "boolean", "also where it should not fit"))),
         Route("POST", "/inference/stop", lambda request: Response(200, inference.stop()), False,
               "end the engine, and see that all of it is gone"),
-        Route("POST", "/inference/pull", pull, False, "bring a model into Ollama's store",
+        Route("POST", "/inference/pull", patient(pull), False, "bring a model into Ollama's store",
               fields=(_MODEL, _STREAM)),
-        Route("POST", "/inference/cancel", calls(inference.cancel, "model"), False,
+        Route("POST", "/inference/cancel", lambda request: Response(
+            200, inference.cancel(request.fields["model"])), False,
               "end a pull or an import; what came is kept", fields=(_MODEL,)),
         Route("GET", "/models", lambda request: Response(200, inference.models()), False,
               "every model here: size, digest, loaded or not, where it came from"),
@@ -9293,7 +9309,7 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
               "out of memory; answers when it is gone", fields=(_MODEL,)),
         Route("POST", "/models/delete", calls(inference.delete, "model"), False,
               "out of Ollama's store", fields=(_MODEL,)),
-        Route("POST", "/models/import", bring, False, "local files into Ollama's store", fields=(
+        Route("POST", "/models/import", patient(bring), False, "local files into Ollama's store", fields=(
             path, Field("name", "string", "default: the file's", max_length=512),
             Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
         Route("POST", "/models/fit", calls(inference.fit_of, "model", "context_tokens"), False,
@@ -9427,8 +9443,8 @@ def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
     return reply
 
 
-def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limit_s: float
-                 ) -> HttpStream:
+def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limit_s: float,
+                 idle_limit_s: float = 120.0) -> HttpStream:
     """A 200 of the running agent: GET, or POST of a body.
 
     Raises: as agent_address(), and the error that the agent answers, as its own class.
@@ -9437,7 +9453,7 @@ def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limi
     data = None if body is None else json.dumps(body).encode("utf-8")
     try:
         stream = http_stream("GET" if body is None else "POST", endpoint, path, headers, data,
-                             limit_s, 120.0)
+                             limit_s, idle_limit_s)
         if stream.status == 200:
             return stream
         with stream:
@@ -9446,8 +9462,11 @@ def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limi
         raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
                                  "Its log says more: b9agent.py logs") from failure
     code = answer.get("error_code")
-    kind = next((row[0] for row in AGENT_ERRORS if row[2] == code), RequestRefused)
-    raise kind(printable(str(answer.get("error") or f"{path} answered {stream.status}")),
+    kind = next((row[0] for row in AGENT_ERRORS if row[2] == code),
+                {400: UsageError, 413: UsageError, 429: EngineError}.get(stream.status,
+                                                                         RequestRefused))
+    said = str(answer.get("error") or f"{path} answered {stream.status}")
+    raise kind("\n".join(map(printable, said.splitlines())),
                printable(str(answer.get("suggestion") or "")))
 
 
@@ -9463,8 +9482,9 @@ def call_agent(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None,
 
 def agent_lines(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None
                 ) -> Iterator[bytes]:
-    """The lines of a stream of the running agent.  Raises: as agent_stream()."""
-    with agent_stream(state_dir, path, body, 60.0) as stream:
+    """The lines of a stream of the running agent, which may be silent for as long as it lives: a
+    log, or a pull whose gigabytes are being hashed.  Raises: as agent_stream()."""
+    with agent_stream(state_dir, path, body, 7200.0, 7 * 86400.0) as stream:
         try:
             yield from stream.lines()
         except HttpFailure as failure:
@@ -12440,7 +12460,8 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
     if inference.get("engine"):
         rows.append(("inference", ", ".join(filter(None, (
             f"{inference['engine']} {inference['status']}", inference.get("endpoint"),
-            "models " + (" ".join(inference["models"]) or "none yet"), inference["message"])))))
+            "models " + (" ".join(inference["models"]) or "none yet"),
+            inference["message"].partition("\n")[0])))))
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))
     rows += [(f"{gpu['vendor']} {gpu['index']}", gpu_line(gpu)) for gpu in status.get("gpus") or ()]
@@ -12737,19 +12758,31 @@ class ProgressLine:
             self._written = False
 
 
+@contextlib.contextmanager
+def goes_on(what: str, how_to_end: str) -> Iterator[ProgressLine]:
+    """A line for the progress of a work in the agent, which goes on when nobody looks any more."""
+    line = ProgressLine()
+    try:
+        yield line
+    except KeyboardInterrupt:
+        line.end()
+        end_with(f"{what} goes on in the agent; to end it: {how_to_end}", Exit.OK)
+        raise
+    finally:
+        line.end()
+
+
 def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bool) -> int:
     """A pull or an import to its end, with its progress.  Raises: AgentError."""
-    line, last = ProgressLine(), {}
-    try:
+    last: Dict[str, Any] = {}
+    with goes_on("it", "b9agent.py pull NAME --cancel") as line:
         for raw in agent_lines(state_dir, path, dict(body, stream=True)):
             last = _json_object(raw)
             if as_json:
                 sys.stdout.write(json.dumps(last) + "\n")
                 sys.stdout.flush()
-            elif last["status"] == "running":
+            elif last.get("status") == "running":
                 line.show(last.get("step", ""), progress_line(last))
-    finally:
-        line.end()
     if last.get("status") != "success":
         raise ModelError(f"{last.get('kind', 'pull')} of {last.get('model', 'it')}: "
                          f"{last.get('message') or last.get('status') or 'broke off'}",
@@ -12761,8 +12794,8 @@ def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bo
 
 def inference_lines(status: Dict[str, Any]) -> List[str]:
     """What GET /inference/status says, for people."""
-    rows = [("inference", status["status"] + (f": {status['message']}" if status.get("message")
-                                              else ""))]
+    said = (status.get("message") or "").partition("\n")[0]
+    rows = [("inference", status["status"] + (f": {said}" if said else ""))]
     if status.get("engine"):
         rows.append(("engine", " ".join(filter(None, (
             status["engine"], status.get("version"), status.get("pid") and f"pid {status['pid']}",
@@ -12772,17 +12805,31 @@ def inference_lines(status: Dict[str, Any]) -> List[str]:
     return table_lines(rows)
 
 
+def context_of(options: Dict[str, str]) -> Dict[str, Any]:
+    """The field that --context becomes.  Raises: UsageError."""
+    text = options.get("context")
+    if text is not None and not re.fullmatch("[0-9]{1,8}", text):
+        raise UsageError(f"--context: `{printable(text)}` cannot be used, expected a number of "
+                         "tokens")
+    return {} if text is None else {"context_tokens": int(text)}
+
+
+def start_said(state_dir: str) -> str:
+    """How far a start is, in a line; the answer to the start itself tells of its end."""
+    try:
+        status = call_agent(state_dir, "/inference/status", None, 5.0)
+    except AgentError:
+        return "the agent does not say how far it is"
+    return str(status.get("message") or status.get("status") or "").partition("\n")[0]
+
+
 def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
     """Start the engine; shows what it does until a token came."""
-    state_dir, line, outcome = loaded.settings.state_dir, ProgressLine(), []
+    state_dir, outcome = loaded.settings.state_dir, []
     body: Dict[str, Any] = {key: options[key] for key in ("engine", "model") if key in options}
     if body.get("model") and os.path.exists(os.path.expanduser(body["model"])):
         body["model"] = os.path.abspath(os.path.expanduser(body["model"]))
-    if "context" in options:
-        if not re.fullmatch("[0-9]{1,8}", options["context"]):
-            raise UsageError(f"--context: `{printable(options['context'])}` cannot be used, "
-                             "expected a number of tokens")
-        body["context_tokens"] = int(options["context"])
+    body.update(context_of(options))
     if "force" in options:
         body["force"] = True
 
@@ -12793,13 +12840,12 @@ def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
             outcome.append(error)
     thread, wake, begun_s = threading.Thread(target=post, daemon=True), Wake(), now_s()
     thread.start()
-    while thread.is_alive():
-        wake.wait(0.3)
-        if now_s() - begun_s > 1.0 and "json" not in options and thread.is_alive():
-            status = call_agent(state_dir, "/inference/status", None, 5.0)
-            said = status.get("message") or status["status"]
-            line.show(said, f"{said} ({now_s() - begun_s:.0f} s)")
-    line.end()
+    with goes_on("the start", "b9agent.py stop") as line:
+        while thread.is_alive():
+            wake.wait(0.3)
+            if now_s() - begun_s > 1.0 and "json" not in options and thread.is_alive():
+                said = start_said(state_dir)
+                line.show(said, f"{said} ({now_s() - begun_s:.0f} s)")
     if isinstance(outcome[0], AgentError):
         raise outcome[0]
     if "json" in options:
@@ -12819,6 +12865,15 @@ def command_stop(loaded: Loaded, options: Dict[str, str]) -> int:
 
 
 def command_pull(loaded: Loaded, options: Dict[str, str]) -> int:
+    """To its end; with --cancel, to an end."""
+    if "cancel" in options:
+        answer = call_agent(loaded.settings.state_dir, "/inference/cancel",
+                            {"model": options["operand"]})
+        if "json" in options:
+            say_json(answer)
+        else:
+            say(f"{answer['model']} is cancelled: {answer['message']}")
+        return Exit.OK
     return follow_transfer(loaded.settings.state_dir, "/inference/pull",
                            {"model": options["operand"]}, "json" in options)
 
@@ -12875,11 +12930,9 @@ def command_models_import(loaded: Loaded, options: Dict[str, str]) -> int:
 
 def command_models_fit(loaded: Loaded, options: Dict[str, str]) -> int:
     """Whether it fits; exit code 1 where it does not."""
-    name, body = options["operand"], {}
+    name, body = options["operand"], context_of(options)
     if os.path.exists(os.path.expanduser(name)):
         name = os.path.abspath(os.path.expanduser(name))
-    if re.fullmatch("[0-9]{1,8}", options.get("context", "")):
-        body["context_tokens"] = int(options["context"])
     answer = call_agent(loaded.settings.state_dir, "/models/fit", dict(body, model=name), 60.0)
     if "json" in options:
         say_json(answer)
@@ -13028,8 +13081,9 @@ COMMANDS = (
         "start an engine in the running agent, until it has given a token"),
     Command("stop", command_stop, (_JSON,), ("state_dir",),
             "end the engine, and see that all of it is gone"),
-    Command("pull", command_pull, (_JSON,), ("state_dir",), "bring a model into Ollama's store",
-            "NAME"),
+    Command("pull", command_pull, (
+        _JSON, Option("--cancel", "", "end a pull or an import of it; what came is kept")),
+        ("state_dir",), "bring a model into Ollama's store", "NAME"),
     Command("models", command_models, (_JSON,), ("state_dir",),
             "every model here: size, digest, loaded or not, where it came from"),
     Command("models load", model_command("load", "is in memory and gave a token"), (_JSON,),

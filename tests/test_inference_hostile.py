@@ -416,3 +416,74 @@ def test_smoke_does_not_pass_what_says_nothing(monkeypatch, tmp_path):
             step()
         with pytest.raises(b9agent.InferenceError, match="said nothing"):
             steps[3][1]()
+
+
+# -- the command line, when it gets in the way --------------------------------------------
+
+def test_a_crowd_that_waits_does_not_shut_out_who_would_help(world):
+    here = world("ollama").start(FAKE_OLLAMA_FAULTS="slow_start=600")
+    request = ("POST /inference/start HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n"
+               % here.control.token).encode()
+    links = []
+    try:
+        for _ in range(50):
+            links.append(socket.create_connection((here.control.host, here.control.port)))
+            links[-1].sendall(request)
+        refused = 0
+        for link in links[b9agent.WAITING_MAX:]:
+            link.settimeout(0.2)
+            try:
+                refused += b" 429 " in link.recv(100)
+            except socket.timeout:
+                pass
+        assert refused or wait_until(lambda: here.post("/inference/start")[0] == 429, "it is full")
+        assert here.cli("status").code == 0
+        full = here.cli("start")
+        assert full.code == 1 and "wait for the engine already" in full.err, full
+        assert here.cli("stop").code == 0
+    finally:
+        for link in links:
+            link.close()
+    assert engine_processes(here.home) == {}
+
+
+def test_ctrl_c_of_a_start_and_of_a_pull_says_what_goes_on_and_what_ends_it(world):
+    here = world("ollama").start(FAKE_OLLAMA_RATE="10000", FAKE_OLLAMA_FAULTS="slow_start=2")
+    with command(here, "start") as starter:
+        wait_until(lambda: here.get("/inference/status")["status"] == "starting", "it starts")
+        starter.wait_line("starting|loading", "out")
+        starter.signal(signal.SIGINT)
+        assert starter.wait() == 130 and "b9agent.py stop" in starter.text(), starter.text()
+    wait_until(lambda: here.get("/inference/status")["running"], "it went on")
+    with command(here, "pull", "llama3.2") as puller:
+        puller.wait_line("pulling .*%", "out")
+        puller.signal(signal.SIGINT)
+        assert puller.wait() == 130 and "--cancel" in puller.text(), puller.text()
+    done = here.cli("pull", "llama3.2", "--cancel")
+    assert done.code == 0 and "cancelled" in done.out, done
+    wait_until(lambda: here.cli("pull", "llama3.2", "--cancel").code == 1, "it has ended")
+
+
+@pytest.mark.parametrize("words", [
+    ("start", "--engine", "nosuch"), ("start", "--context", "5"), ("pull", "a" * 600),
+    ("models", "fit", "llama3.2", "--context", "abc"), ("models", "import", "x", "--quantize", "q9")])
+def test_wrong_words_are_wrong_usage(world, words):
+    done = world("ollama").start().cli(*words)
+    assert done.code == 2, done
+
+
+def test_an_engines_last_words_are_lines_and_its_state_is_one(world):
+    here = world("ollama").start(FAKE_OLLAMA_FAULTS="crash_at_start")
+    done = here.cli("start")
+    assert done.code == 1 and "\\n" not in done.err and len(done.err.splitlines()) > 1, done
+    done = here.cli("status")
+    assert "\\n" not in done.out and "exit code 1" in done.out, done
+
+
+def test_a_pull_and_a_log_may_be_silent_for_long(world, monkeypatch):
+    here = world("ollama").start()
+    seen = []
+    monkeypatch.setattr(b9agent, "http_stream", lambda *given: seen.append(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(b9agent.agent_lines(str(here.state), "/logs?follow=true"))
+    assert seen[0][-1] >= b9agent.SILENCE_LIMIT_S and seen[0][-2] > 60
