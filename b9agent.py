@@ -74,7 +74,7 @@ import stat
 import threading
 import time
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
-                    Tuple)
+                    Set, Tuple)
 
 VERSION = "0.1.0"
 
@@ -6620,7 +6620,8 @@ def generate_one_token(endpoint: Endpoint, name: str, limit_s: float) -> None:
         raise EngineError(f"no token came from {endpoint.url}: {failure}") from failure
     answer = _json_object(reply.body)
     choices = answer.get("choices")
-    if reply.status != 200 or not choices or not isinstance(choices, list):
+    if reply.status != 200 or not (isinstance(choices, list) and choices and isinstance(
+            choices[0], dict) and isinstance(choices[0].get("text"), str)):
         said = answer.get("error") or reply.body.decode("utf-8", "replace")
         said = said.get("message") if isinstance(said, dict) else said
         raise EngineError(f"{name} did not answer a one-token request: {reply.status} "
@@ -6636,32 +6637,34 @@ class TokenProbe:
 
     def __init__(self, engine: Engine, endpoint: Endpoint, name: str) -> None:
         self._engine, self._endpoint, self._name = engine, endpoint, name
-        self._thread: Any = None
-        self._result: Any = None
+        self._results: Optional[List[Any]] = None  # of the question that is out; None for none
 
-    def _ask(self) -> None:
+    def _ask(self, results: List[Any]) -> None:
         try:
             generate_one_token(self._endpoint, self._name, 3600.0)
-            self._result = "ready"
+            results.append("ready")
         except EngineError as error:
-            self._result = error
+            results.append(error)
 
     def __call__(self) -> Probe:
         try:
             status = http_request("GET", self._endpoint, self._engine.alive, {}, None, 2.0).status
         except HttpFailure as failure:
+            if failure.kind == "refused":
+                self._results = None  # it is another start, which has to give a token of its own
             return Probe(False, failure.kind, "starting")
         if status != 200:
             return Probe(False, status, f"loading {self._name}")
         if self._engine.many:
             return Probe(True)
-        if self._thread is None:
-            self._result = None
-            self._thread = threading.Thread(target=self._ask, name="first-token", daemon=True)
-            self._thread.start()
-        result = self._result
+        if self._results is None:
+            self._results = []
+            threading.Thread(target=self._ask, args=(self._results,), name="first-token",
+                             daemon=True).start()
+        result = self._results[0] if self._results else None
+        if result is not None:
+            self._results = None
         if isinstance(result, EngineError):
-            self._thread = None
             return Probe(False, status, str(result))
         return Probe(result == "ready", status, f"loading {self._name}")
 
@@ -7396,7 +7399,8 @@ def note_ollama_model(book: ModelBook, api: OllamaApi, name: str, folder: str,
     if digest and re.fullmatch("[0-9a-f]{64}", said) and digest != said:
         digest, layers = "", []  # another Ollama's store
     known = digest or (said if re.fullmatch("[0-9a-f]{64}", said) else None)
-    noted = dict({"source": "/".join(parsed[:3])}, **fields)
+    before = book.entries().get(parsed.key, {}).get("source")
+    noted = dict({"source": before or "/".join(parsed[:3])}, **fields)
     book.note(parsed.key, engine="ollama", manifest_digest=known, layers=layers,
               license=_line(info.get("general.license") or shown.get("license")),
               base_model=_line(details.get("parent_model")
@@ -7533,7 +7537,6 @@ class _Up(NamedTuple):
     name: str
     endpoint: Endpoint
     child: Optional[Child]
-    version: str
     why: str
     since_s: float
 
@@ -7542,13 +7545,16 @@ _WIRE_STATES = {ChildState.STOPPED: "stopped", ChildState.STARTING: "starting",
                 ChildState.RUNNING: "running", ChildState.BACKOFF: "starting",
                 ChildState.STOPPING: "running", ChildState.ERROR: "error"}
 INFERENCE_CHECK_S = 10.0  # the gateway's router drops a node that is silent for 30 s
+SILENT_CHECKS = 3         # in a row without an answer: it is no longer said to run
+MODELS_TOLD = 1000        # to the gateway, of an Ollama
 
 
 class Inference:
     """The engine and its models.
 
-    _lock guards _up, _models and _told, and is held for nothing that takes time.  hardware(): what
-    is here now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
+    _lock guards _up, _place, _ending, _closed, _models, _told and _watch_thread, and is held for
+    nothing that takes time.  _up stays until its processes have ended.  hardware(): what is here
+    now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
     """
 
     def __init__(self, settings: Any, log: Log, hardware: Callable[[], Hardware],
@@ -7560,11 +7566,14 @@ class Inference:
         self._on_change = on_change
         self._lock = threading.Lock()
         self._up: Optional[_Up] = None
+        self._place: Optional[Endpoint] = None  # of the engine, or of the last one
+        self._ending = self._closed = False
         self._models: Tuple[str, ...] = ()
-        self._silent = 0  # checks in a row that an Ollama of others did not answer
-        self._told = ""
+        self._silent = 0  # checks in a row that it did not answer
+        self._told = self._version = ""
         self._watch_wake = Wake()
         self._watch_thread: Any = None
+        self._hashing: Set[str] = set()  # names of models whose files are being hashed
         self.book = ModelBook(os.path.join(settings.state_dir, "models.json"), log)
         self.transfers = Transfers()
 
@@ -7572,16 +7581,19 @@ class Inference:
 
     def state(self) -> str:
         up = self._up
-        if up is None:
+        if up is None or self._ending:
             return "stopped"
-        if up.child is None:
-            return "error" if self._silent >= 3 else "running"
-        return _WIRE_STATES[up.child.snapshot.state]
+        state = "running" if up.child is None else _WIRE_STATES[up.child.snapshot.state]
+        return "error" if state == "running" and self._silent >= SILENT_CHECKS else state
 
     def _message(self, up: _Up) -> str:
+        if self._ending:
+            return f"{up.engine.title} is being stopped"
         if up.child is None:
-            return ("the Ollama that was here has stopped answering" if self._silent >= 3 else
+            return ("the Ollama that was here has stopped answering" if self.state() == "error" else
                     "an Ollama that was here before; it is used, and never ended")
+        if up.child.snapshot.state is ChildState.RUNNING and self.state() == "error":
+            return f"{up.engine.title} lives and does not answer; a start ends it first"
         child = up.child.snapshot
         return child.message or child.said
 
@@ -7595,8 +7607,9 @@ class Inference:
             return record
         child = up.child.snapshot if up.child else None
         record.update(
-            endpoint=up.endpoint.url, models=list(self._models), message=self._message(up),
-            engine=up.engine.name, version=up.version or None, adopted=up.child is None,
+            endpoint=up.endpoint.url, models=list(self._models) if state == "running" else [],
+            message=self._message(up),
+            engine=up.engine.name, version=up.engine.many and self._version or None, adopted=up.child is None,
             model=up.name or None, why=up.why, pid=child and child.pid,
             starts=child and child.starts, uptime_seconds=round(now_s() - up.since_s, 1),
             log=child and child.log_path)
@@ -7616,13 +7629,11 @@ class Inference:
 
     def wire(self, private_ip: str) -> Optional[Dict[str, Any]]:
         """The `inference` of a keepalive; None where the gateway could not reach the engine, for
-        it would send its users there."""
-        up = self._up
-        if up is None:
-            return None
-        host = reachable_host(up.endpoint.host, self._settings.gateway_host, private_ip)
-        return host and {"status": self.state(), "ip": host, "port": up.endpoint.port,
-                         "models": list(self._models)}
+        it would send its users there, and before the first start."""
+        place, state = self._place, self.state()
+        host = place and reachable_host(place.host, self._settings.gateway_host, private_ip)
+        return host and {"status": state, "ip": host, "port": place.port,
+                         "models": list(self._models) if state == "running" else []}
 
     # -- start ----------------------------------------------------------
 
@@ -7637,30 +7648,29 @@ class Inference:
         if model is None:
             model = self._settings.inference_model
         reference = read_reference(model or "")
+        if engine == "ollama" and reference.format == "hub":
+            reference = reference._replace(format="name")  # of a user, in Ollama's library
         if reference.format == "name":
             parse_model_name(reference.text)
-        up = self._same(engine, reference) or self._begin(engine, reference, context_tokens, force)
+        up = None
+        while up is None:
+            up = self._same(engine, reference) or self._begin(engine, reference, context_tokens,
+                                                              force)
         if up.child is not None:
             self._await_ready(up)
-        if up.engine.many and not up.version:
-            up = self._with_version(up)
+        if up.engine.many:
+            self._version = OllamaApi(up.endpoint).version()
         self._refresh(up)
         if up.engine.many and reference.text:
             self._load_first(reference)
         elif reference.facts is not None:
             self._note_served(up.name, up.engine, reference.facts)
+        if self._up is not up or self._ending:
+            raise EngineConflict("it was stopped while it started")
         self._log("notice", "inference_ready", engine=up.engine.name, endpoint=up.endpoint.url,
                   models=",".join(self._models) or None)
         self._on_change()
         return self.status()
-
-    def _with_version(self, up: _Up) -> _Up:
-        told = up._replace(version=OllamaApi(up.endpoint).version())
-        with self._lock:
-            if self._up is not up:
-                return up
-            self._up = told
-        return told
 
     def _load_first(self, reference: Reference) -> None:
         """The model that a start names, in an engine with many.  Raises: EngineError."""
@@ -7677,6 +7687,9 @@ class Inference:
     def _same(self, engine: str, reference: Reference) -> Optional[_Up]:
         """What runs, where it is what is asked for.  Raises: EngineConflict where it is not."""
         up = self._up
+        if up is not None and (self._ending or up.child is not None and self.state() == "error"):
+            self._end(up)  # the start means what comes after the stop, or after one that hangs
+            up = self._up
         if up is None or self.state() in ("stopped", "error"):
             return None
         if engine in ("", "auto", up.engine.name) and (
@@ -7692,9 +7705,33 @@ class Inference:
         return [Endpoint("http", "127.0.0.1", port) for port in dict.fromkeys(ports + [11434])]
 
     def _begin(self, wanted: str, reference: Reference, context_tokens: Optional[int],
-               force: bool) -> _Up:
-        """Choose, check that it fits and that the port is free, and start."""
-        before, hardware = self._up, self._hardware()
+               force: bool) -> Optional[_Up]:
+        """What was chosen and started; None where another start was faster."""
+        before = self._up
+        try:
+            up = self._choose(wanted, reference, context_tokens, force)
+        except EngineConflict:
+            if self._up is before:
+                raise
+            return None  # it is the faster one that holds the port
+        with self._lock:
+            if self._closed:
+                raise EngineConflict("the agent is being stopped")
+            if self._up is not before or self._ending:
+                return None
+            self._up, self._models, self._silent, self._told = up, (), 0, ""
+            self._place = up.endpoint
+            if up.child is not None:
+                up.child.start()  # here, so that a stop finds it started; its thread does the rest
+        self._log("info", "inference_starting", engine=up.engine.name, model=up.name or None,
+                  why=up.why, endpoint=up.endpoint.url, adopted=up.child is None or None)
+        self._start_watch()
+        return up
+
+    def _choose(self, wanted: str, reference: Reference, context_tokens: Optional[int],
+                force: bool) -> _Up:
+        """The engine for it, once it fits and its port is free; not started yet."""
+        hardware = self._hardware()
         found = next(((place, version) for place in self._ollama_places()
                       for version in [is_ollama(place)] if version), None)
         choice = choose_engine(wanted, reference, hardware.vendor, self._find,
@@ -7702,19 +7739,8 @@ class Inference:
         if reference.facts is not None and not force:
             self._check_fit(choice.engine, reference.facts, hardware, context_tokens)
         if choice.program is None:
-            up = _Up(choice.engine, reference, "", found[0], None, found[1], choice.why, now_s())
-        else:
-            up = self._launch(choice, reference, hardware, context_tokens)
-        with self._lock:
-            if self._up is not before:
-                raise EngineConflict("another start was faster", "See: b9agent.py status")
-            self._up, self._models, self._silent, self._told = up, (), 0, ""
-        self._log("info", "inference_starting", engine=up.engine.name, model=up.name or None,
-                  why=up.why, endpoint=up.endpoint.url, adopted=up.child is None or None)
-        if up.child is not None:
-            up.child.start()
-        self._start_watch()
-        return up
+            return _Up(choice.engine, reference, "", found[0], None, choice.why, now_s())
+        return self._launch(choice, reference, hardware, context_tokens)
 
     def _find(self, engine: Engine) -> Optional[str]:
         set_program = self._settings.inference_program
@@ -7744,8 +7770,12 @@ class Inference:
                 context_tokens: Optional[int]) -> _Up:
         settings, engine, facts = self._settings, choice.engine, reference.facts
         host = settings.inference_host
-        port = settings.inference_port or free_port(host)
-        held = port_holder(host, port)
+        try:
+            port = settings.inference_port or free_port(host)
+            held = port_holder(host, port)
+        except OSError as error:
+            raise UsageError(f"no engine can listen on {printable(host)}: {error.strerror}",
+                             "Set inference.host to an address of this machine") from error
         if held:
             raise EngineConflict(f"port {port} is taken by {held}", "End that program, or choose "
                                  "another port with inference.port (0 takes a free one)")
@@ -7765,8 +7795,7 @@ class Inference:
             TokenProbe(engine, endpoint, name), stop_grace_s=engine.stop_grace_s,
             still_held=self._still_held(hardware))
         child = Child(spec, settings.state_dir, self._log, self._on_change)
-        return _Up(engine, reference, name, endpoint._replace(host=host), child, "", choice.why,
-                   now_s())
+        return _Up(engine, reference, name, endpoint._replace(host=host), child, choice.why, now_s())
 
     def _still_held(self, before: Hardware) -> Callable[[], str]:
         """What is gone from the GPUs' free memory since before the engine started."""
@@ -7785,7 +7814,7 @@ class Inference:
                 return
             if child.state in done:
                 break
-        if self._up is not up:
+        if self._up is not up or self._ending:
             raise EngineConflict("it was stopped while it started")
         raise EngineError(f"{up.engine.title} did not start: {child.message}",
                           f"Its log: {child.log_path}" if child.log_path else "")
@@ -7793,34 +7822,47 @@ class Inference:
     # -- while it runs ---------------------------------------------------
 
     def _refresh(self, up: _Up) -> None:
-        """Ask what it serves; an engine with one model serves that."""
+        """Ask whether it answers and what it serves; an engine with one model serves that."""
         models: Tuple[str, ...] = (up.name,) if up.name else ()
-        if up.engine.many:
-            try:
-                models = tuple(row["name"] for row in OllamaApi(up.endpoint).tags())
-                self._silent = 0
-            except AgentError:
-                self._silent += 1
-                models = self._models
-        elif self.state() != "running":
-            models = ()
+        try:
+            if up.engine.many:
+                names = (row["name"] for row in OllamaApi(up.endpoint).tags())
+                models = tuple(name for name in names if len(name) <= 512)[:MODELS_TOLD]
+            elif http_request("GET", up.endpoint, up.engine.alive, {}, None, 5.0).status != 200:
+                raise EngineError(f"{up.engine.title} is unwell")
+            silent = 0
+        except (AgentError, HttpFailure):
+            models, silent = self._models or models, self._silent + 1
         with self._lock:
-            if self._up is up:
-                self._models = models
+            if self._up is up and not self._ending:
+                self._models, self._silent = models, silent
 
     def _start_watch(self) -> None:
-        if self._watch_thread is None:
-            self._watch_thread = threading.Thread(target=self._watch, name="inference", daemon=True)
-            self._watch_thread.start()
+        with self._lock:
+            if self._watch_thread is None:
+                self._watch_thread = threading.Thread(target=self._watch, name="inference",
+                                                      daemon=True)
+                self._watch_thread.start()
 
     def _watch(self) -> None:
-        while self._up is not None:
-            up = self._up
-            if up is not None and self.state() == "running":
-                self._refresh(up)
-                self._beat(self._models)
+        while True:
+            with self._lock:
+                up = self._up
+                if up is None:
+                    self._watch_thread = None
+                    return
+            before = self.state()
+            if up.child is None or up.child.snapshot.state is ChildState.RUNNING:
+                self._refresh(up)  # in an error too: it may come back
+                state = self.state()
+                if state == "running":
+                    self._beat(self._models)
+                if state != before:
+                    self._log("notice", "inference", state=state, what=self._message(up))
+                    self._on_change()
+            else:
+                self._silent = 0  # another start begins with a clean slate
             self._watch_wake.wait(INFERENCE_CHECK_S)
-        self._watch_thread = None
 
     # -- stop -------------------------------------------------------------
 
@@ -7830,30 +7872,46 @@ class Inference:
         Raises: EngineError with what is left.
         """
         with self._lock:
-            up, self._up, self._models = self._up, None, ()
+            up = self._up
             self._told = "" if up else "no engine was running"
-        self._watch_wake.set()
-        if up is None:
-            return self.status()
-        left = ""
-        if up.child is not None:
-            left = up.child.stop()
-        else:
-            self._told = f"the Ollama at {up.endpoint.url} was here before, and runs on"
-        self._log("notice", "inference_stopped", engine=up.engine.name, left=left or None)
-        self._on_change()
-        if left:
-            raise EngineError(f"{up.engine.title} has ended, but not whole: {left}",
-                              "See which process holds it: b9agent.py doctor")
+        if up is not None:
+            left = self._end(up)
+            if left:
+                raise EngineError(f"{up.engine.title} has ended, but not whole: {left}",
+                                  "See which process holds it: b9agent.py doctor")
         return self.status()
 
+    def _end(self, up: _Up) -> str:
+        """Returns when it has ended, however many ask for it: "", or what is left."""
+        with self._lock:
+            if self._up is up:
+                self._ending, self._models = True, ()
+        left = up.child.stop() if up.child else ""
+        with self._lock:
+            if self._up is not up:
+                return left  # another was as fast, and told
+            lives_on = up.child is not None and up.child.snapshot.state is ChildState.ERROR
+            self._up, self._models, self._ending = up if lives_on else None, (), False
+            self._told = left if up.child else (
+                f"the Ollama at {up.endpoint.url} was here before, and runs on")
+        self._watch_wake.set()
+        self._log("notice", "inference_stopped", engine=up.engine.name, left=left or None)
+        self._on_change()
+        return left
+
+    def close(self) -> None:
+        """The agent ends: nothing is begun any more, and what runs is ended.  Raises: as stop()."""
+        with self._lock:
+            self._closed = True
+        self.transfers.cancel_all()
+        self.stop()
 
     # -- models -----------------------------------------------------------
 
     def _ollama(self, start: bool = False) -> OllamaApi:
         """The Ollama that runs.  start: or is started for this.  Raises: EngineError."""
-        up = self._up
-        if start and (up is None or self.state() == "error"):
+        up, state = self._up, self.state()
+        if start and state != "running" and (state != "starting" or up and up.engine.many):
             self.start("ollama", "")
             up = self._up
         if up is None or not up.engine.many or self.state() != "running":
@@ -7875,6 +7933,9 @@ class Inference:
         facts = read_model(os.path.abspath(os.path.expanduser(path)))
         key = parse_model_name(name or re.sub(r"[^\w.-]", "-", facts.name or "model")).key
         api = self._ollama(start=True)
+        if api.has(key):
+            raise EngineConflict(f"there is a model {key} already", "Choose another --name, or "
+                                 f"remove it: b9agent.py models delete {key}")
         return self._transfer(key, "import", who, api, import_work(
             api, key, facts, quantize, store_folder()), source=facts.path)
 
@@ -7895,6 +7956,8 @@ class Inference:
             if up is not None:
                 self._refresh(up)
             self._on_change()
+        if self._closed:
+            raise EngineConflict("the agent is being stopped")
         return self.transfers.begin(key, kind, who, whole)
 
     def _note(self, api: OllamaApi, name: str, **noted: Any) -> None:
@@ -7924,6 +7987,12 @@ class Inference:
                 self.book.note(name, files=file_records(facts))
             except AgentError as error:
                 self._log.error("provenance", error, "warning")
+            finally:
+                self._hashing.discard(name)
+        with self._lock:
+            if self._closed or name in self._hashing:
+                return
+            self._hashing.add(name)
         threading.Thread(target=hash_files, name="provenance", daemon=True).start()
 
     def _alone(self, name: str) -> Optional[_Up]:
@@ -9229,63 +9298,70 @@ def _transfer_answer(request: Request, transfer: Transfer) -> Response:
     return Response(200, dict(progress_record(progress), message=f"{progress.name} is here"))
 
 
+WAITING_MAX = 32  # requests for what takes its time: half of the connections stay for the rest
 _CONTEXT = Field("context_tokens", "integer", "tokens of context for each request", minimum=128,
                  maximum=1 << 24)
 _PATH = Field("path", "string", "a GGUF file or a folder of safetensors on this machine",
               required=True, max_length=4096)
 
 
-def inference_routes(inference: Any) -> Tuple[Route, ...]:
-    """The routes under /inference and /models: each is a method of Inference, whose arguments are
-    named as the fields."""
-    def asks(method: str) -> Callable[[Request], Response]:
-        return lambda request: Response(200, getattr(inference, method)(**request.fields))
+# What is asked, the method of Inference that does it (its arguments are named as the fields), what
+# it is about, the fields.
+_INFERENCE_ROUTES: Tuple[Tuple[str, str, str, Tuple[Field, ...]], ...] = (
+    ("GET /inference/status", "status", "the engine, its address and its models", ()),
+    ("POST /inference/start", "start",
+     "start an engine; answers when a token came, or why none did", (
+         Field("engine", "string", "default: what suits the model and this machine",
+               choices=("auto",) + ENGINE_NAMES),
+         _MODEL._replace(required=False, about="a name, a GGUF file, or a folder"), _CONTEXT,
+         Field("force", "boolean", "also where it should not fit"))),
+    ("POST /inference/stop", "stop", "end the engine, and see that all of it is gone", ()),
+    ("POST /inference/pull", "pull", "bring a model into Ollama's store", (_MODEL, _STREAM)),
+    ("POST /inference/cancel", "cancel", "end a pull or an import; what came is kept", (_MODEL,)),
+    ("GET /models", "models",
+     "every model here: size, digest, loaded or not, where it came from", ()),
+    ("POST /models/load", "load", "into memory, to stay; answers when a token came", (_MODEL,)),
+    ("POST /models/unload", "unload", "out of memory; answers when it is gone", (_MODEL,)),
+    ("POST /models/delete", "delete", "out of Ollama's store", (_MODEL,)),
+    ("POST /models/import", "bring", "local files into Ollama's store", (
+        _PATH, Field("name", "string", "default: the file's", max_length=512),
+        Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
+    ("POST /models/convert", "convert", "safetensors into MLX weights", (
+        _PATH, Field("target", "string", "a folder that is not there yet", required=True,
+                     max_length=4096), Field("quantize", "boolean", "in 4 bits"), _STREAM)),
+    ("POST /models/fit", "fit_of", "whether a model fits here, from its files' headers",
+     (_MODEL, _CONTEXT)),
+    ("POST /models/verify", "verify", "hash a model's files again",
+     (_MODEL._replace(required=False),)),
+)
 
-    def begins(method: str) -> Callable[[Request], Response]:
-        def handler(request: Request) -> Response:
-            fields = {name: value for name, value in request.fields.items() if name != "stream"}
-            return _transfer_answer(request, getattr(inference, method)(**fields))
-        return handler
-    routes = (
-        Route("GET", "/inference/status", asks("status"), False,
-              "the engine, its address and its models", result=INFERENCE_FIELDS),
-        Route("POST", "/inference/start", asks("start"), False,
-              "start an engine; answers when a token came, or why none did", fields=(
-                  Field("engine", "string", "default: what suits the model and this machine",
-                        choices=("auto",) + tuple(engine.name for engine in ENGINES)),
-                  _MODEL._replace(required=False, about="a name, a GGUF file, or a folder"),
-                  _CONTEXT, Field("force", "boolean", "also where it should not fit")),
-              result=INFERENCE_FIELDS),
-        Route("POST", "/inference/stop", asks("stop"), False,
-              "end the engine, and see that all of it is gone", result=INFERENCE_FIELDS),
-        Route("POST", "/inference/pull", begins("pull"), False, "bring a model into Ollama's store",
-              fields=(_MODEL, _STREAM)),
-        Route("POST", "/inference/cancel", asks("cancel"), False,
-              "end a pull or an import; what came is kept", fields=(_MODEL,)),
-        Route("GET", "/models", asks("models"), False,
-              "every model here: size, digest, loaded or not, where it came from"),
-        Route("POST", "/models/load", asks("load"), False,
-              "into memory, to stay; answers when a token came", fields=(_MODEL,)),
-        Route("POST", "/models/unload", asks("unload"), False,
-              "out of memory; answers when it is gone", fields=(_MODEL,)),
-        Route("POST", "/models/delete", asks("delete"), False,
-              "out of Ollama's store", fields=(_MODEL,)),
-        Route("POST", "/models/import", begins("bring"), False, "local files into Ollama's store",
-              fields=(
-            _PATH, Field("name", "string", "default: the file's", max_length=512),
-            Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
-        Route("POST", "/models/convert", begins("convert"), False, "safetensors into MLX weights",
-              fields=(
-            _PATH, Field("target", "string", "a folder that is not there yet", required=True,
-                        max_length=4096),
-            Field("quantize", "boolean", "in 4 bits"), _STREAM)),
-        Route("POST", "/models/fit", asks("fit_of"), False,
-              "whether a model fits here, from its files' headers", fields=(_MODEL, _CONTEXT)),
-        Route("POST", "/models/verify", asks("verify"), False,
-              "hash a model's files again", fields=(_MODEL._replace(required=False),)),
-    )
+
+def inference_routes(inference: Any) -> Tuple[Route, ...]:
+    """The routes under /inference and /models."""
+    waiting = threading.BoundedSemaphore(WAITING_MAX)
     statuses = tuple(sorted({status for _, status, _ in AGENT_ERRORS} - {400}))
-    return tuple(route._replace(statuses=statuses) for route in routes)
+
+    def now(method: str, request: Request) -> Response:
+        fields = {name: value for name, value in request.fields.items() if name != "stream"}
+        answer = getattr(inference, method)(**fields)
+        return (_transfer_answer(request, answer) if isinstance(answer, Transfer) else
+                Response(200, answer))
+
+    def patient(method: str, request: Request) -> Response:
+        if method in ("status", "models", "stop", "cancel"):
+            return now(method, request)
+        if not waiting.acquire(blocking=False):
+            raise TransfersFull(f"{WAITING_MAX} requests wait for the engine already",
+                                "See what it does: b9agent.py status")
+        try:
+            return now(method, request)
+        finally:
+            waiting.release()
+    return tuple(
+        Route(*what.split(), lambda request, method=method: patient(method, request), False, about,
+              fields, statuses=statuses,
+              result=INFERENCE_FIELDS if method in ("status", "start", "stop") else ())
+        for what, method, about, fields in _INFERENCE_ROUTES)
 
 
 class ControlApi(Api):
@@ -9412,8 +9488,8 @@ def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
     return reply
 
 
-def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limit_s: float
-                 ) -> HttpStream:
+def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limit_s: float,
+                 idle_limit_s: float = 120.0) -> HttpStream:
     """A 200 of the running agent: GET, or POST of a body.
 
     Raises: as agent_address(), and the error that the agent answers, as its own class.
@@ -9422,7 +9498,7 @@ def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limi
     data = None if body is None else json.dumps(body).encode("utf-8")
     try:
         stream = http_stream("GET" if body is None else "POST", endpoint, path, headers, data,
-                             limit_s, 120.0)
+                             limit_s, idle_limit_s)
         if stream.status == 200:
             return stream
         with stream:
@@ -9431,8 +9507,11 @@ def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limi
         raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
                                  "Its log says more: b9agent.py logs") from failure
     code = answer.get("error_code")
-    kind = next((row[0] for row in AGENT_ERRORS if row[2] == code), RequestRefused)
-    raise kind(printable(str(answer.get("error") or f"{path} answered {stream.status}")),
+    kind = next((row[0] for row in AGENT_ERRORS if row[2] == code),
+                {400: UsageError, 413: UsageError, 429: EngineError}.get(stream.status,
+                                                                         RequestRefused))
+    said = str(answer.get("error") or f"{path} answered {stream.status}")
+    raise kind("\n".join(map(printable, said.splitlines())),
                printable(str(answer.get("suggestion") or "")))
 
 
@@ -9448,8 +9527,9 @@ def call_agent(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None,
 
 def agent_lines(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None
                 ) -> Iterator[bytes]:
-    """The lines of a stream of the running agent.  Raises: as agent_stream()."""
-    with agent_stream(state_dir, path, body, 60.0) as stream:
+    """The lines of a stream of the running agent, which may be silent for as long as it lives: a
+    log, or a pull whose gigabytes are being hashed.  Raises: as agent_stream()."""
+    with agent_stream(state_dir, path, body, 7200.0, 7 * 86400.0) as stream:
         try:
             yield from stream.lines()
         except HttpFailure as failure:
@@ -9904,25 +9984,32 @@ class InferenceClient:
         raise_errors: raise a typed InferenceError instead of giving a result that is not ok."""
         host = host or os.environ.get("BETA9_INFERENCE_HOST") or "127.0.0.1"
         text = os.environ.get("B9AGENT_INFERENCE_PORT", "")
-        port = port or (int(text) if re.fullmatch("[0-9]{1,5}", text) and int(text) else 11434)
+        port = port or (int(text) if re.fullmatch("[0-9]{1,5}", text) and 0 < int(text) < 65536
+                        else 11434)
         if token:
             REDACTOR.add(token)
-        self._endpoint = Endpoint(scheme, host, port, ca_file)
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if scheme not in ("http", "https") or not 0 < port < 65536:
+            raise UsageError(f"`{scheme}` and {port} are no scheme and port of a server",
+                             "Such as http and 11434; B9AGENT_INFERENCE_PORT may say otherwise")
+        # At once: a token goes to the host that it was given with, whichever thread asks.
+        self._target = (Endpoint(scheme, host, port, ca_file),
+                        {"Authorization": f"Bearer {token}"} if token else {})
         self._timeout_s = timeout_s
         self._raise = raise_errors
 
     # -- requests --------------------------------------------------------
 
-    def _open(self, method: str, path: str, body: Optional[Dict[str, Any]]) -> HttpStream:
+    def _open(self, method: str, path: str, body: Optional[Dict[str, Any]],
+              streams: bool = False) -> HttpStream:
         """The head of a 200.  Raises: InferenceError."""
         data = None if body is None else json.dumps(body).encode("utf-8")
-        headers = dict(self._headers, **({"Content-Type": "application/json"} if data else {}))
+        endpoint, headers = self._target
+        headers = dict(headers, **({"Content-Type": "application/json"} if data else {}))
         try:
-            stream = http_stream(method, self._endpoint, path, headers, data, self._timeout_s,
-                                 self._timeout_s)
+            stream = http_stream(method, endpoint, path, headers, data, self._timeout_s,
+                                 self._timeout_s if streams else None)
         except HttpFailure as failure:
-            raise InferenceUnreachable(f"{self._endpoint.url} cannot be asked: {failure}",
+            raise InferenceUnreachable(f"{endpoint.url} cannot be asked: {failure}",
                                        "Is an engine running there? b9agent.py status") from failure
         if stream.status == 200:
             return stream
@@ -9958,7 +10045,7 @@ class InferenceClient:
     def _pieces(self, path: str, body: Dict[str, Any]) -> Iterator[InferenceResult]:
         """Server-sent events to `[DONE]`; a stream that ends without it has broken off."""
         body = dict(body, stream=True, stream_options={"include_usage": True})
-        with self._open("POST", path, body) as stream:
+        with self._open("POST", path, body, streams=True) as stream:
             try:
                 for line in stream.lines():
                     if line.strip() == b"data: [DONE]":
@@ -9967,7 +10054,11 @@ class InferenceClient:
                         continue
                     answer = _json_object(line[5:])
                     if answer.get("error"):
-                        raise InferenceError(printable(str(answer["error"])[:500]))
+                        said = answer["error"]
+                        said = said.get("message") or said if isinstance(said, dict) else said
+                        raise InferenceError(printable(str(said)[:500]))
+                    if not isinstance(answer.get("choices"), list):
+                        raise InferenceError("a piece of the answer is none of a completion")
                     yield parse_answer(answer, streams=True)
             except HttpFailure as failure:
                 raise InferenceUnreachable(f"the answer broke off: {failure}") from failure
@@ -9984,7 +10075,12 @@ class InferenceClient:
     def _complete(self, path: str, body: Dict[str, Any], stream: bool) -> Any:
         if stream:
             return self._stream(path, body)
-        return self._result(lambda: parse_answer(self._ask("POST", path, dict(body, stream=False))))
+        def ask() -> InferenceResult:
+            answer = self._ask("POST", path, dict(body, stream=False))
+            if not _dict_at(answer, "choices", 0):
+                raise InferenceError("the answer holds no completion")
+            return parse_answer(answer)
+        return self._result(ask)
 
     # -- what there is to ask --------------------------------------------
 
@@ -10009,29 +10105,44 @@ class InferenceClient:
             rows = answer.get("data")
             vectors = [row.get("embedding") for row in rows if isinstance(row, dict)] if isinstance(
                 rows, list) else []
-            if not vectors or not all(isinstance(vector, list) for vector in vectors):
-                raise InferenceError("the answer holds no embeddings")
+            count = len(input) if isinstance(input, (list, tuple)) and not (
+                input and isinstance(input[0], int)) else 1  # a list of numbers is one text's tokens
+            if len(vectors) != count or not all(
+                    isinstance(vector, list) and vector and all(type(number) in (int, float)
+                    for number in vector) for vector in vectors):
+                raise InferenceError("the answer does not hold the embeddings")
             return InferenceResult(True, usage=_dict_at(answer, "usage"), model=model,
                                    embeddings=tuple(map(tuple, vectors)))
         return self._result(ask)
 
+    def _model_rows(self) -> List[Any]:
+        """Raises: InferenceError."""
+        answer = self._ask("GET", "/v1/models", None)
+        rows = answer.get("data") or []  # Ollama: null where none
+        if "data" not in answer or not isinstance(rows, list):
+            raise InferenceError("the answer is no list of models")
+        return rows
+
     def list_models(self) -> ModelNames:
         """The names that can be asked for."""
         try:
-            rows = self._ask("GET", "/v1/models", None).get("data")  # Ollama: null where none
+            rows = self._model_rows()
         except InferenceError as error:
             if self._raise:
                 raise
             names = ModelNames()
             names.error = str(error)
             return names
-        return ModelNames(row["id"] for row in rows or () if isinstance(row, dict)
+        return ModelNames(row["id"] for row in rows if isinstance(row, dict)
                           and isinstance(row.get("id"), str))
 
     def _keep(self, model: str, keep_alive: int) -> InferenceResult:
         def ask() -> InferenceResult:
-            self._ask("POST", "/api/generate", {"model": model, "prompt": "", "stream": False,
-                                                "keep_alive": keep_alive})
+            answer = self._ask("POST", "/api/generate", {
+                "model": model, "prompt": "", "stream": False, "keep_alive": keep_alive})
+            if answer.get("done") is not True:
+                raise InferenceError(printable(str(answer.get("error") or "the answer is not "
+                                                   "Ollama's: it loads and unloads")[:500]))
             return InferenceResult(True, model=model)
         return self._result(ask)
 
@@ -10045,8 +10156,7 @@ class InferenceClient:
 
     def health(self) -> InferenceResult:
         """ok where an engine answers."""
-        return self._result(lambda: InferenceResult(
-            "data" in self._ask("GET", "/v1/models", None)))
+        return self._result(lambda: InferenceResult(self._model_rows() is not None))
 
 
 inference = InferenceClient()
@@ -10422,9 +10532,8 @@ class Agent:
             threading.Thread(target=start, name="inference-start", daemon=True).start()
 
     def _stop_inference(self) -> None:
-        self.inference.transfers.cancel_all()
         try:
-            self.inference.stop()
+            self.inference.close()
         except AgentError as error:
             self._log.error("inference_left", error)
 
@@ -12437,7 +12546,8 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
     if inference.get("engine"):
         rows.append(("inference", ", ".join(filter(None, (
             f"{inference['engine']} {inference['status']}", inference.get("endpoint"),
-            "models " + (" ".join(inference["models"]) or "none yet"), inference["message"])))))
+            "models " + (" ".join(inference["models"]) or "none yet"),
+            inference["message"].partition("\n")[0])))))
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))
     rows += [(f"{gpu['vendor']} {gpu['index']}", gpu_line(gpu)) for gpu in status.get("gpus") or ()]
@@ -12734,19 +12844,31 @@ class ProgressLine:
             self._written = False
 
 
+@contextlib.contextmanager
+def goes_on(what: str, how_to_end: str) -> Iterator[ProgressLine]:
+    """A line for the progress of a work in the agent, which goes on when nobody looks any more."""
+    line = ProgressLine()
+    try:
+        yield line
+    except KeyboardInterrupt:
+        line.end()
+        end_with(f"{what} goes on in the agent; to end it: {how_to_end}", Exit.OK)
+        raise
+    finally:
+        line.end()
+
+
 def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bool) -> int:
     """A pull or an import to its end, with its progress.  Raises: AgentError."""
-    line, last = ProgressLine(), {}
-    try:
+    last: Dict[str, Any] = {}
+    with goes_on("it", "b9agent.py pull NAME --cancel") as line:
         for raw in agent_lines(state_dir, path, dict(body, stream=True)):
             last = _json_object(raw)
             if as_json:
                 sys.stdout.write(json.dumps(last) + "\n")
                 sys.stdout.flush()
-            elif last["status"] == "running":
+            elif last.get("status") == "running":
                 line.show(last.get("step", ""), progress_line(last))
-    finally:
-        line.end()
     if last.get("status") != "success":
         raise ModelError(f"{last.get('kind', 'pull')} of {last.get('model', 'it')}: "
                          f"{last.get('message') or last.get('status') or 'broke off'}",
@@ -12758,8 +12880,8 @@ def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bo
 
 def inference_lines(status: Dict[str, Any]) -> List[str]:
     """What GET /inference/status says, for people."""
-    rows = [("inference", status["status"] + (f": {status['message']}" if status.get("message")
-                                              else ""))]
+    said = (status.get("message") or "").partition("\n")[0]
+    rows = [("inference", status["status"] + (f": {said}" if said else ""))]
     if status.get("engine"):
         rows.append(("engine", " ".join(filter(None, (
             status["engine"], status.get("version"), status.get("pid") and f"pid {status['pid']}",
@@ -12769,17 +12891,31 @@ def inference_lines(status: Dict[str, Any]) -> List[str]:
     return table_lines(rows)
 
 
+def context_of(options: Dict[str, str]) -> Dict[str, Any]:
+    """The field that --context becomes.  Raises: UsageError."""
+    text = options.get("context")
+    if text is not None and not re.fullmatch("[0-9]{1,8}", text):
+        raise UsageError(f"--context: `{printable(text)}` cannot be used, expected a number of "
+                         "tokens")
+    return {} if text is None else {"context_tokens": int(text)}
+
+
+def start_said(state_dir: str) -> str:
+    """How far a start is, in a line; the answer to the start itself tells of its end."""
+    try:
+        status = call_agent(state_dir, "/inference/status", None, 5.0)
+    except AgentError:
+        return "the agent does not say how far it is"
+    return str(status.get("message") or status.get("status") or "").partition("\n")[0]
+
+
 def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
     """Start the engine; shows what it does until a token came."""
-    state_dir, line, outcome = loaded.settings.state_dir, ProgressLine(), []
+    state_dir, outcome = loaded.settings.state_dir, []
     body: Dict[str, Any] = {key: options[key] for key in ("engine", "model") if key in options}
     if body.get("model") and os.path.exists(os.path.expanduser(body["model"])):
         body["model"] = os.path.abspath(os.path.expanduser(body["model"]))
-    if "context" in options:
-        if not re.fullmatch("[0-9]{1,8}", options["context"]):
-            raise UsageError(f"--context: `{printable(options['context'])}` cannot be used, "
-                             "expected a number of tokens")
-        body["context_tokens"] = int(options["context"])
+    body.update(context_of(options))
     if "force" in options:
         body["force"] = True
 
@@ -12790,13 +12926,12 @@ def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
             outcome.append(error)
     thread, wake, begun_s = threading.Thread(target=post, daemon=True), Wake(), now_s()
     thread.start()
-    while thread.is_alive():
-        wake.wait(0.3)
-        if now_s() - begun_s > 1.0 and "json" not in options and thread.is_alive():
-            status = call_agent(state_dir, "/inference/status", None, 5.0)
-            said = status.get("message") or status["status"]
-            line.show(said, f"{said} ({now_s() - begun_s:.0f} s)")
-    line.end()
+    with goes_on("the start", "b9agent.py stop") as line:
+        while thread.is_alive():
+            wake.wait(0.3)
+            if now_s() - begun_s > 1.0 and "json" not in options and thread.is_alive():
+                said = start_said(state_dir)
+                line.show(said, f"{said} ({now_s() - begun_s:.0f} s)")
     if isinstance(outcome[0], AgentError):
         raise outcome[0]
     if "json" in options:
@@ -12816,6 +12951,15 @@ def command_stop(loaded: Loaded, options: Dict[str, str]) -> int:
 
 
 def command_pull(loaded: Loaded, options: Dict[str, str]) -> int:
+    """To its end; with --cancel, to an end."""
+    if "cancel" in options:
+        answer = call_agent(loaded.settings.state_dir, "/inference/cancel",
+                            {"model": options["operand"]})
+        if "json" in options:
+            say_json(answer)
+        else:
+            say(f"{answer['model']} is cancelled: {answer['message']}")
+        return Exit.OK
     return follow_transfer(loaded.settings.state_dir, "/inference/pull",
                            {"model": options["operand"]}, "json" in options)
 
@@ -12882,11 +13026,9 @@ def command_models_convert(loaded: Loaded, options: Dict[str, str]) -> int:
 
 def command_models_fit(loaded: Loaded, options: Dict[str, str]) -> int:
     """Whether it fits; exit code 1 where it does not."""
-    name, body = options["operand"], {}
+    name, body = options["operand"], context_of(options)
     if os.path.exists(os.path.expanduser(name)):
         name = os.path.abspath(os.path.expanduser(name))
-    if re.fullmatch("[0-9]{1,8}", options.get("context", "")):
-        body["context_tokens"] = int(options["context"])
     answer = call_agent(loaded.settings.state_dir, "/models/fit", dict(body, model=name), 60.0)
     if "json" in options:
         say_json(answer)
@@ -12927,6 +13069,15 @@ def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Ca
     state_dir, client = loaded.settings.state_dir, InferenceClient()
     hello = [{"role": "user", "content": "Say hello."}]
 
+    def tokens_of(pieces: Sequence[InferenceResult]) -> Any:
+        """A token may be no letter: what the engine counts is believed, too."""
+        counts = [piece.usage.get("completion_tokens") for piece in pieces]
+        count = next((count for count in counts if count), None)
+        if not count and not any(piece.content for piece in pieces):
+            raise InferenceError(f"{model} said nothing", "The engine's log may say why: "
+                                 "b9agent.py status --json names it")
+        return count or "?"
+
     def start() -> str:
         status = call_agent(state_dir, "/inference/start", {}, 7200.0)
         where = re.match(r"http://(.+):([0-9]+)$", status["endpoint"])
@@ -12953,12 +13104,11 @@ def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Ca
 
     def chat() -> str:
         reply = client.chat(model, hello, max_tokens=16)
-        return f"{reply.usage.get('completion_tokens', '?')} tokens"
+        return f"{tokens_of([reply])} tokens"
 
     def stream() -> str:
-        pieces = sum(1 for piece in client.chat(model, hello, stream=True, max_tokens=16)
-                     if piece.content)
-        return f"{pieces} pieces"
+        pieces = list(client.chat(model, hello, stream=True, max_tokens=16))
+        return f"{tokens_of(pieces)} tokens in {len(pieces)} pieces"
 
     def latency() -> str:
         times = []
@@ -13027,8 +13177,9 @@ COMMANDS = (
         "start an engine in the running agent, until it has given a token"),
     Command("stop", command_stop, (_JSON,), ("state_dir",),
             "end the engine, and see that all of it is gone"),
-    Command("pull", command_pull, (_JSON,), ("state_dir",), "bring a model into Ollama's store",
-            "NAME"),
+    Command("pull", command_pull, (
+        _JSON, Option("--cancel", "", "end a pull or an import of it; what came is kept")),
+        ("state_dir",), "bring a model into Ollama's store", "NAME"),
     Command("models", command_models, (_JSON,), ("state_dir",),
             "every model here: size, digest, loaded or not, where it came from"),
     Command("models load", model_command("load", "is in memory and gave a token"), (_JSON,),

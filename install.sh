@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=15550765a33a4e03010c6b8a549cd0184904204e0285f96c324d86f195ae3def
+  sha256=e583a467a55f6b340ac6628d12e410fcedc14c266741880dbd4c24a629698535
 }
 
 usage() {
