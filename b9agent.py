@@ -7478,6 +7478,11 @@ def progress_record(progress: Progress) -> Dict[str, Any]:
                 total=progress.total_bytes, layers=[layer._asdict() for layer in progress.layers])
 
 
+def imported_name(facts: ModelFacts) -> str:
+    """What files are called in Ollama, where nobody says otherwise."""
+    return model_key(re.sub(r"[^\w.-]", "-", facts.name or "model", flags=re.ASCII))
+
+
 class Hardware(NamedTuple):
     """vendor: of the GPUs that are offered, "" for none.  gpu_free_bytes: of each; None where a
     driver does not say.  host_free_bytes: for what a GPU cannot hold."""
@@ -7676,8 +7681,12 @@ class Inference:
         """The model that a start names, in an engine with many.  Raises: EngineError."""
         name = reference.text
         if reference.format == "gguf":
+            name = imported_name(reference.facts)
+            if self.book.entries().get(name, {}).get("source") == reference.facts.path and (
+                    self._ollama().has(name)):
+                self.load(name)
+                return
             transfer = self.bring(reference.text, who="start")
-            name = transfer.progress.name
             for _ in transfer.watch(3600.0):
                 pass
             if transfer.progress.state != "success":
@@ -7693,7 +7702,8 @@ class Inference:
         if up is None or self.state() in ("stopped", "error"):
             return None
         if engine in ("", "auto", up.engine.name) and (
-                up.engine.many and reference.format in ("", "name", "gguf")
+                up.engine.many and reference.format in ("", "name")
+                or up.engine.many and engine == up.engine.name and reference.format == "gguf"
                 or reference.text in ("", up.reference.text)):
             return up
         raise EngineConflict(f"{up.engine.title} is {self.state()} with {up.name or 'no model'}",
@@ -7931,7 +7941,7 @@ class Inference:
               who: str = "control API") -> Transfer:
         """Begin to import files into Ollama.  Raises: UsageError, EngineError."""
         facts = read_model(os.path.abspath(os.path.expanduser(path)))
-        key = parse_model_name(name or re.sub(r"[^\w.-]", "-", facts.name or "model")).key
+        key = parse_model_name(name).key if name else imported_name(facts)
         api = self._ollama(start=True)
         if api.has(key):
             raise EngineConflict(f"there is a model {key} already", "Choose another --name, or "

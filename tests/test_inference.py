@@ -559,7 +559,13 @@ def test_a_real_ollama_imports_loads_verifies_and_forgets_a_model(real_world):
     assert client.generate("tiny", "hello", max_tokens=4).usage["completion_tokens"] >= 1
     assert here.cli("models", "verify", "tiny").code == 0
     assert here.cli("models", "unload", "tiny").code == 0
-    assert not here.get("/models")["models"][0]["loaded"]
+    (row,) = here.get("/models")["models"]
+    assert not row["loaded"] and row["source"] == model
+    again = here.cli("models", "import", model, "--name", "tiny")
+    assert again.code == 1 and "there is a model tiny:latest already" in again.err, again
+    assert here.cli("start", "--engine", "ollama", "--model", model, within_s=120).code == 0
+    other = here.cli("start", "--model", model)
+    assert other.code == 1 and "One engine runs at a time" in other.err, other
     assert here.cli("smoke", "--model", "tiny", within_s=120).code == 0
     assert engine_processes(here.home) == {} and not listens(here.port)
 
