@@ -13074,73 +13074,75 @@ def command_logs(loaded: Loaded, options: Dict[str, str]) -> int:
 
 # -- smoke ------------------------------------------------------------------
 
-def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Callable[[], str]]]:
-    """(what, how): the predecessor's check.  Each returns what it saw; an AgentError fails it."""
-    state_dir, client = loaded.settings.state_dir, InferenceClient()
-    hello = [{"role": "user", "content": "Say hello."}]
+class Smoke:
+    """The predecessor's check.  Each step returns what it saw; an AgentError fails it."""
 
-    def tokens_of(pieces: Sequence[InferenceResult]) -> Any:
+    HELLO = ({"role": "user", "content": "Say hello."},)
+
+    def __init__(self, state_dir: str, host: str, model: str) -> None:
+        self._state_dir, self._host, self._model = state_dir, host, model
+        self._client = InferenceClient()
+        self.steps: Tuple[Tuple[str, Callable[[], str]], ...] = (
+            ("Sending start-inference command to agent", self._start),
+            ("Testing health endpoint", self._health), ("Checking model availability", self._have),
+            ("Testing chat", self._chat), ("Testing Python client, streamed", self._stream),
+            ("Testing latency (3 requests)", self._latency),
+            ("Stopping inference server", self._stop))
+
+    def _start(self) -> str:
+        status = call_agent(self._state_dir, "/inference/start", {}, 7200.0)
+        where = re.match(r"http://(.+):([0-9]+)$", status["endpoint"])
+        self._client.configure(self._host or where.group(1).strip("[]"), int(where.group(2)),
+                               raise_errors=True)
+        return f"{status['engine']} at {status['endpoint']}"
+
+    def _health(self) -> str:
+        self._client.health()
+        return ""
+
+    def _have(self) -> str:
+        names = self._client.list_models()
+        self._model = self._model or (names[0] if names else "")
+        if not self._model:
+            raise ModelMissing("there is no model here", "b9agent.py pull llama3.2, or --model")
+        if model_key(self._model) not in map(model_key, names):
+            call_agent(self._state_dir, "/inference/pull", {"model": self._model}, 7200.0)
+        return self._model
+
+    def _tokens_of(self, pieces: Sequence[InferenceResult]) -> Any:
         """A token may be no letter: what the engine counts is believed, too."""
         counts = [piece.usage.get("completion_tokens") for piece in pieces]
-        count = next((count for count in counts if count), None)
+        count = next(filter(None, counts), None)
         if not count and not any(piece.content for piece in pieces):
-            raise InferenceError(f"{model} said nothing", "The engine's log may say why: "
+            raise InferenceError(f"{self._model} said nothing", "The engine's log may say why: "
                                  "b9agent.py status --json names it")
         return count or "?"
 
-    def start() -> str:
-        status = call_agent(state_dir, "/inference/start", {}, 7200.0)
-        where = re.match(r"http://(.+):([0-9]+)$", status["endpoint"])
-        client.configure(host or where.group(1).strip("[]"), int(where.group(2)),
-                         raise_errors=True)
-        return f"{status['engine']} at {status['endpoint']}"
+    def _chat(self) -> str:
+        reply = self._client.chat(self._model, self.HELLO, max_tokens=16)
+        return f"{self._tokens_of([reply])} tokens"
 
-    def health() -> str:
-        client.health()
-        return ""
+    def _stream(self) -> str:
+        pieces = list(self._client.chat(self._model, self.HELLO, stream=True, max_tokens=16))
+        return f"{self._tokens_of(pieces)} tokens in {len(pieces)} pieces"
 
-    def have_model() -> str:
-        nonlocal model
-        names = client.list_models()
-        if not model and names:
-            model = names[0]
-        if not model:
-            raise ModelMissing("there is no model here", "b9agent.py pull llama3.2, or --model")
-        if not any(parse_model_name(name).key == parse_model_name(model).key
-                   if re.fullmatch(r"[\w.:/-]+", model) and not model.startswith("/")
-                   else name == model for name in names):
-            call_agent(state_dir, "/inference/pull", {"model": model}, 7200.0)
-        return model
-
-    def chat() -> str:
-        reply = client.chat(model, hello, max_tokens=16)
-        return f"{tokens_of([reply])} tokens"
-
-    def stream() -> str:
-        pieces = list(client.chat(model, hello, stream=True, max_tokens=16))
-        return f"{tokens_of(pieces)} tokens in {len(pieces)} pieces"
-
-    def latency() -> str:
+    def _latency(self) -> str:
         times = []
         for _ in range(3):
             begun_s = now_s()
-            client.chat(model, hello, max_tokens=1)
+            self._client.chat(self._model, self.HELLO, max_tokens=1)
             times.append(now_s() - begun_s)
         return f"{sorted(times)[1] * 1000:.0f} ms"
 
-    def stop() -> str:
-        return call_agent(state_dir, "/inference/stop", {}, 120.0).get("message") or ""
-    return (("Sending start-inference command to agent", start),
-            ("Testing health endpoint", health),
-            ("Checking model availability", have_model), ("Testing chat", chat),
-            ("Testing Python client, streamed", stream), ("Testing latency (3 requests)", latency),
-            ("Stopping inference server", stop))
+    def _stop(self) -> str:
+        return call_agent(self._state_dir, "/inference/stop", {}, 120.0).get("message") or ""
 
 
 def command_smoke(loaded: Loaded, options: Dict[str, str]) -> int:
     """[0/6] to [6/6], each with its time; ends at the first that fails."""
-    steps = smoke_steps(loaded, options.get("host") or os.environ.get("BETA9_INFERENCE_HOST", ""),
-                        options.get("model") or os.environ.get("TEST_MODEL", ""))
+    steps = Smoke(loaded.settings.state_dir,
+                  options.get("host") or os.environ.get("BETA9_INFERENCE_HOST", ""),
+                  options.get("model") or os.environ.get("TEST_MODEL", "")).steps
     for number, (what, how) in enumerate(steps):
         sys.stdout.write(f"[{number}/{len(steps) - 1}] {(what + '...').ljust(46)}")
         sys.stdout.flush()

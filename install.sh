@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=e583a467a55f6b340ac6628d12e410fcedc14c266741880dbd4c24a629698535
+  sha256=46d0e44484a473e06a2f5c1d7a1db880ac4680cd443d942f78e89f0349975ae1
 }
 
 usage() {
