@@ -7959,15 +7959,20 @@ class Inference:
     def _transfer(self, key: str, kind: str, who: str, api: OllamaApi,
                   work: Callable[[Transfer], None], **noted: Any) -> Transfer:
         def whole(transfer: Transfer) -> None:
-            work(transfer)
-            self._note(api, key, pulled_by=who, pulled_at=utc_stamp(), **noted)
+            tell = lambda status: self._log.events.tell("pull", model=key, how=kind, status=status)
+            tell("running")
+            try:
+                work(transfer)
+                self._note(api, key, pulled_by=who, pulled_at=utc_stamp(), **noted)
+            except AgentError as error:
+                tell("cancelled" if transfer.cancelled else f"error: {error.what}")
+                raise
+            tell("success")
             self._log("notice", "model_here", model=key, how=kind)
             up = self._up
             if up is not None:
                 self._refresh(up)
             self._on_change()
-        if self._closed:
-            raise EngineConflict("the agent is being stopped")
         return self.transfers.begin(key, kind, who, whole)
 
     def _note(self, api: OllamaApi, name: str, **noted: Any) -> None:

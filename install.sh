@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=46d0e44484a473e06a2f5c1d7a1db880ac4680cd443d942f78e89f0349975ae1
+  sha256=23b1bf36e7e6192b75bba146be116972926df3c9d795e00aa72d6c2696a12624
 }
 
 usage() {

@@ -142,6 +142,17 @@ def test_start_a_token_and_stop_by_http(world):
     assert here.last_inference(lambda said: said and said["models"] == ["llama3.2:latest"]) == {
         "status": "running", "ip": "127.0.0.1", "port": here.port, "models": ["llama3.2:latest"]}
     assert here.post("/models/unload", {"model": "llama3.2"})[1]["status"] == "unloaded"
+    link = http.client.HTTPConnection(here.control.host, here.control.port, timeout=30)
+    link.request("GET", "/events?since=0", headers={"Authorization": "Bearer " + here.control.token})
+    told = link.getresponse()
+    seen = []
+    while ("pull", "success") not in seen or ("inference", "running") not in seen:
+        kind = told.readline().decode().partition("event: ")[2].strip()
+        if kind:
+            seen.append((kind, json.loads(told.readline().decode().partition("data: ")[2]).get("status")))
+    told.close()
+    link.close()
+    assert seen.index(("pull", "running")) < seen.index(("pull", "success"))
     status, answer = here.post("/inference/stop")
     assert (status, answer["status"]) == (200, "stopped")
     assert engine_processes(here.home) == {} and not listens(here.port)
