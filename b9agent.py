@@ -32,7 +32,7 @@ programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi w
           that is started: ollama, vllm, sglang, llama-server or mlx_lm.server; mlx_lm.convert
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
           vendor's driver, and ends), control or gateway (accepts), and one for each connection to
-          those, 64 or 256 at most; child-engine and child-engine-probe, first-token, inference
+          those, 64 or 256 at most; child-engine and child-engine-output, first-token, inference
           (looks at the engine), pull, import or convert NAME (4 at most), provenance (hashes
           files); check-NAME (`doctor`)
 
@@ -295,10 +295,6 @@ class Wake:
         except BlockingIOError:
             pass  # another waiter was faster
         return True
-
-    def fileno(self) -> int:
-        """To poll it together with others."""
-        return self._reader
 
     def also_on_signals(self) -> None:
         """Every signal that has a handler sets it as well: the kernel may give a signal to any
@@ -4968,15 +4964,14 @@ class Membership:
 # 8. Child processes       programs; STATE/children, STATE/logs; /proc or ps
 # ----------------------------------------------------------------------
 # One supervisor for every program that lives beside the agent.  One thread
-# owns a child from start to stop; it reads the output, so that no child ever
-# waits on a full pipe, and while a child gets ready a second one asks whether
-# it is.  Stopped means looked for and not found: every descendant carries a
-# mark in its environment, and what a killed agent left is ended at the start
-# of the next one, by pid, start time and command, never by pid alone.
+# owns a child from start to stop, a second one reads what it says.  Stopped
+# means looked for and not found: every descendant carries a mark in its
+# environment, and what a killed agent left is ended at the start of the next
+# one, by pid, start time and command, never by pid alone.
 
 RING_LINES, LINE_CHARS, LINE_BYTES = 200, 2000, 16384
-KEPT_BYTES_PER_S = 1 << 20  # of what a child says; of a flood, each second's last lines
 LOG_BYTES, LOGS_KEPT = 16 << 20, 5
+WATCH_S = 0.1  # how often a child is looked after
 KILL_LIMIT_S = 5.0  # after SIGKILL: what is stuck in a driver does not go even then
 LEFTOVER_GRACE_S = 5.0
 Table = Dict[int, "ProcessRow"]
@@ -5012,17 +5007,13 @@ class ChildSpec(NamedTuple):
     ready_limit_s: float = 3600.0
     stop_grace_s: float = 10.0
     still_held: Callable[[], str] = lambda: ""
-    cwd: Optional[str] = None
 
 
 class ChildSnapshot(NamedTuple):
-    """starts: all of them; exits: those that nobody asked for.  message: why it is in BACKOFF or
-    ERROR, or what it left when it was stopped."""
+    """message: why it is in BACKOFF or ERROR, or what it left when it was stopped."""
     state: ChildState = ChildState.STOPPED
     pid: Optional[int] = None
-    since_s: float = 0.0
     starts: int = 0
-    exits: int = 0
     message: str = ""
     said: str = ""
     log_path: str = ""
@@ -5030,97 +5021,82 @@ class ChildSnapshot(NamedTuple):
 
 class Pace(NamedTuple):
     """How a child that ends by itself is started again, and when no more: after `exits` within
-    window_s.  healthy_s: so long in RUNNING, and the first wait is the shortest again."""
+    window_s.  held_s: for its ports and memory to come back."""
     first_s: float = 1.0
     most_s: float = 60.0
-    healthy_s: float = 60.0
     exits: int = 5
     window_s: float = 120.0
     held_s: float = 10.0
 
 
 def backoff_s(exits: int, pace: Pace, uniform: Callable[[float, float], float]) -> float:
-    """Full jitter below a ceiling that doubles with each exit in a row."""
+    """Full jitter below a ceiling that doubles with each exit within the window."""
     return uniform(0.0, min(pace.most_s, pace.first_s * 2.0 ** min(exits - 1, 16)))
 
 
 def exit_words(code: int) -> str:
-    """code: as subprocess has it.  A shell adds 128 to the signal that ended its own child."""
-    number = -code if code < 0 else code - 128
-    name = next((known.name for known in signal.Signals if known == number), str(number))
-    after = f", as after signal {name}" if 0 < number < 65 else ""
-    return f"signal {name}" if code < 0 else f"exit code {code}{after}"
+    """code: as subprocess has it."""
+    name = next((known.name for known in signal.Signals if known == -code), str(-code))
+    return f"signal {name}" if code < 0 else f"exit code {code}"
+
+
+def _pause(wait_s: float) -> None:
+    """Not by the wall clock, as Event.wait() may (see Wake)."""
+    select.poll().poll(max(0.0, wait_s) * 1000)
 
 
 class Output:
-    """What a child says: its last lines, and one log file per start.
+    """What a child says from one start to its end: the last lines, and a log file.
 
-    feed(), settle(), open() and close() are the child's thread's.  _lock guards _ring and _count,
-    which others read.
+    Written by the thread that runs read(); `lines` is replaced and never changed, for others.
     """
 
     def __init__(self, folder: str, name: str, log: Log) -> None:
         self._folder, self._name, self._log = folder, name, log
-        self._lock = threading.Lock()
-        self._ring: Any = collections.deque(maxlen=RING_LINES)
         self._file: Any = None
-        self._partial = self._skipped_end = b""
-        self._second_s = self._kept_bytes = self._skipped_bytes = self._count = 0
+        self._partial = b""
+        self.lines: Tuple[str, ...] = ()
         self.received_bytes = 0
 
     def open(self, pid: int) -> str:
         """Returns: the path of a new log file, "" where there can be none.  The oldest ones go."""
         name = f"{self._name}-{utc_stamp().replace(':', '')}-{pid}.log"
-        ours = re.escape(self._name) + r"-[0-9-]{10}T[0-9]{6}Z-[0-9]+\.log"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         try:
             make_private_folder(self._folder)
-            paths = [os.path.join(self._folder, other) for other in list_folder(self._folder)
-                     if re.fullmatch(ours, other) and other != name]
-            for old in sorted(paths, key=lambda path: os.stat(path).st_mtime_ns)[:1 - LOGS_KEPT]:
-                remove_file(old)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
             descriptor = os.open(os.path.join(self._folder, name), flags, 0o600)
         except (OSError, UsageError) as error:
             self._log("warning", "child", name=self._name, what=f"no log file: {error}")
             return ""
         self._file = os.fdopen(descriptor, "ab", buffering=0)
+        others = [other for other in list_folder(self._folder) if other != name
+                  and other.startswith(self._name + "-") and other.endswith(".log")]
+        for old in others[:1 - LOGS_KEPT]:
+            remove_file(os.path.join(self._folder, old))
         return os.path.join(self._folder, name)
+
+    def read(self, pipe: Any) -> None:
+        """To its end, so that the child never waits on a full pipe."""
+        with pipe:
+            for data in iter(lambda: pipe.read(65536), b""):
+                self.feed(data)
+        self.feed(b"\n")  # the last line may lack its end
+        self._close()
 
     def feed(self, data: bytes) -> None:
         self.received_bytes += len(data)
-        self.settle()
-        if self._kept_bytes < KEPT_BYTES_PER_S:
-            self._kept_bytes += len(data)
-            self._keep(data)
-        else:
-            self._skipped_bytes += len(data)
-            self._skipped_end = (self._skipped_end + data)[-LINE_BYTES:]
-
-    def settle(self, at_end: bool = False) -> None:
-        """Once a second is over: of what was skipped in it, keep the last lines."""
-        if at_end or int(now_s()) != self._second_s:
-            self._second_s, self._kept_bytes = int(now_s()), 0
-            if self._skipped_bytes:
-                note = f"\n[{self._skipped_bytes} bytes left out: too much at once]\n".encode()
-                end = self._skipped_end.partition(b"\n")[2]
-                self._skipped_bytes, self._skipped_end = 0, b""
-                self._keep(note + end)
-
-    def _keep(self, data: bytes) -> None:
         # Progress bars end their lines with a carriage return.
         *whole, rest = re.split(b"[\r\n]+", self._partial + data)
-        self._partial = rest[:LINE_BYTES + 1]
+        self._partial = rest[:LINE_BYTES]
+        if self._file is None:
+            whole = whole[-RING_LINES:]  # a flood costs little once the file is full
         lines = [self._line(raw) for raw in whole if raw]
-        with self._lock:
-            self._ring.extend(lines)
-            self._count += len(lines)
+        self.lines = (self.lines + tuple(lines))[-RING_LINES:]
         if self._file is not None and lines:
             self._write("".join(line + "\n" for line in lines).encode())
 
     def _line(self, raw: bytes) -> str:
         text = REDACTOR.scrub(raw[:LINE_BYTES].decode("utf-8", "replace").expandtabs(4))
-        if len(raw) > LINE_BYTES:
-            text = text[:-2048]  # a secret that the cut went through is not recognised
         text = printable(text)
         return text if len(text) <= LINE_CHARS else text[:LINE_CHARS - 1] + "…"
 
@@ -5128,13 +5104,13 @@ class Output:
         try:
             full = self._file.tell() + len(data) > LOG_BYTES
             self._file.write(b"[cut here: the file has reached its limit]\n" if full else data)
-            if full:
-                self._close_file()
         except OSError as error:  # a full disk costs the file, and nothing else
             self._log("warning", "child", name=self._name, what=f"log file: {error.strerror}")
-            self._close_file()
+            full = True
+        if full:
+            self._close()
 
-    def _close_file(self) -> None:
+    def _close(self) -> None:
         file, self._file = self._file, None
         try:
             if file is not None:
@@ -5142,25 +5118,14 @@ class Output:
         except OSError:
             pass  # the disk is full
 
-    def close(self) -> None:
-        self.settle(at_end=True)
-        self._keep(b"\n")  # the last line may lack its end
-        self._close_file()
-
-    def since(self, position: int) -> Tuple[int, List[str]]:
-        """(position for the next call, the lines from a position on as far as they are kept)."""
-        with self._lock:
-            new = max(0, min(self._count - position, len(self._ring)))
-            return self._count, list(self._ring)[len(self._ring) - new:]
-
 
 class ProcessRow(NamedTuple):
-    """A row of the table of processes.  start: as the system writes it; two processes never have
-    it and the pid in common.  command: "" where it has to be read.  marked: it has our mark."""
+    """A row of the table of processes.  group: on Linux the session, which holds all groups of a
+    child.  start: as the system writes it; two processes never have it and the pid in common.
+    command: "" where it has to be read.  marked: it has our mark, which macOS does not tell."""
     pid: int
     parent: int
     group: int
-    session: int
     zombie: bool
     cpu_s: float
     start: str
@@ -5169,7 +5134,7 @@ class ProcessRow(NamedTuple):
     marked: bool = False
 
 
-def parse_proc_stat(text: str, ticks_per_s: float = 100.0) -> Optional[ProcessRow]:
+def parse_proc_stat(text: str) -> Optional[ProcessRow]:
     """/proc/PID/stat.  Source: proc(5)."""
     head, _, rest = text.rpartition(")")  # the name may hold parentheses too
     pid, _, name = head.partition(" (")
@@ -5177,22 +5142,22 @@ def parse_proc_stat(text: str, ticks_per_s: float = 100.0) -> Optional[ProcessRo
     numbers = [parse_int(word) for word in [pid] + words[1:20]]
     if len(numbers) < 20 or None in numbers:
         return None
-    cpu_s = sum(numbers[11:15]) / ticks_per_s
-    return ProcessRow(*numbers[:4], words[0] in "ZX", cpu_s, words[19], name)
+    cpu_s = sum(numbers[11:15]) / os.sysconf("SC_CLK_TCK")
+    return ProcessRow(numbers[0], numbers[1], numbers[3], words[0] in "ZX", cpu_s, words[19], name)
 
 
-def read_proc(mark: str, root: str = "/proc") -> Optional[Table]:
-    ticks_per_s, table = os.sysconf("SC_CLK_TCK"), {}
-    for name in filter(str.isdigit, list_folder(root)):
-        row = parse_proc_stat(read_text(f"{root}/{name}/stat", 4096) or "", ticks_per_s)
+def read_proc(mark: str) -> Optional[Table]:
+    table = {}
+    for name in filter(str.isdigit, list_folder("/proc")):
+        row = parse_proc_stat(read_text(f"/proc/{name}/stat", 4096) or "")
         if row is not None:
-            environment = "\0" + (read_text(f"{root}/{name}/environ") or "") + "\0"
+            environment = "\0" + (read_text(f"/proc/{name}/environ") or "") + "\0"
             table[row.pid] = row._replace(marked=f"\0{mark}\0" in environment)
     return table or None
 
 
 def parse_ps(text: str) -> Table:
-    """`ps -o pid=,ppid=,pgid=,stat=,time=,lstart=,command=`: neither sessions nor marks."""
+    """`ps -o pid=,ppid=,pgid=,stat=,time=,lstart=,command=`"""
     table = {}
     for line in text.splitlines():
         words = line.split(None, 10)
@@ -5202,7 +5167,7 @@ def parse_ps(text: str) -> Table:
         cpu_s, start, command = 0.0, " ".join(words[5:10]), words[10].strip()
         for part in re.findall(r"[0-9]{1,9}(?:\.[0-9]{1,9})?", words[4]):  # 1:02.50
             cpu_s = cpu_s * 60 + float(part)
-        table[numbers[0]] = ProcessRow(*numbers, 0, words[3][0] == "Z", cpu_s, start,
+        table[numbers[0]] = ProcessRow(*numbers, words[3][0] == "Z", cpu_s, start,
                                        os.path.basename(command.split()[0]), command)
     return table
 
@@ -5225,10 +5190,10 @@ def read_command(row: ProcessRow) -> str:
 
 
 def family_of(table: Table, known: Dict[int, str], group: int) -> Table:
-    """Those of one child: marked, known by pid and start, of its group or session, and whatever
-    descends from these.  Zombies have ended.  group: 0 where it may be somebody else's by now."""
-    found = {pid: row for pid, row in table.items() if row.marked or known.get(pid) == row.start
-             or group and group in (row.group, row.session)}
+    """Those of one child: marked, known by pid and start, of its group, and whatever descends from
+    these.  Zombies have ended.  group: 0 where it may be somebody else's by now."""
+    found = {pid: row for pid, row in table.items()
+             if row.marked or known.get(pid) == row.start or group and group == row.group}
     more = found
     while more:
         more = {pid: row for pid, row in table.items() if row.parent in found and pid not in found}
@@ -5236,11 +5201,23 @@ def family_of(table: Table, known: Dict[int, str], group: int) -> Table:
     return {pid: row for pid, row in found.items() if not row.zombie and pid != os.getpid()}
 
 
-def read_effort(family: Table) -> Tuple[float, int]:
-    """(CPU seconds, bytes read and written) of all of them; macOS does not tell the bytes."""
-    fields = (parse_keyed((read_text(f"/proc/{pid}/io", 1024) or "").replace(":", " "))
-              for pid in family)
-    return sum(row.cpu_s for row in family.values()), sum(sum(one.values()) for one in fields)
+class ProcessFamily:
+    """The processes of one child.  Those once seen are known even when they leave group and
+    parent.  known: {pid: start}; group: the pid of the first, or 0 as in family_of()."""
+
+    def __init__(self, mark: str, group: int, known: Dict[int, str],
+                 processes: Callable[[str], Optional[Table]]) -> None:
+        self._processes = processes
+        self.mark, self.group, self.known = mark, group, known
+
+    def look(self) -> Optional[Table]:
+        """Those that live; None where that cannot be read."""
+        table = self._processes(self.mark)
+        if table is None:
+            return None
+        found = family_of(table, self.known, self.group)
+        self.known.update((pid, row.start) for pid, row in found.items())
+        return found
 
 
 def _signal(pid: int, *numbers: int) -> None:
@@ -5251,83 +5228,42 @@ def _signal(pid: int, *numbers: int) -> None:
         pass  # gone, or another user's: the next look tells
 
 
-def end_processes(look: Callable[[], Optional[Table]], grace_s: float,
-                  pause: Callable[[float], Any], first: int = 0) -> str:
-    """SIGTERM to `first` alone as long as it lives, for it ends its own; then to the others; after
-    grace_s SIGKILL to all.  Returns: "", or what lives on."""
-    began_s, asked, misses, found = now_s(), set(), 0, None
+def end_processes(family: ProcessFamily, grace_s: float) -> str:
+    """SIGTERM to the first alone as long as it lives, for it ends its own; then to the others;
+    after grace_s SIGKILL to all.  Returns: "", or what lives on."""
+    began_s, asked, misses = now_s(), set(), 0
     while misses < 2:  # a process in the middle of fork or exec hides from one look
-        found, passed_s = look(), now_s() - began_s
+        found, passed_s = family.look(), now_s() - began_s
         misses = misses + 1 if found == {} else 0
         for pid in found or ():
             if passed_s >= grace_s:
                 _signal(pid, signal.SIGKILL)
-            elif pid not in asked and (pid == first or first not in found):
+            elif pid not in asked and (pid == family.group or family.group not in found):
                 asked.add(pid)
                 _signal(pid, signal.SIGTERM, signal.SIGCONT)  # a stopped one cannot hear
         if passed_s > grace_s + KILL_LIMIT_S and misses == 0:
             return ("the table of processes cannot be read" if found is None else "lives on: " +
                     ", ".join(f"{row.name}, pid {pid}" for pid, row in sorted(found.items())[:8]))
-        pause(min(0.2, 0.02 + passed_s / 20))
+        _pause(min(0.2, 0.02 + passed_s / 20))
     return ""
 
 
-def is_taken(host: str, port: int) -> bool:
-    """Somebody listens there."""
-    import errno
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _taken(host: str, port: int) -> str:
+    """Who holds a port, "" where it can be had."""
     try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-        with socket.socket(family) as probe:  # BSD lets us bind beside a wildcard
-            probe.settimeout(1.0)
-            probe.connect((host, port))
-            # Loopback may connect a free port of the ephemeral range with itself.
-            return probe.getsockname() != probe.getpeername()
-    except OSError as error:
-        return error.errno == errno.EADDRINUSE
-
-
-def read_oom_kills() -> Optional[int]:
-    return parse_keyed(read_text("/proc/vmstat") or "").get("oom_kill")
-
-
-class _Motion:
-    """For how long nothing has moved in a child that starts: not the probe's progress, not its
-    output, and less than a tenth of a core and a MiB of traffic in all its processes.
-
-    Time is counted from call to call, a second at most, for the machine may sleep between two.
-    """
-
-    def __init__(self, look_s: float, read_effort: Callable[[], Tuple[float, int]]) -> None:
-        self._look_s, self._read_effort = look_s, read_effort
-        self._called_s = self._looked_s = now_s()
-        self.all_s = self.quiet_s = 0.0
-        self._seen: Any = None
-        self._effort: Optional[Tuple[float, int]] = None
-
-    def note(self, seen: Any) -> None:
-        now, before = now_s(), self._effort
-        step_s, looked_ago_s = min(1.0, now - self._called_s), now - self._looked_s
-        self._called_s = now
-        self.all_s += step_s
-        self.quiet_s += step_s
-        if seen != self._seen:
-            self._seen, self.quiet_s, self._effort = seen, 0.0, None
-        elif looked_ago_s >= self._look_s:
-            self._effort, self._looked_s = self._read_effort(), now
-            if before and (abs(self._effort[0] - before[0]) >= looked_ago_s / 10
-                           or abs(self._effort[1] - before[1]) >= 1 << 20):
-                self.quiet_s = 0.0
+        holder = port_holder(host, port)
+    except OSError:  # no address of ours: the program itself will say so
+        holder = None
+    return f"{host_port(host, port)} is taken by {holder}" if holder else ""
 
 
 class Child:
     """The life of one program: start() and stop() from any thread, but not from on_change, which
-    the child's thread calls after every change of `snapshot` and which must not block.
+    the child's thread calls after every change of `snapshot` and which must neither block nor
+    raise.
 
-    _lock guards _thread, _wake, _stopping and _waiters; Wake.set() under it never blocks, and
-    finds the wake open.  What else is private belongs to the child's thread.
+    _lock guards _thread, _living and _stopping.  The rest is written by the child's thread while
+    it lives; `snapshot` and `output` are replaced whole, and anyone may read them.
     """
 
     def __init__(self, spec: ChildSpec, state_dir: str, log: Log,
@@ -5335,31 +5271,31 @@ class Child:
                  processes: Callable[[str], Optional[Table]] = read_processes) -> None:
         self.spec, self._log, self._on_change, self._pace = spec, log, on_change, pace
         self._processes = processes
-        self.output = Output(os.path.join(state_dir, "logs"), spec.name, log)
+        self._logs = os.path.join(state_dir, "logs")
         self._pidfile = os.path.join(state_dir, "children", spec.name + ".json")
         self._lock = threading.Lock()
         self._thread: Any = None
-        self._wake: Optional[Wake] = None
-        self._stopping = False
-        self._waiters: List[Wake] = []
+        self._living = self._stopping = False
         self._process: Any = None
-        self._prober: Any = None
-        self._ready_s: Optional[float] = None
-        self._mark, self._known, self._written = "", {}, []
-        self._seen_ready, self._eof_s, self._left, self._lives_on = False, 0.0, "", ""
-        self.snapshot = ChildSnapshot(since_s=now_s())
+        self._reader: Any = None
+        self._family: Any = None
+        self._written: Any = None
+        self._served = False
+        self._left = self._lives_on = ""
+        self.output = Output(self._logs, spec.name, log)
+        self.snapshot = ChildSnapshot()
 
     # -- for others
 
     def start(self) -> None:
         """Returns at once; wait() tells what came of it.  Raises: UsageError during a stop."""
         with self._lock:
-            if self._wake is not None and self._stopping:
+            if self._living and self._stopping:
                 raise UsageError(f"{self.spec.name} is being stopped", "Start it when it has ended")
-            if self._wake is not None:
+            if self._living:
                 return
-            self._wake, self._stopping = Wake(), False
-            self.snapshot = self._changed(ChildState.STARTING, message="", said="")
+            self._living, self._stopping = True, False
+            self.snapshot = self.snapshot._replace(state=ChildState.STARTING, message="", said="")
             self._thread = threading.Thread(target=self._live, name=f"child-{self.spec.name}",
                                             daemon=True)
             self._thread.start()
@@ -5369,282 +5305,192 @@ class Child:
         with self._lock:
             self._stopping = True
             thread = self._thread
-        self._poke()
         if thread is not None:
             thread.join()  # as long as its own limits last
         with self._lock:
-            settled = self._wake is None and self.snapshot.state is ChildState.ERROR
-            if settled and not self._lives_on:
-                self.snapshot = self._changed(ChildState.STOPPED, message=self._left)
+            if not self._living and not self._lives_on:
+                self.snapshot = self.snapshot._replace(state=ChildState.STOPPED, message=self._left)
         return self._left
 
     def wait(self, states: Sequence[ChildState], limit_s: float) -> ChildSnapshot:
         """The snapshot once it is in one of the states, or after limit_s."""
-        wake, until_s = Wake(), now_s() + limit_s
-        with self._lock:
-            self._waiters.append(wake)
-        try:
-            while self.snapshot.state not in states and now_s() < until_s:
-                wake.wait(min(5.0, until_s - now_s()))
-        finally:
-            with self._lock:
-                self._waiters.remove(wake)
-                wake.close()
+        until_s = now_s() + limit_s
+        while self.snapshot.state not in states and now_s() < until_s:
+            _pause(min(WATCH_S, until_s - now_s()))
         return self.snapshot
 
     def tail(self, lines: int = 20) -> List[str]:
-        return self.output.since(0)[1][-lines:]
+        """The last lines of this start, or of the last one."""
+        return list(self.output.lines[-lines:])
 
     # -- the child's thread
 
-    def _poke(self) -> None:
-        with self._lock:
-            if self._wake is not None:
-                self._wake.set()
-
-    def _changed(self, state: ChildState, **changes: Any) -> ChildSnapshot:
-        if state is not self.snapshot.state:
-            changes["since_s"] = now_s()
-        return self.snapshot._replace(state=state, **changes)
-
     def _enter(self, state: ChildState, level: str = "info", **changes: Any) -> None:
-        before, self.snapshot = self.snapshot, self._changed(state, **changes)
-        self._tell(level if state is not before.state else "debug")
+        self.snapshot = self.snapshot._replace(state=state, **changes)
+        self._tell(level)
 
     def _tell(self, level: str) -> None:
         now = self.snapshot
         self._log(level, "child", name=self.spec.name, state=now.state.value, pid=now.pid,
                   what=now.message or None, log=now.log_path or None)
-        with self._lock:
-            for wake in self._waiters:
-                wake.set()
-        try:
-            self._on_change()
-        except Exception as error:  # somebody else's defect must not cost the child
-            self._defect(error)
-
-    def _defect(self, error: BaseException) -> None:
-        self._log("error", "defect", what=f"{type(error).__name__}: {error}",
-                  where=defect_place(error))
+        self._on_change()
 
     def _live(self) -> None:
         try:
             state, message = self._supervise()
         except Exception as error:
-            self._defect(error)
-            state, message = ChildState.ERROR, f"a defect of ours: {type(error).__name__}: {error}"
+            message = f"a defect of ours: {type(error).__name__}: {error}"
+            state = ChildState.ERROR
+            self._log("error", "defect", what=message, where=defect_place(error))
             if self._process is not None and self._process.poll() is None:
                 _kill(self._process)
         with self._lock:
-            wake, self._wake = self._wake, None
-            wake.close()
-            self.snapshot = self._changed(state, message=message, pid=None, said="")
+            self._living = False
+            self.snapshot = self.snapshot._replace(state=state, message=message, pid=None, said="")
         self._tell("error" if state is ChildState.ERROR else "info")
 
     def _supervise(self) -> Tuple[ChildState, str]:
         """Start it until it is stopped or there is no use.  Returns: the last state, message."""
-        ends: Any = collections.deque(maxlen=self._pace.exits)
-        in_row, self._seen_ready, self._process, self._left, self._lives_on = 0, False, None, "", ""
+        ends: List[float] = []
+        self._served = False
         while not self._stopping:
-            self.snapshot = self._changed(ChildState.STARTING, starts=self.snapshot.starts + 1)
-            self._ready_s, begun = None, self.output.since(0)[0]
-            problem, no_use = self._run_once()
+            problem, ended = self._run_once()
             if self._stopping:
                 break
-            self._left = self._lives_on or self._await_freed()
-            problem += f" ({self._left})" if self._left else ""
-            self.snapshot = self.snapshot._replace(pid=None, exits=self.snapshot.exits
-                                                   + (self._process is not None))
-            ends.append(now_s())
-            often = len(ends) == ends.maxlen and ends[-1] - ends[0] <= self._pace.window_s
-            if no_use or often or self._lives_on:
+            ends = [end_s for end_s in ends if now_s() - end_s < self._pace.window_s] + [now_s()]
+            often = len(ends) >= self._pace.exits
+            if often or self._lives_on or not (ended or self._served):
                 problem += f", as {len(ends) - 1} times before" if often else ""
-                last = [line[:300] for line in self.output.since(begun)[1][-20:]]
+                last = [line[:300] for line in self.tail(20)]
                 return ChildState.ERROR, "\n".join([f"{self.spec.name} {problem}"] + last)
-            healthy = self._ready_s is not None and now_s() - self._ready_s >= self._pace.healthy_s
-            in_row = 1 if healthy else in_row + 1
-            wait_s = backoff_s(in_row, self._pace, random_between)
-            self._enter(ChildState.BACKOFF,
+            wait_s = backoff_s(len(ends), self._pace, random_between)
+            self._enter(ChildState.BACKOFF, pid=None,
                         message=f"{self.spec.name} {problem}; starts again in {wait_s:.1f} s")
             until_s = now_s() + wait_s
             while not self._stopping and now_s() < until_s:
-                self._pump(until_s - now_s())
-        self._enter(ChildState.STOPPING, said="")
-        self._left = self._lives_on or self._await_freed()
+                _pause(min(WATCH_S, until_s - now_s()))
         return ChildState.ERROR if self._lives_on else ChildState.STOPPED, self._left
 
     def _run_once(self) -> Tuple[str, bool]:
-        """From its start to its end: (what it came to, whether another start has no use)."""
-        oom_kills = read_oom_kills()
-        try:
-            self._spawn()
-        except UsageError as error:
-            return str(error), True
-        except OSError as error:
-            return f"cannot be started: {error.strerror}", False
+        """From its start to its end: (what it came to, whether it ended by itself)."""
+        self._left = self._lives_on = ""
+        self.snapshot = self.snapshot._replace(state=ChildState.STARTING,
+                                               starts=self.snapshot.starts + 1)
+        problem = self._spawn()
+        if problem:
+            return f"cannot be started: {problem}", False
         late = self._await_ready()
         while not late and self._process.poll() is None and not self._stopping:
-            # After the end of its output it has often just ended, and may live on for years.
-            self._pump(0.02 if now_s() - self._eof_s < 1.0 else 0.5)
+            _pause(WATCH_S)
         code = self._process.poll()
         problem = late if code is None else f"ended with {exit_words(code)}"
-        if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-            problem += (": the kernel ran out of memory while it ran"
-                        if oom_kills is not None and (read_oom_kills() or 0) > oom_kills else
-                        ": somebody ended it, or the system for lack of memory")
-        if not self._stopping:
+        if code == -signal.SIGKILL:
+            problem += ": somebody ended it, or the system for lack of memory"
+        if self._stopping:
+            self._enter(ChildState.STOPPING, said="")
+        else:
             self._enter(ChildState.BACKOFF, "warning", said="",
                         message=f"{self.spec.name} {problem}")
         self._end(self.spec.stop_grace_s if code is None else 0.0)
-        return problem, code is None and not self._seen_ready
+        return problem + (f" ({self._left})" if self._left else ""), code is not None
 
-    def _spawn(self) -> None:
-        """Raises: UsageError where another try would come to the same; OSError."""
+    def _spawn(self) -> str:
+        """"", or why it cannot be started."""
         import subprocess
-        self._known, self._process = {}, None
-        for host, port in self.spec.ports:
-            holder = port_holder(host, port)
-            if holder:
-                raise UsageError(f"cannot be started: {host_port(host, port)} is taken by {holder}",
-                                 "End that one, or choose another port")
+        self._process, self.output = None, Output(self._logs, self.spec.name, self._log)
+        taken = next(filter(None, (_taken(*port) for port in self.spec.ports)), "")
+        if taken:
+            return taken
         mark = os.urandom(16).hex()
-        self._mark = "B9AGENT_CHILD=" + mark
+        self._family = ProcessFamily("B9AGENT_CHILD=" + mark, 0, {}, self._processes)
         # Written before there is a process: if we are killed now, its mark is known.
-        self._write_pidfile([])
+        self._remember()
         try:
             self._process = subprocess.Popen(
                 self.spec.argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0,
-                stderr=subprocess.STDOUT, cwd=self.spec.cwd, start_new_session=True,
+                stderr=subprocess.STDOUT, start_new_session=True,
                 env=dict(clean_environment(), **self.spec.environment, B9AGENT_CHILD=mark))
         except (OSError, ValueError) as error:
             remove_file(self._pidfile)
-            if isinstance(error, (FileNotFoundError, PermissionError, ValueError)):
-                what = f"{getattr(error, 'filename', None) or self.spec.argv[0]}: "
-                raise UsageError("cannot be started: " + what
-                                 + str(getattr(error, "strerror", error))) from error
-            raise
-        self._eof_s = 0.0
+            return f"{self.spec.argv[0]}: {getattr(error, 'strerror', None) or error}"
+        self._family.group = pid = self._process.pid
         self._remember()
-        self.snapshot = self._changed(ChildState.STARTING, pid=self._process.pid, message="",
-                                      log_path=self.output.open(self._process.pid))
-        self._tell("info")
-
-    def _write_pidfile(self, rows: Sequence[Tuple[int, str, str]]) -> None:
-        self._written = rows
-        record = {"pid": self._process and self._process.pid, "mark": self._mark,
-                  "argv": [REDACTOR.scrub(word) for word in self.spec.argv],
-                  "ports": self.spec.ports, "processes": rows}
-        try:
-            make_private_folder(os.path.dirname(self._pidfile))
-            write_atomic(self._pidfile, json.dumps(record) + "\n")
-        except (OSError, UsageError) as error:
-            self._log("warning", "child", name=self.spec.name, what=f"no pidfile: {error}")
+        log_path = self.output.open(pid)
+        self._reader = threading.Thread(target=self.output.read, args=(self._process.stdout,),
+                                        daemon=True, name=f"child-{self.spec.name}-output")
+        self._reader.start()
+        self._enter(ChildState.STARTING, pid=pid, message="", log_path=log_path)
+        return ""
 
     def _remember(self) -> Table:
         """Its processes, written down for the next agent: a program may hide its mark, for it may
         write its title there."""
-        family = self._look() or {}
-        rows = [(row.pid, row.start, read_command(row)) for row in family.values()][:200]
-        if rows != self._written:
-            self._write_pidfile(rows)
-        return family
+        found = self._family.look() or {}
+        record = {"pid": self._family.group, "mark": self._family.mark, "processes": [
+            (row.pid, row.start, read_command(row)) for row in found.values()][:200]}
+        if record != self._written:
+            self._written = record
+            try:
+                make_private_folder(os.path.dirname(self._pidfile))
+                write_atomic(self._pidfile, json.dumps(record) + "\n")
+            except (OSError, UsageError) as error:
+                self._log("warning", "child", name=self.spec.name, what=f"no pidfile: {error}")
+        return found
 
-    def _look(self) -> Optional[Table]:
-        """Its processes.  Those once seen are known even when they leave group and parent."""
-        self._process.poll()
-        table = self._processes(self._mark)
-        if table is None:
-            return None
-        family = family_of(table, self._known, self._process.pid)
-        self._known.update((pid, row.start) for pid, row in family.items())
-        return family
-
-    def _pump(self, limit_s: float) -> None:
-        """Wait for output, a poke, or the time, half a second at most; read what there is."""
-        poll, process = select.poll(), self._process
-        poll.register(self._wake.fileno(), select.POLLIN)
-        pipe = process.stdout if process is not None and not process.stdout.closed else None
-        if pipe is not None:
-            poll.register(pipe.fileno(), select.POLLIN)
-        ready = [descriptor for descriptor, _ in poll.poll(min(0.5, max(0.0, limit_s)) * 1000)]
-        if self._wake.fileno() in ready:
-            self._wake.wait(0.0)
-        if pipe is not None and pipe.fileno() in ready:
-            data = os.read(pipe.fileno(), 65536)
-            self.output.feed(data)
-            if not data:
-                pipe.close()
-                self._eof_s = now_s()
-        self.output.settle()
-
-    def _linger(self, limit_s: float) -> None:
-        until_s = now_s() + limit_s
-        while now_s() < until_s:
-            self._pump(until_s - now_s())
-
-    def _ask(self, answers: List[Probe]) -> None:
+    def _ask(self) -> Probe:
         try:
-            answers.append(self.spec.probe())
+            return self.spec.probe()
         except Exception as error:  # a defect of the probe is said, and the limits hold
-            answers.append(Probe(False, None, f"probe: {type(error).__name__}: {error}"))
-        self._poke()
+            return Probe(False, None, f"probe: {type(error).__name__}: {error}")
 
     def _await_ready(self) -> str:
-        """"" once it is ready, has ended or shall stop; else which limit it has passed."""
-        spec, due_s, probe = self.spec, 0.0, Probe(False)
-        answers: List[Probe] = []
-        motion = _Motion(min(2.0, spec.stall_limit_s / 4), lambda: read_effort(self._remember()))
+        """"" once it is ready, has ended or shall stop; else which limit it has passed.
+
+        What moves is the probe's progress, the output, or the processor: 1 % of a core.
+        """
+        clock = time.monotonic  # stands still while the machine sleeps
+        spec, began_s = self.spec, clock()
+        moved_s, look_s, seen, effort = began_s, 0.0, None, 0
         while self._process.poll() is None and not self._stopping:
-            # Each question in a thread of its own, that ends with the answer: a probe may block.
-            if now_s() >= due_s and not (self._prober and self._prober.is_alive()):
-                due_s = now_s() + min(0.5, 0.05 + motion.all_s / 10)
-                self._prober = threading.Thread(target=self._ask, args=(answers,), daemon=True,
-                                                name=f"child-{spec.name}-probe")
-                self._prober.start()
-            probe = answers.pop() if answers else probe
+            probe = self._ask()
             if probe.ready and self._process.poll() is None:  # else it was somebody else's answer
                 self._remember()
-                self._ready_s, self._seen_ready = now_s(), True
+                self._served = True
                 self._enter(ChildState.RUNNING, said="")
                 break
             if probe.said != self.snapshot.said:
-                self._enter(ChildState.STARTING, said=probe.said)
-            motion.note((probe.progress, self.output.received_bytes))
+                self._enter(ChildState.STARTING, "debug", said=probe.said)
+            if clock() >= look_s:
+                cpu_s = sum(row.cpu_s for row in self._remember().values())
+                effort = int(cpu_s * 100 / spec.stall_limit_s)
+                look_s = clock() + min(2.0, spec.stall_limit_s / 4)
+            motion = (probe.progress, self.output.received_bytes, effort)
+            if motion != seen:
+                seen, moved_s = motion, clock()
             said = f"; last it was: {probe.said}" if probe.said else ""
-            if motion.quiet_s > spec.stall_limit_s:
+            if clock() - moved_s > spec.stall_limit_s:
                 return f"was not ready, and nothing moved for {spec.stall_limit_s:g} s{said}"
-            if motion.all_s > spec.ready_limit_s:
+            if clock() - began_s > spec.ready_limit_s:
                 return f"was not ready within {spec.ready_limit_s:g} s{said}"
-            self._pump(0.05)
+            _pause(min(0.5, 0.05 + (clock() - began_s) / 10))
         return ""
 
     def _end(self, grace_s: float) -> None:
-        """No process of it is left, or _lives_on says which."""
-        if self._stopping:
-            self._enter(ChildState.STOPPING, said="")
-        process = self._process
-        self._lives_on = end_processes(self._look, grace_s, self._linger, process.pid)
-        if process.poll() is None:
-            _kill(process)
-        until_s = now_s() + 3.0
-        while self._prober and self._prober.is_alive() and now_s() < until_s:
-            self._linger(0.02)
-        process.stdout.close()
-        self.output.close()
+        """No process of it is left, or _lives_on says which; its ports are closed and nothing is
+        held, or _left says what is, after held_s."""
+        self._lives_on = end_processes(self._family, grace_s)
+        if self._process.poll() is None:
+            _kill(self._process)
+        self._reader.join(1.0)
         if not self._lives_on:
             remove_file(self._pidfile)
-
-    def _await_freed(self) -> str:
-        """"" once its ports are closed and nothing is held; else what is not, after held_s."""
-        until_s, stopping = now_s() + self._pace.held_s, self._stopping
-        while self._process is not None:  # else it never had them
-            open_ports = [host_port(*one) for one in self.spec.ports if is_taken(*one)]
-            left = "; ".join([f"{one} is still open" for one in open_ports]
-                             + [text for text in [self.spec.still_held()] if text])
-            if not left or now_s() >= until_s or self._stopping is not stopping:
-                return left
-            self._pump(0.1)
-        return ""
+        self._left, until_s = self._lives_on, now_s() + self._pace.held_s
+        while not self._lives_on:
+            held = [_taken(*port) for port in self.spec.ports] + [self.spec.still_held()]
+            if not any(held) or now_s() >= until_s:
+                self._left = "; ".join(filter(None, held))
+                break
+            _pause(WATCH_S)
 
 
 class Leftover(NamedTuple):
@@ -5665,36 +5511,17 @@ def parse_pidfile(text: str) -> Optional[Leftover]:
     return Leftover(pid if type(pid) is int else 0, mark, known)
 
 
-def leftover_family(table: Table, left: Leftover, seen: Dict[int, str]) -> Table:
-    """What of it lives.  A pid is believed only with its start and its command, or the mark.  seen:
-    {pid: start}, kept from look to look, for not all can be told once the first have ended."""
-    for pid, (start, command) in left.known.items():
-        row = table.get(pid)
-        if row and row.start == start and (row.marked or read_command(row) == command != ""):
-            seen[pid] = start
-    found = family_of(table, seen, 0)
-    if any(left.pid in (row.group, row.session) for row in found.values()):
-        found = family_of(table, seen, left.pid)
-    seen.update((pid, row.start) for pid, row in found.items())
-    return found
-
-
-def _end_leftover(path: str, left: Leftover, log: Log,
-                  processes: Callable[[str], Optional[Table]]) -> int:
-    seen: Dict[int, str] = {}
-
-    def look() -> Optional[Table]:
-        table = processes(left.mark)
-        return None if table is None else leftover_family(table, left, seen)
-
-    pause = lambda wait_s: select.poll().poll(wait_s * 1000)
-    problem = end_processes(look, LEFTOVER_GRACE_S, pause, left.pid)
-    if seen or problem:
-        log("error" if problem else "warning", "leftover", file=os.path.basename(path),
-            what=problem or "ended what a killed agent had left", pids=" ".join(map(str, seen)))
-    if not problem:
-        remove_file(path)
-    return len(seen)
+def leftover_family(left: Leftover, processes: Callable[[str], Optional[Table]]) -> ProcessFamily:
+    """A pid is believed only with its start and its command, or the mark; a group only with one of
+    these in it."""
+    known = {}
+    for pid, row in (processes(left.mark) or {}).items():
+        start, command = left.known.get(pid, ("", ""))
+        if row.marked or row.start == start and read_command(row) == command != "":
+            known[pid] = row
+    group = left.pid if any(row.group == left.pid for row in known.values()) else 0
+    starts = {pid: row.start for pid, row in known.items()}
+    return ProcessFamily(left.mark, group, starts, processes)
 
 
 def end_leftovers(state_dir: str, log: Log,
@@ -5709,7 +5536,15 @@ def end_leftovers(state_dir: str, log: Log,
             log("warning", "leftover", file=name, what="unreadable, removed")
             remove_file(path)
             continue
-        count += _end_leftover(path, left, log, processes)
+        family = leftover_family(left, processes)
+        problem = end_processes(family, LEFTOVER_GRACE_S)
+        if problem or family.known:
+            log("error" if problem else "warning", "leftover", file=name,
+                what=problem or "ended what a killed agent had left",
+                pids=" ".join(map(str, family.known)))
+        if not problem:
+            remove_file(path)
+        count += len(family.known)
     return count
 
 

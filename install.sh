@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=23b1bf36e7e6192b75bba146be116972926df3c9d795e00aa72d6c2696a12624
+  sha256=cd1bc514fea02dea97cd9f025d218b5f522a52f83b6334f9c824beb0852c5ee2
 }
 
 usage() {

@@ -1,4 +1,5 @@
 """Child processes: real programs, well-behaved and not; psutil says what is left of them."""
+import io
 import json
 import os
 import signal
@@ -101,6 +102,11 @@ def free_port():
         return one.getsockname()[1]
 
 
+def is_open(host, port):
+    with socket.socket() as one:
+        return one.connect_ex((host, port)) == 0
+
+
 def gone(pid):
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -123,7 +129,7 @@ def test_a_child_runs_in_a_session_of_its_own_and_nothing_is_left_when_it_is_sto
     assert child.stop() == ""
     assert gone(pid) and make.pidfiles() == []
     assert child.snapshot.state is ChildState.STOPPED and child.snapshot.pid is None
-    assert (child.snapshot.starts, child.snapshot.exits) == (1, 0)
+    assert child.snapshot.starts == 1
 
 
 def test_it_is_starting_until_its_probe_says_that_it_is_ready(make):
@@ -141,9 +147,9 @@ def test_the_environment_has_none_of_our_secrets_and_no_notify_socket(make, monk
     for name in ("BETA9_TOKEN", "B9AGENT_GATEWAY_PROXY", "NOTIFY_SOCKET", "WATCHDOG_USEC"):
         monkeypatch.setenv(name, "sesame-open")
     child = make.running("import os, signal\nfor pair in os.environ.items(): print(*pair)\n"
-                         "print('in', os.getcwd())\nsignal.pause()", cwd=make.state_dir,
+                         "print('that is all')\nsignal.pause()",
                          environment={"TAG": make.tag, "ENGINE_HOST": "127.0.0.1"})
-    make.said(child, "in " + make.state_dir)
+    make.said(child, "that is all")
     said = dict(line.partition(" ")[::2] for line in child.tail(200))
     assert "sesame-open" not in said.values() and said["ENGINE_HOST"] == "127.0.0.1"
     assert len(said["B9AGENT_CHILD"]) == 32 and said["PATH"] == os.environ["PATH"]
@@ -181,8 +187,7 @@ def test_while_it_is_being_stopped_it_cannot_be_started(make):
 
 
 def test_a_hundred_lives_leak_no_descriptor_and_no_thread(make):
-    child = make("print('up')", pace=SOON._replace(exits=1000, first_s=1e-6))
-    child.start()
+    child = make.running("print('up')", pace=SOON._replace(exits=1000, most_s=1e-6))
     counts = lambda: (len(os.listdir("/dev/fd")), threading.active_count())
     wait_until(lambda: child.snapshot.starts > 5, "a few lives")
     child.stop()
@@ -194,20 +199,13 @@ def test_a_hundred_lives_leak_no_descriptor_and_no_thread(make):
     assert len(os.listdir(os.path.join(make.state_dir, "logs"))) == 5
 
 
-def test_who_listens_is_told_of_every_change_and_cannot_harm_the_child(make):
-    states, child = [], None
-
-    def listen():
-        states.append(child.snapshot.state.value)
-        raise ValueError("somebody else's defect")
-
-    child = make(LIVE_ON, on_change=listen)
+def test_who_listens_is_told_of_every_change(make):
+    states = []
+    child = make(LIVE_ON, on_change=lambda: states.append(child.snapshot.state.value))
     child.start()
     child.wait((ChildState.RUNNING,), 40)
     assert child.stop() == ""
     assert list(dict.fromkeys(states)) == ["starting", "running", "stopping", "stopped"]
-    assert "somebody else's defect" in str(make.log.of("error"))
-    make.log[:] = []
 
 
 # -- ends that nobody asked for ------------------------------------------------
@@ -217,24 +215,16 @@ def test_one_that_is_killed_is_started_again_and_the_signal_is_named(make):
     pid = child.snapshot.pid
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: child.snapshot.pid not in (None, pid), "another process")
-    assert child.wait((ChildState.RUNNING,), 40).exits == 1
+    assert child.wait((ChildState.RUNNING,), 40).starts == 2
     message = next(fields["what"] for fields in make.log.of("warning") if fields["state"] == "backoff")
     assert "ended with signal SIGKILL" in message and "memory" in message
-
-
-def test_the_kernel_out_of_memory_is_said(make, monkeypatch):
-    counts = [8, 7]
-    monkeypatch.setattr(b9agent, "read_oom_kills", lambda: counts.pop())
-    child = make.running(LIVE_ON, pace=LONG_WAIT)
-    os.kill(child.snapshot.pid, signal.SIGKILL)
-    assert "the kernel ran out of memory" in backed_off(child)
 
 
 def test_five_exits_in_two_minutes_end_in_an_error_with_the_last_twenty_lines(make):
     child = make("for n in range(30): print('line', n)\nraise SystemExit(7)")
     child.start()
     ended = child.wait(ENDED, 60)
-    assert ended.state is ChildState.ERROR and (ended.starts, ended.exits) == (5, 5)
+    assert ended.state is ChildState.ERROR and ended.starts == 5
     said = ended.message.splitlines()
     assert said[0] == "engine ended with exit code 7, as 4 times before"
     assert said[1:] == ["line %d" % n for n in range(10, 30)]
@@ -244,7 +234,7 @@ def test_five_exits_in_two_minutes_end_in_an_error_with_the_last_twenty_lines(ma
 def test_exits_that_lie_far_apart_are_no_crash_loop(make):
     child = make("pass", pace=SOON._replace(window_s=0.0))
     child.start()
-    wait_until(lambda: child.snapshot.exits > 6, "more exits than a crash loop has")
+    wait_until(lambda: child.snapshot.starts > 7, "more exits than a crash loop has")
 
 
 def test_the_wait_doubles_and_has_full_jitter():
@@ -255,21 +245,20 @@ def test_the_wait_doubles_and_has_full_jitter():
 
 @pytest.mark.parametrize("code, words", [
     (0, "exit code 0"), (3, "exit code 3"), (-9, "signal SIGKILL"), (-40, "signal 40"),
-    (137, "exit code 137, as after signal SIGKILL"), (255, "exit code 255")])
+    (137, "exit code 137")])
 def test_how_it_ended_in_words(code, words):
     assert b9agent.exit_words(code) == words
 
 
-@pytest.mark.parametrize("argv, cwd", [
-    (["/nowhere/ollama", "serve"], None), (["no-such-program-anywhere"], None), (["/dev/null"], None),
-    ([sys.executable, "-c", "pass"], "/nowhere"), (["a\0b"], None)])
-def test_a_program_that_cannot_be_started_is_tried_once(make, argv, cwd):
-    child = make("", argv=argv, cwd=cwd)
+@pytest.mark.parametrize("argv", [
+    ["/nowhere/ollama", "serve"], ["no-such-program-anywhere"], ["/dev/null"], ["a\0b"]])
+def test_a_program_that_cannot_be_started_is_tried_once(make, argv):
+    child = make("", argv=argv)
     child.start()
     ended = child.wait(ENDED, 40)
     assert ended.state is ChildState.ERROR and ended.starts == 1
     assert "engine cannot be started: " in ended.message
-    assert (cwd or argv[0]) in ended.message and make.pidfiles() == []
+    assert argv[0] in ended.message and make.pidfiles() == []
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_started(make):
@@ -280,24 +269,10 @@ def test_a_port_that_is_taken_is_said_before_anything_is_started(make):
         child = make(LIVE_ON, ports=(("127.0.0.1", port),))
         child.start()
         ended = child.wait(ENDED, 40)
-    assert ended.state is ChildState.ERROR and (ended.starts, ended.exits) == (1, 0)
+    assert ended.state is ChildState.ERROR and ended.starts == 1
     assert "127.0.0.1:%d is taken" % port in ended.message and child.tail() == []
     child.start()
     assert child.wait((ChildState.RUNNING,), 40).state is ChildState.RUNNING
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1"])
-def test_a_port_is_taken_while_somebody_listens(host):
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as other:
-        try:
-            other.bind((host, 0))
-        except OSError:
-            pytest.skip("no such address here")
-        other.listen(1)
-        port = other.getsockname()[1]
-        assert b9agent.is_taken(host, port)
-    assert not b9agent.is_taken(host, port)
 
 
 def test_one_that_has_died_does_not_count_as_running_while_its_memory_comes_back(make):
@@ -316,8 +291,8 @@ MOVES = {
     "progress": LIVE_ON,
     "output": "import time\nwhile True: print('.', end=''); time.sleep(0.05)",
     "cpu": BUSY,
-    "cpu of a grandchild": "import os, signal\nif os.fork() == 0:\n os.setsid()\n exec(%r)\nsignal.pause()" % BUSY,
-    "io": "import time\nwhile True: open('/dev/zero', 'rb', 0).read(1 << 21); time.sleep(0.1)"}
+    "cpu of a grandchild": "import os, signal\nif os.fork() == 0:\n os.setsid()\n exec(%r)\nsignal.pause()" % BUSY}
+
 
 
 @pytest.mark.parametrize("what", sorted(MOVES))
@@ -341,16 +316,6 @@ def test_one_that_does_not_get_ready_is_ended_and_said(make, limits, words):
     assert ended.state is ChildState.ERROR and ended.starts == 1
     assert words + "; last it was: loading\nup" in ended.message
     assert of_tag(make.tag) == {}
-
-
-def test_a_machine_that_slept_is_no_stall(monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(b9agent, "now_s", lambda: clock[0])
-    motion = b9agent._Motion(1e9, lambda: (0.0, 0))
-    for step_s in (0.0, 0.5, 8 * 3600.0, 0.25):
-        clock[0] += step_s
-        motion.note("still")
-    assert motion.quiet_s == motion.all_s == 1.75
 
 
 def test_one_that_was_ready_before_is_tried_again(make):
@@ -385,20 +350,6 @@ def test_who_answers_for_a_dead_child_is_not_believed(make):
 
 
 # -- stop ------------------------------------------------------------------------
-
-def test_stop_does_not_wait_for_a_probe_that_blocks(make):
-    asked, answer = threading.Event(), threading.Event()
-    child = make(LIVE_ON, probe=lambda: (asked.set(), answer.wait(20), Probe(False))[-1])
-    child.start()
-    assert asked.wait(40)
-    pid = child.snapshot.pid
-    stopping = threading.Thread(target=child.stop)
-    stopping.start()
-    wait_until(lambda: gone(pid), "the end of the process")
-    assert not answer.is_set()
-    answer.set()
-    stopping.join()
-
 
 def test_stop_ends_a_wait_for_the_next_start_at_once(make):
     child = make("raise SystemExit(1)", pace=LONG_WAIT)
@@ -509,11 +460,11 @@ while True: signal.pause()"""
 
 def test_its_port_is_closed_when_it_is_stopped_and_can_be_had_again_at_once(make):
     port = free_port()
-    listens = lambda: Probe(b9agent.is_taken("127.0.0.1", port))
+    listens = lambda: Probe(is_open("127.0.0.1", port))
     child = make.running(LISTEN % port, ports=(("127.0.0.1", port),), probe=listens)
     with socket.create_connection(("127.0.0.1", port)):
         assert child.stop() == ""
-    assert not b9agent.is_taken("127.0.0.1", port)
+    assert not is_open("127.0.0.1", port)
     child.start()
     assert child.wait((ChildState.RUNNING,) + ENDED, 40).state is ChildState.RUNNING
 
@@ -526,7 +477,8 @@ def test_what_is_not_given_back_is_reported(make):
         other.bind(("127.0.0.1", port))
         other.listen(1)
         left = child.stop()
-    assert left == "127.0.0.1:%d is still open; 3.1 GiB of GPU memory" % port
+    assert left == "127.0.0.1:%d is taken by %s; 3.1 GiB of GPU memory" % (
+        port, b9agent.process_name(os.getpid()))
     assert child.snapshot.state is ChildState.STOPPED and child.snapshot.message == left
 
 
@@ -539,7 +491,7 @@ def test_gpu_memory_gets_the_time_it_needs(make):
 def test_what_cannot_be_ended_is_an_error_and_its_pidfile_stays(make, monkeypatch):
     """A process stuck in a driver: here, one that the table of processes shows for ever."""
     monkeypatch.setattr(b9agent, "KILL_LIMIT_S", 0.3)
-    ghost = b9agent.ProcessRow(1 << 30, 1, 0, 0, False, 0.0, "1", "stuck", "stuck", True)
+    ghost = b9agent.ProcessRow(1 << 30, 1, 0, False, 0.0, "1", "stuck", "stuck", True)
     child = make.running(LIVE_ON, stop_grace_s=0.1, processes=lambda mark: {ghost.pid: ghost})
     assert child.stop() == "lives on: stuck, pid %d" % ghost.pid
     assert child.snapshot.state is ChildState.ERROR and make.pidfiles() == ["engine.json"]
@@ -570,7 +522,7 @@ def test_output_goes_into_a_log_file_of_its_own_for_each_start(make):
         with open(path) as handle:
             assert handle.read() == "out %s\nerr\n" % pid
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert len([line for line in child.tail(200) if line == "err"]) == 7
+    assert child.tail(200)[1:] == ["err"]
 
 
 def test_a_child_never_waits_on_a_full_pipe_even_while_a_probe_blocks(make, tmp_path):
@@ -584,16 +536,15 @@ def test_a_child_never_waits_on_a_full_pipe_even_while_a_probe_blocks(make, tmp_
     assert child.wait((ChildState.RUNNING,), 40).state is ChildState.RUNNING
 
 
-def test_a_flood_is_thinned_and_its_last_lines_are_kept(make):
-    child = make("import os\nfor n in range(1600): os.write(1, (b'%06d' % n + b'x' * 57 + b'\\n') * 1024)\n"
+def test_a_flood_ends_the_log_file_and_its_last_lines_are_kept(make):
+    child = make("import os\nfor n in range(800): os.write(1, (b'%06d' % n + b'x' * 57 + b'\\n') * 1024)\n"
                  "print('the last line')\nraise SystemExit(3)", pace=LONG_WAIT)
     child.start()
     assert backed_off(child)
-    assert child.output.received_bytes == 1600 * 65536 + 14
-    assert child.tail(1) == ["the last line"] and child.tail(3)[0].startswith("001599x")
-    assert os.path.getsize(child.snapshot.log_path) < 32 << 20
+    assert child.tail(1) == ["the last line"] and child.tail(3)[0].startswith("000799x")
+    assert os.path.getsize(child.snapshot.log_path) < 17 << 20
     with open(child.snapshot.log_path) as handle:
-        assert "bytes left out" in handle.read()
+        assert handle.read().endswith("has reached its limit]\n")
 
 
 def test_a_line_of_a_hundred_megabytes_costs_no_memory(make):
@@ -611,7 +562,7 @@ def output(tmp_path):
     made = b9agent.Output(str(tmp_path / "logs"), "engine", Lines())
     made.open(4711)
     yield made
-    made.close()
+    made._close()
 
 
 def log_text(output):
@@ -625,19 +576,17 @@ def log_text(output):
 
 def test_lines_end_with_newline_or_carriage_return_and_the_last_with_neither(output):
     output.feed(b"one\ntwo\r\n\n 10%\r 20%\rhal")
-    assert output.since(0) == (4, ["one", "two", " 10%", " 20%"])
-    output.feed(b"f a line")
-    output.close()
-    assert output.since(4) == (5, ["half a line"]) and output.since(5) == (5, [])
-    assert output.since(10**9) == (5, []) and output.since(-1)[1][0] == "one"
+    assert output.lines == ("one", "two", " 10%", " 20%")
+    output.read(io.BytesIO(b"f a line"))
+    assert output.lines[4:] == ("half a line",) and "half a line\n" in log_text(output)
 
 
 def test_binary_output_is_made_printable(output):
     output.feed(bytes(range(256)) + b"\n\x1b[31mred\x1b[0m\ttab\n")
-    for line in output.since(0)[1]:
+    for line in output.lines:
         assert b9agent.printable(line) == line
-    assert output.since(0)[1][-1].startswith("\\x1b[31mred\\x1b[0m ")
-    assert output.since(0)[1][-1].endswith(" tab")
+    assert output.lines[-1].startswith("\\x1b[31mred\\x1b[0m ")
+    assert output.lines[-1].endswith(" tab")
 
 
 def test_secrets_are_scrubbed_even_where_output_comes_in_pieces(output, monkeypatch):
@@ -651,8 +600,7 @@ def test_secrets_are_scrubbed_even_where_output_comes_in_pieces(output, monkeypa
         output.feed(data[size:])
     for place in range(b9agent.LINE_BYTES - 50, b9agent.LINE_BYTES + 5):
         output.feed(b"y" * place + secret.encode() + b"\n")
-    output.close()
-    assert secret[:9] not in log_text(output) + "".join(output.since(0)[1])
+    assert secret[:9] not in log_text(output) + "".join(output.lines)
     assert "key=…kkkk." in log_text(output)
 
 
@@ -662,7 +610,7 @@ def test_the_log_file_is_bounded_and_says_so(output, monkeypatch):
         output.feed(b"line %d of many\n" % n)
     text = log_text(output)
     assert len(text) < 10100 and text.endswith("the file has reached its limit]\n")
-    assert output.since(0)[1][-1] == "line 999 of many"
+    assert output.lines[-1] == "line 999 of many"
 
 
 @linux
@@ -671,7 +619,7 @@ def test_a_full_disk_costs_the_log_file_and_one_warning(output):
     output._file = open("/dev/full", "wb", buffering=0)
     output.feed(b"one\n")
     output.feed(b"two\n")
-    assert output.since(0) == (2, ["one", "two"])
+    assert output.lines == ("one", "two")
     assert len(output._log) == 1 and "No space left" in str(output._log[0])
 
 
@@ -689,7 +637,7 @@ def test_one_that_closes_its_output_lives_on_and_its_end_is_seen(make):
     child = make.running("import os, signal\nprint('closing')\nos.close(1); os.close(2)\nsignal.pause()",
                          pace=LONG_WAIT)
     make.said(child, "closing")
-    wait_until(lambda: child._eof_s, "the end of the output")
+    wait_until(lambda: not child._reader.is_alive(), "the end of the output")
     assert child.wait((ChildState.BACKOFF,), 1.2).state is ChildState.RUNNING
     os.kill(child.snapshot.pid, signal.SIGTERM)
     assert "SIGTERM" in backed_off(child)
@@ -844,10 +792,10 @@ def test_any_pidfile_with_a_mark_is_read_without_an_exception(pid, processes):
 @linux
 def test_the_table_is_what_psutil_sees(make):
     child = make.running(LIVE_ON)
-    mark = child._mark
+    mark = child._family.mark
     row, process = b9agent.read_processes(mark)[child.snapshot.pid], psutil.Process(child.snapshot.pid)
     assert row.marked and not row.zombie and row.parent == os.getpid() == process.ppid()
-    assert row.group == row.session == row.pid and row.name == process.name()
+    assert row.group == row.pid and row.name == process.name()
     assert b9agent.read_command(row) == " ".join(process.cmdline())[:499].strip()
     assert abs(row.cpu_s - sum(process.cpu_times()[:4])) < 0.5
     assert not b9agent.read_processes(mark[:-1])[row.pid].marked
@@ -855,7 +803,7 @@ def test_the_table_is_what_psutil_sees(make):
 
 def test_a_row_of_proc_with_a_name_that_lies():
     text = "7 (a) Z 1 (b) S 1 7 6 0 0 0 0 0 0 0 3 4 5 8 0 0 1 0 4711 0"
-    assert b9agent.parse_proc_stat(text) == (7, 1, 7, 6, False, 0.2, "4711", "a) Z 1 (b", "", False)
+    assert b9agent.parse_proc_stat(text) == (7, 1, 6, False, 20 / os.sysconf("SC_CLK_TCK"), "4711", "a) Z 1 (b", "", False)
 
 
 @given(strategies.text())
