@@ -814,12 +814,16 @@ class HttpStream:
                 raise HttpFailure("too_large", f"an answer of more than {max_bytes} bytes")
         return bytes(body)
 
-    def close(self) -> None:
-        """From any thread: who reads it now gets a HttpFailure."""
+    def cut(self) -> None:
+        """From any thread: who reads it now gets a HttpFailure.  The descriptor stays until
+        close(): its number could be another's before the reader has looked up."""
         try:
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
         except OSError:
-            pass  # the peer was faster
+            pass  # the peer was faster, or it is closed
+
+    def close(self) -> None:
+        """By the one who reads it."""
         self._sock.close()
 
     def __enter__(self) -> "HttpStream":
@@ -918,19 +922,105 @@ _YAML_REFUSED = {
 _YAML_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", '"': '"', "\\": "\\", "/": "/",
                  "a": "\a", "b": "\b", "e": "\x1b", "f": "\f", "v": "\v", " ": " "}
 _YAML_MAX_DEPTH = 8
-_YAML_FLOW_PLAIN = r"""[^][{},:#?\\"'-][^][{},:#?\\"']*"""
+_YAML_QUOTED = {"'": r"'(?:[^']|'')*'(?!')", '"': r'"(?:[^"\\]|\\.)*"'}
+_YAML_NAME = r"[\w.](?:[\w. /-]*[\w./-])?"
 _YAML_PLAIN = (r"(?:[^][{},#:-]|[:-](?=[^ ]))"                        # the first character
                r"(?:[^ :#]|(?<! )#|:(?=[^ ])| +(?=[^ #]))*")       # ` #` and `: ` end it
+_YAML_FLOW_PLAIN = r"""[^][{},:#?\\"'-][^][{},:#?\\"']*"""  # what no reader takes otherwise
 
 
-class _YamlLine(NamedTuple):
-    number: int
-    indent: int
-    text: str
+class _YamlLine:
+    """A line that says something, without the blanks around it, and how far it is read."""
 
-    @property
-    def is_item(self) -> bool:
-        return self.text == "-" or self.text.startswith("- ")
+    def __init__(self, number: int, indent: int, text: str) -> None:
+        self.number = number
+        self.indent = indent
+        self.text = text
+        self.is_item = text == "-" or text.startswith("- ")
+        self._at = 0
+
+    def error(self, what: str, expected: str) -> YamlError:
+        return YamlError(self.number, what, expected)
+
+    def take(self, pattern: str) -> Optional[str]:
+        """What matches here, and is read then; None where it does not."""
+        match = re.compile(pattern).match(self.text, self._at)
+        if match is None:
+            return None
+        self._at = match.end()
+        return match.group()
+
+    def next_char(self) -> str:
+        return self.text[self._at:self._at + 1]
+
+    def name(self) -> str:
+        """A name with its colon and what blanks follow."""
+        rest = self.text[self._at:]
+        name = self._scalar(_YAML_NAME, "`name: value`")
+        if name is None or len(name) > 512 or self.take(" *:( +|$)") is None:
+            # The line may hold a secret: what does not look like a setting's name is not shown.
+            shown = rest.split(":", 1)[0]
+            shown = f"`{shown}`" if re.fullmatch("[a-z][a-z_.]{0,24}", shown) else "this line"
+            raise self.error(f"{shown} is no name with a value",
+                             "`name: value`, with a blank after the colon")
+        return name
+
+    def value(self, depth: int, closing: str = "") -> Node:
+        """A scalar, [a, b] or {a: b}.  closing: the bracket that ends what it stands in."""
+        char = self.next_char()
+        if char and char in "[{":
+            return self._flow({"[": "]", "{": "}"}[char], depth)
+        text = self._scalar(_YAML_FLOW_PLAIN if closing else _YAML_PLAIN, "a plain or quoted value")
+        if text is None:
+            raise self.error(f"a value that begins with `{char}`" if char else "no value",
+                             "a plain value, or quotes around it")
+        return Node(text, self.number, char not in _YAML_QUOTED)
+
+    def refuse_depth(self, depth: int) -> None:
+        if depth > _YAML_MAX_DEPTH:
+            raise self.error("too many levels", f"at most {_YAML_MAX_DEPTH}")
+
+    def _flow(self, closing: str, depth: int) -> Node:
+        """A list is read as a mapping whose names are numbers."""
+        self.refuse_depth(depth)
+        found: Dict[Any, Node] = {}
+        self.take(r"[\[{] *")
+        while self.take(closing) is None:
+            if not self.next_char():
+                raise self.error("a list or mapping that does not end on its line", f"`{closing}`")
+            name = self.name() if closing == "}" else len(found)
+            if name in found:
+                raise self.error(f"`{printable(name)}` is given twice", "each name once")
+            found[name] = self.value(depth + 1, closing)
+            self.take(" *")
+            if self.take(f", *|(?={closing})|$") is None:
+                raise self.error(f"`{self.next_char()}` after a value",
+                                 f"`,` or `{closing}`, or quotes around the value")
+        return Node(found if closing == "}" else list(found.values()), self.number)
+
+    def _scalar(self, plain: str, expected: str) -> Optional[str]:
+        """A quoted text, or what the pattern matches; None where it does not."""
+        mark = self.next_char()
+        if mark in _YAML_REFUSED:
+            raise self.error(f"{_YAML_REFUSED[mark]} is not supported", expected)
+        if mark not in _YAML_QUOTED:
+            text = self.take(plain)
+            return text and text.rstrip(" ")
+        text = self.take(_YAML_QUOTED[mark])
+        if text is None:
+            raise self.error(f"a text that begins with {mark} has no end",
+                             f"a second {mark} on the same line")
+        if mark == "'":
+            return text[1:-1].replace("''", "'")
+        return re.sub(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", self._unescape,
+                      text[1:-1])
+
+    def _unescape(self, match: Any) -> str:
+        escape = match.group(1)
+        code = int(escape[1:], 16) if len(escape) > 1 else ord(_YAML_ESCAPES.get(escape, "\ud800"))
+        if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+            raise self.error(f"the escape \\{escape[0]}", 'one of \\n \\t \\" \\\\ \\xNN \\uNNNN')
+        return chr(code)
 
 
 def _yaml_check_characters(raw: str, number: int) -> None:
@@ -963,220 +1053,47 @@ def _yaml_lines(text: str) -> List[_YamlLine]:
     return found
 
 
-def _shorten(text: str) -> str:
-    """A line for an error message: its name, or nothing of it, since it may be a secret."""
-    name = text.split(":", 1)[0]
-    return f"`{name}`" if re.fullmatch("[a-z][a-z_. ]{0,24}", name) else "this line"
-
-
-class _YamlScanner:
-    """What can stand on one line: a scalar, [a, b] or {a: b}."""
-
-    def __init__(self, text: str, line: int) -> None:
-        self.text = text
-        self.at = 0
-        self.line = line
-
-    def value(self, depth: int, in_flow: bool) -> Node:
-        if depth > _YAML_MAX_DEPTH:
-            raise YamlError(self.line, "too many levels", f"at most {_YAML_MAX_DEPTH}")
-        self._skip_blanks()
-        char = self.text[self.at:self.at + 1]
-        if char in ("'", '"') and char:
-            return Node(self.quoted(), self.line)
-        if char == "[":
-            return Node([node for _, node in self._items("]", depth)], self.line)
-        if char == "{":
-            return Node(self._flow_mapping(depth), self.line)
-        return Node(self._plain(in_flow), self.line, True)
-
-    def expect_end(self) -> None:
-        rest = self.text[self.at:]
-        if rest.strip(" ") and not re.match(r" +#", rest):
-            raise YamlError(self.line, "something after the end of the value",
-                            "quotes around it all, a comment, or the end of the line")
-
-    def _skip_blanks(self) -> None:
-        while self.text[self.at:self.at + 1] == " ":
-            self.at += 1
-
-    def quoted(self) -> str:
-        mark, taken = self.text[self.at], []
-        self.at += 1
-        while self.at < len(self.text):
-            char = self.text[self.at]
-            self.at += 1
-            if char == mark and mark == "'" and self.text[self.at:self.at + 1] == "'":
-                self.at += 1
-            elif char == mark:
-                return "".join(taken)
-            elif char == "\\" and mark == '"':
-                char = self._escape()
-            taken.append(char)
-        raise YamlError(self.line, f"a text that begins with {mark} has no end",
-                        f"a second {mark} on the same line")
-
-    def _escape(self) -> str:
-        char = self.text[self.at:self.at + 1]
-        self.at += 1
-        if char in _YAML_ESCAPES and char:
-            return _YAML_ESCAPES[char]
-        match = re.compile(r"[0-9a-fA-F]{%d}" % {"x": 2, "u": 4, "U": 8}.get(char, 99)).match(
-            self.text, self.at)
-        code = int(match.group(), 16) if match else -1
-        if not match or code > 0x10FFFF or 0xD800 <= code < 0xE000:
-            raise YamlError(self.line, f"the escape \\{char}",
-                            'one of \\n \\t \\" \\\\ \\xNN \\uNNNN')
-        self.at = match.end()
-        return chr(code)
-
-    def _plain(self, in_flow: bool) -> str:
-        """Unquoted text.  Between brackets it is held to what no reader takes otherwise."""
-        rest = self.text[self.at:]
-        if rest[:1] in _YAML_REFUSED:
-            raise YamlError(self.line, f"{_YAML_REFUSED[rest[0]]} is not supported",
-                            "a plain or quoted value")
-        match = re.match(_YAML_FLOW_PLAIN if in_flow else _YAML_PLAIN, rest)
-        if not match:
-            raise YamlError(self.line, f"a value that begins with `{rest[:1]}`" if rest else
-                            "no value", "a plain value, or quotes around it")
-        self.at += match.end()
-        return match.group().rstrip(" ")
-
-    def _items(self, closing: str, depth: int) -> Iterator[Tuple[str, Node]]:
-        """(name, value) of each item up to the bracket that closes; the name is "" in a list."""
-        self.at += 1
-        self._skip_blanks()
-        while self.text[self.at:self.at + 1] != closing:
-            self._refuse_end(closing)
-            name = self._flow_name() if closing == "}" else ""
-            yield name, self.value(depth + 1, in_flow=True)
-            self._skip_blanks()
-            self._refuse_end(closing)
-            after = self.text[self.at]
-            if after not in (",", closing):
-                raise YamlError(self.line, f"`{after}` after a value",
-                                f"`,` or `{closing}`, or quotes around the value")
-            self.at += after == ","
-            self._skip_blanks()
-        self.at += 1
-
-    def _refuse_end(self, closing: str) -> None:
-        if self.at >= len(self.text):
-            raise YamlError(self.line, "a list or mapping that does not end on its line",
-                            f"`{closing}`")
-
-    def _flow_name(self) -> str:
-        quoted = self.text[self.at:self.at + 1] in ("'", '"')
-        name = self.quoted() if quoted else self._plain(in_flow=True)
-        self._skip_blanks()
-        if not name or self.text[self.at:self.at + 2] != ": ":
-            raise YamlError(self.line, "an item without a name", "{name: value}, with a blank "
-                            "after the colon")
-        self.at += 2
-        return name
-
-    def _flow_mapping(self, depth: int) -> Dict[str, Node]:
-        names: Dict[str, Node] = {}
-        for name, node in self._items("}", depth):
-            if name in names:
-                raise YamlError(self.line, f"`{printable(name)}` is given twice", "each name once")
-            names[name] = node
-        return names
-
-
-def _yaml_name(line: _YamlLine) -> Tuple[str, str]:
-    """(name, what follows its colon)."""
-    if line.text[0] in "\"'":
-        scanner = _YamlScanner(line.text, line.number)
-        name, rest = scanner.quoted(), line.text[scanner.at:].lstrip(" ")
-        match = re.fullmatch(r":(?: +(.*))?", rest)
-    else:
-        if line.text[0] in _YAML_REFUSED:
-            raise YamlError(line.number, f"{_YAML_REFUSED[line.text[0]]} is not supported",
-                            "`name: value`")
-        match = re.fullmatch(r"([\w.](?:[\w. /-]*[\w./-])?) *:(?: +(.*))?", line.text)
-        name = match.group(1) if match else ""
-    if not match or len(name) > 512:
-        raise YamlError(line.number, f"{_shorten(line.text)} is no name with a value",
-                        "`name: value`, with a blank after the colon")
-    return name, (match.groups()[-1] or "").strip(" ")
-
-
-class _YamlBlocks:
-    """Mappings and lists by their indentation: a cursor over the lines that say something."""
-
-    def __init__(self, text: str) -> None:
-        self._lines = _yaml_lines(text)
-        self._at = 0
-
-    def document(self) -> Node:
-        if not self._lines:
-            return Node({}, 1)
-        node = self._block(0)
-        if self._at < len(self._lines):
-            raise YamlError(self._lines[self._at].number, "this line is indented less than the "
-                            "first", "the same indentation for all names of one level")
-        if not isinstance(node.value, dict):
-            raise YamlError(node.line, "this is not a mapping", "lines of the form `name: value`")
-        return node
-
-    def _block(self, depth: int) -> Node:
-        line = self._lines[self._at]
-        if depth > _YAML_MAX_DEPTH:
-            raise YamlError(line.number, "too many levels", f"at most {_YAML_MAX_DEPTH}")
-        return self._list(line, depth) if line.is_item else self._mapping(line, depth)
-
-    def _next_of(self, indent: int) -> Optional[_YamlLine]:
-        """The next line of a block with this indentation; None where the block ends."""
-        line = self._lines[self._at] if self._at < len(self._lines) else None
-        if line and line.indent > indent:
-            raise YamlError(line.number, "this line is indented more than the one it follows",
-                            f"{indent} spaces before it, or a value on the line above")
-        return line if line and line.indent == indent else None
-
-    def _mapping(self, first: _YamlLine, depth: int) -> Node:
-        names: Dict[str, Node] = {}
-        line: Optional[_YamlLine] = first
-        while line and not (line.is_item and names):
-            name, rest = _yaml_name(line)
-            if name in names:
-                raise YamlError(line.number, f"`{name}` is given twice, first in line "
-                                f"{names[name].line}", "each name once")
-            names[name] = self._value(line, rest, depth)._replace(line=line.number)
-            line = self._next_of(first.indent)
-        return Node(names, first.number)
-
-    def _list(self, first: _YamlLine, depth: int) -> Node:
-        items = []
-        line: Optional[_YamlLine] = first
-        while line and line.is_item:
-            rest = line.text[1:].strip(" ")
-            if re.match(r"(-( |$)|[\w.]+:( |$))", rest):
-                raise YamlError(line.number, "a mapping or a list right after a dash",
-                                "a plain value, or the block on lines of its own")
-            items.append(self._value(line, rest, depth))
-            line = self._next_of(first.indent)
-        return Node(items, first.number)
-
-    def _value(self, line: _YamlLine, rest: str, depth: int) -> Node:
-        """What begins after a colon or a dash: on this line, or as a block below it."""
-        self._at += 1
-        if rest and not rest.startswith("#"):
-            scanner = _YamlScanner(rest, line.number)
-            node = scanner.value(depth + 1, in_flow=False)
-            scanner.expect_end()
-            return node
-        below = self._lines[self._at] if self._at < len(self._lines) else None
-        if below and (below.indent > line.indent or below.indent == line.indent
-                      and below.is_item and not line.is_item):
-            return self._block(depth + 1)
-        return Node("", line.number, True)
+def _yaml_block(lines: List[_YamlLine], depth: int) -> Node:
+    """The mapping or list that the next line begins.  lines: what is to come, the next one last."""
+    first, found = lines[-1], {}
+    first.refuse_depth(depth)
+    while lines[-1].indent >= first.indent:
+        line = lines[-1]
+        if line.indent > first.indent:
+            raise line.error("this line is indented more than the one it follows",
+                             f"{first.indent} spaces before it, or a value on the line above")
+        if line.is_item != first.is_item:
+            break
+        lines.pop()
+        name: Any = len(found) if line.take("-( +|$)") is not None else line.name()
+        if name in found:
+            raise line.error(f"`{printable(name)}` is given twice, first in line "
+                             f"{found[name].line}", "each name once")
+        node, below = Node("", line.number, True), lines[-1]
+        if line.next_char() not in ("", "#"):
+            node = line.value(depth + 1)
+            if line.take("( +#.*)?$") is None:
+                raise line.error("something after the end of the value",
+                                 "quotes around it all, a comment, or the end of the line")
+        elif below.indent > line.indent or (below.indent == line.indent and below.is_item
+                                            and not line.is_item):
+            node = _yaml_block(lines, depth + 1)
+        found[name] = node._replace(line=line.number)
+    return Node(list(found.values()) if first.is_item else found, first.number)
 
 
 def parse_yaml(text: str) -> Node:
     """The file as one Node, a mapping.  Raises: YamlError with the line."""
-    return _YamlBlocks(text).document()
+    lines = [_YamlLine(0, -1, "")] + _yaml_lines(text)[::-1]
+    if len(lines) == 1:
+        return Node({}, 1)
+    node = _yaml_block(lines, 0)
+    if len(lines) > 1:
+        raise lines[-1].error("this line is indented less than the first",
+                              "the same indentation for all names of one level")
+    if not isinstance(node.value, dict):
+        raise YamlError(node.line, "this is not a mapping", "lines of the form `name: value`")
+    return node
 
 
 def _yaml_scalar(text: str) -> str:
@@ -1193,14 +1110,13 @@ def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
     """A tree of text, lists of text and mappings as a file that parse_yaml reads back."""
     out = []
     for name, value in tree.items():
-        if isinstance(value, dict):
-            out.append(f"{indent}{_yaml_scalar(name)}:\n{render_yaml(value, indent + '  ')}"
-                       if value else f"{indent}{_yaml_scalar(name)}: {{}}\n")
-        elif isinstance(value, list):
-            items = ", ".join(_yaml_scalar(item) for item in value)
-            out.append(f"{indent}{_yaml_scalar(name)}: [{items}]\n")
+        if isinstance(value, list):
+            shown = f" [{', '.join(map(_yaml_scalar, value))}]\n"
+        elif isinstance(value, str):
+            shown = f" {_yaml_scalar(value)}\n"
         else:
-            out.append(f"{indent}{_yaml_scalar(name)}: {_yaml_scalar(value)}\n")
+            shown = f"\n{render_yaml(value, indent + '  ')}" if value else " {}\n"
+        out.append(f"{indent}{_yaml_scalar(name)}:{shown}")
     return "".join(out)
 
 
@@ -1213,8 +1129,8 @@ def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
 
 
 def parse_text(text: str) -> str:
-    if not text or printable(text) != text or text != text.strip():
-        raise ValueError("text without control characters or blanks around it")
+    if not 0 < len(text) <= 200 or printable(text) != text or text != text.strip():
+        raise ValueError("1 to 200 characters, no control characters, no blanks around them")
     return text
 
 
@@ -1228,79 +1144,54 @@ def matching(pattern: str, expected: str,
     return parse
 
 
+def number_within(what: str, lowest: int, highest: int,
+                  kind: Callable[[str], Any] = float) -> Callable[[str], Any]:
+    """A parser for a number without sign or exponent; of kind int also without a point."""
+    pattern = "[0-9]{1,8}" if kind is int else r"[0-9]{1,6}(\.[0-9]{1,3})?"
+
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text) or not lowest <= kind(text) <= highest:
+            raise ValueError(f"{what}, {lowest} to {highest}")
+        return kind(text)
+    return parse
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    return matching("|".join(words), " or ".join(words))
+
+
+ENGINE_NAMES = ("ollama", "vllm", "sglang", "llama-server", "mlx")
 parse_secret = matching("[!-~]+", "one word of printable ASCII characters")
 parse_machine_id = matching("[0-9a-fA-F]{8}", "8 hexadecimal digits, as `machine create` prints "
                             "them", str.lower)
-parse_count = matching("[0-9]{1,3}|10[01][0-9]|102[0-4]", "a whole number, 0 to 1024", int)
+parse_port = number_within("a port", 1, 65535, int)
+parse_listen_port = number_within("a port, or 0 for a free one", 0, 65535, int)
+parse_switch = matching("(?ai)true|yes|on|1|false|no|off|0", "true or false",
+                        lambda text: text.lower() in ("true", "yes", "on", "1"))
+parse_proxy = matching(r"none|http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?",
+                       "http://HOST:PORT of a proxy, or none")
 _GPU_ID = r"\s*((nvidia|amd|intel|apple):)?[0-9]{1,3}\s*"
 parse_gpu_ids = matching(
     f"{_GPU_ID}(,{_GPU_ID})*", "GPU indexes with commas between them, such as 0,1 or amd:0",
     lambda text: tuple(sorted({(word.rpartition(":")[0].strip(), int(word.rpartition(":")[2]))
                                for word in text.split(",")})))
-parse_proxy = matching(r"none|http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?",
-                       "http://HOST:PORT of a proxy, or none")
 
 
 def parse_host(text: str) -> str:
     """A host name, IPv4 or IPv6 address; `[::1]` loses its brackets."""
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if "://" in text or "/" in text:
-        raise ValueError("a host name or an IP address alone, without scheme or path")
-    if bare.count(":") == 1:
-        raise ValueError("a host name or an IP address alone; the port is a setting of its own")
-    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,253}", bare) or bare.startswith("-"):
-        raise ValueError("a host name or an IP address")
+    if bare.count(":") == 1 or not re.fullmatch("[A-Za-z0-9_.:%][A-Za-z0-9_.:%-]{0,252}", bare):
+        raise ValueError("a host name or an IP address alone, without scheme, port or path")
     return bare
-
-
-def parse_port(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
-        raise ValueError("a port, 1 to 65535")
-    return int(text)
-
-
-ENGINE_NAMES = ("ollama", "vllm", "sglang", "llama-server", "mlx")
-
-
-def _whole_within(least: int, most: int, what: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            raise ValueError(f"{what}, {least} to {most}")
-        return int(text)
-    return parse
-
-
-parse_tokens = _whole_within(128, 1 << 24, "a number of tokens")
-parse_parallel = _whole_within(1, 256, "a number of requests")
-
-
-def parse_listen_port(text: str) -> int:
-    return 0 if text == "0" else parse_port(text)
-
-
-def parse_switch(text: str) -> bool:
-    word = text.lower()
-    if word in ("true", "yes", "on", "1"):
-        return True
-    if word in ("false", "no", "off", "0"):
-        return False
-    raise ValueError("true or false")
 
 
 def parse_interval(text: str) -> float:
     """Seconds.  The gateway forgets a machine after 300 s, so one lost keepalive must fit in."""
-    number = text[:-1] if text.endswith("s") else text
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", number) or not 1 <= float(number) <= 150:
-        raise ValueError("seconds, 1 to 150 (the gateway forgets a machine after 300)")
-    return float(number)
+    return number_within("seconds", 1, 150)(text[:-1] if text.endswith("s") else text)
 
 
 def parse_cpu(text: str) -> int:
-    """Millicores, from cores ("8", "0.5") or millicores ("8000m").
-
-    >>> parse_cpu("8"), parse_cpu("0.5"), parse_cpu("1500m")
-    (8000, 500, 1500)
-    """
+    """Millicores, from cores ("8", "0.5") or millicores ("8000m")."""
     match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(m?)", text)
     millicores = 0 if not match else float(match.group(1)) * (1 if match.group(2) else 1000)
     if millicores < 1 or millicores != int(millicores):
@@ -1308,160 +1199,139 @@ def parse_cpu(text: str) -> int:
     return int(millicores)
 
 
-_MEMORY_UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
-
-
 def parse_memory(text: str) -> int:
-    """Bytes, a whole number of KiB.
-
-    >>> parse_memory("16Gi") == 16 << 30, parse_memory("1.5Gi") == 3 << 29
-    (True, True)
-    """
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([KMGT]i)", text)
-    size = int(float(match.group(1)) * _MEMORY_UNITS[match.group(2)]) >> 10 << 10 if match else 0
-    if size < 1 << 20:
+    """Bytes, a whole number of KiB."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([KMGT])i", text)
+    kib = int(float(match.group(1)) * 1024 ** "KMGT".index(match.group(2))) if match else 0
+    if kib < 1024:
         raise ValueError('a size such as "16Gi" or "32768Mi", at least 1Mi')
-    return size
-
-
-def number_within(lowest: float, highest: float, expected: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not (re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text)
-                and lowest <= float(text) <= highest):
-            raise ValueError(expected)
-        return float(text)
-    return parse
-
-
-def parse_label(text: str) -> str:
-    if len(text) > 200:
-        raise ValueError("at most 200 characters")
-    return parse_text(text)
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(" or ".join(words))
-        return text
-    return parse
+    return kib << 10
 
 
 def parse_path(text: str) -> str:
-    if not text or "\0" in text or printable(text) != text:
-        raise ValueError("a path")
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise ValueError("a path; whose home folder this means is not known here")
-    return os.path.abspath(path)
+    if not text or printable(text) != text or os.path.expanduser(text).startswith("~"):
+        raise ValueError("a path; after `~` only a user who is known here")
+    return os.path.abspath(os.path.expanduser(text))
 
 
 class Setting(NamedTuple):
-    """A row.  path: place in the config file, None where a file cannot say it; also: a second
-    name there (the predecessors' flat form).  kind: metavar of the flag, "" for a switch.
+    """A row.  path: place in the config file, None where a file cannot say it; flat: its key names
+    it there as well, as in the predecessors' files.  kind: metavar of the flag, "" for a switch.
     default: as a user would write it, "" for none."""
     key: str
-    flag: str
     variable: str
     path: Optional[str]
-    also: str
     kind: str
     parse: Callable[[str], Any]
-    default: str
-    secret: bool
     help: str
+    default: str = ""
+    flat: bool = False
+    secret: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.key.replace("_", "-")
+
+    @property
+    def also(self) -> str:
+        return self.key if self.flat else ""
 
 
-SETTINGS = tuple(Setting(*row) for row in (
-    ("token", "--token", "BETA9_TOKEN", "machine.token", "token", "TOKEN", parse_secret, "", True,
-     "machine token, from `machine create`; on a command line `ps` shows it to every user"),
-    ("token_file", "--token-file", "B9AGENT_TOKEN_FILE", "machine.token_file", "token_file",
-     "PATH", parse_path, "", False, "file, mode 0600, that holds the machine token"),
-    ("machine_id", "--machine-id", "BETA9_MACHINE_ID", "machine.id", "machine_id", "ID",
-     parse_machine_id, "", False, "8 hex digits; else the kept one, else made once and kept"),
-    ("hostname", "--hostname", "BETA9_HOSTNAME", "machine.hostname", "hostname", "HOST",
-     parse_host, "", False,
-     "what the gateway dials to reach this machine's k3s; default `machine-<machine id>`"),
-    ("provider_name", "--provider-name", "BETA9_PROVIDER_NAME", "machine.provider",
-     "provider_name", "NAME", parse_text, "generic", False, "provider the machine belongs to"),
-    ("pool_name", "--pool-name", "BETA9_POOL_NAME", "pool", "pool_name", "NAME", parse_text,
-     "external", False, "worker pool; it must exist in the gateway's configuration"),
-    ("gateway_host", "--gateway-host", "BETA9_GATEWAY_HOST", "gateway.host", "", "HOST",
-     parse_host, "localhost", False, "gateway's host name or address"),
-    ("gateway_port", "--gateway-port", "BETA9_GATEWAY_PORT", "gateway.port", "", "PORT",
-     parse_port, "1994", False, "gateway's HTTP port"),
-    ("gateway_scheme", "--gateway-scheme", "BETA9_GATEWAY_SCHEME", "gateway.scheme", "",
-     "SCHEME", one_of("http", "https"), "http", False, "http or https"),
-    ("gateway_ca_file", "--gateway-ca-file", "B9AGENT_GATEWAY_CA_FILE", "gateway.ca_file", "",
-     "PATH", parse_path, "", False, "PEM file of the authority that signed an https gateway"),
-    ("gateway_proxy", "--gateway-proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "", "URL",
-     parse_proxy, "", True,
-     "proxy to the gateway, or `none`; default: https goes through the environment's, "
-     "http through none"),
-    ("k3s_token", "--k3s-token", "BETA9_K3S_TOKEN", "k3s.token", "k3s_token", "TOKEN",
-     parse_secret, "", True, "bearer token with which the gateway makes worker jobs on our k3s"),
-    ("keepalive_interval", "--keepalive-interval", "BETA9_KEEPALIVE_INTERVAL",
-     "keepalive_interval", "", "SECONDS", parse_interval, "60", False,
-     "seconds between keepalives, 1 to 150"),
-    ("max_cpu", "--max-cpu", "B9AGENT_MAX_CPU", "limits.cpu", "max_cpu", "CORES", parse_cpu, "",
-     False, "offer at most this much CPU, such as 4 or 3500m"),
-    ("max_memory", "--max-memory", "B9AGENT_MAX_MEMORY", "limits.memory", "max_memory", "SIZE",
-     parse_memory, "", False, "offer at most this much memory, such as 16Gi"),
-    ("max_gpus", "--max-gpus", "B9AGENT_MAX_GPUS", "limits.gpus", "max_gpus", "N", parse_count,
-     "", False, "offer at most this many GPUs"),
-    ("gpu_ids", "--gpu-ids", "B9AGENT_GPU_IDS", "limits.gpu_ids", "gpu_ids", "LIST",
-     parse_gpu_ids, "", False, "offer only the GPUs with these indexes, such as 0,1, or amd:0 for "
-     "one of another vendor than the first"),
-    ("grid_intensity", "--grid-intensity", "B9AGENT_GRID_INTENSITY", "energy.grid_intensity", "",
-     "GRAMS", number_within(0, 2000, "grams of CO2e per kWh, 0 to 2000"), "", False,
-     "grams of CO2e per kWh of the grid here; without it no CO2e is told"),
-    ("renewable_pct", "--renewable-pct", "B9AGENT_RENEWABLE_PCT", "energy.renewable_pct", "",
-     "PERCENT", number_within(0, 100, "a percentage, 0 to 100"), "0", False,
-     "share of the electricity that certificates call renewable: for the market-based CO2e"),
-    ("energy_certificate", "--energy-certificate", "B9AGENT_ENERGY_CERTIFICATE",
-     "energy.certificate", "", "TEXT", parse_label, "", False,
-     "which certificates, such as their registry and number; shown, and used for nothing else"),
-    ("pue", "--pue", "B9AGENT_PUE", "energy.pue", "", "RATIO",
-     number_within(1, 3, "a ratio, 1.0 to 3.0"), "1.0", False,
-     "power usage effectiveness of the building, 1.0 to 3.0: CO2e is multiplied by it"),
-    ("cpu_watts", "--cpu-watts", "B9AGENT_CPU_WATTS", "energy.cpu_watts", "", "WATTS",
-     number_within(1, 10000, "watts, 1 to 10000"), "", False,
-     "what the CPUs draw at full load, where that cannot be measured; default 3.5 W a thread"),
-    ("inference_engine", "--inference-engine", "B9AGENT_INFERENCE_ENGINE", "inference.engine", "",
-     "ENGINE", one_of("auto", *ENGINE_NAMES), "auto", False,
-     f"engine that `start` takes: {', '.join(ENGINE_NAMES)}; auto chooses by model and hardware"),
-    ("inference_model", "--inference-model", "B9AGENT_INFERENCE_MODEL", "inference.model", "",
-     "MODEL", parse_label, "", False, "model that `start` takes: a name, a GGUF file, or a folder"),
-    ("inference_autostart", "--inference-autostart", "B9AGENT_INFERENCE_AUTOSTART",
-     "inference.autostart", "", "", parse_switch, "false", False,
-     "start the engine with the agent"),
-    ("inference_host", "--inference-host", "B9AGENT_INFERENCE_HOST", "inference.host", "", "HOST",
-     parse_host, "127.0.0.1", False,
-     "address the engine listens on; engines ask nobody for a token, so whoever reaches it may "
-     "use it"),
-    ("inference_port", "--inference-port", "B9AGENT_INFERENCE_PORT", "inference.port", "", "PORT",
-     parse_listen_port, "11434", False, "port of the engine; 0 takes a free one"),
-    ("inference_context", "--inference-context", "B9AGENT_INFERENCE_CONTEXT",
-     "inference.context_tokens", "", "TOKENS", parse_tokens, "", False,
-     "context of each request; default 8192, or the model's own where that is less"),
-    ("inference_parallel", "--inference-parallel", "B9AGENT_INFERENCE_PARALLEL",
-     "inference.parallel", "", "N", parse_parallel, "1", False,
-     "requests that are computed at once, each with a context of its own; 1 to 256"),
-    ("inference_program", "--inference-program", "B9AGENT_INFERENCE_PROGRAM", "inference.program",
-     "", "PATH", parse_path, "", False, "the engine's program, where it is not on PATH"),
-    ("control_host", "--control-host", "B9AGENT_CONTROL_HOST", "control.host", "", "HOST",
-     parse_host, "127.0.0.1", False, "address the control API listens on"),
-    ("control_port", "--control-port", "B9AGENT_CONTROL_PORT", "control.port", "", "PORT",
-     parse_listen_port, "9999", False, "port of the control API; 0 takes a free one"),
-    ("log_format", "--log-format", "B9AGENT_LOG_FORMAT", "log.format", "", "FORMAT",
-     one_of("text", "json"), "text", False, "text or json"),
-    ("debug", "--debug", "BETA9_DEBUG", "debug", "", "", parse_switch, "false", False,
-     "log every request and answer, without their secrets"),
-    ("state_dir", "--state-dir", "B9AGENT_HOME", None, "", "PATH", parse_path, "~/.b9agent",
-     False, "folder of everything the agent keeps"),
-    ("config", "--config", "B9AGENT_CONFIG", None, "", "PATH", parse_path, "", False,
-     "config file; default `config.yaml` in the state folder"),
-))
+SETTINGS = (
+    Setting("token", "BETA9_TOKEN", "machine.token", "TOKEN", parse_secret,
+            "machine token, from `machine create`; on a command line `ps` shows it to every user",
+            flat=True, secret=True),
+    Setting("token_file", "B9AGENT_TOKEN_FILE", "machine.token_file", "PATH", parse_path,
+            "file, mode 0600, that holds the machine token", flat=True),
+    Setting("machine_id", "BETA9_MACHINE_ID", "machine.id", "ID", parse_machine_id,
+            "8 hex digits; else the kept one, else made once and kept", flat=True),
+    Setting("hostname", "BETA9_HOSTNAME", "machine.hostname", "HOST", parse_host,
+            "what the gateway dials to reach this machine's k3s; default `machine-<machine id>`",
+            flat=True),
+    Setting("provider_name", "BETA9_PROVIDER_NAME", "machine.provider", "NAME", parse_text,
+            "provider the machine belongs to", default="generic", flat=True),
+    Setting("pool_name", "BETA9_POOL_NAME", "pool", "NAME", parse_text,
+            "worker pool; it must exist in the gateway's configuration", default="external",
+            flat=True),
+    Setting("gateway_host", "BETA9_GATEWAY_HOST", "gateway.host", "HOST", parse_host,
+            "gateway's host name or address", default="localhost"),
+    Setting("gateway_port", "BETA9_GATEWAY_PORT", "gateway.port", "PORT", parse_port,
+            "gateway's HTTP port", default="1994"),
+    Setting("gateway_scheme", "BETA9_GATEWAY_SCHEME", "gateway.scheme", "SCHEME",
+            one_of("http", "https"), "http or https", default="http"),
+    Setting("gateway_ca_file", "B9AGENT_GATEWAY_CA_FILE", "gateway.ca_file", "PATH", parse_path,
+            "PEM file of the authority that signed an https gateway"),
+    Setting("gateway_proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "URL", parse_proxy,
+            "proxy to the gateway, or `none`; default: https goes through the environment's, http "
+            "through none", secret=True),
+    Setting("k3s_token", "BETA9_K3S_TOKEN", "k3s.token", "TOKEN", parse_secret,
+            "bearer token with which the gateway makes worker jobs on our k3s", flat=True,
+            secret=True),
+    Setting("keepalive_interval", "BETA9_KEEPALIVE_INTERVAL", "keepalive_interval", "SECONDS",
+            parse_interval, "seconds between keepalives, 1 to 150", default="60"),
+    Setting("max_cpu", "B9AGENT_MAX_CPU", "limits.cpu", "CORES", parse_cpu,
+            "offer at most this much CPU, such as 4 or 3500m", flat=True),
+    Setting("max_memory", "B9AGENT_MAX_MEMORY", "limits.memory", "SIZE", parse_memory,
+            "offer at most this much memory, such as 16Gi", flat=True),
+    Setting("max_gpus", "B9AGENT_MAX_GPUS", "limits.gpus", "N",
+            number_within("a whole number", 0, 1024, int), "offer at most this many GPUs",
+            flat=True),
+    Setting("gpu_ids", "B9AGENT_GPU_IDS", "limits.gpu_ids", "LIST", parse_gpu_ids,
+            "offer only the GPUs with these indexes, such as 0,1, or amd:0 for one of another "
+            "vendor than the first", flat=True),
+    Setting("grid_intensity", "B9AGENT_GRID_INTENSITY", "energy.grid_intensity", "GRAMS",
+            number_within("grams of CO2e per kWh", 0, 2000),
+            "grams of CO2e per kWh of the grid here; without it no CO2e is told"),
+    Setting("renewable_pct", "B9AGENT_RENEWABLE_PCT", "energy.renewable_pct", "PERCENT",
+            number_within("a percentage", 0, 100),
+            "share of the electricity that certificates call renewable: for the market-based CO2e",
+            default="0"),
+    Setting("energy_certificate", "B9AGENT_ENERGY_CERTIFICATE", "energy.certificate", "TEXT",
+            parse_text,
+            "which certificates, such as their registry and number; shown, and used for nothing "
+            "else"),
+    Setting("pue", "B9AGENT_PUE", "energy.pue", "RATIO", number_within("a ratio", 1, 3),
+            "power usage effectiveness of the building, 1.0 to 3.0: CO2e is multiplied by it",
+            default="1.0"),
+    Setting("cpu_watts", "B9AGENT_CPU_WATTS", "energy.cpu_watts", "WATTS",
+            number_within("watts", 1, 10000),
+            "what the CPUs draw at full load, where that cannot be measured; default 3.5 W a "
+            "thread"),
+    Setting("inference_engine", "B9AGENT_INFERENCE_ENGINE", "inference.engine", "ENGINE",
+            one_of("auto", *ENGINE_NAMES),
+            f"engine that `start` takes: {', '.join(ENGINE_NAMES)}; auto chooses by model and "
+            "hardware", default="auto"),
+    Setting("inference_model", "B9AGENT_INFERENCE_MODEL", "inference.model", "MODEL", parse_text,
+            "model that `start` takes: a name, a GGUF file, or a folder"),
+    Setting("inference_autostart", "B9AGENT_INFERENCE_AUTOSTART", "inference.autostart", "",
+            parse_switch, "start the engine with the agent", default="false"),
+    Setting("inference_host", "B9AGENT_INFERENCE_HOST", "inference.host", "HOST", parse_host,
+            "address the engine listens on; engines ask nobody for a token, so whoever reaches it "
+            "may use it", default="127.0.0.1"),
+    Setting("inference_port", "B9AGENT_INFERENCE_PORT", "inference.port", "PORT", parse_listen_port,
+            "port of the engine; 0 takes a free one", default="11434"),
+    Setting("inference_context", "B9AGENT_INFERENCE_CONTEXT", "inference.context_tokens", "TOKENS",
+            number_within("a number of tokens", 128, 1 << 24, int),
+            "context of each request; default 8192, or the model's own where that is less"),
+    Setting("inference_parallel", "B9AGENT_INFERENCE_PARALLEL", "inference.parallel", "N",
+            number_within("a number of requests", 1, 256, int),
+            "requests that are computed at once, each with a context of its own; 1 to 256",
+            default="1"),
+    Setting("inference_program", "B9AGENT_INFERENCE_PROGRAM", "inference.program", "PATH",
+            parse_path, "the engine's program, where it is not on PATH"),
+    Setting("control_host", "B9AGENT_CONTROL_HOST", "control.host", "HOST", parse_host,
+            "address the control API listens on", default="127.0.0.1"),
+    Setting("control_port", "B9AGENT_CONTROL_PORT", "control.port", "PORT", parse_listen_port,
+            "port of the control API; 0 takes a free one", default="9999"),
+    Setting("log_format", "B9AGENT_LOG_FORMAT", "log.format", "FORMAT", one_of("text", "json"),
+            "text or json", default="text"),
+    Setting("debug", "BETA9_DEBUG", "debug", "", parse_switch,
+            "log every request and answer, without their secrets", default="false"),
+    Setting("state_dir", "B9AGENT_HOME", None, "PATH", parse_path,
+            "folder of everything the agent keeps", default="~/.b9agent"),
+    Setting("config", "B9AGENT_CONFIG", None, "PATH", parse_path,
+            "config file; default `config.yaml` in the state folder"),
+)
 SETTING_BY_KEY = {row.key: row for row in SETTINGS}
 Settings = collections.namedtuple("Settings", [row.key for row in SETTINGS])
 
@@ -1496,10 +1366,10 @@ def _value(row: Setting, given: Dict[str, _Given]) -> Any:
 
 def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
     """Secrets on the command line; a proxy's address is one only where it holds a password."""
-    return tuple(f"{SETTING_BY_KEY[key].flag} on the command line is visible to every user in "
-                 f"`ps`: use {SETTING_BY_KEY[key].variable} or the config file"
-                 for key, text in flags.items() if SETTING_BY_KEY[key].secret
-                 and (key != "gateway_proxy" or "@" in text))
+    rows = [SETTING_BY_KEY[key] for key, text in flags.items()
+            if SETTING_BY_KEY[key].secret and (key != "gateway_proxy" or "@" in text)]
+    return tuple(f"{row.flag} on the command line is visible to every user in `ps`: use "
+                 f"{row.variable} or the config file" for row in rows)
 
 
 def shared_mode(path: str) -> Optional[int]:
@@ -1537,11 +1407,10 @@ def config_path(flags: Dict[str, str], environ: Dict[str, str]) -> str:
     return _config_path(_given_here(flags, environ))
 
 
-def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str], flags: Dict[str, str],
-                      environ: Dict[str, str]) -> None:
+def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str]) -> None:
     """The token out of its file, unless a token was given where it counts at least as much."""
     def rank(key: str) -> int:
-        return 3 if key in flags else 2 if environ.get(SETTING_BY_KEY[key].variable) else 1
+        return {"flag": 2, "environment": 1}.get(origins[key].split(" ")[0], 0)
     path = values["token_file"]
     if not path or (values["token"] and rank("token") >= rank("token_file")):
         return
@@ -1560,7 +1429,7 @@ def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str], flags: Di
 CONFIG_MAX_BYTES = 1 << 18
 
 
-def read_config_tree(path: str, must_exist: bool = False) -> Node:
+def _read_config_tree(path: str, must_exist: bool) -> Node:
     try:
         with open(path, "rb") as handle:
             raw = handle.read(CONFIG_MAX_BYTES + 1)
@@ -1592,49 +1461,43 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _leaves(node: Node, prefix: str, known: Dict[str, Setting],
             path: str) -> Iterator[Tuple[str, Node]]:
+    """(name, what it is set to) of all settings in a file; what is left empty is not set."""
     for name, child in node.value.items():
         full = prefix + name
         if full in known:
-            yield full, child
-        elif any(other.startswith(full + ".") for other in known):
-            if isinstance(child.value, dict):
-                yield from _leaves(child, full + ".", known, path)
-            elif child.value != "":
-                raise UsageError(f"{path}:{child.line}: `{full}` is a group, expected names "
-                                 "below it, indented")
-        else:
+            if not child.plain or child.value not in ("", "~", "null", "Null", "NULL"):
+                yield full, child
+        elif not any(other.startswith(full + ".") for other in known):
             raise UsageError(f"{path}:{child.line}: unknown name `{printable(full)}`, "
                              f"expected {_nearest(full, known)}")
+        elif isinstance(child.value, dict):
+            yield from _leaves(child, full + ".", known, path)
+        elif child.value != "":
+            raise UsageError(f"{path}:{child.line}: `{full}` is a group, expected names "
+                             "below it, indented")
 
 
-def _leaf_text(node: Node, row: Setting, path: str) -> Optional[str]:
-    """The text of a leaf; None where it is left empty or null, which is not setting it."""
-    if isinstance(node.value, list) and row.parse is parse_gpu_ids:
-        if all(isinstance(item.value, str) for item in node.value):
-            return ",".join(item.value for item in node.value)
-    if not isinstance(node.value, str):
-        form = "a list" if isinstance(node.value, list) else "a group of names"
+def _leaf_text(node: Node, row: Setting, path: str) -> str:
+    value = node.value
+    if row.parse is parse_gpu_ids and isinstance(value, list) and all(
+            isinstance(item.value, str) for item in value):
+        return ",".join(item.value for item in value)
+    if not isinstance(value, str):
+        form = "a list" if isinstance(value, list) else "a group of names"
         raise UsageError(f"{path}:{node.line}: `{row.path}` is {form}, expected one value")
-    if node.plain and node.value in ("", "~", "null", "Null", "NULL"):
-        return None
-    return node.value
+    return value
 
 
 def read_config(path: str, must_exist: bool = False) -> Dict[str, _Given]:
     """{key: text and FILE:LINE} of a config file; nothing where there is none."""
-    tree = read_config_tree(path, must_exist)
-    known = {name: row for row in SETTINGS if row.path
-             for name in filter(None, (row.path, row.also))}
+    known = {name: row for row in SETTINGS if row.path for name in (row.path, row.also) if name}
     found: Dict[str, _Given] = {}
-    for name, node in _leaves(tree, "", known, path):
+    for name, node in _leaves(_read_config_tree(path, must_exist), "", known, path):
         row = known[name]
-        text = _leaf_text(node, row, path)
-        if text is None:
-            continue
         if row.key in found:
             raise UsageError(f"{path}:{node.line}: `{name}` is given twice, first in line "
                              f"{found[row.key].origin.rsplit(':', 1)[-1]}, expected it once")
-        found[row.key] = _Given(text, f"{path}:{node.line}")
+        found[row.key] = _Given(_leaf_text(node, row, path), f"{path}:{node.line}")
     if any(SETTING_BY_KEY[key].secret for key in found):
         refuse_if_shared(path, "secrets")
     return found
@@ -1650,13 +1513,12 @@ def load_settings(flags: Dict[str, str], environ: Dict[str, str],
     """
     given = _given_here(flags, environ)
     path = _config_path(given)
-    from_file = read_config(path, must_exist=must_exist and "config" in given)
-    given = {**from_file, **given}
+    given = {**read_config(path, must_exist and "config" in given), **given}
     values = {row.key: _value(row, given) for row in SETTINGS}
     values["config"] = path
     origins = {row.key: given[row.key].origin if row.key in given else "default"
                for row in SETTINGS}
-    _apply_token_file(values, origins, flags, environ)
+    _apply_token_file(values, origins)
     for key in ("token", "k3s_token"):
         REDACTOR.add(values[key])
     REDACTOR.add((values["gateway_proxy"] or "").rpartition("@")[0].rpartition("/")[2])
@@ -1670,23 +1532,21 @@ def save_config(path: str, values: Dict[str, Any]) -> Optional[str]:
     had comments, which the new one has not.
     Raises: UsageError where the file cannot be read or written.
     """
-    merged = {key: item.text for key, item in read_config(path).items()}
-    merged.update({key: str(value) for key, value in values.items() if value is not None})
+    merged = {**{key: item.text for key, item in read_config(path).items()}, **values}
     tree: Dict[str, Any] = {}
     for row in SETTINGS:
-        if row.path and row.key in merged and not (row.key in values and values[row.key] is None):
+        text = merged.get(row.key)
+        if row.path and text is not None:
             *groups, leaf = row.path.split(".")
             place = tree
             for group in groups:
                 place = place.setdefault(group, {})
-            text = merged[row.key]
-            place[leaf] = text.split(",") if row.parse is parse_gpu_ids else text
+            place[leaf] = text.split(",") if row.parse is parse_gpu_ids else str(text)
     old = read_text(path)
-    backup = None
+    backup = path + ".old" if old and re.search(r"(^|\s)#", old) else None
     try:
         make_private_folder(os.path.dirname(path))
-        if old and re.search(r"(^|\s)#", old):
-            backup = path + ".old"
+        if backup:
             write_atomic(backup, old)
         write_atomic(path, render_yaml(tree))
     except OSError as error:
@@ -1718,8 +1578,7 @@ class Arguments(NamedTuple):
 def parse_arguments(argv: Sequence[str], options: Sequence[Option]) -> Arguments:
     """`--flag value`, `--flag=value`, switches.  A value may begin with a dash, as one token in 64
     does.  Raises: UsageError."""
-    table = {row.flag: row for row in SETTINGS}
-    table.update({option.flag: option for option in options})
+    table: Dict[str, Any] = {row.flag: row for row in (*SETTINGS, *options)}
     words, flags, chosen = [], {}, {}
     rest = list(argv)
     while rest:
@@ -1760,9 +1619,7 @@ def setting_text(row: Setting, value: Any) -> str:
         return f"{value}m"
     if row.parse is parse_memory:
         return f"{value >> 10}Ki" if value % (1 << 20) else f"{value >> 20}Mi"
-    if isinstance(value, float):
-        return f"{value:.10g}"
-    return str(value)
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def split_gateway(text: str) -> Tuple[str, str]:
@@ -1774,8 +1631,7 @@ def split_gateway(text: str) -> Tuple[str, str]:
     try:
         if not match:
             raise ValueError("HOST or HOST:PORT, an IPv6 address in brackets")
-        host = parse_host(match.group(1))
-        return host, str(parse_port(match.group(2))) if match.group(2) else ""
+        return parse_host(match.group(1)), str(parse_port(match.group(2)) if match.group(2) else "")
     except ValueError as error:
         raise UsageError(f"--gateway: `{printable(text[:60])}` cannot be used, expected "
                          f"{error}") from error
@@ -1783,21 +1639,13 @@ def split_gateway(text: str) -> Tuple[str, str]:
 
 def init_values(loaded: Loaded, options: Dict[str, str]) -> Dict[str, str]:
     """{key: text} that flags and variables ask for; init's short forms are flags as well."""
-    wanted = {}
-    for row in SETTINGS:
-        origin = loaded.origins[row.key]
-        if row.path and origin.startswith(("flag ", "environment ")):
-            value = getattr(loaded.settings, row.key)
-            wanted[row.key] = setting_text(row, value)
+    wanted = {row.key: setting_text(row, getattr(loaded.settings, row.key)) for row in SETTINGS
+              if row.path and loaded.origins[row.key].startswith(("flag ", "environment "))}
+    short = {"gateway_port": options.get("port"), "pool_name": options.get("pool")}
     if "gateway" in options:
-        host, port = split_gateway(options["gateway"])
-        wanted["gateway_host"] = host
-        if port:
-            wanted["gateway_port"] = port
-    if "port" in options:
-        wanted["gateway_port"] = options["port"]
-    if "pool" in options:
-        wanted["pool_name"] = options["pool"]
+        short["gateway_host"], port = split_gateway(options["gateway"])
+        short["gateway_port"] = short["gateway_port"] or port
+    wanted.update((key, text) for key, text in short.items() if text)
     return wanted
 
 
@@ -6781,12 +6629,12 @@ class Transfer:
         """What cancel() closes."""
         self._stream = stream
         if self.cancelled:
-            stream.close()
+            stream.cut()
 
     def cancel(self) -> None:
         self.cancelled = True
         if self._stream is not None:
-            self._stream.close()
+            self._stream.cut()
 
     def _rate(self) -> Optional[float]:
         """Over the last seconds; what was there already has not come at any rate."""

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=cd1bc514fea02dea97cd9f025d218b5f522a52f83b6334f9c824beb0852c5ee2
+  sha256=7babb50ebb894f37b127df8370ce59e269ef855dcc9017f0b4e87477664452ad
 }
 
 usage() {
