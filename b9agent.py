@@ -6800,7 +6800,9 @@ class OllamaApi:
             return _json_object(stream.read(16 << 20))
 
     def _rows(self, path: str) -> List[Dict[str, Any]]:
-        rows = self.ask("GET", path).get("models")
+        rows = self.ask("GET", path).get("models", False)
+        if rows is False:
+            raise ModelError(f"Ollama at {self.endpoint.url}, of {path}: no list of models came")
         return [row for row in rows if isinstance(row, dict)
                 and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
 
@@ -6871,7 +6873,8 @@ class OllamaApi:
                 if said:
                     missing = "manifest: file does not exist" in said
                     raise (ModelMissing if missing else ModelError)(
-                        f"Ollama, of {printable(str(body['model']))}: {said}", missing and "Is it spelt as its registry does?" or "")
+                        f"Ollama, of {printable(str(body['model']))}: {said}",
+                        "Is it spelt as its registry does?" if missing else "")
                 yield event
 
     def has_blob(self, digest: str) -> bool:
@@ -7479,6 +7482,13 @@ def loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def check_name(name: str) -> None:
+    """Raises: UsageError for what is no name of a model in Ollama, before it is asked."""
+    if split_model_name(name) is None:
+        raise UsageError(f"`{printable(name[:80])}` is no name of a model",
+                         "Such as llama3.2 or llama3.2:1b; b9agent.py models lists what is here")
+
+
 def free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
@@ -7589,7 +7599,8 @@ class Inference:
         record.update(
             endpoint=up.endpoint.url, models=list(self._models) if state == "running" else [],
             message=self._message(up),
-            engine=up.engine.name, version=up.engine.many and self._version or None, adopted=up.child is None,
+            engine=up.engine.name, version=up.engine.many and self._version or None,
+            adopted=up.child is None,
             model=up.name or None, why=up.why, pid=child and child.pid,
             starts=child and child.starts, uptime_seconds=round(now_s() - up.since_s, 1),
             log=child and child.log_path)
@@ -7622,6 +7633,8 @@ class Inference:
         reference = read_reference(model or "")
         if engine == "ollama" and reference.format == "hub":
             reference = reference._replace(format="name")  # of a user, in Ollama's library
+        if reference.format == "name":
+            check_name(reference.text)
         up = None
         while up is None:
             up = self._same(engine, reference) or self._begin(engine, reference, context_tokens,
@@ -7765,7 +7778,8 @@ class Inference:
             TokenProbe(engine, endpoint, name), stop_grace_s=engine.stop_grace_s,
             still_held=self._still_held(hardware))
         child = Child(spec, settings.state_dir, self._log, self._on_change)
-        return _Up(engine, reference, name, endpoint._replace(host=host), child, choice.why, now_s())
+        return _Up(engine, reference, name, endpoint._replace(host=host), child, choice.why,
+                   now_s())
 
     def _still_held(self, before: Hardware) -> Callable[[], str]:
         """What is gone from the GPUs' free memory since before the engine started."""
@@ -7797,7 +7811,8 @@ class Inference:
         try:
             if up.engine.many:
                 names = (row["name"] for row in OllamaApi(up.endpoint).tags())
-                models = tuple(name for name in names if len(name) <= 512)[:MODELS_TOLD]
+                models = tuple(name for name in names if len(name) <= 512 and name.isprintable()
+                               )[:MODELS_TOLD]
             elif http_request("GET", up.endpoint, up.engine.alive, {}, None, 5.0).status != 200:
                 raise EngineError(f"{up.engine.title} is unwell")
             silent = 0
@@ -7969,6 +7984,7 @@ class Inference:
         if up is not None:
             generate_one_token(up.endpoint, name, 600.0)
         else:
+            check_name(name)
             api = self._ollama()
             api.load(name)
             name = model_key(name)
@@ -7981,10 +7997,12 @@ class Inference:
         if up is not None:
             raise EngineConflict(f"{up.engine.title} holds {name} as long as it runs",
                                  "b9agent.py stop")
+        check_name(name)
         self._ollama().unload(name)
         return {"status": "unloaded", "model": name, "message": "it is out of memory"}
 
     def delete(self, name: str) -> Dict[str, Any]:
+        check_name(name)
         api = self._ollama()
         api.delete(name)
         if api.has(name):
@@ -9249,20 +9267,23 @@ def _transfer_answer(request: Request, transfer: Transfer) -> Response:
 WAITING_MAX = 32  # requests for what takes its time: half of the connections stay for the rest
 
 
+def patiently(waiting: Any, handler: Callable[[Request], Response]
+              ) -> Callable[[Request], Response]:
+    """A handler that may take its time.  waiting: a semaphore that it shares with the others."""
+    def limited(request: Request) -> Response:
+        if not waiting.acquire(blocking=False):
+            raise TransfersFull(f"{WAITING_MAX} requests wait for the engine already",
+                                "See what it does: b9agent.py status")
+        try:
+            return handler(request)
+        finally:
+            waiting.release()
+    return limited
+
+
 def inference_routes(inference: Inference) -> Tuple[Route, ...]:
     """The routes under /inference and /models."""
-    waiting = threading.BoundedSemaphore(WAITING_MAX)
-
-    def patient(handler: Callable[[Request], Response]) -> Callable[[Request], Response]:
-        def limited(request: Request) -> Response:
-            if not waiting.acquire(blocking=False):
-                raise TransfersFull(f"{WAITING_MAX} requests wait for the engine already",
-                                    "See what it does: b9agent.py status")
-            try:
-                return handler(request)
-            finally:
-                waiting.release()
-        return limited
+    patient = functools.partial(patiently, threading.BoundedSemaphore(WAITING_MAX))
 
     def calls(call: Callable[..., Any], *names: str) -> Callable[[Request], Response]:
         return patient(lambda request: Response(
@@ -9309,9 +9330,10 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
               "out of memory; answers when it is gone", fields=(_MODEL,)),
         Route("POST", "/models/delete", calls(inference.delete, "model"), False,
               "out of Ollama's store", fields=(_MODEL,)),
-        Route("POST", "/models/import", patient(bring), False, "local files into Ollama's store", fields=(
-            path, Field("name", "string", "default: the file's", max_length=512),
-            Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
+        Route("POST", "/models/import", patient(bring), False, "local files into Ollama's store",
+              fields=(path, Field("name", "string", "default: the file's", max_length=512),
+                      Field("quantize", "string", "from F16, BF16 or F32",
+                            choices=QUANTIZATIONS), _STREAM)),
         Route("POST", "/models/fit", calls(inference.fit_of, "model", "context_tokens"), False,
               "whether a model fits here, from its files' headers", fields=(_MODEL, context)),
         Route("POST", "/models/verify", calls(inference.verify, "model"), False,
@@ -10060,8 +10082,9 @@ class InferenceClient:
             rows = answer.get("data")
             vectors = [row.get("embedding") for row in rows if isinstance(row, dict)] if isinstance(
                 rows, list) else []
+            # A list of numbers is one text, in tokens.
             count = len(input) if isinstance(input, (list, tuple)) and not (
-                input and isinstance(input[0], int)) else 1  # a list of numbers is one text's tokens
+                input and isinstance(input[0], int)) else 1
             if len(vectors) != count or not all(
                     isinstance(vector, list) and vector and all(type(number) in (int, float)
                     for number in vector) for vector in vectors):
@@ -12150,6 +12173,7 @@ def say(text: str = "") -> None:
 
 def say_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.flush()  # a full disk is to be an error, not the end of the output
 
 
 def end_with(message: str, code: Exit) -> int:
@@ -12968,19 +12992,19 @@ def command_logs(loaded: Loaded, options: Dict[str, str]) -> int:
 
 # -- smoke ------------------------------------------------------------------
 
+def tokens_of(pieces: Sequence[InferenceResult]) -> Any:
+    """How many came.  A token may be no letter: what the engine counts is believed, too."""
+    count = next(filter(None, (piece.usage.get("completion_tokens") for piece in pieces)), None)
+    if not count and not any(piece.content for piece in pieces):
+        raise InferenceError("the model said nothing", "The engine's log may say why: "
+                             "b9agent.py status --json names it")
+    return count or "?"
+
+
 def smoke_steps(loaded: Loaded, host: str, model: str) -> Sequence[Tuple[str, Callable[[], str]]]:
     """(what, how): the predecessor's check.  Each returns what it saw; an AgentError fails it."""
     state_dir, client = loaded.settings.state_dir, InferenceClient()
     hello = [{"role": "user", "content": "Say hello."}]
-
-    def tokens_of(pieces: Sequence[InferenceResult]) -> Any:
-        """A token may be no letter: what the engine counts is believed, too."""
-        counts = [piece.usage.get("completion_tokens") for piece in pieces]
-        count = next((count for count in counts if count), None)
-        if not count and not any(piece.content for piece in pieces):
-            raise InferenceError(f"{model} said nothing", "The engine's log may say why: "
-                                 "b9agent.py status --json names it")
-        return count or "?"
 
     def start() -> str:
         status = call_agent(state_dir, "/inference/start", {}, 7200.0)

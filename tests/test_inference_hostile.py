@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -487,3 +488,38 @@ def test_a_pull_and_a_log_may_be_silent_for_long(world, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         list(b9agent.agent_lines(str(here.state), "/logs?follow=true"))
     assert seen[0][-1] >= b9agent.SILENCE_LIMIT_S and seen[0][-2] > 60
+
+
+@pytest.mark.parametrize("name", ["", " ", "\0", "a\nb", "é", "x" * 512, "a:b:c", "/", "//", ".."])
+def test_an_odd_name_is_a_wrong_request_before_any_engine_is_asked(name, tmp_path):
+    inference = Embedded(tmp_path).inference
+    for call in (inference.load, inference.unload, inference.delete,
+                 *([lambda name: inference.start("ollama", name)] if name else [])):
+        with pytest.raises(b9agent.UsageError):
+            call(name)
+    inference.close()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"<html>", b"{}", b"[]", b'{"error": "x"}'])
+def test_an_engine_that_tells_garbage_unloads_and_deletes_nothing(garbage, tmp_path):
+    def say(method, path, body):
+        return 200, {"/": b"Ollama is running", "/api/version": b'{"version": "1"}'}.get(path,
+                                                                                        garbage)
+    with Liar(say) as engine:
+        one = Embedded(tmp_path, inference_port=str(engine.port))
+        one.inference.start("ollama", "")
+        for call in (one.inference.load, one.inference.unload, one.inference.delete):
+            with pytest.raises(b9agent.ModelError):
+                call("m")
+        one.inference.close()
+
+
+def test_json_that_could_not_be_written_is_no_success(world):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    here = world("ollama").start()
+    with open("/dev/full", "w") as full:
+        for words in (["models", "--json"], ["stop", "--json"]):
+            done = subprocess.run([sys.executable, b9agent.__file__, *words], stdout=full,
+                                  stderr=subprocess.PIPE, env=environment(here.home))
+            assert done.returncode == 2 and b"No space left" in done.stderr, done
