@@ -6800,11 +6800,10 @@ class OllamaApi:
             return _json_object(stream.read(16 << 20))
 
     def _rows(self, path: str) -> List[Dict[str, Any]]:
-        rows = self.ask("GET", path).get("models", False)
-        if rows is False:
+        rows = self.ask("GET", path).get("models")
+        if not isinstance(rows, list):  # taken for an empty one, whatever is looked for has gone
             raise ModelError(f"Ollama at {self.endpoint.url}, of {path}: no list of models came")
-        return [row for row in rows if isinstance(row, dict)
-                and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
+        return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)]
 
     def version(self) -> str:
         return printable(str(self.ask("GET", "/api/version", limit_s=5.0).get("version"))[:40])
@@ -12812,7 +12811,8 @@ def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bo
                          f"{last.get('message') or last.get('status') or 'broke off'}",
                          "" if last.get("message") else "The agent's log says why: b9agent.py logs")
     if not as_json:
-        say(f"{last['model']} is here, {size_text(last.get('total') or None)}")
+        size = f", {size_text(last['total'])}" if last.get("total") else ""
+        say(f"{last['model']} is here{size}")
     return Exit.OK
 
 
