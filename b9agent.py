@@ -7920,9 +7920,20 @@ class Inference:
 
     def _transfer(self, key: str, kind: str, who: str, api: OllamaApi,
                   work: Callable[[Transfer], None], **noted: Any) -> Transfer:
+        def tell(status: str, message: str = "") -> None:
+            self._log.events.tell("pull", model=key, how=kind, status=status, message=message)
+
         def whole(transfer: Transfer) -> None:
-            work(transfer)
-            self._note(api, key, pulled_by=who, pulled_at=utc_stamp(), **noted)
+            tell("running")
+            try:
+                work(transfer)
+                self._note(api, key, pulled_by=who, pulled_at=utc_stamp(), **noted)
+            except AgentError as error:
+                tell("cancelled" if transfer.cancelled else "error", str(error))
+                if not transfer.cancelled:
+                    self._log.error("model_failed", error, "warning")
+                raise
+            tell("success")
             self._log("notice", "model_here", model=key, how=kind)
             up = self._up
             if up is not None:

@@ -523,3 +523,20 @@ def test_json_that_could_not_be_written_is_no_success(world):
             done = subprocess.run([sys.executable, b9agent.__file__, *words], stdout=full,
                                   stderr=subprocess.PIPE, env=environment(here.home))
             assert done.returncode == 2 and b"No space left" in done.stderr, done
+
+
+def test_a_pull_is_told_as_it_begins_and_ends_and_why_it_failed_is_in_the_log(world):
+    here = world("ollama").start()
+    here.post("/inference/start")
+    assert here.post("/inference/pull", {"model": "llama3.2"})[0] == 200
+    assert here.cli("pull", "no-such-model").code == 1
+    here.program.wait_line("warning model_failed .*does not exist")
+    with here.control.get("/events?since=0") as stream:
+        told = []
+        while len(told) < 4:
+            line = stream.readline().decode().strip()
+            if line == "event: pull":
+                told.append(json.loads(stream.readline().decode().partition(":")[2]))
+    assert [(each["model"], each["status"]) for each in told] == [
+        ("llama3.2:latest", "running"), ("llama3.2:latest", "success"),
+        ("no-such-model:latest", "running"), ("no-such-model:latest", "error")]
