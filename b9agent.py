@@ -7918,6 +7918,21 @@ class Inference:
         return self._transfer(key, "import", who, api, import_work(
             api, key, facts, quantize, store_folder()), source=facts.path)
 
+    def convert(self, path: str, target: str, plain: bool, who: str) -> Transfer:
+        """Begin to make MLX weights of a safetensors folder, in 4 bits unless plain.
+
+        Raises: UsageError; EngineMissing with the command, where its tool is not here.
+        """
+        source, target = (os.path.abspath(os.path.expanduser(each)) for each in (path, target))
+        facts = read_model(source)
+        if facts.format != "safetensors":
+            raise UsageError(f"{printable(source)} is {_FORMAT_TITLES[facts.format]}",
+                             "What is converted is a safetensors folder")
+        work = convert_work(source, target, not plain)
+        if self._closed:
+            raise EngineConflict("the agent is being stopped")
+        return self.transfers.begin(target, "conversion", who, work)
+
     def _transfer(self, key: str, kind: str, who: str, api: OllamaApi,
                   work: Callable[[Transfer], None], **noted: Any) -> Transfer:
         def tell(status: str, message: str = "") -> None:
@@ -9305,13 +9320,9 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
             asked.get("engine") or "", asked.get("model"), asked.get("context_tokens"),
             bool(asked.get("force"))))
 
-    def pull(request: Request) -> Response:
-        return _transfer_answer(request, inference.pull(request.fields["model"], "control API"))
-
-    def bring(request: Request) -> Response:
-        asked = request.fields
-        return _transfer_answer(request, inference.bring(
-            asked["path"], asked.get("name") or "", asked.get("quantize") or "", "control API"))
+    def follows(begin: Callable[..., Transfer], *names: str) -> Callable[[Request], Response]:
+        return patient(lambda request: _transfer_answer(request, begin(
+            *(request.fields.get(name) or "" for name in names), "control API")))
     context = Field("context_tokens", "integer", "tokens of context for each request", minimum=128,
                     maximum=1 << 24)
     path = Field("path", "string", "a GGUF file or a folder of safetensors on this machine",
@@ -9327,8 +9338,8 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
                   context, Field("force", "boolean", "also where it should not fit"))),
         Route("POST", "/inference/stop", lambda request: Response(200, inference.stop()), False,
               "end the engine, and see that all of it is gone"),
-        Route("POST", "/inference/pull", patient(pull), False, "bring a model into Ollama's store",
-              fields=(_MODEL, _STREAM)),
+        Route("POST", "/inference/pull", follows(inference.pull, "model"), False,
+              "bring a model into Ollama's store", fields=(_MODEL, _STREAM)),
         Route("POST", "/inference/cancel", lambda request: Response(
             200, inference.cancel(request.fields["model"])), False,
               "end a pull or an import; what came is kept", fields=(_MODEL,)),
@@ -9340,10 +9351,15 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
               "out of memory; answers when it is gone", fields=(_MODEL,)),
         Route("POST", "/models/delete", calls(inference.delete, "model"), False,
               "out of Ollama's store", fields=(_MODEL,)),
-        Route("POST", "/models/import", patient(bring), False, "local files into Ollama's store",
-              fields=(path, Field("name", "string", "default: the file's", max_length=512),
-                      Field("quantize", "string", "from F16, BF16 or F32",
-                            choices=QUANTIZATIONS), _STREAM)),
+        Route("POST", "/models/import", follows(inference.bring, "path", "name", "quantize"),
+              False, "local files into Ollama's store", fields=(
+                  path, Field("name", "string", "default: the file's", max_length=512),
+                  Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS),
+                  _STREAM)),
+        Route("POST", "/models/convert", follows(inference.convert, "path", "target", "plain"),
+              False, "safetensors into MLX weights, by mlx_lm.convert", fields=(
+                  path, path._replace(name="target", about="the folder that is made"),
+                  Field("plain", "boolean", "as they are, not in 4 bits"), _STREAM)),
         Route("POST", "/models/fit", calls(inference.fit_of, "model", "context_tokens"), False,
               "whether a model fits here, from its files' headers", fields=(_MODEL, context)),
         Route("POST", "/models/verify", calls(inference.verify, "model"), False,
@@ -12963,6 +12979,15 @@ def command_models_import(loaded: Loaded, options: Dict[str, str]) -> int:
     return follow_transfer(loaded.settings.state_dir, "/models/import", body, "json" in options)
 
 
+def command_models_convert(loaded: Loaded, options: Dict[str, str]) -> int:
+    if "to" not in options:
+        raise UsageError("models convert needs --to FOLDER", "Name the folder that is to be made")
+    body: Dict[str, Any] = {"path": os.path.abspath(os.path.expanduser(options["operand"])),
+                            "target": os.path.abspath(os.path.expanduser(options["to"]))}
+    return follow_transfer(loaded.settings.state_dir, "/models/convert",
+                           dict(body, plain="plain" in options), "json" in options)
+
+
 def command_models_fit(loaded: Loaded, options: Dict[str, str]) -> int:
     """Whether it fits; exit code 1 where it does not."""
     name, body = options["operand"], context_of(options)
@@ -13132,6 +13157,10 @@ COMMANDS = (
         Option("--name", "NAME", "what it will be called; default: the file's name"),
         Option("--quantize", "TYPE", ", ".join(QUANTIZATIONS)), _JSON), ("state_dir",),
         "bring a GGUF file or a folder of safetensors into Ollama's store", "PATH"),
+    Command("models convert", command_models_convert, (
+        Option("--to", "FOLDER", "the folder that is made"),
+        Option("--plain", "", "weights as they are, not in 4 bits"), _JSON), ("state_dir",),
+        "make MLX weights of a folder of safetensors", "PATH"),
     Command("models fit", command_models_fit, (
         Option("--context", "TOKENS", "context of each request"), _JSON), ("state_dir",),
         "whether a model fits this machine; exit code 1 where it does not", "MODEL"),

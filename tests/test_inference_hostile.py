@@ -12,12 +12,13 @@ import time
 import pytest
 
 import b9agent
+import engines
 from helpers import Program, environment, wait_until
 from hostile_gateway import TOKEN
 from test_inference import (World, engine_processes, free_port, listens, nothing_left, processes_of,
-                            world)
+                            real_world, world)
 
-__all__ = ["World", "nothing_left", "world", "TOKEN"]
+__all__ = ["World", "nothing_left", "real_world", "world", "TOKEN"]
 
 
 def together(*calls):
@@ -540,3 +541,27 @@ def test_a_pull_is_told_as_it_begins_and_ends_and_why_it_failed_is_in_the_log(wo
     assert [(each["model"], each["status"]) for each in told] == [
         ("llama3.2:latest", "running"), ("llama3.2:latest", "success"),
         ("no-such-model:latest", "running"), ("no-such-model:latest", "error")]
+
+
+def test_a_conversion_is_run_where_its_tool_is_and_its_command_is_named_where_not(
+        world, real_world, tmp_path):
+    here = world().start()
+    folder = tmp_path / "tiny model"
+    folder.mkdir()
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\1" * 8)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    target = str(tmp_path / "made here")
+    done = here.cli("models", "convert", str(folder), "--to", target)
+    assert done.code == 1 and "pip install mlx-lm, then: mlx_lm.convert" in done.err, done
+    assert here.cli("models", "convert", str(folder)).code == 2
+    assert here.cli("models", "convert", "/dev/null", "--to", target).code == 2
+    assert here.cli("models", "convert", str(folder), "--to", str(tmp_path)).code == 2
+    here.program.stop()
+    engines.mlx_python()
+    here = real_world(engines.BIN).start()
+    done = here.cli("models", "convert", engines.tiny_safetensors(), "--to", target, "--plain",
+                    within_s=120)
+    assert done.code == 0 and "is here" in done.out, done
+    assert here.cli("start", "--engine", "mlx", "--model", target, within_s=120).code == 0
+    assert here.cli("stop").code == 0
