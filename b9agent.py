@@ -7828,6 +7828,20 @@ class Inference:
                                                       daemon=True)
                 self._watch_thread.start()
 
+    def _look(self, up: _Up) -> None:
+        """At one that runs, or ran and may answer again; a change is told."""
+        if up.child is not None and up.child.snapshot.state is not ChildState.RUNNING:
+            self._silent = 0  # another start begins with a clean slate
+            return
+        before = self.state()
+        self._refresh(up)
+        state = self.state()
+        if state == "running":
+            self._beat(self._models)
+        if state != before:
+            self._log("notice", "inference", state=state, what=self._message(up))
+            self._on_change()
+
     def _watch(self) -> None:
         while True:
             with self._lock:
@@ -7835,17 +7849,11 @@ class Inference:
                 if up is None:
                     self._watch_thread = None
                     return
-            before = self.state()
-            if up.child is None or up.child.snapshot.state is ChildState.RUNNING:
-                self._refresh(up)  # in an error too: it may come back
-                state = self.state()
-                if state == "running":
-                    self._beat(self._models)
-                if state != before:
-                    self._log("notice", "inference", state=state, what=self._message(up))
-                    self._on_change()
-            else:
-                self._silent = 0  # another start begins with a clean slate
+            try:
+                self._look(up)
+            except Exception as error:  # a defect costs one look, not the watch
+                self._log("error", "defect", what=f"{type(error).__name__}: {error}",
+                          where=defect_place(error))
             self._watch_wake.wait(INFERENCE_CHECK_S)
 
     # -- stop -------------------------------------------------------------

@@ -565,3 +565,21 @@ def test_a_conversion_is_run_where_its_tool_is_and_its_command_is_named_where_no
     assert done.code == 0 and "is here" in done.out, done
     assert here.cli("start", "--engine", "mlx", "--model", target, within_s=120).code == 0
     assert here.cli("stop").code == 0
+
+
+def test_a_defect_in_a_look_at_the_engine_costs_one_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(b9agent, "INFERENCE_CHECK_S", 0.02)
+
+    def say(method, path, body):
+        return 200, {"/": b"Ollama is running", "/api/version": b'{"version": "1"}'}.get(
+            path, b'{"models": [{"name": "m"}]}')
+    with Liar(say) as engine:
+        one, beats = Embedded(tmp_path, inference_port=str(engine.port)), []
+
+        def beat(models):
+            beats.append(models)
+            raise RuntimeError("a defect")
+        one.inference._beat = beat
+        one.inference.start("ollama", "")
+        wait_until(lambda: len(beats) > 2, "it looks again")
+        one.inference.close()
