@@ -9297,6 +9297,7 @@ def _transfer_answer(request: Request, transfer: Transfer) -> Response:
     return Response(200, dict(progress_record(progress), message=f"{progress.name} is here"))
 
 
+_ENGINE_STATUSES = tuple(sorted({row[1] for row in AGENT_ERRORS} - {400, 429}))
 WAITING_MAX = 32  # requests for what takes its time: half of the connections stay for the rest
 
 
@@ -9335,7 +9336,7 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
                     maximum=1 << 24)
     path = Field("path", "string", "a GGUF file or a folder of safetensors on this machine",
                  required=True, max_length=4096)
-    return (
+    rows = (
         Route("GET", "/inference/status", lambda request: Response(200, inference.status()), False,
               "the engine, its address and its models"),
         Route("POST", "/inference/start", patient(start), False,
@@ -9373,6 +9374,7 @@ def inference_routes(inference: Inference) -> Tuple[Route, ...]:
         Route("POST", "/models/verify", calls(inference.verify, "model"), False,
               "hash a model's files again", fields=(_MODEL._replace(required=False),)),
     )
+    return tuple(row._replace(statuses=_ENGINE_STATUSES) for row in rows)
 
 
 class ControlApi(Api):

@@ -583,3 +583,16 @@ def test_a_defect_in_a_look_at_the_engine_costs_one_look(tmp_path, monkeypatch):
         one.inference.start("ollama", "")
         wait_until(lambda: len(beats) > 2, "it looks again")
         one.inference.close()
+
+
+def test_every_status_of_an_engines_error_is_in_the_openapi_document(world):
+    here = world("ollama").start()
+    document = here.get("/openapi.json")
+    for body in ({"model": "no-such"}, {"model": "a b"}):
+        status, _ = here.post("/models/load", body)
+        assert str(status) in document["paths"]["/models/load"]["post"]["responses"]
+    for path, item in document["paths"].items():
+        if path.startswith(("/inference", "/models")):
+            for operation in item.values():
+                assert {"404", "409", "502", "503"} <= set(operation["responses"])
+    assert document["components"]["responses"]["409"]
