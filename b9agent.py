@@ -6493,8 +6493,9 @@ class OllamaApi:
 
     def _rows(self, path: str) -> List[Dict[str, Any]]:
         rows = self.ask("GET", path).get("models")
-        return [row for row in rows if isinstance(row, dict)
-                and isinstance(row.get("name"), str)] if isinstance(rows, list) else []
+        if not isinstance(rows, list):  # taken for an empty one, whatever is looked for has gone
+            raise ModelError(f"Ollama at {self.endpoint.url}, of {path}: no list of models came")
+        return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str)]
 
     def version(self) -> str:
         return printable(str(self.ask("GET", "/api/version", limit_s=5.0).get("version"))[:40])
@@ -6564,7 +6565,7 @@ class OllamaApi:
                     missing = "manifest: file does not exist" in said
                     raise (ModelMissing if missing else ModelError)(
                         f"Ollama, of {printable(str(body['model']))}: {said}",
-                        missing and "Is it spelt as its registry does?" or "")
+                        "Is it spelt as its registry does?" if missing else "")
                 yield event
 
     def has_blob(self, digest: str) -> bool:
@@ -7178,6 +7179,13 @@ def loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def check_name(name: str) -> None:
+    """Raises: UsageError for what is no name of a model in Ollama, before it is asked."""
+    if split_model_name(name) is None:
+        raise UsageError(f"`{printable(name[:80])}` is no name of a model",
+                         "Such as llama3.2 or llama3.2:1b; b9agent.py models lists what is here")
+
+
 def free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
@@ -7297,7 +7305,8 @@ class Inference:
         record.update(
             endpoint=up.endpoint.url, models=list(self._models) if state == "running" else [],
             message=self._message(up),
-            engine=up.engine.name, version=up.engine.many and self._version or None, adopted=up.child is None,
+            engine=up.engine.name, version=up.engine.many and self._version or None,
+            adopted=up.child is None,
             model=up.name or None, why=up.why, pid=child and child.pid,
             starts=child and child.starts, uptime_seconds=round(now_s() - up.since_s, 1),
             log=child and child.log_path)
@@ -7339,7 +7348,7 @@ class Inference:
         if engine == "ollama" and reference.format == "hub":
             reference = reference._replace(format="name")  # of a user, in Ollama's library
         if reference.format == "name":
-            parse_model_name(reference.text)
+            check_name(reference.text)
         up = None
         while up is None:
             up = self._same(engine, reference) or self._begin(engine, reference, context_tokens,
@@ -7488,7 +7497,8 @@ class Inference:
             TokenProbe(engine, endpoint, name), stop_grace_s=engine.stop_grace_s,
             still_held=self._still_held(hardware))
         child = Child(spec, settings.state_dir, self._log, self._on_change)
-        return _Up(engine, reference, name, endpoint._replace(host=host), child, choice.why, now_s())
+        return _Up(engine, reference, name, endpoint._replace(host=host), child, choice.why,
+                   now_s())
 
     def _still_held(self, before: Hardware) -> Callable[[], str]:
         """What is gone from the GPUs' free memory since before the engine started."""
@@ -7520,7 +7530,8 @@ class Inference:
         try:
             if up.engine.many:
                 names = (row["name"] for row in OllamaApi(up.endpoint).tags())
-                models = tuple(name for name in names if len(name) <= 512)[:MODELS_TOLD]
+                models = tuple(name for name in names if len(name) <= 512 and name.isprintable()
+                               )[:MODELS_TOLD]
             elif http_request("GET", up.endpoint, up.engine.alive, {}, None, 5.0).status != 200:
                 raise EngineError(f"{up.engine.title} is unwell")
             silent = 0
@@ -7537,6 +7548,20 @@ class Inference:
                                                       daemon=True)
                 self._watch_thread.start()
 
+    def _look(self, up: _Up) -> None:
+        """At one that runs, or ran and may answer again; a change is told."""
+        if up.child is not None and up.child.snapshot.state is not ChildState.RUNNING:
+            self._silent = 0  # another start begins with a clean slate
+            return
+        before = self.state()
+        self._refresh(up)
+        state = self.state()
+        if state == "running":
+            self._beat(self._models)
+        if state != before:
+            self._log("notice", "inference", state=state, what=self._message(up))
+            self._on_change()
+
     def _watch(self) -> None:
         while True:
             with self._lock:
@@ -7544,17 +7569,11 @@ class Inference:
                 if up is None:
                     self._watch_thread = None
                     return
-            before = self.state()
-            if up.child is None or up.child.snapshot.state is ChildState.RUNNING:
-                self._refresh(up)  # in an error too: it may come back
-                state = self.state()
-                if state == "running":
-                    self._beat(self._models)
-                if state != before:
-                    self._log("notice", "inference", state=state, what=self._message(up))
-                    self._on_change()
-            else:
-                self._silent = 0  # another start begins with a clean slate
+            try:
+                self._look(up)
+            except Exception as error:  # a defect costs one look, not the watch
+                self._log("error", "defect", what=f"{type(error).__name__}: {error}",
+                          where=defect_place(error))
             self._watch_wake.wait(INFERENCE_CHECK_S)
 
     # -- stop -------------------------------------------------------------
@@ -7632,23 +7651,36 @@ class Inference:
         return self._transfer(key, "import", who, api, import_work(
             api, key, facts, quantize, store_folder()), source=facts.path)
 
-    def convert(self, path: str, target: str, quantize: bool = False,
+    def convert(self, path: str, target: str, plain: bool = False,
                 who: str = "control API") -> Transfer:
-        """Begin to make MLX weights of safetensors.  Raises: UsageError, EngineMissing."""
-        source, target = (os.path.abspath(os.path.expanduser(one)) for one in (path, target))
-        read_model(source)
-        return self.transfers.begin(target, "convert", who, convert_work(source, target, quantize))
+        """Begin to make MLX weights of a safetensors folder, in 4 bits unless plain.
+
+        Raises: UsageError; EngineMissing with the command, where its tool is not here.
+        """
+        source, target = (os.path.abspath(os.path.expanduser(each)) for each in (path, target))
+        facts = read_model(source)
+        if facts.format != "safetensors":
+            raise UsageError(f"{printable(source)} is {_FORMAT_TITLES[facts.format]}",
+                             "What is converted is a safetensors folder")
+        work = convert_work(source, target, not plain)
+        if self._closed:
+            raise EngineConflict("the agent is being stopped")
+        return self.transfers.begin(target, "conversion", who, work)
 
     def _transfer(self, key: str, kind: str, who: str, api: OllamaApi,
                   work: Callable[[Transfer], None], **noted: Any) -> Transfer:
+        def tell(status: str, message: str = "") -> None:
+            self._log.events.tell("pull", model=key, how=kind, status=status, message=message)
+
         def whole(transfer: Transfer) -> None:
-            tell = lambda status: self._log.events.tell("pull", model=key, how=kind, status=status)
             tell("running")
             try:
                 work(transfer)
                 self._note(api, key, pulled_by=who, pulled_at=utc_stamp(), **noted)
             except AgentError as error:
-                tell("cancelled" if transfer.cancelled else f"error: {error.what}")
+                tell("cancelled" if transfer.cancelled else "error", str(error))
+                if not transfer.cancelled:
+                    self._log.error("model_failed", error, "warning")
                 raise
             tell("success")
             self._log("notice", "model_here", model=key, how=kind)
@@ -7656,6 +7688,8 @@ class Inference:
             if up is not None:
                 self._refresh(up)
             self._on_change()
+        if self._closed:
+            raise EngineConflict("the agent is being stopped")
         return self.transfers.begin(key, kind, who, whole)
 
     def _note(self, api: OllamaApi, name: str, **noted: Any) -> None:
@@ -7709,6 +7743,7 @@ class Inference:
         if up is not None:
             generate_one_token(up.endpoint, model, 600.0)
         else:
+            check_name(name)
             api = self._ollama()
             api.load(model)
             model = model_key(model)
@@ -7721,10 +7756,12 @@ class Inference:
         if up is not None:
             raise EngineConflict(f"{up.engine.title} holds {model} as long as it runs",
                                  "b9agent.py stop")
+        check_name(model)
         self._ollama().unload(model)
         return {"status": "unloaded", "model": model, "message": "it is out of memory"}
 
     def delete(self, model: str) -> Dict[str, Any]:
+        check_name(model)
         api = self._ollama()
         api.delete(model)
         if api.has(model):
@@ -8996,6 +9033,7 @@ def _transfer_answer(request: Request, transfer: Transfer) -> Response:
     return Response(200, dict(progress_record(progress), message=f"{progress.name} is here"))
 
 
+_ENGINE_STATUSES = tuple(sorted({row[1] for row in AGENT_ERRORS} - {400, 429}))
 WAITING_MAX = 32  # requests for what takes its time: half of the connections stay for the rest
 _CONTEXT = Field("context_tokens", "integer", "tokens of context for each request", minimum=128,
                  maximum=1 << 24)
@@ -9026,7 +9064,8 @@ _INFERENCE_ROUTES: Tuple[Tuple[str, str, str, Tuple[Field, ...]], ...] = (
         Field("quantize", "string", "from F16, BF16 or F32", choices=QUANTIZATIONS), _STREAM)),
     ("POST /models/convert", "convert", "safetensors into MLX weights", (
         _PATH, Field("target", "string", "a folder that is not there yet", required=True,
-                     max_length=4096), Field("quantize", "boolean", "in 4 bits"), _STREAM)),
+                     max_length=4096),
+        Field("plain", "boolean", "as they are, not in 4 bits"), _STREAM)),
     ("POST /models/fit", "fit_of", "whether a model fits here, from its files' headers",
      (_MODEL, _CONTEXT)),
     ("POST /models/verify", "verify", "hash a model's files again",
@@ -9037,7 +9076,6 @@ _INFERENCE_ROUTES: Tuple[Tuple[str, str, str, Tuple[Field, ...]], ...] = (
 def inference_routes(inference: Any) -> Tuple[Route, ...]:
     """The routes under /inference and /models."""
     waiting = threading.BoundedSemaphore(WAITING_MAX)
-    statuses = tuple(sorted({status for _, status, _ in AGENT_ERRORS} - {400}))
 
     def now(method: str, request: Request) -> Response:
         fields = {name: value for name, value in request.fields.items() if name != "stream"}
@@ -9057,7 +9095,7 @@ def inference_routes(inference: Any) -> Tuple[Route, ...]:
             waiting.release()
     return tuple(
         Route(*what.split(), lambda request, method=method: patient(method, request), False, about,
-              fields, statuses=statuses,
+              fields, statuses=_ENGINE_STATUSES,
               result=INFERENCE_FIELDS if method in ("status", "start", "stop") else ())
         for what, method, about, fields in _INFERENCE_ROUTES)
 
@@ -9803,8 +9841,9 @@ class InferenceClient:
             rows = answer.get("data")
             vectors = [row.get("embedding") for row in rows if isinstance(row, dict)] if isinstance(
                 rows, list) else []
+            # A list of numbers is one text, in tokens.
             count = len(input) if isinstance(input, (list, tuple)) and not (
-                input and isinstance(input[0], int)) else 1  # a list of numbers is one text's tokens
+                input and isinstance(input[0], int)) else 1
             if len(vectors) != count or not all(
                     isinstance(vector, list) and vector and all(type(number) in (int, float)
                     for number in vector) for vector in vectors):
@@ -11908,6 +11947,7 @@ def say(text: str = "") -> None:
 
 def say_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.flush()  # a full disk is to be an error, not the end of the output
 
 
 def end_with(message: str, code: Exit) -> int:
@@ -12572,7 +12612,8 @@ def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bo
                          f"{last.get('message') or last.get('status') or 'broke off'}",
                          "" if last.get("message") else "The agent's log says why: b9agent.py logs")
     if not as_json:
-        say(f"{last['model']} is here, {size_text(last.get('total') or None)}")
+        size = f", {size_text(last['total'])}" if last.get("total") else ""
+        say(f"{last['model']} is here{size}")
     return Exit.OK
 
 
@@ -12713,13 +12754,12 @@ def command_models_import(loaded: Loaded, options: Dict[str, str]) -> int:
 
 
 def command_models_convert(loaded: Loaded, options: Dict[str, str]) -> int:
-    """MLX weights of a folder of safetensors, by mlx_lm.convert."""
     if "to" not in options:
-        raise UsageError("models convert needs --to FOLDER", "Name a folder that is not there yet")
-    body = {"path": os.path.abspath(os.path.expanduser(options["operand"])),
-            "target": os.path.abspath(os.path.expanduser(options["to"])),
-            "quantize": "quantize-4bit" in options}
-    return follow_transfer(loaded.settings.state_dir, "/models/convert", body, "json" in options)
+        raise UsageError("models convert needs --to FOLDER", "Name the folder that is to be made")
+    body: Dict[str, Any] = {"path": os.path.abspath(os.path.expanduser(options["operand"])),
+                            "target": os.path.abspath(os.path.expanduser(options["to"]))}
+    return follow_transfer(loaded.settings.state_dir, "/models/convert",
+                           dict(body, plain="plain" in options), "json" in options)
 
 
 def command_models_fit(loaded: Loaded, options: Dict[str, str]) -> int:
@@ -12894,9 +12934,9 @@ COMMANDS = (
         Option("--quantize", "TYPE", ", ".join(QUANTIZATIONS)), _JSON), ("state_dir",),
         "bring a GGUF file or a folder of safetensors into Ollama's store", "PATH"),
     Command("models convert", command_models_convert, (
-        Option("--to", "FOLDER", "where the MLX weights go; not there yet"),
-        Option("--quantize-4bit", "", "in 4 bits"), _JSON), ("state_dir",),
-        "make MLX weights of a folder of safetensors, by mlx_lm.convert", "PATH"),
+        Option("--to", "FOLDER", "the folder that is made"),
+        Option("--plain", "", "weights as they are, not in 4 bits"), _JSON), ("state_dir",),
+        "make MLX weights of a folder of safetensors", "PATH"),
     Command("models fit", command_models_fit, (
         Option("--context", "TOKENS", "context of each request"), _JSON), ("state_dir",),
         "whether a model fits this machine; exit code 1 where it does not", "MODEL"),

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=7babb50ebb894f37b127df8370ce59e269ef855dcc9017f0b4e87477664452ad
+  sha256=dc75e427e243356edb953c02ceaf32c2d36110e9e97cabdcdc489f56c292d887
 }
 
 usage() {

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -11,12 +12,13 @@ import time
 import pytest
 
 import b9agent
+import engines
 from helpers import Program, environment, wait_until
 from hostile_gateway import TOKEN
 from test_inference import (World, engine_processes, free_port, listens, nothing_left, processes_of,
-                            world)
+                            real_world, world)
 
-__all__ = ["World", "nothing_left", "world", "TOKEN"]
+__all__ = ["World", "nothing_left", "real_world", "world", "TOKEN"]
 
 
 def together(*calls):
@@ -487,3 +489,110 @@ def test_a_pull_and_a_log_may_be_silent_for_long(world, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         list(b9agent.agent_lines(str(here.state), "/logs?follow=true"))
     assert seen[0][-1] >= b9agent.SILENCE_LIMIT_S and seen[0][-2] > 60
+
+
+@pytest.mark.parametrize("name", ["", " ", "\0", "a\nb", "é", "x" * 512, "a:b:c", "/", "//", ".."])
+def test_an_odd_name_is_a_wrong_request_before_any_engine_is_asked(name, tmp_path):
+    inference = Embedded(tmp_path).inference
+    for call in (inference.load, inference.unload, inference.delete,
+                 *([lambda name: inference.start("ollama", name)] if name else [])):
+        with pytest.raises(b9agent.UsageError):
+            call(name)
+    inference.close()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"<html>", b"{}", b"[]", b'{"error": "x"}'])
+def test_an_engine_that_tells_garbage_unloads_and_deletes_nothing(garbage, tmp_path):
+    def say(method, path, body):
+        return 200, {"/": b"Ollama is running", "/api/version": b'{"version": "1"}'}.get(path,
+                                                                                        garbage)
+    with Liar(say) as engine:
+        one = Embedded(tmp_path, inference_port=str(engine.port))
+        one.inference.start("ollama", "")
+        for call in (one.inference.load, one.inference.unload, one.inference.delete):
+            with pytest.raises(b9agent.ModelError):
+                call("m")
+        one.inference.close()
+
+
+def test_json_that_could_not_be_written_is_no_success(world):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    here = world("ollama").start()
+    with open("/dev/full", "w") as full:
+        for words in (["models", "--json"], ["stop", "--json"]):
+            done = subprocess.run([sys.executable, b9agent.__file__, *words], stdout=full,
+                                  stderr=subprocess.PIPE, env=environment(here.home))
+            assert done.returncode == 2 and b"No space left" in done.stderr, done
+
+
+def test_a_pull_is_told_as_it_begins_and_ends_and_why_it_failed_is_in_the_log(world):
+    here = world("ollama").start()
+    here.post("/inference/start")
+    assert here.post("/inference/pull", {"model": "llama3.2"})[0] == 200
+    assert here.cli("pull", "no-such-model").code == 1
+    here.program.wait_line("warning model_failed .*does not exist")
+    with here.control.get("/events?since=0") as stream:
+        told = []
+        while len(told) < 4:
+            line = stream.readline().decode().strip()
+            if line == "event: pull":
+                told.append(json.loads(stream.readline().decode().partition(":")[2]))
+    assert [(each["model"], each["status"]) for each in told] == [
+        ("llama3.2:latest", "running"), ("llama3.2:latest", "success"),
+        ("no-such-model:latest", "running"), ("no-such-model:latest", "error")]
+
+
+def test_a_conversion_is_run_where_its_tool_is_and_its_command_is_named_where_not(
+        world, real_world, tmp_path):
+    here = world().start()
+    folder = tmp_path / "tiny model"
+    folder.mkdir()
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\1" * 8)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    target = str(tmp_path / "made here")
+    done = here.cli("models", "convert", str(folder), "--to", target)
+    assert done.code == 1 and "pip install mlx-lm, then: mlx_lm.convert" in done.err, done
+    assert here.cli("models", "convert", str(folder)).code == 2
+    assert here.cli("models", "convert", "/dev/null", "--to", target).code == 2
+    assert here.cli("models", "convert", str(folder), "--to", str(tmp_path)).code == 2
+    here.program.stop()
+    engines.mlx_python()
+    here = real_world(engines.BIN).start()
+    done = here.cli("models", "convert", engines.tiny_safetensors(), "--to", target, "--plain",
+                    within_s=120)
+    assert done.code == 0 and "is here" in done.out, done
+    assert here.cli("start", "--engine", "mlx", "--model", target, within_s=120).code == 0
+    assert here.cli("stop").code == 0
+
+
+def test_a_defect_in_a_look_at_the_engine_costs_one_look(tmp_path, monkeypatch):
+    monkeypatch.setattr(b9agent, "INFERENCE_CHECK_S", 0.02)
+
+    def say(method, path, body):
+        return 200, {"/": b"Ollama is running", "/api/version": b'{"version": "1"}'}.get(
+            path, b'{"models": [{"name": "m"}]}')
+    with Liar(say) as engine:
+        one, beats = Embedded(tmp_path, inference_port=str(engine.port)), []
+
+        def beat(models):
+            beats.append(models)
+            raise RuntimeError("a defect")
+        one.inference._beat = beat
+        one.inference.start("ollama", "")
+        wait_until(lambda: len(beats) > 2, "it looks again")
+        one.inference.close()
+
+
+def test_every_status_of_an_engines_error_is_in_the_openapi_document(world):
+    here = world("ollama").start()
+    document = here.get("/openapi.json")
+    for body in ({"model": "no-such"}, {"model": "a b"}):
+        status, _ = here.post("/models/load", body)
+        assert str(status) in document["paths"]["/models/load"]["post"]["responses"]
+    for path, item in document["paths"].items():
+        if path.startswith(("/inference", "/models")):
+            for operation in item.values():
+                assert {"404", "409", "502", "503"} <= set(operation["responses"])
+    assert document["components"]["responses"]["409"]

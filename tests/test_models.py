@@ -245,7 +245,12 @@ def test_who_does_not_answer_and_who_is_no_ollama_are_told_apart(ollama):
     with scripted(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n") as (endpoint, _):
         with pytest.raises(ModelRefused):
             OllamaApi(endpoint).tags()
-    for body in (b"[1]", b"null", b"{", b'{"models":7}', b'{"models":[1,{},{"name":2}]}', b"\xff"):
+    for body in (b"[1]", b"null", b"{", b'{"models":7}', b"\xff"):
+        with scripted(HEAD + b"\r\n" + body) as (endpoint, asked):
+            with pytest.raises(ModelError, match="no list of models"):
+                OllamaApi(endpoint).tags()
+        assert b"\r\nHost: 127.0.0.1:%d\r\n" % endpoint.port in asked[0]
+    for body in (b'{"models":[]}', b'{"models":[1,{},{"name":2}]}'):
         with scripted(HEAD + b"\r\n" + body) as (endpoint, asked):
             assert OllamaApi(endpoint).tags() == []
         assert b"\r\nHost: 127.0.0.1:%d\r\n" % endpoint.port in asked[0]
