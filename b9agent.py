@@ -7743,7 +7743,7 @@ class Inference:
         if up is not None:
             generate_one_token(up.endpoint, model, 600.0)
         else:
-            check_name(name)
+            check_name(model)
             api = self._ollama()
             api.load(model)
             model = model_key(model)

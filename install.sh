@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=dc75e427e243356edb953c02ceaf32c2d36110e9e97cabdcdc489f56c292d887
+  sha256=aade5910831b294fdd83c74bee6d7f4a95fbf11cc2954767792f8317de057c30
 }
 
 usage() {
