@@ -13,15 +13,18 @@ files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
                   machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
                   journald), energy.json 0600 (energy.json.bad where it was broken),
                   control.token 0600, control.addr; models.json 0600 (models.json.bad);
-                  children/engine.json 0600, logs/engine-*.log 0600 (16 MiB each, five), hub/
+                  children/engine.json 0600, logs/engine-*.log 0600 (16 MiB each, five), the
+                  same two of tunnel; hub/
                   (a cache of Hugging Face's where there is none);
                   gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
                   folder (`demo`), removed; `service install`: what its --dry-run prints
 ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`;
           `doctor` binds the ports it tells of for an instant; the engine, once started, listens on
-          127.0.0.1:11434
+          127.0.0.1:11434; the tunnel's ssh on a free one of 127.0.0.1, and with
+          tunnel.reverse_k3s the server's sshd on 6443 there
 hosts     the gateway that is configured, or the proxy set for it; `doctor` also k3s, on
-          127.0.0.1:6443 and without a token; the engine; nobody else.  The machine token goes to
+          127.0.0.1:6443 and without a token; the engine; the server of the tunnel, where one is
+          set, and then the gateway through it alone; nobody else.  The machine token goes to
           the gateway and nowhere else, and no redirect is followed.  Ollama itself fetches models
           from its registries; the others are told to stay offline with files that are here
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
@@ -29,10 +32,12 @@ programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi w
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
           python3 with Metal; `init` and `doctor` ask tailscale; `service` runs systemctl, loginctl,
           useradd, launchctl or rc-service, and `doctor` asks them, ps and lsof on macOS; the engine
-          that is started: ollama, vllm, sglang, llama-server or mlx_lm.server; mlx_lm.convert
+          that is started: ollama, vllm, sglang, llama-server or mlx_lm.server; mlx_lm.convert;
+          with --tunnel ssh, which reads its keys and ~/.ssh/known_hosts and writes neither
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
           vendor's driver, and ends), control or gateway (accepts), and one for each connection to
-          those, 64 or 256 at most; child-engine and child-engine-output, first-token, inference
+          those, 64 or 256 at most; child-engine and child-engine-output, the same two of the
+          tunnel's ssh, and tunnel (starts it again); first-token, inference
           (looks at the engine), pull, import or convert NAME (4 at most), provenance (hashes
           files); check-NAME (`doctor`)
 
@@ -40,7 +45,7 @@ To read it: sections stand in order, and each uses only names from above it.
 
    1 errors, exit codes, redaction, clock      9b engines, 9c models, 9d inference
    2 doors: files, programs, the network       12 HTTP server core, 12b metrics
-   3 settings: one table, YAML subset, flags   14 control API
+   3 settings: one table, YAML subset, flags   14 control API, 15 tunnel
    4 log, events and snapshot                  17 embedded gateway
    5 host metrics                              18 client: from b9agent import inference
    6 GPUs, energy and carbon                   19 agent: the composition
@@ -534,12 +539,14 @@ def host_port(host: str, port: int) -> str:
 
 
 class Endpoint(NamedTuple):
-    """Where an HTTP server is.  proxy: host, port and Proxy-Authorization value, or None."""
+    """Where an HTTP server is.  proxy: host, port and Proxy-Authorization value, or None.  dial:
+    where to connect instead: the near end of a tunnel to it."""
     scheme: str
     host: str
     port: int
     ca_file: Optional[str] = None
     proxy: Optional[Tuple[str, int, str]] = None
+    dial: Optional[Tuple[str, int]] = None
 
     @property
     def url(self) -> str:
@@ -681,7 +688,8 @@ def _tls_context(ca_file: Optional[str]) -> Any:
 
 def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
     """A connected socket, through the proxy's CONNECT and under TLS where that is asked for."""
-    target = endpoint.proxy[:2] if endpoint.proxy else (endpoint.host, endpoint.port)
+    target = endpoint.proxy[:2] if endpoint.proxy else (
+        endpoint.dial or (endpoint.host, endpoint.port))
     try:
         sock = _connect(target[0], target[1], until_s)
     except (OSError, HttpFailure) as error:
@@ -1185,6 +1193,23 @@ def parse_host(text: str) -> str:
     return bare
 
 
+def split_tunnel(text: str) -> Tuple[str, str, int]:
+    """
+    >>> split_tunnel("beta9@gw.example"), split_tunnel("me@[::1]:2222")
+    (('beta9', 'gw.example', 22), ('me', '::1', 2222))
+    """
+    match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,63})@(\[[^\]]*\]|[^:\[\]]+)"
+                         "(?::([0-9]{1,5}))?", text)
+    if not match:
+        raise ValueError("USER@HOST or USER@HOST:PORT, an IPv6 address in brackets")
+    return match.group(1), parse_host(match.group(2)), parse_port(match.group(3) or "22")
+
+
+def parse_tunnel(text: str) -> str:
+    split_tunnel(text)
+    return text
+
+
 def parse_interval(text: str) -> float:
     """Seconds.  The gateway forgets a machine after 300 s, so one lost keepalive must fit in."""
     return number_within("seconds", 1, 150)(text[:-1] if text.endswith("s") else text)
@@ -1264,6 +1289,17 @@ SETTINGS = (
     Setting("gateway_proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "URL", parse_proxy,
             "proxy to the gateway, or `none`; default: https goes through the environment's, http "
             "through none", secret=True),
+    Setting("tunnel", "B9AGENT_TUNNEL", "tunnel.server", "USER@HOST[:PORT]", parse_tunnel,
+            "reach the gateway through `ssh` to this server, which the agent keeps up; "
+            "gateway.host and gateway.port are then as seen from there"),
+    Setting("tunnel_local_port", "B9AGENT_TUNNEL_LOCAL_PORT", "tunnel.local_port", "PORT",
+            parse_listen_port, "port of the tunnel's near end, on loopback; 0 takes a free one",
+            default="0"),
+    Setting("tunnel_identity_file", "B9AGENT_TUNNEL_IDENTITY_FILE", "tunnel.identity_file", "PATH",
+            parse_path, "private key for the tunnel; default: ssh's own, and those of ssh-agent"),
+    Setting("tunnel_reverse_k3s", "B9AGENT_TUNNEL_REVERSE_K3S", "tunnel.reverse_k3s", "",
+            parse_switch, "let the tunnel's server reach this machine's k3s, at its own port 6443",
+            default="false"),
     Setting("k3s_token", "BETA9_K3S_TOKEN", "k3s.token", "TOKEN", parse_secret,
             "bearer token with which the gateway makes worker jobs on our k3s", flat=True,
             secret=True),
@@ -4541,6 +4577,7 @@ class GatewayClient:
         self._pool_name = pool_name
         self._log = log
         self.clock_offset_s: Optional[float] = None  # ours less the gateway's, to half a second
+        self.before_request: Callable[[], None] = lambda: None  # raises where none can be sent
 
     def register(self, payload: Dict[str, Any]) -> None:
         """The answer's `config` can hold the cluster's passwords: it is dropped unread."""
@@ -4585,6 +4622,7 @@ class GatewayClient:
 
     def _send(self, method: str, name: str, body: Optional[bytes], limit_s: float) -> HttpReply:
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
+        self.before_request()
         self._log("debug", "request", request=name, url=self._endpoint.url,
                   body=body and _without_token(body))
         try:
@@ -4684,12 +4722,12 @@ class Membership:
         self._must_register = True
         self._failures_in_row = 0
         self._refused_since_s: Optional[float] = None
-        self._hurried = False
+        self._hurried: Tuple[State, ...] = ()
         self.snapshot = Snapshot(since_s=clock())
 
-    def hurry(self) -> None:
-        """From any thread: there is news; send the next keepalive soon, if the machine is ready."""
-        self._hurried = True
+    def hurry(self, states: Tuple[State, ...] = (State.READY,)) -> None:
+        """From any thread: there is news; send the next request soon, in one of these states."""
+        self._hurried = states
 
     def _enter(self, state: State, **changes: Any) -> None:
         old = self.snapshot
@@ -4783,7 +4821,7 @@ class Membership:
         due_s = self._clock()
         while not stopping():
             left_s = due_s - self._clock()
-            if self._hurried and self.snapshot.state is State.READY and (
+            if self.snapshot.state in self._hurried and (
                     self._clock() - (self.snapshot.last_ready_s or 0.0) >= 1.0):
                 left_s = 0.0
             if left_s > 0:
@@ -4791,7 +4829,7 @@ class Membership:
                 wake.wait(min(left_s, 5.0))
                 continue
             tick(6 * REGISTER_LIMIT_S)  # two requests, GPUs, and name look-ups that have no limit
-            self._hurried = False
+            self._hurried = ()
             wait_s = self._safe_step()
             due_s = self._clock() + wait_s
         self._enter(State.STOPPED)
@@ -7328,7 +7366,9 @@ class Inference:
         """The `inference` of a keepalive; None where the gateway could not reach the engine, for
         it would send its users there, and before the first start."""
         place, state = self._place, self.state()
-        host = place and reachable_host(place.host, self._settings.gateway_host, private_ip)
+        # A gateway that is local to the tunnel's far end is far from here.
+        gateway = "" if self._settings.tunnel else self._settings.gateway_host
+        host = place and reachable_host(place.host, gateway, private_ip)
         return host and {"status": state, "ip": host, "port": place.port,
                          "models": list(self._models) if state == "running" else []}
 
@@ -8660,7 +8700,8 @@ class ProcessFigures(NamedTuple):
 class MetricsView(NamedTuple):
     """All that the metrics are made of.  at_s: the time on now_s().  keepalive_took_s: of the last
     request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
-    where no agent runs, and then nobody knows the agent's counters either."""
+    where no agent runs, and then nobody knows the agent's counters either.  tunnel_state: "" where
+    none is set."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
     facts: HostFacts = HostFacts()
@@ -8674,6 +8715,7 @@ class MetricsView(NamedTuple):
     pue: Optional[float] = None
     version: str = VERSION
     engine: EngineFigures = EngineFigures()
+    tunnel_state: str = ""
 
 
 Samples = List[Tuple[Dict[str, Any], Any]]  # (labels, value); a value of None is left out
@@ -8834,6 +8876,10 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("capacity_cpu_cores", "CPU cores on offer.", _at("capacity.cpu_millicores", 1000)),
     ("capacity_memory_bytes", "Memory on offer.", _at("capacity.memory_bytes")),
 
+    ("tunnel_state", "1 for the state of the SSH tunnel, 0 for the others.", lambda view: [
+        ({"state": state}, state == view.tunnel_state)
+        for state in ("stopped", "starting", "running", "backoff")] if view.tunnel_state else []),
+
     ("inference_state", "1 for the state of the engine, 0 for the others.", lambda view: [
         ({"state": state}, state == view.engine.state)
         for state in ("stopped", "starting", "running", "error")] if view.engine.state else []),
@@ -8984,7 +9030,7 @@ STATUS_FIELDS = fields_of(
     ("number!", "uptime_seconds state_seconds"),
     ("integer!", "pid keepalives registrations failures running_jobs total_jobs"),
     ("object!", "host energy metrics inference"), ("array!", "gpus"),
-    ("string", "last_keepalive"),
+    ("string", "last_keepalive"), ("object", "tunnel"),
     ("number", "cpu_percent memory_percent last_keepalive_seconds_ago clock_offset_seconds"),
     ("integer", "gpu_count network_received_bytes network_sent_bytes inference_port"),
 ) + (Field("gpu_problems", "array", "of GPUs and their drivers", True),)
@@ -9285,6 +9331,186 @@ def read_agent_metrics(state_dir: str) -> bytes:
     """GET /metrics.  Raises: as ask_agent()."""
     return ask_agent(state_dir, "/metrics",
                      lambda reply: reply.body.startswith(b"# HELP b9agent_")).body
+
+
+# ----------------------------------------------------------------------
+# 15. Tunnel                      runs ssh; the port of its end on loopback
+# ----------------------------------------------------------------------
+# `ssh -N` through a server from which the gateway can be reached, kept up.
+# ssh reads no config file (-F none): what it does stands here, whole, and
+# none can add a ProxyCommand or accept a host key.  It is tried again for
+# ever; no request is sent unless our own ssh holds the near end, for the
+# token is not for a program that took the port while it was away.
+
+TUNNEL_PACE = Pace(exits=1, held_s=2.0)  # one try a start: Tunnel knows how long to wait then
+TUNNEL_FIRST_S, TUNNEL_WAIT_S = 0.5, 20.0  # before the second try; for the end of the first one
+KNOWN_HOSTS = "~/.ssh/known_hosts"
+_SSH_OPTIONS = (
+    "BatchMode=yes", "StrictHostKeyChecking=yes", "UpdateHostKeys=no", "ExitOnForwardFailure=yes",
+    "ConnectTimeout=5", "ServerAliveInterval=3", "ServerAliveCountMax=3", "ForwardAgent=no",
+    "ForwardX11=no", "ControlMaster=no", "ControlPath=none", "AddKeysToAgent=no",
+    "PermitLocalCommand=no", "LogLevel=INFO")  # INFO: tells what the server does not forward
+
+# What ssh's words mean, what to do, and the longest wait before the next try.  A server that comes
+# back must be found within 10 s; one that refuses our key would ban us for asking so often.
+_SSH_SAYS: Tuple[Tuple[str, str, float], ...] = (
+    ("IDENTIFICATION HAS CHANGED", "its host key is another than the known one: somebody in "
+     "between, or a new server. If it is new: ssh-keygen -R {name} -f {known} && {scan}", 3.0),
+    ("Host key verification failed", "its host key is not known here. As the agent's user: {scan}",
+     3.0),
+    ("(?i)not accessible|bad permissions|error in libcrypto|invalid format", "the key file cannot "
+     "be used: {line}. It must be a private key without passphrase, of mode 0600", 60.0),
+    ("Permission denied", "it refuses our key ({line}): put the public half of {key} into "
+     "authorized_keys there", 60.0),
+    ("remote port forwarding failed", "its port 6443 is taken, or its sshd_config forbids us to "
+     "listen there: see AllowTcpForwarding and PermitListen", 3.0),
+    ("open failed: .*prohibited", "its sshd_config forbids to forward to {gateway} ({line}): see "
+     "AllowTcpForwarding and PermitOpen", 3.0),
+    ("open failed", "nothing answers it at {gateway} ({line}): gateway.host and gateway.port are "
+     "as seen from there", 3.0),
+    ("", "{line}", 3.0))
+
+
+def ssh_command(program: str, settings: Any, local_port: int) -> List[str]:
+    """The whole command line; nothing in it is secret."""
+    user, host, port = split_tunnel(settings.tunnel)
+    target = host_port(settings.gateway_host, settings.gateway_port)
+    options = (*_SSH_OPTIONS, f'UserKnownHostsFile="{os.path.expanduser(KNOWN_HOSTS)}"')
+    command = [program, "-F", "none", "-N", "-T", "-p", str(port), "-l", user]
+    command += [word for option in options for word in ("-o", option)]
+    if settings.tunnel_identity_file:
+        command += ["-o", "IdentitiesOnly=yes", "-i", settings.tunnel_identity_file]
+    if settings.tunnel_reverse_k3s:
+        command += ["-R", "6443:127.0.0.1:6443"]
+    return command + ["-L", f"127.0.0.1:{local_port}:{target}", "--", host]
+
+
+def ssh_problem(lines: Sequence[str], settings: Any) -> Tuple[str, float]:
+    """(what ssh has said, in words that help; the longest wait before the next try)."""
+    from shlex import quote
+    _, host, port = split_tunnel(settings.tunnel)
+    known = quote(os.path.expanduser(KNOWN_HOSTS))
+    pattern, words, limit_s = next(row for row in _SSH_SAYS
+                                   if any(re.search(row[0], line) for line in lines or [""]))
+    line = next(line for line in reversed(lines or ["ssh ended"]) if re.search(pattern, line))
+    scan = (f"mkdir -p {os.path.dirname(known)}; ssh-keyscan -p {port} {quote(host)} >> {known}, "
+            f"then compare `ssh-keygen -lf {known}` with what the server's owner tells you")
+    return words.format(
+        name=quote(host if port == 22 else f"[{host}]:{port}"), known=known, scan=scan,
+        line=line[:200], key=settings.tunnel_identity_file or "~/.ssh/id_*",
+        gateway=host_port(settings.gateway_host, settings.gateway_port)), limit_s
+
+
+def tunnel_port() -> int:
+    """A free one below those that systems give to outgoing connections: one of these could take it
+    while ssh is away, or even connect to itself."""
+    ports = (20000 + int(random_between(0, 10000)) for _ in range(1000))
+    return next(port for port in ports if port_holder("127.0.0.1", port) is None)
+
+
+def tunnel_endpoint(settings: Any, local_port: int) -> Endpoint:
+    """The gateway by its own name, for TLS as well, and the way to it."""
+    return Endpoint(settings.gateway_scheme, settings.gateway_host, settings.gateway_port,
+                    settings.gateway_ca_file, None, ("127.0.0.1", local_port))
+
+
+class Tunnel:
+    """start() once, stop() once; the rest from any thread.  is_ready(): whether requests get
+    through.  on_change(status()), from the tunnel's thread."""
+
+    def __init__(self, settings: Any, log: Log, is_ready: Callable[[], bool],
+                 on_change: Callable[[Dict[str, Any]], None]) -> None:
+        program = find_program("ssh")
+        if program is None:
+            raise UsageError("there is no ssh for the tunnel", "apt install openssh-client")
+        self._settings, self._log = settings, log
+        self._is_ready, self._on_change = is_ready, on_change
+        self._port = settings.tunnel_local_port or tunnel_port()
+        self.endpoint = tunnel_endpoint(settings, self._port)
+        self._told = ("starting", "")  # state and message, replaced whole
+        self._failures, self._again_s = 0, 0.0
+        self._stopping, self._wake = False, Wake()
+        self._thread = threading.Thread(target=self._run, name="tunnel", daemon=True)
+        quiet = lambda level, event, **fields: log(  # each try is for --debug
+            "debug" if event == "child" else level, event, **fields)
+        self._child = Child(ChildSpec(
+            "tunnel", ssh_command(program, settings, self._port), {}, (("127.0.0.1", self._port),),
+            self._probe, stall_limit_s=15.0, ready_limit_s=30.0, stop_grace_s=2.0),
+            settings.state_dir, quiet, pace=TUNNEL_PACE)
+
+    def _probe(self) -> Probe:
+        """Our ssh listens, and takes a connection."""
+        try:
+            socket.create_connection(("127.0.0.1", self._port), 1.0).close()
+        except OSError:
+            return Probe(False)
+        return Probe(_listener(self._port).endswith(f"pid {self._child.snapshot.pid}"))
+
+    def status(self) -> Dict[str, Any]:
+        child, (state, message) = self._child.snapshot, self._told
+        return {"state": state, "server": self._settings.tunnel, "local_port": self._port,
+                "message": message, "pid": child.pid, "starts": child.starts}
+
+    def start(self) -> None:
+        self._child.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when no ssh of ours is left."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        left = self._child.stop()
+        self._tell("stopped", left)
+
+    def await_running(self) -> None:
+        """As long as the first try lasts.  Raises: GatewayUnreachable."""
+        until_s = now_s() + TUNNEL_WAIT_S
+        while self._child.snapshot.state is not ChildState.RUNNING:
+            state, message = self._told
+            if message or self._stopping or now_s() > until_s:
+                raise GatewayUnreachable(f"the tunnel to {self._settings.tunnel} is not up: "
+                                         f"{message or state}", "It is tried again by itself")
+            _pause(WATCH_S)
+
+    # -- its thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._look()
+            except Exception as error:  # a defect costs one look, not the tunnel
+                self._log("error", "defect", what=f"{type(error).__name__}: {error}",
+                          where=defect_place(error))
+            self._wake.wait(WATCH_S)
+
+    def _look(self) -> None:
+        child = self._child.snapshot
+        if child.state is ChildState.RUNNING:
+            self._failures = 0
+            refused = [line for line in self._child.tail() if "open failed: " in line]
+            self._tell("running", ssh_problem(refused[-1:], self._settings)[0]
+                       if refused and not self._is_ready() else "")
+        elif child.state is ChildState.ERROR and not self._again_s:
+            lines = [line for line in self._child.tail() if "open failed: " not in line
+                     ] if "ended with" in child.message else []
+            problem, limit_s = ssh_problem(lines or [child.message.partition("\n")[0]],
+                                           self._settings)
+            self._failures += 1
+            wait_s = min(limit_s, TUNNEL_FIRST_S * 2.0 ** min(self._failures, 10))
+            self._again_s = now_s() + random_between(wait_s / 2, wait_s)
+            self._tell("backoff", problem)
+        elif child.state is ChildState.ERROR and now_s() >= self._again_s:
+            self._again_s = 0.0
+            self._child.start()
+
+    def _tell(self, state: str, message: str) -> None:
+        if (state, message) != self._told:
+            self._told = (state, message)
+            self._log("notice" if not message else "warning", "tunnel", state=state,
+                      server=self._settings.tunnel, what=message or None)
+            self._on_change(self.status())
 
 
 # ----------------------------------------------------------------------
@@ -10041,7 +10267,9 @@ class Agent:
         self.identity = Identity(machine_id, settings.pool_name, settings.provider_name,
                                  settings.hostname or f"machine-{machine_id}",
                                  settings.k3s_token or "")
-        self.endpoint = gateway_endpoint(settings)
+        self.tunnel = Tunnel(settings, log, self._is_ready, self._tell_tunnel
+                             ) if settings.tunnel else None
+        self.endpoint = self.tunnel.endpoint if self.tunnel else gateway_endpoint(settings)
         self._host = make_host()
         self._facts: Optional[HostFacts] = None
         self._gpus = GpuSampler(make_gpu_sources())
@@ -10051,6 +10279,8 @@ class Agent:
                                # A request that hangs costs one interval at most.
                                min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
         self.client = client
+        if self.tunnel:
+            client.before_request = self.tunnel.await_running
         self.send_register = lambda: client.register(self.register_payload())
         self.send_keepalive = lambda: self._send_keepalive(client)
         self.membership = Membership(self.send_register, self.send_keepalive,
@@ -10130,6 +10360,16 @@ class Agent:
         return register_payload(self.identity, cpu_millicores, memory_bytes, len(offered or ()),
                                 self._private_ip)
 
+    def _is_ready(self) -> bool:
+        return self.membership.snapshot.state is State.READY
+
+    def _tell_tunnel(self, status: Dict[str, Any]) -> None:
+        """What waits for the gateway need not wait any longer once the tunnel is there."""
+        self._log.events.tell("tunnel", **status)
+        if status["state"] == "running":
+            self.membership.hurry((State.READY, State.UNREACHABLE))
+            self._wake_membership.set()
+
     def _hardware(self) -> Hardware:
         """What an engine may use now."""
         gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
@@ -10189,7 +10429,8 @@ class Agent:
             self.membership.snapshot, self._sample, self.facts(), self._capacity,
             self.identity, read_process(self._started_wall_s), now_s(), self._keepalive_took_s,
             self.client.clock_offset_s, self.settings.grid_intensity, self.settings.pue,
-            engine=self.inference.figures())
+            engine=self.inference.figures(),
+            tunnel_state=self.tunnel.status()["state"] if self.tunnel else "")
 
     def metrics_text(self) -> str:
         return render_metrics(self.metrics_view())
@@ -10225,9 +10466,25 @@ class Agent:
             "energy": energy_payload(sample and sample.energy, self.settings),
             "inference_status": inference["status"],
             "inference_port": self.inference.port(), "running_jobs": 0, "total_jobs": 0,
-            "inference": inference, "metrics": metrics}
+            "inference": inference, "metrics": metrics,
+            "tunnel": self.tunnel.status() if self.tunnel else None}
 
     # -- its life -------------------------------------------------------
+
+    def run_once(self) -> None:
+        """Register and one keepalive.  Raises: GatewayError."""
+        try:
+            if self.tunnel:
+                end_leftovers(self.settings.state_dir, self._log)
+                self.tunnel.start()
+            self.send_register()
+            self._log("info", "registered", machine=self.identity.machine_id,
+                      pool=self.identity.pool_name, gateway=self.endpoint.url)
+            self.send_keepalive()
+            self._log("info", "ready", machine=self.identity.machine_id)
+        finally:
+            if self.tunnel:
+                self.tunnel.stop()
 
     def stop(self) -> None:
         """From a signal handler or another thread: end run()."""
@@ -10241,6 +10498,8 @@ class Agent:
         try:
             end_leftovers(self.settings.state_dir, self._log)
             self._start_control()
+            if self.tunnel:
+                self.tunnel.start()
             self._autostart()
             thread = threading.Thread(target=self._run_membership, name="membership", daemon=True)
             sd_notify("READY=1\nSTATUS=starting")
@@ -10253,6 +10512,8 @@ class Agent:
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
         finally:
             self._stop_inference()
+            if self.tunnel:
+                self.tunnel.stop()
             self._stop_control()
             self._energy.save()
         if self._failure is not None:
@@ -11450,11 +11711,25 @@ def judge_clock(here_s: float, ahead_s: Optional[float], https: bool) -> Finding
     return warn(seen, mend) if abs(ahead_s) > CLOCK_OFFSET_MAX_S else ok(seen)
 
 
+def doctor_endpoint(loaded: Loaded) -> Endpoint:
+    """Through the running agent's tunnel, where one is set."""
+    if not loaded.settings.tunnel:
+        return gateway_endpoint(loaded.settings)
+    try:
+        tunnel = read_agent_status(loaded.settings.state_dir).get("tunnel") or {}
+    except AgentError as error:
+        raise NotTried("the gateway is behind the tunnel, which a running agent keeps") from error
+    if tunnel.get("state") != "running":
+        raise GatewayUnreachable(f"the tunnel is {tunnel.get('state')}: {tunnel.get('message')}",
+                                 "b9agent.py status   # tells more")
+    return tunnel_endpoint(loaded.settings, tunnel["local_port"])
+
+
 def doctor_client(loaded: Loaded) -> GatewayClient:
     refuse_default(loaded, "gateway_host")
     settings = loaded.settings
     log = Log(settings.log_format, "debug" if settings.debug else "error")
-    return GatewayClient(gateway_endpoint(settings), settings.token or "-", settings.pool_name, log,
+    return GatewayClient(doctor_endpoint(loaded), settings.token or "-", settings.pool_name, log,
                          _REQUEST_LIMIT_S)
 
 
@@ -11624,8 +11899,9 @@ def check_gpus(loaded: Loaded) -> Iterator[Finding]:
 
 def check_gateway(loaded: Loaded) -> Iterator[Finding]:
     """Health, and the routes; the token's row is the next."""
-    client, endpoint = doctor_client(loaded), gateway_endpoint(loaded.settings)
-    way = f", through the proxy {host_port(*endpoint.proxy[:2])}" if endpoint.proxy else ""
+    client, endpoint = doctor_client(loaded), doctor_endpoint(loaded)
+    way = f", through the tunnel {loaded.settings.tunnel}" if endpoint.dial else ""
+    way += f", through the proxy {host_port(*endpoint.proxy[:2])}" if endpoint.proxy else ""
     begun_s = now_s()
     client.health()
     took_ms = (now_s() - begun_s) * 1000
@@ -12011,7 +12287,7 @@ def dry_run(loaded: Loaded) -> int:
     return Exit.OK
 
 
-def live(agent: Agent, once: bool, log: Log) -> None:
+def live(agent: Agent, once: bool) -> None:
     """In service until a signal; or once: register and one keepalive, both of which must succeed.
 
     Raises: GatewayError.
@@ -12022,11 +12298,7 @@ def live(agent: Agent, once: bool, log: Log) -> None:
         on_stop_signals(agent.stop, agent.wake_main)
         agent.run()
         return
-    agent.send_register()
-    log("info", "registered", machine=agent.identity.machine_id, pool=agent.identity.pool_name,
-        gateway=agent.endpoint.url)
-    agent.send_keepalive()
-    log("info", "ready", machine=agent.identity.machine_id)
+    agent.run_once()
 
 
 def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
@@ -12040,7 +12312,7 @@ def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
     try:
         for warning in loaded.warnings:
             log("warning", "setting", what=warning)
-        live(Agent(loaded, log), once, log)
+        live(Agent(loaded, log), once)
     finally:
         log.close()
         lock.release()
@@ -12113,8 +12385,9 @@ def report_health(loaded: Loaded) -> None:
     settings, endpoint = loaded.settings, gateway_endpoint(loaded.settings)
     client = GatewayClient(endpoint, "", settings.pool_name, make_log(settings))
     try:
-        client.health()
-        say(f"gateway {endpoint.url} is up")
+        if not settings.tunnel:  # the agent keeps that, and there is none yet
+            client.health()
+            say(f"gateway {endpoint.url} is up")
     except GatewayError as error:
         say(str(error))
     say("next: " + ("b9agent.py run" if settings.token else
@@ -12280,7 +12553,10 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
         ("agent", f"b9agent {status['version']}, pid {status['pid']}, up "
                   f"{status['uptime_seconds']:.0f} s"),
     ]
-    inference = status.get("inference") or {}
+    tunnel, inference = status.get("tunnel"), status.get("inference") or {}
+    if tunnel:
+        rows.insert(3, ("tunnel", ", ".join(filter(None, (
+            f"{tunnel['state']}, {tunnel['server']}", tunnel["message"])))))
     if inference.get("engine"):
         rows.append(("inference", ", ".join(filter(None, (
             f"{inference['engine']} {inference['status']}", inference.get("endpoint"),

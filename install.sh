@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=aade5910831b294fdd83c74bee6d7f4a95fbf11cc2954767792f8317de057c30
+  sha256=c1257d55cb6230d42f885da9a5489e0209588c3c9e143aa2e12dd613c0c7d2a8
 }
 
 usage() {
