@@ -9389,11 +9389,11 @@ def ssh_problem(lines: Sequence[str], settings: Any) -> Tuple[str, float]:
     """(what ssh has said, in words that help; the longest wait before the next try)."""
     from shlex import quote
     _, host, port = split_tunnel(settings.tunnel)
-    known = quote(os.path.expanduser(KNOWN_HOSTS))
+    known, folder = (quote(os.path.expanduser(path)) for path in (KNOWN_HOSTS, "~/.ssh"))
     pattern, words, limit_s = next(row for row in _SSH_SAYS
                                    if any(re.search(row[0], line) for line in lines or [""]))
     line = next(line for line in reversed(lines or ["ssh ended"]) if re.search(pattern, line))
-    scan = (f"mkdir -p {os.path.dirname(known)}; ssh-keyscan -p {port} {quote(host)} >> {known}, "
+    scan = (f"mkdir -p {folder}; ssh-keyscan -p {port} {quote(host)} >> {known}, "
             f"then compare `ssh-keygen -lf {known}` with what the server's owner tells you")
     return words.format(
         name=quote(host if port == 22 else f"[{host}]:{port}"), known=known, scan=scan,
@@ -9495,8 +9495,8 @@ class Tunnel:
         elif child.state is ChildState.ERROR and not self._again_s:
             lines = [line for line in self._child.tail() if "open failed: " not in line
                      ] if "ended with" in child.message else []
-            problem, limit_s = ssh_problem(lines or [child.message.partition("\n")[0]],
-                                           self._settings)
+            problem, limit_s = ssh_problem(lines or [child.message.partition("\n")[0].replace(
+                ", as 0 times before", "")], self._settings)
             self._failures += 1
             wait_s = min(limit_s, TUNNEL_FIRST_S * 2.0 ** min(self._failures, 10))
             self._again_s = now_s() + random_between(wait_s / 2, wait_s)

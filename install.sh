@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=c1257d55cb6230d42f885da9a5489e0209588c3c9e143aa2e12dd613c0c7d2a8
+  sha256=515cc24677e2d5320cd982f602e15f78536fc7afb36ece402f4a9fe006dc7aec
 }
 
 usage() {
