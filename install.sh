@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=aade5910831b294fdd83c74bee6d7f4a95fbf11cc2954767792f8317de057c30
+  sha256=f597881bc48053bd2fcfbd5a7879d628d407b33631720776d40f14d94e448fcb
 }
 
 usage() {

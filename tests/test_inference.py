@@ -298,8 +298,7 @@ def test_a_pull_can_be_cancelled(world):
 def test_an_ollama_that_is_here_is_used_and_never_ended(world):
     here = world("ollama")
     env = environment(here.home, PATH=here.path, OLLAMA_HOST="127.0.0.1:%d" % here.port)
-    with Program([engines.path_with().split(":")[0] and here.path.split(":")[0] + "/ollama", "serve"],
-                 env) as theirs:
+    with Program([here.path.split(":")[0] + "/ollama", "serve"], env) as theirs:
         wait_until(lambda: listens(here.port), "their Ollama listens")
         here.start()
         status, answer = here.post("/inference/start")
