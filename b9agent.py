@@ -1796,6 +1796,15 @@ def render_kept_line(line: str) -> str:
     return render_event(level, event, record, stamp, "text")
 
 
+def defect_place(error: BaseException) -> str:
+    """Where a defect was raised: function and line of the last frames, no values."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " > ".join(frames[-6:])
+
+
 class Log:
     """kept: the newest lines as JSON; events: what may be told of beside them, warnings included.
 
@@ -1868,14 +1877,10 @@ class Log:
     def error(self, event: str, error: AgentError, level: str = "error", **fields: Any) -> None:
         self(level, event, what=error.what, do=error.hint or None, **fields)
 
-
-def defect_place(error: BaseException) -> str:
-    """Where a defect was raised: function and line of the last frames, no values."""
-    frames, trace = [], error.__traceback__
-    while trace is not None:
-        frames.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return " > ".join(frames[-6:])
+    def defect(self, error: BaseException, **fields: Any) -> None:
+        """A mistake of ours, where it costs something and must not cost more."""
+        self("error", "defect", what=f"{type(error).__name__}: {error}",
+             where=defect_place(error), **fields)
 
 
 class State(enum.Enum):
@@ -4841,8 +4846,7 @@ class Membership:
         except AgentError:
             raise
         except Exception as error:
-            self._log("error", "defect", what=f"{type(error).__name__}: {error}",
-                      where=defect_place(error))
+            self._log.defect(error)
             return self._interval_s
 
 
@@ -4874,10 +4878,11 @@ class ChildState(enum.Enum):
 
 class Probe(NamedTuple):
     """What a look at a child that starts has found.  progress: any value; a change of it restarts
-    the stall limit.  said: for people, such as "loading 45 %"."""
+    the stall limit.  said: for people, such as "loading 45 %".  failed: it will never be ready."""
     ready: bool
     progress: Any = None
     said: str = ""
+    failed: bool = False
 
 
 class ChildSpec(NamedTuple):
@@ -5227,7 +5232,7 @@ class Child:
         except Exception as error:
             message = f"a defect of ours: {type(error).__name__}: {error}"
             state = ChildState.ERROR
-            self._log("error", "defect", what=message, where=defect_place(error))
+            self._log.defect(error)
             if self._process is not None and self._process.poll() is None:
                 _kill(self._process)
         with self._lock:
@@ -5354,6 +5359,8 @@ class Child:
             if motion != seen:
                 seen, moved_s = motion, clock()
             said = f"; last it was: {probe.said}" if probe.said else ""
+            if probe.failed:
+                return f"will not be ready: {probe.said}"
             if clock() - moved_s > spec.stall_limit_s:
                 return f"was not ready, and nothing moved for {spec.stall_limit_s:g} s{said}"
             if clock() - began_s > spec.ready_limit_s:
@@ -6013,11 +6020,13 @@ def overhead_bytes(facts: ModelFacts, gpus: int = 1) -> Optional[int]:
 
 def show_bytes(count: Optional[float]) -> str:
     """
-    >>> show_bytes(1 << 29), show_bytes(17.44 * 2**30), show_bytes(None)
-    ('512 MiB', '17.4 GiB', 'unknown')
+    >>> show_bytes(1 << 29), show_bytes(17.44 * 2**30), show_bytes(4711), show_bytes(None)
+    ('512 MiB', '17.4 GiB', '5 KiB', 'unknown')
     """
     if count is None:
         return "unknown"
+    if 0 < count < 1 << 20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / 2**20:.0f} MiB" if count < 1 << 30 else f"{count / 2**30:.1f} GiB"
 
 
@@ -6075,6 +6084,7 @@ def estimate_fit(facts: ModelFacts, available_bytes: Optional[int],
 # llama.cpp b10488, mlx-lm 0.32 and Ollama 0.33.
 
 
+TOKEN_REFUSALS = 5
 CONTEXT_TOKENS = 8192  # of a request, where neither the user nor the model says otherwise
 
 
@@ -6085,6 +6095,10 @@ class EngineError(AgentError):
 
 class EngineMissing(EngineError):
     """No engine that is installed here can do it."""
+
+
+class EngineRefused(EngineError):
+    """It answered, and gave no token."""
 
 
 class EngineConflict(EngineError):
@@ -6326,17 +6340,13 @@ def is_ollama(endpoint: Endpoint) -> str:
     return said if b"Ollama is running" in root.body and isinstance(said, str) else ""
 
 
-def post_json(endpoint: Endpoint, path: str, body: Dict[str, Any], limit_s: float) -> HttpReply:
-    """Raises: HttpFailure."""
-    return http_request("POST", endpoint, path, {"Content-Type": "application/json"},
-                        json.dumps(body).encode("utf-8"), limit_s)
-
-
 def generate_one_token(endpoint: Endpoint, name: str, limit_s: float) -> None:
     """One real token of an engine with OpenAI's API.  Raises: EngineError with what it said."""
+    body = {"model": name, "prompt": "Hello", "max_tokens": 1}
     try:
-        reply = post_json(endpoint, "/v1/completions",
-                          {"model": name, "prompt": "Hello", "max_tokens": 1}, limit_s)
+        reply = http_request("POST", endpoint, "/v1/completions",
+                             {"Content-Type": "application/json"}, json.dumps(body).encode(),
+                             limit_s)
     except HttpFailure as failure:
         raise EngineError(f"no token came from {endpoint.url}: {failure}") from failure
     answer = _json_object(reply.body)
@@ -6345,20 +6355,22 @@ def generate_one_token(endpoint: Endpoint, name: str, limit_s: float) -> None:
             choices[0], dict) and isinstance(choices[0].get("text"), str)):
         said = answer.get("error") or reply.body.decode("utf-8", "replace")
         said = said.get("message") if isinstance(said, dict) else said
-        raise EngineError(f"{name} did not answer a one-token request: {reply.status} "
-                          f"{printable(str(said)[:300])}")
+        raise EngineRefused(f"{name} did not answer a one-token request: {reply.status} "
+                            f"{printable(str(said)[:300])}")
 
 
 class TokenProbe:
     """Whether an engine with one model is ready: its server answers, and a token came of it.
 
     The token is asked for by a thread, once at a time, since a model may take minutes to load;
-    each call returns within two seconds, as a child's probe must.
+    each call returns within two seconds, as a child's probe must.  An engine that refuses it
+    TOKEN_REFUSALS times in a row has failed: a model without completions never has one.
     """
 
     def __init__(self, engine: Engine, endpoint: Endpoint, name: str) -> None:
         self._engine, self._endpoint, self._name = engine, endpoint, name
         self._results: Optional[List[Any]] = None  # of the question that is out; None for none
+        self._refusals = 0
 
     def _ask(self, results: List[Any]) -> None:
         try:
@@ -6372,7 +6384,8 @@ class TokenProbe:
             status = http_request("GET", self._endpoint, self._engine.alive, {}, None, 2.0).status
         except HttpFailure as failure:
             if failure.kind == "refused":
-                self._results = None  # it is another start, which has to give a token of its own
+                # It is another start, which has to give a token of its own.
+                self._results, self._refusals = None, 0
             return Probe(False, failure.kind, "starting")
         if status != 200:
             return Probe(False, status, f"loading {self._name}")
@@ -6386,7 +6399,8 @@ class TokenProbe:
         if result is not None:
             self._results = None
         if isinstance(result, EngineError):
-            return Probe(False, status, str(result))
+            self._refusals += isinstance(result, EngineRefused)
+            return Probe(False, status, str(result), self._refusals >= TOKEN_REFUSALS)
         return Probe(result == "ready", status, f"loading {self._name}")
 
 
@@ -6468,6 +6482,16 @@ def refuse_cloud(text: str) -> None:
                          "Choose a tag without `cloud`")
 
 
+def check_name(text: str) -> ModelName:
+    """Raises: UsageError for what is no name of a model in Ollama, before it is asked."""
+    name = split_model_name(text)
+    if name is None:
+        raise UsageError(f"`{printable(text[:80])}` is no name of a model",
+                         "Such as llama3.2, llama3.2:1b or hf.co/ORG/NAME:Q4_K_M; those here: "
+                         "b9agent.py models")
+    return name
+
+
 def parse_model_name(text: str, registries: Sequence[str] = ()) -> ModelName:
     """Raises: UsageError; for any other registry than ours and `registries`, too.
 
@@ -6475,10 +6499,7 @@ def parse_model_name(text: str, registries: Sequence[str] = ()) -> ModelName:
     ('m:latest', 'm:8b')
     """
     refuse_cloud(text)
-    name = split_model_name(text)
-    if name is None:
-        raise UsageError(f"`{printable(text[:80])}` is no name of a model",
-                         "Such as llama3.2, llama3.2:1b or hf.co/ORG/NAME:Q4_K_M")
+    name = check_name(text)
     if name.host not in REGISTRIES + tuple(registries):
         raise UsageError(f"{printable(name.host)} is no registry that models are pulled from",
                          "They are: " + ", ".join(REGISTRIES + tuple(registries)))
@@ -7032,14 +7053,15 @@ class ModelBook:
     _lock guards _entries, _used_s and the file.
     """
 
-    def __init__(self, path: str, log: Log) -> None:
-        self._path: Optional[str] = path
+    def __init__(self, path: Optional[str], log: Log) -> None:
+        """path: None keeps nothing."""
+        self._path = path
         self._log = log
         self._lock = threading.Lock()
         self._failing = False
         self._used_s: Dict[str, float] = {}
         self._entries: Dict[str, Dict[str, Any]] = {}
-        if os.path.lexists(path):
+        if path is not None and os.path.lexists(path):
             text = read_text(path, 2 * MODEL_BOOK_MAX_BYTES) or ""
             entries = _json_object(text.encode("utf-8")).get("models")
             if isinstance(entries, dict) and all(map(_sound, entries.values())):
@@ -7194,10 +7216,11 @@ def model_list(api: Optional[OllamaApi], book: ModelBook) -> List[Dict[str, Any]
 
 
 def progress_record(progress: Progress) -> Dict[str, Any]:
-    """A pull or an import as JSON: the words of Ollama's own API, and more."""
-    return dict(rounded(progress._asdict()), status=progress.state, step=progress.status,
-                model=progress.name, completed=progress.completed_bytes,
-                total=progress.total_bytes, layers=[layer._asdict() for layer in progress.layers])
+    """A pull or an import as JSON, in the words of Ollama's own API; step: what it says of it."""
+    words = {"name": "model", "state": "status", "status": "step", "completed_bytes": "completed",
+             "total_bytes": "total"}
+    record = {words.get(field, field): value for field, value in progress._asdict().items()}
+    return dict(rounded(record), layers=[layer._asdict() for layer in progress.layers])
 
 
 def imported_name(facts: ModelFacts) -> str:
@@ -7207,21 +7230,28 @@ def imported_name(facts: ModelFacts) -> str:
 
 class Hardware(NamedTuple):
     """vendor: of the GPUs that are offered, "" for none.  gpu_free_bytes: of each; None where a
-    driver does not say.  host_free_bytes: for what a GPU cannot hold."""
+    driver does not say.  host_free_bytes: for what a GPU cannot hold.  gpu_indexes: of each, as the
+    vendor's tools count."""
     vendor: str
     gpu_free_bytes: Tuple[Optional[int], ...]
     host_free_bytes: Optional[int]
+    gpu_indexes: Tuple[int, ...] = ()
+
+
+def visible_gpus(hardware: Hardware) -> Dict[str, str]:
+    """The environment that keeps an engine to the GPUs that are offered, and off all others.
+
+    >>> visible_gpus(Hardware("nvidia", (1, 1), 1, (0, 3)))["CUDA_VISIBLE_DEVICES"]
+    '0,3'
+    """
+    chosen = ",".join(map(str, hardware.gpu_indexes))
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **{
+        variable: chosen if chosen and vendor == hardware.vendor else "-1" for vendor, variable in (
+            ("nvidia", "CUDA_VISIBLE_DEVICES"), ("amd", "ROCR_VISIBLE_DEVICES"))}}
 
 
 def loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def check_name(name: str) -> None:
-    """Raises: UsageError for what is no name of a model in Ollama, before it is asked."""
-    if split_model_name(name) is None:
-        raise UsageError(f"`{printable(name[:80])}` is no name of a model",
-                         "Such as llama3.2 or llama3.2:1b; b9agent.py models lists what is here")
 
 
 def free_port(host: str) -> int:
@@ -7241,7 +7271,8 @@ def reachable_host(engine_host: str, gateway_host: str, private_ip: str) -> Opti
     return private_ip if engine_host in ("0.0.0.0", "::") else engine_host
 
 
-def gpus_for(facts: Optional[ModelFacts], hardware: Hardware) -> int:
+def gpus_for(facts: Optional[ModelFacts], hardware: Hardware,
+             context_tokens: Optional[int] = None, parallel: int = 1) -> int:
     """How many GPUs share a model: the fewest that hold it, a power of two that divides its
     attention heads, as tensor parallelism wants it."""
     free, best = hardware.gpu_free_bytes, 0
@@ -7250,7 +7281,7 @@ def gpus_for(facts: Optional[ModelFacts], hardware: Hardware) -> int:
             break
         best = count
         if facts is None or None in free[:count] or estimate_fit(
-                facts, sum(free[:count]), CONTEXT_TOKENS).fits is not False:
+                facts, sum(free[:count]), context_tokens, parallel, count).fits is not False:
             break
     return best
 
@@ -7288,11 +7319,13 @@ class Inference:
 
     _lock guards _up, _place, _ending, _closed, _models, _told and _watch_thread, and is held for
     nothing that takes time.  _up stays until its processes have ended.  hardware(): what is here
-    now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.
+    now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.  keep: whether what is
+    known of models is read and written.
     """
 
     def __init__(self, settings: Any, log: Log, hardware: Callable[[], Hardware],
-                 beat: Callable[[Sequence[str]], None], on_change: Callable[[], None]) -> None:
+                 beat: Callable[[Sequence[str]], None], on_change: Callable[[], None],
+                 keep: bool = True) -> None:
         self._settings = settings
         self._log = log
         self._hardware = hardware
@@ -7308,7 +7341,8 @@ class Inference:
         self._watch_wake = Wake()
         self._watch_thread: Any = None
         self._hashing: Set[str] = set()  # names of models whose files are being hashed
-        self.book = ModelBook(os.path.join(settings.state_dir, "models.json"), log)
+        self.book = ModelBook(os.path.join(settings.state_dir, "models.json") if keep else None,
+                              log)
         self.transfers = Transfers()
 
     # -- what is said of it ---------------------------------------------
@@ -7441,11 +7475,6 @@ class Inference:
         raise EngineConflict(f"{up.engine.title} is {self.state()} with {up.name or 'no model'}",
                              "One engine runs at a time: b9agent.py stop")
 
-    def _ollama_places(self) -> List[Endpoint]:
-        settings = self._settings
-        ports = [settings.inference_port] if settings.inference_port else []
-        return [Endpoint("http", "127.0.0.1", port) for port in dict.fromkeys(ports + [11434])]
-
     def _begin(self, wanted: str, reference: Reference, context_tokens: Optional[int],
                force: bool) -> Optional[_Up]:
         """What was chosen and started; None where another start was faster."""
@@ -7473,15 +7502,14 @@ class Inference:
     def _choose(self, wanted: str, reference: Reference, context_tokens: Optional[int],
                 force: bool) -> _Up:
         """The engine for it, once it fits and its port is free; not started yet."""
-        hardware = self._hardware()
-        found = next(((place, version) for place in self._ollama_places()
-                      for version in [is_ollama(place)] if version), None)
+        hardware, port = self._hardware(), self._settings.inference_port
+        place = Endpoint("http", "127.0.0.1", port)
         choice = choose_engine(wanted, reference, hardware.vendor, self._find,
-                               ("ollama",) if found else ())
+                               ("ollama",) if port and is_ollama(place) else ())
         if reference.facts is not None and not force:
             self._check_fit(choice.engine, reference.facts, hardware, context_tokens)
         if choice.program is None:
-            return _Up(choice.engine, reference, "", found[0], None, choice.why, now_s())
+            return _Up(choice.engine, reference, "", place, None, choice.why, now_s())
         return self._launch(choice, reference, hardware, context_tokens)
 
     def _find(self, engine: Engine) -> Optional[str]:
@@ -7505,8 +7533,9 @@ class Inference:
         if not free or engine is not None and engine.name in ("llama-server", "ollama"):
             if hardware.vendor != "apple":  # there the GPU's memory is the host's
                 free.append(hardware.host_free_bytes)
-        known = None if None in free else sum(free)
-        return estimate_fit(facts, known, context_tokens, self._settings.inference_parallel)
+        known, settings = None if None in free else sum(free), self._settings
+        return estimate_fit(facts, known, context_tokens or settings.inference_context,
+                            settings.inference_parallel, max(1, len(hardware.gpu_free_bytes)))
 
     def _launch(self, choice: Choice, reference: Reference, hardware: Hardware,
                 context_tokens: Optional[int]) -> _Up:
@@ -7526,14 +7555,17 @@ class Inference:
             context = min(CONTEXT_TOKENS, facts.context_tokens)
         name = "" if engine.many else reference.text if engine.name == "mlx" or not facts else (
             facts.name)
-        gpus = gpus_for(facts, hardware) if hardware.vendor in engine.vendors else 0
+        gpus = gpus_for(facts, hardware, context, settings.inference_parallel
+                        ) if hardware.vendor in engine.vendors else 0
         launch = Launch(choice.program, "" if engine.many else reference.text, name, host, port,
                         context, settings.inference_parallel, gpus, settings.state_dir,
                         run_command([choice.program, "--help"], 10.0).output
                         if engine.name == "llama-server" else "")
         endpoint = Endpoint("http", "127.0.0.1" if host == "0.0.0.0" else host, port)
+        chosen = settings.gpu_ids is not None or settings.max_gpus is not None
+        environment = dict(engine.environment(launch), **(visible_gpus(hardware) if chosen else {}))
         spec = ChildSpec(
-            "engine", tuple(engine.command(launch)), engine.environment(launch), ((host, port),),
+            "engine", tuple(engine.command(launch)), environment, ((host, port),),
             TokenProbe(engine, endpoint, name), stop_grace_s=engine.stop_grace_s,
             still_held=self._still_held(hardware))
         child = Child(spec, settings.state_dir, self._log, self._on_change)
@@ -7543,6 +7575,8 @@ class Inference:
     def _still_held(self, before: Hardware) -> Callable[[], str]:
         """What is gone from the GPUs' free memory since before the engine started."""
         def held() -> str:
+            if not before.gpu_free_bytes:
+                return ""
             missing = [old - new for old, new in zip(before.gpu_free_bytes,
                                                      self._hardware().gpu_free_bytes)
                        if old is not None and new is not None and old - new > 1 << 30]
@@ -7612,8 +7646,7 @@ class Inference:
             try:
                 self._look(up)
             except Exception as error:  # a defect costs one look, not the watch
-                self._log("error", "defect", what=f"{type(error).__name__}: {error}",
-                          where=defect_place(error))
+                self._log.defect(error)
             self._watch_wake.wait(INFERENCE_CHECK_S)
 
     # -- stop -------------------------------------------------------------
@@ -7738,7 +7771,7 @@ class Inference:
             self._log("info", "provenance", model=name, what=unread)
 
     def cancel(self, model: str) -> Dict[str, Any]:
-        key = model_key(model)
+        key = model if self.transfers.get(model) else model_key(model)  # a conversion's is a folder
         if not self.transfers.cancel(key):
             raise ModelMissing(f"nothing is pulled or imported as {printable(key)}")
         return {"status": "cancelled", "model": key, "message": "what came is kept"}
@@ -8189,8 +8222,7 @@ class Api:
     def defect(self, error: Exception, target: str) -> Response:
         """What is said of an exception that nobody expected, once it is logged."""
         number = os.urandom(4).hex()
-        self.log("error", "defect", where=defect_place(error), id=number,
-                 what=f"{type(error).__name__}: {error}", request=target[:200])
+        self.log.defect(error, id=number, request=target[:200])
         return self.failure(HttpError(
             500, "internal", f"a defect of ours, number {number} in the log",
             "Please report it with the lines of the log that have this number"))
@@ -9142,6 +9174,7 @@ def inference_routes(inference: Any) -> Tuple[Route, ...]:
     return tuple(
         Route(*what.split(), lambda request, method=method: patient(method, request), False, about,
               fields, statuses=_ENGINE_STATUSES,
+              produces=("application/json", "application/x-ndjson")[:2 if _STREAM in fields else 1],
               result=INFERENCE_FIELDS if method in ("status", "start", "stop") else ())
         for what, method, about, fields in _INFERENCE_ROUTES)
 
@@ -10273,6 +10306,9 @@ class Agent:
         self._host = make_host()
         self._facts: Optional[HostFacts] = None
         self._gpus = GpuSampler(make_gpu_sources())
+        # The samplers take one thread at a time, and an engine's start and stop look as well as a
+        # keepalive: held for a look, which has its own limit on time.
+        self._looking = threading.Lock()
         self._energy = EnergyMeter(os.path.join(settings.state_dir, "energy.json") if keep
                                    else None, settings, log)
         client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
@@ -10298,7 +10334,8 @@ class Agent:
         self._failure: Optional[AgentError] = None
         self._control: Optional[ApiServer] = None
         self._private_ip, self._beat_after_s = "", 0.0
-        self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference)
+        self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
+                                   keep)
 
     # -- what is said of this machine ----------------------------------
 
@@ -10321,16 +10358,21 @@ class Agent:
 
     def _look_at_gpus(self, limit_s: float) -> Tuple[GpuSample, Optional[Tuple[Gpu, ...]]]:
         """(all of them, those that are offered); the drivers get limit_s at most."""
-        gpus, settings = self._gpus.sample(limit_s), self.settings
+        with self._looking:
+            gpus, settings = self._gpus.sample(limit_s), self.settings
         if not gpus.known:
             return gpus, None
         return gpus, tuple(offered_gpus(gpus.gpus, gpus.vendor, settings.gpu_ids, settings.max_gpus,
                                         os.environ.get("CUDA_VISIBLE_DEVICES")))
 
+    def _look_at_host(self) -> HostSample:
+        with self._looking:
+            return self._host.sample(nearest_folder(self.settings.state_dir))
+
     def look(self) -> MachineSample:
         """One look at the machine."""
         gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
-        host = self._host.sample(nearest_folder(self.settings.state_dir))
+        host = self._look_at_host()
         self._capped()
         self._count_energy(lambda: self._energy.add(host.cpu_pct, self._cpus, gpus.gpus,
                                                     read_rapl(), gpus.silent))
@@ -10342,11 +10384,10 @@ class Agent:
         try:
             count()
         except Exception as error:
-            self._log("error", "defect", what=f"{type(error).__name__}: {error}",
-                      where=defect_place(error))
+            self._log.defect(error)
 
     def _energy_between(self) -> None:
-        gpus = self._gpus.sample(1.0) if wants_power_samples(self._sample.gpus) else None
+        gpus = self._look_at_gpus(1.0)[0] if wants_power_samples(self._sample.gpus) else None
         self._energy.add_between(gpus and gpus.gpus, read_rapl(), gpus.silent if gpus else "")
 
     def register_payload(self) -> Dict[str, Any]:
@@ -10372,13 +10413,14 @@ class Agent:
 
     def _hardware(self) -> Hardware:
         """What an engine may use now."""
-        gpus, offered = self._look_at_gpus(GPU_LIMIT_S)
-        host = self._host.sample(nearest_folder(self.settings.state_dir))
+        _, offered = self._look_at_gpus(GPU_LIMIT_S)
+        host = self._look_at_host()
         free = tuple(None if gpu.memory_total_bytes is None or gpu.memory_used_bytes is None else
                      gpu.memory_total_bytes - gpu.memory_used_bytes for gpu in offered or ())
         unused = None if host.memory_total_bytes is None or host.memory_used_bytes is None else (
             host.memory_total_bytes - host.memory_used_bytes)
-        return Hardware(offered[0].vendor if offered else "", free, unused)
+        return Hardware(offered[0].vendor if offered else "", free, unused,
+                        tuple(gpu.index for gpu in offered or ()))
 
     def _beat(self, models: Sequence[str]) -> None:
         """To the gateway's router, where it has one; a gateway without is asked again later."""
@@ -10526,6 +10568,8 @@ class Agent:
                 self.inference.start()
             except AgentError as error:
                 self._log.error("inference_failed", error)
+            except Exception as error:
+                self._log.defect(error)
         if self.settings.inference_autostart:
             threading.Thread(target=start, name="inference-start", daemon=True).start()
 
@@ -12796,18 +12840,6 @@ def bar(done: int, total: int, columns: int = 24) -> str:
     return "#" * filled + "-" * (columns - filled)
 
 
-def size_text(count: Optional[int]) -> str:
-    """
-    >>> size_text(2019377376), size_text(10 << 20), size_text(4711), size_text(None)
-    ('1.9 GiB', '10 MiB', '5 KiB', '?')
-    """
-    if count is None:
-        return "?"
-    unit, name = next((row for row in ((1 << 30, "GiB"), (1 << 20, "MiB")) if count >= row[0]),
-                      (1 << 10, "KiB"))
-    return f"{count / unit:.1f} {name}" if name == "GiB" else f"{count / unit:.0f} {name}"
-
-
 def progress_line(record: Dict[str, Any]) -> str:
     """A pull's step in a line.
 
@@ -12819,9 +12851,9 @@ def progress_line(record: Dict[str, Any]) -> str:
     if not total:
         return record.get("step") or ""
     parts = [f"{record.get('step')} [{bar(done, total)}] {100 * done // total} % of "
-             f"{size_text(total)}"]
+             f"{show_bytes(total)}"]
     if record.get("rate_bytes_s"):
-        parts.append(f"{size_text(int(record['rate_bytes_s']))}/s")
+        parts.append(f"{show_bytes(int(record['rate_bytes_s']))}/s")
     if record.get("remaining_s") is not None:
         parts.append(f"{record['remaining_s']:.0f} s left")
     return ", ".join(parts)
@@ -12874,8 +12906,11 @@ def goes_on(what: str, how_to_end: str) -> Iterator[ProgressLine]:
 
 def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bool) -> int:
     """A pull or an import to its end, with its progress.  Raises: AgentError."""
+    import shlex
     last: Dict[str, Any] = {}
-    with goes_on("it", "b9agent.py pull NAME --cancel") as line:
+    what = str(body.get("model") or body.get("target") or body.get("name")
+               or model_name(body["path"]))
+    with goes_on(f"the work on {what}", f"b9agent.py pull {shlex.quote(what)} --cancel") as line:
         for raw in agent_lines(state_dir, path, dict(body, stream=True)):
             last = _json_object(raw)
             if as_json:
@@ -12888,7 +12923,7 @@ def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bo
                          f"{last.get('message') or last.get('status') or 'broke off'}",
                          "" if last.get("message") else "The agent's log says why: b9agent.py logs")
     if not as_json:
-        size = f", {size_text(last['total'])}" if last.get("total") else ""
+        size = f", {show_bytes(last['total'])}" if last.get("total") else ""
         say(f"{last['model']} is here{size}")
     return Exit.OK
 
@@ -12983,7 +13018,7 @@ def model_rows(answer: Dict[str, Any]) -> List[Sequence[str]]:
     rows: List[Sequence[str]] = [("NAME", "ENGINE", "SIZE", "LOADED", "DIGEST", "QUANTIZATION",
                                   "LICENSE", "LAST USED")]
     for model in answer["models"]:
-        rows.append((model["name"], model.get("engine") or "-", size_text(model.get("size_bytes")),
+        rows.append((model["name"], model.get("engine") or "-", show_bytes(model.get("size_bytes")),
                      {True: "yes", False: "no"}.get(model.get("loaded"), "-"),
                      (model.get("digest") or "-")[:12], model.get("quantization") or "-",
                      (model.get("license") or "-")[:24],

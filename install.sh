@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=515cc24677e2d5320cd982f602e15f78536fc7afb36ece402f4a9fe006dc7aec
+  sha256=4cf044f16f9729e704b5eabb45acfefd8a904c35c79ffa78d2459e1b6d3d1baa
 }
 
 usage() {

@@ -3,6 +3,7 @@ of one's own.  Standard library only, and 3.8: the interpreter matrix runs this 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +29,20 @@ def wait_until(condition, what, within_s=PATIENCE_S):
             return value
         assert time.monotonic() < until, "not within %g s: %s" % (within_s, what)
         time.sleep(0.01)
+
+
+def quiet_port():
+    """A port of loopback where nobody listens, and that no socket gets by asking for any free one: it
+    is below the range that the system hands out (an agent's control API was once its own gateway)."""
+    import random
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue  # somebody's; take another
 
 
 def environment(home, **extra):

@@ -44,6 +44,8 @@ def of_tag(tag):
 class Lines(list):
     """A Log that keeps what it is told."""
 
+    defect = b9agent.Log.defect
+
     def __call__(self, level, event, **fields):
         self.append((level, event, fields))
 
@@ -184,6 +186,14 @@ def test_while_it_is_being_stopped_it_cannot_be_started(make):
     for thread in stops:
         thread.join()
     assert child.snapshot.state is ChildState.STOPPED
+
+
+def test_a_probe_that_has_failed_ends_the_start(make):
+    child = make(LIVE_ON, probe=lambda: Probe(False, said="it has no completions", failed=True))
+    child.start()
+    ended = child.wait(ENDED, 40)
+    assert ended.state is ChildState.ERROR and ended.starts == 1
+    assert "will not be ready: it has no completions" in ended.message
 
 
 def test_a_hundred_lives_leak_no_descriptor_and_no_thread(make):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import b9agent
-from helpers import HERE, StallMeter
+from helpers import HERE, StallMeter, quiet_port
 from hostile_gateway import (CLUSTER_SECRETS, FAULTS, TOKEN, ConnectProxy, HostileGateway,
                              decode_json, keepalive_problems, register_problems, secret_words,
                              server_context)
@@ -114,8 +114,7 @@ def test_a_failure_says_what_happened_and_what_to_do(fault, request_name, words,
 
 
 def test_a_connection_refused_offers_the_tunnel():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = quiet_port()
     outcome, error = Wire(b9agent.Endpoint("http", "127.0.0.1", port)).outcome("keepalive")
     assert outcome == "GatewayUnreachable"
     assert "connection refused" in str(error) and "tunnel" in str(error)

@@ -662,5 +662,6 @@ def test_a_fuzzer_driven_by_openapi_finds_no_defect_and_nothing_undocumented(age
                           stderr=subprocess.STDOUT, timeout=100,
                           env=environment(tmp_path, SCHEMATHESIS_HOOKS="hooks", PYTHONPATH=str(tmp_path)))
     text = done.stdout.decode("utf-8", "replace")
+    assert program.stop() == 0  # and with it the engine that the fuzzer may have started
     assert done.returncode == 0, text
     assert "defect" not in program.text()

@@ -13,7 +13,7 @@ import pytest
 
 import b9agent
 import engines
-from helpers import Program, environment, wait_until
+from helpers import Program, environment, run_agent, wait_until
 from hostile_gateway import TOKEN
 from test_inference import (World, engine_processes, free_port, listens, nothing_left, processes_of,
                             real_world, world)
@@ -106,7 +106,7 @@ def test_an_agent_that_ends_during_a_start_leaves_nothing(world):
 def test_nothing_is_started_once_the_agent_ends(tmp_path):
     inference = Embedded(tmp_path).inference
     inference._find = lambda engine: "/bin/true"
-    inference._ollama_places = lambda: []
+    inference._settings = inference._settings._replace(inference_port=0)
     inference.close()
     with pytest.raises(b9agent.EngineConflict, match="being stopped"):
         inference.start("ollama", "")
@@ -595,3 +595,82 @@ def test_every_status_of_an_engines_error_is_in_the_openapi_document(world):
             for operation in item.values():
                 assert {"404", "409", "502"} <= set(operation["responses"])
     assert document["components"]["responses"]["409"]
+
+
+# -- what is asked of the machine ---------------------------------------------
+
+def test_an_engine_that_refuses_its_first_token_has_failed_and_does_not_start_for_an_hour():
+    def say(method, path, _):
+        return (200, b"{}") if method == "GET" else (400, b'{"error": {"message": "embeds only"}}')
+    with Liar(say) as liar:
+        probe = b9agent.TokenProbe(b9agent.ENGINE_BY_NAME["vllm"],
+                                   b9agent.Endpoint("http", "127.0.0.1", liar.port), "m")
+        seen = []
+        wait_until(lambda: seen.append(probe()) or seen[-1].failed, "it has failed")
+    asked = [method for method, _, _ in liar.asked].count("POST")
+    assert asked == b9agent.TOKEN_REFUSALS and not any(one.ready for one in seen)
+    assert "embeds only" in seen[-1].said
+
+
+def facts(**more):
+    return b9agent.ModelFacts("m", "/m", "gguf", weights_bytes=1 << 30, layers=32, heads=32, kv_heads=8,
+                              head_dim=128, context_tokens=131072,
+                              kv=(b9agent.KvLayers(32, 2048),), **more)
+
+
+def test_whether_a_model_fits_is_judged_with_the_context_it_will_have(tmp_path):
+    hardware = b9agent.Hardware("nvidia", (8 << 30, 8 << 30), 1 << 30)
+    vllm = b9agent.ENGINE_BY_NAME["vllm"]
+    small = Embedded(tmp_path).inference.fit(facts(), hardware, vllm, None)
+    large = Embedded(tmp_path, inference_context="131072").inference.fit(facts(), hardware, vllm, None)
+    assert (small.context_tokens, small.fits) == (8192, True)
+    assert (large.context_tokens, large.fits) == (131072, False)
+    # each GPU has an overhead of its own
+    assert small.overhead_bytes == 2 * (512 + 256) << 20
+    assert b9agent.gpus_for(facts(), hardware) == 1
+    assert b9agent.gpus_for(facts(), hardware, 65536) == 2
+
+
+def test_an_engine_sees_the_gpus_that_are_offered_and_no_others():
+    seen = b9agent.visible_gpus(b9agent.Hardware("nvidia", (1, 1), 1, (1, 2)))
+    assert seen == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1,2",
+                    "ROCR_VISIBLE_DEVICES": "-1"}
+    seen = b9agent.visible_gpus(b9agent.Hardware("amd", (1,), 1, (0,)))
+    assert (seen["ROCR_VISIBLE_DEVICES"], seen["CUDA_VISIBLE_DEVICES"]) == ("0", "-1")
+    assert set(b9agent.visible_gpus(b9agent.Hardware("", (), 1)).values()) == {"PCI_BUS_ID", "-1"}
+
+
+@pytest.mark.parametrize("flags, told", [((), None), (("--max-gpus", "0"), "-1")])
+def test_the_caps_on_gpus_hold_for_the_engine_too(world, flags, told):
+    here = world("ollama").start(*flags)
+    assert here.post("/inference/start")[0] == 200
+    with open("/proc/%d/environ" % here.pid()) as handle:
+        names = dict(line.partition("=")[::2] for line in handle.read().split("\0") if line)
+    assert names.get("CUDA_VISIBLE_DEVICES") == names.get("ROCR_VISIBLE_DEVICES") == told
+
+
+def test_one_thread_at_a_time_asks_the_samplers(tmp_path):
+    tmp_path.chmod(0o700)
+    loaded = b9agent.load_settings({"state_dir": str(tmp_path), "token": "t"}, {})
+    agent = b9agent.Agent(loaded, b9agent.make_log(loaded.settings), keep=False)
+    inside, most, crowd = [], [], threading.Barrier(2)
+
+    def sample(*_):
+        inside.append(1)
+        most.append(len(inside))
+        try:
+            crowd.wait(0.3)  # two at once would meet here
+        except threading.BrokenBarrierError:
+            crowd.reset()
+        inside.pop()
+        return b9agent.GpuSample()
+    agent._gpus.sample = sample
+    together(agent._hardware, agent.look, agent.register_payload)
+    assert most == [1, 1, 1]
+
+
+def test_a_run_that_writes_nothing_leaves_a_broken_book_of_models_alone(home, state, hostile):
+    state.mkdir(mode=0o700)
+    (state / "models.json").write_text("rubbish")
+    done = run_agent(home, "--dry-run", "--gateway-port", hostile.port, BETA9_TOKEN=TOKEN)
+    assert done.code == 0 and sorted(os.listdir(str(state))) == ["models.json"], done

@@ -17,7 +17,7 @@ import pytest
 
 import b9agent
 from helpers import (AGENT, PATIENCE_S, ROOT, Program, StallMeter, agent_command, environment,
-                     files_with, run_agent, tree, wait_until)
+                     files_with, quiet_port, run_agent, tree, wait_until)
 from hostile_gateway import FAULTS, TOKEN, HostileGateway, decode_json, keepalive_problems, \
     register_problems, secret_words
 
@@ -113,8 +113,7 @@ def test_once_fails_when_either_request_fails(fault, where, home, hostile):
 
 
 def test_once_without_a_gateway_is_exit_5(home):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = quiet_port()
     done = run_agent(home, "--once", *to(port), BETA9_TOKEN=TOKEN)
     assert done.code == 5 and "connection refused" in done.err and "tunnel" in done.err
 
@@ -183,8 +182,7 @@ def test_register_is_followed_by_a_keepalive_at_once(run, hostile):
 @pytest.mark.parametrize("moment", ["ready", "hang_register", "hang_keepalive", "unreachable", "refused"])
 def test_a_signal_ends_it_within_five_seconds_with_exit_0(number, moment, run, agent, hostile, state):
     if moment == "unreachable":
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
+        port = quiet_port()
         program = agent("run", *to(port), BETA9_TOKEN=TOKEN)
         program.wait_line("unreachable")
     else:
@@ -299,8 +297,7 @@ def test_an_outage_at_the_start_does_not_end_the_service(run, hostile):
 
 
 def test_a_gateway_that_comes_up_later_is_found(agent, home):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = quiet_port()
     program = agent("run", *to(port), "--keepalive-interval", "1", BETA9_TOKEN=TOKEN)
     program.wait_line("unreachable")
     with HostileGateway(port=port) as gateway:
@@ -783,8 +780,7 @@ def test_systemd_hears_ready_status_and_stopping(run, hostile, notify):
 
 
 def test_systemd_hears_ready_before_the_gateway_is_reached(agent, notify):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = quiet_port()
     program = agent("run", *to(port), BETA9_TOKEN=TOKEN, NOTIFY_SOCKET=notify.address)
     assert "READY=1" in notify.next()
     notify.until("STATUS=unreachable")
