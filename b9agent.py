@@ -45,7 +45,7 @@ To read it: sections stand in order, and each uses only names from above it.
 
    1 errors, exit codes, redaction, clock      9b engines, 9c models, 9d inference
    2 doors: files, programs, the network       12 HTTP server core, 12b metrics
-   3 settings: one table, YAML subset, flags   14 control API, 15 tunnel
+   3 settings: one table, YAML subset, flags   14 control API, 15 neighbours
    4 log, events and snapshot                  17 embedded gateway
    5 host metrics                              18 client: from b9agent import inference
    6 GPUs, energy and carbon                   19 agent: the composition

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=4cf044f16f9729e704b5eabb45acfefd8a904c35c79ffa78d2459e1b6d3d1baa
+  sha256=22b4cbb11e9dab17cf415642222550a273446f7a63a23fa0adbfe4aaf182582e
 }
 
 usage() {

@@ -20,7 +20,7 @@ with tokenize.open(AGENT) as handle:
     SOURCE = handle.read()
 LINES = SOURCE.split("\n")
 TREE = ast.parse(SOURCE)
-MAX_COLUMNS, MAX_LINES = 100, 13400
+MAX_COLUMNS, MAX_LINES = 100, 15500
 
 
 def defined_names():
