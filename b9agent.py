@@ -79,7 +79,7 @@ import stat
 import threading
 import time
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
-                    Set, Tuple)
+                    Set, Tuple, Union)
 
 VERSION = "0.1.0"
 
@@ -305,6 +305,10 @@ class Wake:
         """Every signal that has a handler sets it as well: the kernel may give a signal to any
         thread, and only the main one runs handlers, once it is awake."""
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def fileno(self) -> int:
+        """For select(), beside other descriptors."""
+        return self._reader
 
     def close(self) -> None:
         os.close(self._reader)
@@ -1658,7 +1662,7 @@ def setting_text(row: Setting, value: Any) -> str:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def split_gateway(text: str) -> Tuple[str, str]:
+def split_gateway(text: str, flag: str = "--gateway") -> Tuple[str, str]:
     """
     >>> split_gateway("gw:1994"), split_gateway("gw"), split_gateway("[::1]:80")
     (('gw', '1994'), ('gw', ''), ('::1', '80'))
@@ -1669,7 +1673,7 @@ def split_gateway(text: str) -> Tuple[str, str]:
             raise ValueError("HOST or HOST:PORT, an IPv6 address in brackets")
         return parse_host(match.group(1)), str(parse_port(match.group(2)) if match.group(2) else "")
     except ValueError as error:
-        raise UsageError(f"--gateway: `{printable(text[:60])}` cannot be used, expected "
+        raise UsageError(f"{flag}: `{printable(text[:60])}` cannot be used, expected "
                          f"{error}") from error
 
 
@@ -1778,7 +1782,14 @@ def _scrubbed(fields: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class EventRing(Ring):
-    """What happened, for GET /events: (kind, JSON).  Kinds: state, inference, pull, log."""
+    """What happened, for GET /events: (kind, JSON).  Kinds: state, inference, pull, log, tunnel.
+    on_add: called after each, by the thread that adds it."""
+
+    on_add: Callable[[], None] = staticmethod(lambda: None)
+
+    def add(self, item: Any) -> None:
+        super().add(item)
+        self.on_add()
 
     def tell(self, kind: str, **fields: Any) -> None:
         record = dict(_scrubbed(fields), time=utc_stamp())
@@ -1808,7 +1819,7 @@ def defect_place(error: BaseException) -> str:
 class Log:
     """kept: the newest lines as JSON; events: what may be told of beside them, warnings included.
 
-    _lock guards the file and its size; a full disk costs lines in the file, nothing else.
+    _lock guards _held, the file and its size; a full disk costs lines in the file, nothing else.
     """
 
     def __init__(self, form: str = "text", minimum: str = "info", folder: Optional[str] = None,
@@ -1821,6 +1832,7 @@ class Log:
         self._poll = _writable_poll(self._stream)
         self._path = os.path.join(folder, "agent.log") if folder and not self._journal else None
         self._file: Any = None
+        self._held: Any = None
         self.kept = Ring(LOG_KEPT_LINES)
         self.events = EventRing(EVENTS_KEPT)
 
@@ -1841,15 +1853,33 @@ class Log:
         stamp = "" if self._journal and self._form == "text" else utc_stamp()
         line = REDACTOR.scrub(render_event(level, event, fields, stamp, self._form)) + "\n"
         with self._lock:
-            try:
-                # A terminal that is paused (Ctrl-S), or a pipe that nobody reads, costs the line
-                # and never a keepalive.
-                if self._poll is None or self._poll.poll(200):
-                    self._stream.write(f"<{_PRIORITIES[level]}>{line}" if self._journal else line)
-                    self._stream.flush()
-            except (OSError, ValueError):
-                pass  # nobody reads our stderr any more: not a reason to stop
+            if self._held is None:
+                self._write(f"<{_PRIORITIES[level]}>{line}" if self._journal else line)
+            elif _PRIORITIES[level] <= _PRIORITIES["warning"]:
+                self._held.append(line)
             self._append(line)
+
+    def _write(self, line: str) -> None:
+        try:
+            # A terminal that is paused (Ctrl-S), or a pipe that nobody reads, costs the line and
+            # never a keepalive.
+            if self._poll is None or self._poll.poll(200):
+                self._stream.write(line)
+                self._stream.flush()
+        except (OSError, ValueError):
+            pass  # nobody reads our stderr any more: not a reason to stop
+
+    def hold(self) -> None:
+        """Until release() nothing is written to a terminal, which shows something else."""
+        with self._lock:
+            self._held = collections.deque(maxlen=50) if self._stream.isatty() else None
+
+    def release(self) -> None:
+        """What was held back of warnings and worse, the newest, is written now."""
+        with self._lock:
+            held, self._held = self._held, None
+            for line in held or ():
+                self._write(line)
 
     def _append(self, line: str) -> None:
         if not self._path:
@@ -9075,12 +9105,14 @@ INFERENCE_FIELDS = fields_of(
 ) + (Field("models", "array", "names that the engine serves", True),)
 
 
-def agent_routes(status: Callable[[], Dict[str, Any]],
+def agent_routes(status: Callable[[bool], Dict[str, Any]],
                  metrics: Callable[[], str]) -> Tuple[Route, ...]:
-    """status(): the fields of GET /status; metrics(): the text of GET /metrics."""
+    """status(fresh): the fields of GET /status; metrics(): the text of GET /metrics."""
     return (
-        Route("GET", "/status", lambda request: Response(200, status()), False,
-              "the agent, its membership, its figures", result=STATUS_FIELDS),
+        Route("GET", "/status", lambda request: Response(200, status(
+            bool(request.query.get("fresh")))), False, "the agent, its membership, its figures",
+              query=(Field("fresh", "boolean", "figures of now, not of the last keepalive"),),
+              result=STATUS_FIELDS),
         Route("GET", "/metrics", lambda request: Response(
             200, metrics().encode("utf-8"), METRICS_CONTENT_TYPE), False,
             "the same and more, for Prometheus", produces=("text/plain",)),
@@ -9267,12 +9299,18 @@ def agent_holds(state_dir: str) -> bool:
         os.close(descriptor)
 
 
-def agent_address(state_dir: str) -> Tuple[Endpoint, Dict[str, str]]:
+# An agent: of a state folder, or elsewhere, with the headers that it wants.
+AgentPlace = Union[str, Tuple[Endpoint, Dict[str, str]]]
+
+
+def agent_address(state_dir: AgentPlace) -> Tuple[Endpoint, Dict[str, str]]:
     """(where the agent of this state folder listens, the header that it wants).  The control token
     is sent only while one runs: after a kill -9 the port may be anybody's.
 
     Raises: GatewayUnreachable where none runs, UsageError where its files are not ours to read.
     """
+    if isinstance(state_dir, tuple):
+        return state_dir
     address = (read_text(os.path.join(state_dir, "control.addr"), 512) or "").strip()
     token = (read_text(os.path.join(state_dir, "control.token"), 4096) or "").strip()
     host, _, port = address.rpartition(":")
@@ -9303,7 +9341,7 @@ def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
     return reply
 
 
-def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limit_s: float,
+def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]], limit_s: float,
                  idle_limit_s: float = 120.0) -> HttpStream:
     """A 200 of the running agent: GET, or POST of a body.
 
@@ -9330,7 +9368,7 @@ def agent_stream(state_dir: str, path: str, body: Optional[Dict[str, Any]], limi
                printable(str(answer.get("suggestion") or "")))
 
 
-def call_agent(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None,
+def call_agent(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]] = None,
                limit_s: float = 30.0) -> Dict[str, Any]:
     """A JSON answer of the running agent.  Raises: as agent_stream()."""
     with agent_stream(state_dir, path, body, limit_s) as stream:
@@ -9340,7 +9378,7 @@ def call_agent(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None,
             raise GatewayUnreachable(f"the agent's answer broke off: {failure}") from failure
 
 
-def agent_lines(state_dir: str, path: str, body: Optional[Dict[str, Any]] = None
+def agent_lines(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]] = None
                 ) -> Iterator[bytes]:
     """The lines of a stream of the running agent, which may be silent for as long as it lives: a
     log, or a pull whose gigabytes are being hashed.  Raises: as agent_stream()."""
@@ -9544,6 +9582,626 @@ class Tunnel:
             self._log("notice" if not message else "warning", "tunnel", state=state,
                       server=self._settings.tunnel, what=message or None)
             self._on_change(self.status())
+
+
+# ----------------------------------------------------------------------
+# 16b. The terminal                     the terminal; what its keys ask for
+# ----------------------------------------------------------------------
+# The dashboard's life on a terminal.  One thread owns it: that alone reads
+# keys, writes, and gives it back; handlers of signals only ask it to.  Another
+# brings the figures, and what a key asks for has a thread of its own, so that
+# nothing keeps a key, a signal or the membership waiting.
+
+REFRESH_S = 1.0
+HISTORY_KEPT = 600
+TYPED_MAX = 200
+PASTE_MAX = 4096
+# The alternate screen, no wrap at its edge, no cursor, and pastes marked as such.
+_TAKE = b"\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[?2004h"
+# Cleared, for a console that has no alternate screen.
+_GIVE_BACK = b"\x1b[0m\x1b[2J\x1b[H\x1b[?2004l\x1b[?25h\x1b[?7h\x1b[?1049l"
+
+
+def read_look() -> Look:
+    """What the terminal can show, as the environment says.  C.UTF-8 may be Python's own word for a
+    locale C (PEP 538), which says nothing of the terminal."""
+    ctype, lang = (os.environ.get(name, "") for name in ("LC_CTYPE", "LANG"))
+    if ctype in ("C.UTF-8", "C.utf8") and lang in ("", "C", "POSIX"):
+        ctype = ""
+    named = os.environ.get("LC_ALL") or ctype or lang
+    return Look("utf" in named.lower(), not os.environ.get("NO_COLOR"))
+
+
+def terminal_fits() -> bool:
+    """Whether a dashboard can be shown: a terminal on both sides, more than a printer, and ours to
+    use (not started with `&`)."""
+    try:
+        return (os.isatty(0) and os.isatty(1) and os.environ.get("TERM") not in (None, "", "dumb")
+                and os.tcgetpgrp(1) == os.getpgrp())
+    except OSError:
+        return False  # it is nobody's: after setsid, or in half a container
+
+
+# The end of a sequence, and the key that it stands for.  Source: xterm's ctlseqs; the console of
+# Linux, screen and PuTTY send the numbers.
+_KEY_NAMES = {"A": "up", "B": "down", "H": "home", "F": "end", "1~": "home", "7~": "home",
+              "4~": "end", "8~": "end", "5~": "page up", "6~": "page down", "\r": "enter",
+              "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x15": "clear",
+              "\x0c": "redraw"}
+_KEY = (r"\x1b\[200~(?P<paste>.*?)\x1b\[201~|\x1b\[(?!200~)(?P<csi>[0-?]{0,16}[ -/]{0,4}[@-~])|"
+        r"\x1bO(?P<ss3>[ -~])|(?P<esc>\x1b)(?=\x1b)|\x1b[^[O\x1b]|(?P<char>[^\x1b])")
+
+
+class Keys:
+    """What a terminal sends, as keys: a character, or a name of several; "paste TEXT".
+
+    >>> Keys().feed(b"q\\x1b[A\\x1b[200~hi\\x1b[201~\\x1b[6~\\x1b")
+    ['q', 'up', 'paste hi', 'page down']
+    """
+
+    def __init__(self) -> None:
+        import codecs
+        self._decode = codecs.getincrementaldecoder("utf-8")("ignore").decode
+        self._match = re.compile(_KEY, re.DOTALL).match
+        self.rest = ""  # the beginning of a key
+
+    def feed(self, data: bytes) -> List[str]:
+        text, keys, place = self.rest + self._decode(data), [], 0
+        while True:
+            found = self._match(text, place)
+            if found is None:
+                break
+            place, kind = found.end(), found.lastgroup or ""
+            said = found.group(kind) if kind else ""
+            name = "esc" if kind == "esc" else "paste " + said if kind == "paste" else (
+                _KEY_NAMES.get(said, said if kind == "char" and said.isprintable() else ""))
+            keys += [name] if name else []
+        self.rest = text[place:]
+        if self._pasting() and len(self.rest) > PASTE_MAX:
+            self.rest = self.rest[:PASTE_MAX - 8] + self.rest[-8:]
+        elif not self._pasting() and len(self.rest) > 32:
+            self.rest = ""  # no key is so long
+        return keys
+
+    def _pasting(self) -> bool:
+        return self.rest.startswith("\x1b[200~")
+
+    @property
+    def unsure(self) -> bool:
+        """Whether time tells: Esc alone, or the beginning of a sequence?"""
+        return bool(self.rest) and not self._pasting()
+
+    def settle(self) -> List[str]:
+        """Nothing has followed."""
+        rest, self.rest = self.rest, ""
+        return ["esc"] if rest == "\x1b" else []
+
+
+class Terminal:
+    """The terminal of this process, taken and given back.  One thread uses it.
+
+    On a descriptor of its own, which does not block; for others nothing changes.  A terminal that
+    takes no more (a stuck ssh) costs frames, and keeps nobody waiting.
+    Raises: OSError where it is gone.
+    """
+
+    def __init__(self) -> None:
+        flags = os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK
+        try:
+            self._descriptor = os.open(os.ttyname(1), flags)
+        except OSError:  # in a container it may have no name
+            self._descriptor = os.open("/dev/tty", flags)
+        self._before: Any = None
+        self._taken = False
+        self._unsent = b""
+        self._shown: List[str] = []
+        self.size = (80, 24)
+
+    def is_ours(self) -> bool:
+        """False while the shell has it: we were sent to the background."""
+        return os.tcgetpgrp(self._descriptor) == os.getpgrp()
+
+    def take(self, again: bool = False) -> None:
+        """Ctrl-C and Ctrl-Z stay signals; Ctrl-S would only look like a hang."""
+        if self._taken and not again:
+            return
+        import termios
+        try:
+            mode = termios.tcgetattr(self._descriptor)
+            if self._before is None:
+                self._before = termios.tcgetattr(self._descriptor)
+            mode[0] &= ~termios.IXON
+            mode[3] = mode[3] & ~(termios.ICANON | termios.ECHO | termios.IEXTEN) | termios.ISIG
+            mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+            termios.tcsetattr(self._descriptor, termios.TCSANOW, mode)
+        except termios.error as error:
+            raise OSError(*error.args) from error
+        self._taken, self._shown = True, []
+        self._unsent += _TAKE
+
+    def draw(self, render: Callable[[int, int], List[str]], encoding: str) -> None:
+        """What changed, at once; nothing as long as the frame before is on its way."""
+        self._flush()
+        if self._unsent:
+            return
+        columns, rows = os.get_terminal_size(self._descriptor)
+        size = (min(columns, 1000) or 80, min(rows, 500) or 24)  # a serial line says 0
+        frame, out = render(*size), []
+        if size != self.size or not self._shown:
+            self.size, self._shown = size, [""] * len(frame)
+            out.append("\x1b[0m\x1b[2J")
+        for row, (old, new) in enumerate(zip(self._shown, frame), 1):
+            if old != new:
+                out.append(f"\x1b[{row};1H{new}")
+        self._shown = frame
+        self._unsent = "".join(out).encode(encoding, "replace")
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self._descriptor, self._unsent):]
+        except BlockingIOError:
+            pass  # later
+
+    def wait(self, wake: Wake, limit_s: float) -> bytes:
+        """What was typed, as soon as there is any or wake is set."""
+        readable, _, _ = select.select([self._descriptor, wake],
+                                       [self._descriptor] if self._unsent else [], [], limit_s)
+        if wake in readable:
+            wake.wait(0.0)
+        if self._descriptor not in readable:
+            return b""
+        try:
+            data = os.read(self._descriptor, 4096)
+        except BlockingIOError:
+            return b""
+        if not data:
+            raise OSError("the terminal is gone")
+        return data
+
+    def give_back(self) -> None:
+        """As it was found; never raises.  What was typed and not read is not for the shell."""
+        if not self._taken:
+            return
+        import termios
+        self._taken, until_s = False, now_s() + 0.3
+        try:
+            if not self.is_ours():
+                return  # the shell has it already
+            self._unsent += _GIVE_BACK
+            self._flush()
+            while self._unsent and now_s() < until_s:
+                select.select([], [self._descriptor], [], 0.1)
+                self._flush()
+            termios.tcflush(self._descriptor, termios.TCIFLUSH)
+            termios.tcsetattr(self._descriptor, termios.TCSANOW, self._before)
+        except (OSError, termios.error):
+            pass  # it is gone
+        finally:
+            self._unsent = b""
+
+    def close(self) -> None:
+        self.give_back()
+        os.close(self._descriptor)
+
+
+# -- whom a dashboard asks -------------------------------------------------
+
+def bar(done: int, total: int, columns: int = 24) -> str:
+    """
+    >>> bar(1, 4, 8)
+    '##------'
+    """
+    filled = columns * done // total if total else 0
+    return "#" * filled + "-" * (columns - filled)
+
+
+def progress_line(record: Dict[str, Any]) -> str:
+    """A pull's step in a line.
+
+    >>> progress_line({"step": "pulling 8eeb", "completed": 1 << 30, "total": 1 << 31,
+    ...                "rate_bytes_s": 1 << 27, "remaining_s": 8.0})
+    'pulling 8eeb [############------------] 50 % of 2.0 GiB, 128 MiB/s, 8 s left'
+    """
+    done, total = record.get("completed") or 0, record.get("total") or 0
+    if not total:
+        return record.get("step") or ""
+    parts = [f"{record.get('step')} [{bar(done, total)}] {100 * done // total} % of "
+             f"{show_bytes(total)}"]
+    if record.get("rate_bytes_s"):
+        parts.append(f"{show_bytes(int(record['rate_bytes_s']))}/s")
+    if record.get("remaining_s") is not None:
+        parts.append(f"{record['remaining_s']:.0f} s left")
+    return ", ".join(parts)
+
+
+def transfer_end(last: Dict[str, Any]) -> str:
+    """What a pull or an import came to, of its last record.  Raises: ModelError."""
+    if last.get("status") != "success":
+        raise ModelError(f"{last.get('kind', 'pull')} of {last.get('model', 'it')}: "
+                         f"{last.get('message') or last.get('status') or 'broke off'}",
+                         "" if last.get("message") else "The agent's log says why: b9agent.py logs")
+    return f"{last['model']} is here" + (
+        f", {show_bytes(last['total'])}" if last.get("total") else "")
+
+
+class AgentHere:
+    """The agent of this process, for a dashboard.  ask(): a method of Inference, as the control API
+    names it.  lines(): of the log, those that are new; None where it begins anew."""
+
+    def __init__(self, agent: Any, log: Log) -> None:
+        self._agent, self._ring, self._number = agent, log.kept, 0
+
+    def status(self) -> Dict[str, Any]:
+        return self._agent.status(fresh=True)
+
+    def lines(self) -> List[Optional[str]]:
+        found = self._ring.after(self._number)
+        self._number = found[-1][0] if found else self._number
+        return [line for _, line in found]
+
+    def ask(self, method: str, **fields: Any) -> Dict[str, Any]:
+        return getattr(self._agent.inference, method)(**fields)
+
+    def pull(self, model: str) -> Iterator[Dict[str, Any]]:
+        for progress in self._agent.inference.pull(model, "dashboard").watch():
+            if progress is not None:
+                yield progress_record(progress)
+
+
+class AgentThere:
+    """The same of an agent that is asked through its control API: of a state folder, or elsewhere.
+
+    follow() has a thread: the log comes as it is written.
+    """
+
+    def __init__(self, where: AgentPlace) -> None:
+        self._where = where
+        self._came: Any = collections.deque(maxlen=LOG_KEPT_LINES + 1)
+
+    def status(self) -> Dict[str, Any]:
+        answer = call_agent(self._where, "/status?fresh=true", None, 5.0)
+        if not {"version", "pid", "state"} <= set(answer):
+            raise GatewayUnreachable("what answers there is no b9agent")
+        return answer
+
+    def newest(self, query: str) -> Iterator[bytes]:
+        """Lines of the log as JSON.  Raises: AgentError, HttpFailure."""
+        endpoint, headers = agent_address(self._where)
+        headers = dict(headers, Accept="application/x-ndjson")
+        with agent_stream((endpoint, headers), "/logs?" + query, None, 5.0,
+                          4 * STREAM_QUIET_S) as stream:
+            yield from stream.lines()
+
+    def follow(self) -> None:
+        while True:
+            try:
+                begun = False
+                for line in self.newest(f"lines={LOG_KEPT_LINES}&follow=true"):
+                    self._came.extend([line] if begun else [None, line])
+                    begun = True
+            except (AgentError, HttpFailure):
+                pass  # it is not there now; status() says so
+            _pause(REFRESH_S)
+
+    def lines(self) -> List[Optional[bytes]]:
+        return [self._came.popleft() for _ in range(len(self._came))]
+
+    def ask(self, method: str, **fields: Any) -> Dict[str, Any]:
+        return call_agent(self._where, f"/inference/{method}", fields, 7200.0)
+
+    def pull(self, model: str) -> Iterator[Dict[str, Any]]:
+        for line in agent_lines(self._where, "/inference/pull", {"model": model, "stream": True}):
+            yield _json_object(line)
+
+
+# -- the dashboard ---------------------------------------------------------
+
+class _Prompt(NamedTuple):
+    """A line that is typed.  done: is given it.  one_key: the first key is the answer."""
+    label: str
+    done: Callable[[str], None]
+    one_key: bool = False
+
+
+_PANE_OF = {"l": "logs", "d": "doctor", "?": "help"}
+# The way in lines; None for a page of them.
+_MOVES = {"up": (-1, 1), "down": (1, 1), "page up": (-1, None), "page down": (1, None),
+          "home": (-1, 1 << 20), "end": (1, 1 << 20)}
+
+
+def _figures(status: Dict[str, Any]) -> Dict[str, Any]:
+    """What has a history."""
+    host, gpus = status.get("host") or {}, status.get("gpus") or ()
+    powers = [gpu["power_w"] for gpu in gpus if gpu.get("power_w") is not None]
+    return dict({f"gpu{number}": gpu.get("utilization_pct") for number, gpu in enumerate(gpus)},
+                cpu=host.get("cpu_pct"), memory=host.get("memory_pct"),
+                power=sum(powers) if powers else None,
+                tokens=(status.get("inference") or {}).get("tokens_per_second"))
+
+
+class Dashboard:
+    """A screen beside a life that goes on without it: a context manager around that, for the main
+    thread.
+
+    source: an AgentHere or an AgentThere.  on_quit(): from any thread, for `q` and for a terminal that
+    is gone.  doctor(): its lines; None where it would look at another machine.  log: of this
+    process, which has no place to print while the screen is shown.
+    What several threads set is replaced whole, so there is no lock.
+    """
+
+    def __init__(self, source: Any, on_quit: Callable[[], Any],
+                 doctor: Optional[Callable[[], Sequence[str]]], log: Optional[Log] = None) -> None:
+        self._source, self._quit, self._doctor, self._log = source, on_quit, doctor, log
+        self.news, self._wake, self._left = Wake(), Wake(), Wake()
+        self._terminal, self._keys, self._shown_as = Terminal(), Keys(), read_look()
+        self._ended = self._away = self._again = False
+        self._seen, self._seen_s, self._lines_seen = View({}, (), {}), now_s(), 0
+        self._kept: Any = collections.deque(maxlen=LOG_KEPT_LINES)
+        self._history: Dict[str, Any] = {}
+        self._pane = self._filter = self._note = self._typed = ""
+        self._report: Tuple[str, ...] = ()
+        self._scroll, self._scrolled_at = 0, 0
+        self._prompt: Optional[_Prompt] = None
+        self._busy: Set[str] = set()
+        self._pulled = ""
+        self._handlers: Dict[int, Any] = {}
+        self._hook = threading.excepthook
+        self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
+
+    # -- its life, and signals: the main thread -------------------------
+
+    def __enter__(self) -> "Dashboard":
+        for number, handler in ((signal.SIGWINCH, self._woken), (signal.SIGCONT, self._woken),
+                                (signal.SIGTSTP, self._give_way), (signal.SIGQUIT, self._give_way)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, handler)
+        threading.excepthook = lambda caught: self._defect(caught.exc_value)
+        if self._log:
+            self._log.events.on_add = self.news.set
+            self._log.hold()
+        self._thread.start()
+        looks = [self._watch] + [self._source.follow] * hasattr(self._source, "follow")
+        for work in looks:
+            threading.Thread(target=work, name="dashboard-facts", daemon=True).start()
+        return self
+
+    def end(self) -> None:
+        """From a signal handler or another thread: give the terminal back."""
+        self._ended = True
+        self._wake.set()
+
+    def __exit__(self, *_: Any) -> None:
+        self.end()
+        self._thread.join(2.0)
+        threading.excepthook = self._hook
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _woken(self, number: int, _frame: Any) -> None:
+        self._again = self._again or number == signal.SIGCONT
+        self._wake.set()
+
+    def _give_way(self, number: int, _frame: Any) -> None:
+        """Ctrl-Z and Ctrl-\\: do what they do, with the terminal as it was.  The kernel decides
+        whether there is a shell that could wake us again."""
+        self._left.wait(0.0)  # of another time
+        self._away = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._left.wait(1.0)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        # Continued, or never stopped.
+        signal.signal(number, self._give_way)
+        self._away = False
+        self._wake.set()
+
+    def _defect(self, error: BaseException) -> None:
+        if self._log:
+            self._log.defect(error)
+        self._note = f"defect: {type(error).__name__}: {error} (at {defect_place(error)})"
+
+    # -- its figures: a thread of their own -----------------------------
+
+    def _watch(self) -> None:
+        while not self._ended:
+            self._look()
+            self._wake.set()
+            if self.news.wait(REFRESH_S):
+                _pause(0.1)  # what happens in one breath is shown at once
+
+    def _look(self) -> None:
+        problem, status = "", self._seen.status
+        try:
+            status = self._source.status()
+            self._seen_s = now_s()
+            for name, figure in _figures(status).items():
+                if figure is not None:
+                    self._history.setdefault(name, collections.deque(maxlen=HISTORY_KEPT)).append(
+                        float(figure))
+        except AgentError as error:
+            problem = str(error)
+        except Exception as error:
+            self._defect(error)
+            problem = "its figures are not understood"
+        lines = self._source.lines()
+        if None in lines:
+            self._kept.clear()
+        self._kept.extend(_json_object(line if isinstance(line, bytes) else line.encode())
+                          for line in lines if line)
+        self._lines_seen += len(lines) - lines.count(None)
+        self._seen = View(status, tuple(self._kept) if lines else self._seen.lines,
+                          {name: tuple(kept) for name, kept in self._history.items()},
+                          problem=problem)
+
+    # -- the screen: its own thread -------------------------------------
+
+    def _run(self) -> None:
+        terminal, gone = self._terminal, False
+        try:
+            while not self._ended:
+                if self._away or not terminal.is_ours():
+                    terminal.give_back()
+                    self._left.set()
+                    self._wake.wait(1.0)  # nobody says when the shell hands it back
+                    continue
+                terminal.take(self._again)
+                self._again = False
+                terminal.draw(self._render, "utf-8" if self._shown_as.utf8 else "ascii")
+                typed = terminal.wait(self._wake, 0.1 if self._keys.unsure else 5.0)
+                for key in (self._keys.feed(typed) if typed or not self._keys.unsure
+                            else self._keys.settle()):
+                    self._press(key)
+        except OSError:
+            gone = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup: it goes on
+        except Exception as error:
+            self._defect(error)  # it costs the dashboard, and not the machine
+        finally:
+            self._ended = True
+            terminal.close()
+            if self._log:
+                self._log.release()
+            if gone:
+                self._quit()
+
+    def _view(self) -> View:
+        seen, prompt = self._seen, self._prompt
+        new, self._scrolled_at = self._lines_seen - self._scrolled_at, self._lines_seen
+        if self._scroll and self._pane == "logs" and new:  # what is read stays where it is
+            self._scroll += self._pane_rows(seen._replace(lines=seen.lines[-new:]))
+        return seen._replace(
+            age_s=now_s() - self._seen_s if seen.problem else None, pane=self._pane,
+            scroll=self._scroll, filter=self._filter, note=self._note, report=self._report,
+            prompt=prompt and prompt.label + self._typed + ("" if prompt.one_key else "_"))
+
+    def _pane_rows(self, view: View) -> int:
+        """All of a pane, were the terminal as high as that."""
+        view = view._replace(scroll=0, pane=self._pane, filter=self._filter, report=self._report)
+        return len(_pane_lines(view, self._terminal.size[0] - 4, 1 << 20))
+
+    def _render(self, columns: int, rows: int) -> List[str]:
+        return render_frame(self._view(), columns, rows, self._shown_as)
+
+    # -- its keys -------------------------------------------------------
+
+    def _press(self, key: str) -> None:
+        if self._prompt is not None:
+            self._type(self._prompt, key)
+            return
+        if key not in _MOVES:
+            self._note = ""
+        if key == "q":
+            self._ended = True
+            self._quit()
+        elif key == "s":
+            self._start_or_stop()
+        elif key == "p":
+            self._ask_pull()
+        elif key == "/":
+            self._show("logs")
+            self._prompt = _Prompt("Filter: ", self._set_filter)
+        elif key == "redraw":
+            self._again = True
+        elif key == "esc" or _PANE_OF.get(key) == self._pane:
+            self._show("")
+        elif key in _PANE_OF:
+            self._show(_PANE_OF[key])
+            if key == "d":
+                self._examine()
+        elif key in _MOVES and self._pane:
+            self._move(*_MOVES[key])
+
+    def _show(self, pane: str) -> None:
+        if pane != self._pane:
+            self._pane, self._scroll, self._filter = pane, 0, ""
+
+    def _set_filter(self, text: str) -> None:
+        self._filter, self._scroll = text, 0
+
+    def _move(self, way: int, lines: Optional[int]) -> None:
+        shown = max(1, self._terminal.size[1] - 5)
+        step = way * (lines or shown) * (-1 if self._pane == "logs" else 1)
+        most = max(0, self._pane_rows(self._seen) - shown)
+        self._scroll = max(0, min(self._scroll + step, most))
+
+    def _type(self, prompt: _Prompt, key: str) -> None:
+        if prompt.one_key:
+            if not key.startswith("paste "):
+                self._prompt = None
+                prompt.done(key)
+        elif key in ("esc", "enter"):
+            text, self._prompt, self._typed = self._typed.strip(), None, ""
+            if key == "enter":
+                prompt.done(text)
+        elif key in ("backspace", "clear"):
+            self._typed = self._typed[:-1] if key == "backspace" else ""
+        elif key.startswith("paste ") or len(key) == 1:
+            lines = key[6:].strip().splitlines() if len(key) > 1 else [key]
+            self._typed = (self._typed + printable("".join(lines[:1])))[:TYPED_MAX]
+
+    # -- what keys ask for: a thread for each ---------------------------
+
+    def _do(self, what: str, work: Callable[[], str]) -> None:
+        """One of a kind at a time."""
+        def act() -> None:
+            try:
+                self._note = work()
+            except AgentError as error:
+                self._note = " ".join(str(error).split())
+            except Exception as error:
+                self._defect(error)
+            self._busy.discard(what)
+            self.news.set()
+        if what in self._busy:
+            self._note = f"{what}: it is under way already"
+            return
+        self._busy.add(what)
+        self._note = f"{what} …"
+        threading.Thread(target=act, name=f"dashboard-{what}", daemon=True).start()
+
+    def _start_or_stop(self) -> None:
+        inference = self._seen.status.get("inference") or {}
+
+        def stop(answer: str) -> None:
+            if answer in ("y", "Y"):
+                self._do("stop", lambda: self._source.ask("stop").get("message")
+                         or "inference is stopped")
+        if "start" in self._busy or inference.get("status") in ("starting", "running"):
+            self._prompt = _Prompt(f"Stop {inference.get('engine') or 'inference'}? y/n ", stop,
+                                   True)
+        else:
+            self._do("start", lambda: "inference started: " + (
+                " ".join(self._source.ask("start").get("models") or ()) or "no models yet"))
+
+    def _ask_pull(self) -> None:
+        def cancel(answer: str) -> None:
+            if answer in ("y", "Y"):
+                self._do("cancel", lambda: self._source.ask("cancel", model=self._pulled).get(
+                    "message") or "cancelled")
+        if "pull" in self._busy:
+            self._prompt = _Prompt(f"End the pull of {printable(self._pulled)}? y/n ", cancel, True)
+        else:
+            self._prompt = _Prompt("Pull model: ", self._pull)
+
+    def _pull(self, model: str) -> None:
+        def work() -> str:
+            last: Dict[str, Any] = {}
+            for last in self._source.pull(model):
+                self._note = printable(f"{model}: {progress_line(last)}")
+                self._wake.set()
+            return transfer_end(last)
+        if model:
+            self._pulled = model
+            self._do("pull", work)
+
+    def _examine(self) -> None:
+        def work() -> str:
+            self._report = tuple(self._doctor() if self._doctor else (
+                "The doctor looks at the machine that it runs on: b9agent.py doctor, there",))
+            return ""
+        self._do("doctor", work)
 
 
 # ----------------------------------------------------------------------
@@ -10287,6 +10945,9 @@ def host_record(facts: HostFacts, sample: Optional[HostSample]) -> Dict[str, Any
     return dict(facts._asdict(), **rounded(sample._asdict() if sample else {}))
 
 
+LIVE_LIMIT_S = 2.0  # who watches waits so long for the drivers
+
+
 class Agent:
     """A machine's agent.  Only construction decides what it is made of; run() is its life.
 
@@ -10328,6 +10989,11 @@ class Agent:
         self._alive_until_s = now_s() + 60.0
         self._metrics: Dict[str, Any] = {}
         self._sample: Optional[MachineSample] = None
+        # For who watches: the keepalive's load is that of its own interval.
+        self._live_lock = threading.Lock()  # guards _live_host and _live_due_s, for a look
+        self._live_host: Optional[Host] = None
+        self._live: Optional[MachineSample] = None
+        self._live_due_s = 0.0
         self.wake_main, self._wake_membership = Wake(), Wake()
         self._stopping = False
         self._told: Optional[State] = None
@@ -10378,6 +11044,22 @@ class Agent:
                                                     read_rapl(), gpus.silent))
         self._sample = MachineSample(host, gpus, offered, self._energy.report(), now_s())
         return self._sample
+
+    def _look_live(self) -> Optional[MachineSample]:
+        """The last look of those that are taken for who watches: one a second at most, and fewer
+        where drivers or programs take their time, so that all of them cost a fiftieth of it."""
+        if self._live_lock.acquire(blocking=False):
+            try:
+                begun_s = now_s()
+                if begun_s >= self._live_due_s:
+                    self._live_host = self._live_host or make_host()
+                    gpus, offered = self._look_at_gpus(LIVE_LIMIT_S)
+                    host = self._live_host.sample(nearest_folder(self.settings.state_dir))
+                    self._live = MachineSample(host, gpus, offered, self._energy.report(), now_s())
+                    self._live_due_s = begun_s + max(0.9, 50 * (now_s() - begun_s))
+            finally:
+                self._live_lock.release()
+        return self._live
 
     def _count_energy(self, count: Callable[[], None]) -> None:
         """A defect of ours costs figures, not the keepalive."""
@@ -10477,19 +11159,20 @@ class Agent:
     def metrics_text(self) -> str:
         return render_metrics(self.metrics_view())
 
-    def status(self) -> Dict[str, Any]:
-        """The fields of GET /status: the predecessor's names, and ours."""
+    def status(self, fresh: bool = False) -> Dict[str, Any]:
+        """The fields of GET /status: the predecessor's names, and ours.  fresh: figures of now;
+        but `metrics`, which are what the last keepalive sent."""
         snapshot, metrics = self.membership.snapshot, metrics_payload(self._metrics)
-        sample = self._sample  # once: the next look may come while this is told
+        # Once: the next look may come while this is told.
+        sample = self._look_live() if fresh else self._sample
         host, offered = (sample.host, sample.offered) if sample else (None, None)
-        offset_s = self.client.clock_offset_s
+        machine, offset_s = host_record(self.facts(), host), self.client.clock_offset_s
         inference = self.inference.status()
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
         return {
             "status": snapshot.state.value, "machine_id": self.identity.machine_id,
             "pool": self.identity.pool_name, "uptime_seconds": round(now_s() - self._started_s, 1),
-            "cpu_percent": metrics.get("cpu_utilization_pct"),
-            "memory_percent": metrics.get("memory_utilization_pct"),
+            "cpu_percent": machine.get("cpu_pct"), "memory_percent": machine.get("memory_pct"),
             "gpu_count": None if offered is None else len(offered), "state": snapshot.state.value,
             "message": REDACTOR.scrub(snapshot.message), "version": VERSION, "pid": os.getpid(),
             "gateway": self.endpoint.url, "hostname": self.identity.hostname,
@@ -10501,7 +11184,7 @@ class Agent:
             "network_received_bytes": host and host.net_received_bytes,
             "network_sent_bytes": host and host.net_sent_bytes,
             "clock_offset_seconds": offset_s if offset_s is None else round(offset_s, 1),
-            "host": host_record(self.facts(), host),
+            "host": machine,
             "gpus": [gpu_record(gpu, gpu in (offered or ())) for gpu in sample.gpus.gpus]
                     if sample else [],
             "gpu_problems": sample.gpus.problems if sample else [],
@@ -12331,21 +13014,26 @@ def dry_run(loaded: Loaded) -> int:
     return Exit.OK
 
 
-def live(agent: Agent, once: bool) -> None:
-    """In service until a signal; or once: register and one keepalive, both of which must succeed.
+def doctor_of(loaded: Loaded) -> Callable[[], List[str]]:
+    return lambda: doctor_lines(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S))
 
-    Raises: GatewayError.
-    """
-    if not once:
-        import faulthandler
-        faulthandler.enable()  # a hang that the watchdog ends leaves its stacks in the journal
-        on_stop_signals(agent.stop, agent.wake_main)
+
+def live(agent: Agent, shown: Optional[Dashboard]) -> None:
+    """In service until a signal.  Raises: GatewayError."""
+    import faulthandler
+    faulthandler.enable()  # a hang that the watchdog ends leaves its stacks in the journal
+
+    def stop() -> None:
+        if shown is not None:
+            shown.end()
+        agent.stop()
+    on_stop_signals(stop, agent.wake_main)
+    with shown or contextlib.nullcontext():
         agent.run()
-        return
-    agent.run_once()
 
 
 def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Until a signal; or --once: register and one keepalive, both of which must succeed."""
     settings, once = loaded.settings, "once" in options
     if "dry-run" in options:
         return dry_run(loaded)
@@ -12356,7 +13044,12 @@ def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
     try:
         for warning in loaded.warnings:
             log("warning", "setting", what=warning)
-        live(Agent(loaded, log), once)
+        agent = Agent(loaded, log)
+        if once:
+            agent.run_once()
+        else:
+            live(agent, Dashboard(AgentHere(agent, log), agent.stop, doctor_of(loaded), log)
+                 if "no-tui" not in options and terminal_fits() else None)
     finally:
         log.close()
         lock.release()
@@ -12678,6 +13371,62 @@ def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
     return doctor_exit(findings)
 
 
+# -- top --------------------------------------------------------------------
+
+def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dict[str, str]]:
+    """An agent on another machine, by its address: it takes no name in a Host header.
+
+    Raises: UsageError, GatewayUnreachable.
+    """
+    host, port = split_gateway(text, "--host")
+    token = os.environ.get("B9AGENT_CONTROL_TOKEN", "")
+    if token_file:
+        refuse_if_shared(token_file, "a control token")
+        token = read_text(token_file, 4096) or ""
+    token = token.strip()
+    if not re.fullmatch("[0-9a-f]{64}", token):
+        raise UsageError(f"the agent at {host} wants its control token, which is "
+                         + ("no such text" if token else "not given"),
+                         "It lies there as control.token in the state folder (~/.b9agent, of a "
+                         f"service {SYSTEM_STATE}): copy it, then --control-token-file PATH")
+    REDACTOR.add(token)
+    try:
+        found = socket.getaddrinfo(host, int(port or 9999), type=socket.SOCK_STREAM)[0][4]
+    except (OSError, UnicodeError) as error:
+        raise GatewayUnreachable(f"{host} is not known here: {error}") from error
+    return (Endpoint("http", found[0], found[1]),
+            {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+
+
+def command_top(loaded: Loaded, options: Dict[str, str]) -> int:
+    """The dashboard of an agent that runs; it may end and come back meanwhile."""
+    source = AgentThere(agent_elsewhere(options["host"], options.get("control-token-file"))
+                        if "host" in options else loaded.settings.state_dir)
+    status = source.status()
+    if "once" in options:
+        import shutil
+        lines = tuple(_json_object(line) for line in source.newest("lines=100"))
+        look = read_look()
+        say("\n".join(render_frame(View(status, lines, {}), *shutil.get_terminal_size(),
+                                   look._replace(color=look.color and sys.stdout.isatty()))))
+        return Exit.OK
+    if not terminal_fits():
+        raise UsageError("a dashboard needs a terminal", "--once prints one frame; for programs "
+                         "there is `status --json`")
+    wake, ended = Wake(), []
+
+    def stop() -> None:
+        ended.append(True)
+        shown.end()
+        wake.set()
+    shown = Dashboard(source, stop, None if "host" in options else doctor_of(loaded))
+    on_stop_signals(stop, wake)
+    with shown:
+        while not ended:
+            wake.wait(3600.0)
+    return Exit.OK
+
+
 # -- gateway, machine, demo ---------------------------------------------
 
 DB_OPTION = Option("--db", "PATH", "its database; default gateway.db in the state folder")
@@ -12831,34 +13580,6 @@ def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
 
 # -- inference -----------------------------------------------------------
 
-def bar(done: int, total: int, columns: int = 24) -> str:
-    """
-    >>> bar(1, 4, 8)
-    '##------'
-    """
-    filled = columns * done // total if total else 0
-    return "#" * filled + "-" * (columns - filled)
-
-
-def progress_line(record: Dict[str, Any]) -> str:
-    """A pull's step in a line.
-
-    >>> progress_line({"step": "pulling 8eeb", "completed": 1 << 30, "total": 1 << 31,
-    ...                "rate_bytes_s": 1 << 27, "remaining_s": 8.0})
-    'pulling 8eeb [############------------] 50 % of 2.0 GiB, 128 MiB/s, 8 s left'
-    """
-    done, total = record.get("completed") or 0, record.get("total") or 0
-    if not total:
-        return record.get("step") or ""
-    parts = [f"{record.get('step')} [{bar(done, total)}] {100 * done // total} % of "
-             f"{show_bytes(total)}"]
-    if record.get("rate_bytes_s"):
-        parts.append(f"{show_bytes(int(record['rate_bytes_s']))}/s")
-    if record.get("remaining_s") is not None:
-        parts.append(f"{record['remaining_s']:.0f} s left")
-    return ", ".join(parts)
-
-
 class ProgressLine:
     """One line that is written over on a terminal; elsewhere a line where the step changes, and
     one every ten seconds."""
@@ -12918,13 +13639,9 @@ def follow_transfer(state_dir: str, path: str, body: Dict[str, Any], as_json: bo
                 sys.stdout.flush()
             elif last.get("status") == "running":
                 line.show(last.get("step", ""), progress_line(last))
-    if last.get("status") != "success":
-        raise ModelError(f"{last.get('kind', 'pull')} of {last.get('model', 'it')}: "
-                         f"{last.get('message') or last.get('status') or 'broke off'}",
-                         "" if last.get("message") else "The agent's log says why: b9agent.py logs")
+    end = transfer_end(last)
     if not as_json:
-        size = f", {show_bytes(last['total'])}" if last.get("total") else ""
-        say(f"{last['model']} is here{size}")
+        say(end)
     return Exit.OK
 
 
@@ -13210,7 +13927,8 @@ _JSON = Option("--json", "", "for programs")
 COMMANDS = (
     Command("run", command_run, (
         Option("--once", "", "register, send one keepalive, and exit"),
-        Option("--dry-run", "", "print what would be sent, send nothing")), (),
+        Option("--dry-run", "", "print what would be sent, send nothing"),
+        Option("--no-tui", "", "log lines on a terminal too, and no dashboard")), (),
         "register this machine and keep it alive; the default"),
     Command("init", command_init, INIT_OPTIONS, (), "write the config file"),
     Command("config", command_config, (
@@ -13220,6 +13938,12 @@ COMMANDS = (
     Command("status", command_status, (
         _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),
         ("state_dir",), "ask the running agent"),
+    Command("top", command_top, (
+        Option("--host", "HOST[:PORT]", "an agent elsewhere: in a tailnet or at the end of a "
+               "tunnel, for it is asked in plain http; its control.token is wanted"),
+        Option("--control-token-file", "PATH", "a copy of it, mode 0600; or B9AGENT_CONTROL_TOKEN"),
+        Option("--once", "", "print one frame, and end")), ("state_dir",),
+        "the dashboard of an agent that runs"),
     Command("start", command_start, (
         Option("--engine", "ENGINE", ", ".join(ENGINE_NAMES) + "; else it is chosen"),
         Option("--model", "MODEL", "a name, a GGUF file, or a folder of safetensors"),
@@ -13342,7 +14066,7 @@ def find_command(argv: Sequence[str]) -> Tuple[Command, Arguments]:
 
 def run_command_line(argv: Sequence[str]) -> int:
     command, arguments = find_command(argv)
-    patient = (command.run is command_run and not arguments.options
+    patient = (command.run is command_run and not set(arguments.options) - {"no-tui"}
                and os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc"))
     watched = [config_path(arguments.flags, dict(os.environ))] if patient else []
     while True:
