@@ -10337,7 +10337,7 @@ _KEY_NAMES = {"A": "up", "B": "down", "H": "home", "F": "end", "1~": "home", "7~
               "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x15": "clear",
               "\x0c": "redraw"}
 _KEY = (r"\x1b\[200~(?P<paste>.*?)\x1b\[201~|\x1b\[(?!200~)(?P<csi>[0-?]{0,16}[ -/]{0,4}[@-~])|"
-        r"\x1bO(?P<ss3>[ -~])|(?P<esc>\x1b)(?=\x1b)|\x1b[^[O\x1b]|(?P<char>[^\x1b])")
+        r"\x1bO(?P<ss3>[ -~])|(?P<esc>\x1b)(?=[^[O])|(?P<char>[^\x1b])")
 
 
 class Keys:
@@ -10560,9 +10560,7 @@ class AgentHere:
 
 class AgentThere:
     """The same of an agent that is asked through its control API: of a state folder, or elsewhere.
-
-    follow() has a thread: the log comes as it is written.
-    """
+    follow(), in a thread of its own, brings the log as it is written."""
 
     def __init__(self, where: AgentPlace) -> None:
         self._where = where
@@ -10669,10 +10667,8 @@ class Dashboard:
         if self._log:
             self._log.events.on_add = self.news.set
             self._log.hold()
+        threading.Thread(target=self._watch, name="dashboard-facts", daemon=True).start()
         self._thread.start()
-        looks = [self._watch] + [self._source.follow] * hasattr(self._source, "follow")
-        for work in looks:
-            threading.Thread(target=work, name="dashboard-facts", daemon=True).start()
         return self
 
     def end(self) -> None:
@@ -10858,6 +10854,8 @@ class Dashboard:
                 self._note = work()
             except AgentError as error:
                 self._note = " ".join(str(error).split())
+                if self._log:  # where all of it can be read
+                    self._log.error(what + "_failed", error, "warning")
             except Exception as error:
                 self._defect(error)
             self._busy.discard(what)
@@ -14129,6 +14127,7 @@ def command_top(loaded: Loaded, options: Dict[str, str]) -> int:
         wake.set()
     shown = Dashboard(source, stop, None if "host" in options else doctor_of(loaded))
     on_stop_signals(stop, wake)
+    threading.Thread(target=source.follow, name="dashboard-log", daemon=True).start()
     with shown:
         while not ended:
             wake.wait(3600.0)

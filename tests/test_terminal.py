@@ -1,0 +1,655 @@
+"""Section 16b: the dashboard on real terminals: tmux, and pseudo-terminals of ours."""
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+
+import pytest
+
+import b9agent
+from helpers import (PATIENCE_S, Program, agent_command, environment, quiet_port, run_agent,
+                     wait_until)
+
+TMUX, BASH = shutil.which("tmux"), shutil.which("bash")
+pytestmark = pytest.mark.timeout(240)
+HINTS = "q quit"  # of the last line, in every pane
+TOP_LEFT, LEFT, BOTTOM = "╔", "╔║╠╟╚", "╚"
+
+
+def need_tmux():
+    if TMUX and BASH and os.path.isdir("/proc/self"):
+        return
+    if os.environ.get("B9TESTS_HEAVY"):
+        pytest.fail("tmux should be here: `tests/run --all` installs it")
+    pytest.skip("needs tmux, bash and /proc")
+
+
+def agent_flags(port, *more):
+    return ("--gateway-host", "127.0.0.1", "--gateway-port", str(port), "--pool-name", "gpu",
+            "--control-port", "0", "--keepalive-interval", "1") + more
+
+
+def alive(pid):
+    row = b9agent.parse_proc_stat(b9agent.read_text("/proc/%d/stat" % pid, 4096) or "")
+    return row is not None and not row.zombie
+
+
+def family(pid):
+    rows = [b9agent.parse_proc_stat(b9agent.read_text("/proc/%s/stat" % name, 4096) or "")
+            for name in os.listdir("/proc") if name.isdigit()]
+    found = {pid}
+    while True:
+        more = {row.pid for row in rows if row and row.parent in found} - found
+        if not more:
+            return sorted(found)
+        found |= more
+
+
+def agent_pid(state):
+    text = (state / "agent.lock").read_text().strip() if (state / "agent.lock").exists() else ""
+    return int(text) if text.isdigit() and alive(int(text)) else None
+
+
+class Tmux:
+    """A shell in a tmux of its own.  screen(): its lines; mode(): (alternate screen, cursor)."""
+
+    def __init__(self, folder, home, columns=80, rows=24, **extra):
+        self._socket = str(folder / "tmux")
+        self._environment = environment(home, TERM="xterm-256color", **extra)
+        self._environment["PS1"] = "shell$ "
+        self.folder, self._stamps = folder, 0
+        self("new-session", "-d", "-x", columns, "-y", rows, BASH, "--norc", "--noprofile")
+        self.server = int(self("display", "-p", "#{pid}"))
+        self.shell = int(self("display", "-p", "#{pane_pid}"))
+        self.shows("shell[$]")
+
+    def __call__(self, *arguments):
+        done = subprocess.run([TMUX, "-S", self._socket, "-f", "/dev/null", *map(str, arguments)],
+                              env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=PATIENCE_S)
+        assert done.returncode == 0, (arguments, done)
+        return done.stdout.decode().rstrip("\n")
+
+    def screen(self):
+        return self("capture-pane", "-p", "-N").split("\n")
+
+    def shows(self, pattern):
+        """The screen, once it has the pattern."""
+        last = []
+
+        def look():
+            last[:] = self.screen()
+            return re.search(pattern, "\n".join(last)) and last
+        try:
+            return wait_until(look, pattern)
+        except AssertionError as error:
+            raise AssertionError("%s in:\n%s" % (error, "\n".join(last)))
+
+    def keys(self, *names):
+        self("send-keys", *names)
+
+    def text(self, text):
+        self("send-keys", "-l", text)
+
+    def run(self, *words):
+        self.text(" ".join(map(shlex.quote, map(str, words))))
+        self.keys("Enter")
+
+    def mode(self):
+        return self("display", "-p", "#{alternate_on} #{cursor_flag} #{wrap_flag}")
+
+    def stty(self):
+        """Of the shell's own programs: what it sets for its line editing is not seen."""
+        self._stamps += 1
+        path = self.folder / ("stty.%d" % self._stamps)
+        self.text("stty -a > %s; echo >> %s" % (shlex.quote(str(path)), shlex.quote(str(path))))
+        self.keys("Enter")
+        wait_until(lambda: path.exists() and path.read_text().endswith("\n\n"), "stty")
+        return re.sub("rows [0-9]+; columns [0-9]+; ", "", path.read_text())
+
+    def resize(self, columns, rows):
+        self("resize-window", "-x", columns, "-y", rows)
+
+    def end(self):
+        try:
+            os.kill(self.server, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+@pytest.fixture
+def tmux(tmp_path, home):
+    """tmux(**environment) starts one; it ends with the test."""
+    need_tmux()
+    started = []
+
+    def start(**extra):
+        folder = tmp_path / ("tmux%d" % len(started))
+        folder.mkdir(mode=0o700)
+        started.append(Tmux(folder, home, **extra))
+        return started[-1]
+    yield start
+    for one in started:
+        one.end()
+
+
+@pytest.fixture
+def shown(tmux, hostile, state):
+    """A dashboard in a tmux: (the tmux, the pid of its agent)."""
+    one = tmux(BETA9_TOKEN=hostile.token)
+    one.before = one.stty()
+    one.run(*agent_command("run", *agent_flags(hostile.port)))
+    one.shows("Status: READY")
+    yield one, agent_pid(state)
+    pid = agent_pid(state)
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+
+
+def is_framed(screen, columns, rows):
+    """Every line of it is the frame's, none is left of another size."""
+    return (len(screen) == rows and all(len(line.rstrip()) == columns for line in screen[:-1])
+            and screen[0][0] == TOP_LEFT and all(line[0] in LEFT for line in screen[:-1])
+            and screen[-2][0] == BOTTOM and HINTS in screen[-1])
+
+
+def given_back(one):
+    """The terminal is as it was before."""
+    assert one.mode() == "0 1 1"
+    assert one.stty() == one.before
+
+
+# -- what is seen --------------------------------------------------------------
+
+def test_it_fits_every_size_and_a_storm_of_resizes_ends_in_a_right_screen(shown):
+    one, _ = shown
+    for columns, rows in ((80, 24), (120, 40), (40, 12)):
+        one.resize(columns, rows)
+        wait_until(lambda: is_framed(one.screen(), columns, rows), "a frame of %dx%d" % (columns, rows))
+        assert "READY" in "\n".join(one.screen()) and one.mode().startswith("1 0")
+    for number in range(50):
+        one.resize(30 + number * 37 % 120, 8 + number * 7 % 40)
+    one.resize(97, 31)
+    wait_until(lambda: is_framed(one.screen(), 97, 31), "a frame of 97x31")
+
+
+def test_keys_open_its_panes_and_esc_leaves_them(shown):
+    one, _ = shown
+    one.keys("?")
+    one.shows("HELP")
+    one.keys("l")
+    one.shows("LOGS (?s:.*)notice ready")
+    one.text("/")
+    one.shows("Filter: _")
+    one.text("LISTENINGx")
+    one.keys("BSpace", "Enter")
+    screen = wait_until(lambda: not any("ready" in line for line in one.screen()[2:]) and one.screen(),
+                        "the filtered log")
+    assert sum(" info " in line for line in screen) == 1 and "control" in "\n".join(screen)
+    one.keys("Escape")
+    one.shows("INFERENCE")
+    one.keys("d")
+    one.shows("ok    python")
+    one.keys("End")
+    wait_until(lambda: not any("ok    python" in line for line in one.screen()), "the report's end")
+    one.keys("Home")
+    one.shows("ok    python")
+    one.keys("d")
+    one.shows("INFERENCE")
+
+
+def test_the_log_pane_scrolls_and_stays_where_it_is_while_lines_come(tmux, hostile, state, home):
+    one = tmux(BETA9_TOKEN=hostile.token)
+    one.run(*agent_command("run", *agent_flags(hostile.port, "--debug")))
+    one.shows("Status: READY")
+    one.keys("l")
+    wait_until(lambda: not any(line[1:-1].isspace() for line in one.screen()[3:-2]), "a full pane")
+    one.keys("Home")
+    first = one.shows("listening")[3]
+    one.keys("Down", "Up", "Up")
+    place = one.screen()[3:-2]
+    beats = sum(request.name == "keepalive" for request in list(hostile.requests))
+    wait_until(lambda: sum(request.name == "keepalive" for request in list(hostile.requests)) > beats + 1,
+               "two keepalives")
+    assert place[0] == first and one.screen()[3:-2] == place
+    one.keys("End")
+    wait_until(lambda: one.screen()[3:-2] != place, "the newest lines")
+    one.keys("q")
+    wait_until(lambda: not agent_pid(state), "the agent to end")
+
+
+def test_without_colour_or_utf8_it_shows_what_the_terminal_can(tmux, hostile, state):
+    one = tmux(BETA9_TOKEN=hostile.token, LANG="C", NO_COLOR="1")
+    one.run(*agent_command("run", *agent_flags(hostile.port)))
+    one.shows("Status: READY")
+    assert "".join(one.screen()).isascii() and one.screen()[0].startswith("+==")
+    assert "\x1b[" not in one("capture-pane", "-p", "-e")
+    one.keys("q")
+    wait_until(lambda: not agent_pid(state), "the agent to end")
+
+
+@pytest.mark.parametrize("how", ["--no-tui", "TERM=dumb", "TERM=", "&"])
+def test_plain_log_lines_stay_where_a_dashboard_is_not_wanted_or_cannot_be(how, tmux, hostile, state):
+    one = tmux(BETA9_TOKEN=hostile.token)
+    command = " ".join(map(shlex.quote, agent_command("run", *agent_flags(hostile.port))))
+    one.text({"--no-tui": command + " --no-tui", "&": command + " &"}.get(how, how + " " + command))
+    one.keys("Enter")
+    one.shows("notice ready")
+    assert one.mode() == "0 1 1"
+    os.kill(agent_pid(state), signal.SIGTERM)
+    one.shows("info stopped")
+
+
+# -- the terminal is given back ---------------------------------------------------
+
+@pytest.mark.parametrize("how", ["C-c", "q", "TERM", "HUP"])
+def test_it_ends_in_order_and_gives_the_terminal_back(how, shown, hostile, state):
+    one, pid = shown
+    one.keys(how) if how in ("C-c", "q") else os.kill(pid, getattr(signal, "SIG" + how))
+    screen = one.shows("info stopped keepalives=")
+    wait_until(lambda: not alive(pid), "the agent's end")
+    assert "Traceback" not in "\n".join(screen) and "Status:" not in "\n".join(screen)
+    one.run("echo", "left")
+    one.text("echo code=$?")
+    one.keys("Enter")
+    one.shows("code=0")
+    given_back(one)
+    assert not (state / "control.addr").exists()
+
+
+def test_quit_by_ctrl_backslash_gives_the_terminal_back(shown):
+    one, pid = shown
+    one.keys("C-\\")
+    wait_until(lambda: not alive(pid), "its end")
+    one.shows("Quit")
+    given_back(one)
+
+
+def test_ctrl_z_and_fg_twice_and_bg_once(shown):
+    one, pid = shown
+    for _ in range(2):
+        one.keys("C-z")
+        one.shows("Stopped")
+        given_back(one)
+        one.keys("C-l")
+        one.run("fg")
+        one.shows("Status: READY")
+        assert one.mode().startswith("1 0") and is_framed(one.screen(), 80, 24)
+    one.keys("C-z")
+    one.shows("Stopped")
+    one.keys("C-l")
+    one.run("bg")
+    one.run("echo", "here", "I", "am")
+    one.shows("\nhere I am")
+    given_back(one)
+    keepalives = lambda: json.loads(run_status(one)).get("keepalives")
+    first = keepalives()
+    wait_until(lambda: keepalives() > first, "it lives in the background")
+    assert one.mode().startswith("0 1")
+    one.run("fg")
+    one.shows("Status: READY")
+    one.keys("q")
+    wait_until(lambda: not alive(pid), "its end")
+    given_back(one)
+
+
+def run_status(one):
+    home = one._environment["HOME"]
+    return run_agent(home, "status", "--json").out or "{}"
+
+
+def test_continued_after_a_sigstop_it_draws_everything_again(shown):
+    one, pid = shown
+    os.kill(pid, signal.SIGSTOP)
+    one.shows("shell[$]")  # the shell takes the terminal; nobody could give it back
+    one.run("fg")
+    wait_until(lambda: is_framed(one.screen(), 80, 24), "a whole frame")
+    one.keys("q")
+    wait_until(lambda: not alive(pid), "its end")
+    one.shows("info stopped")
+    given_back(one)
+
+
+@pytest.mark.parametrize("how", ["pane", "server"])
+def test_a_terminal_that_is_closed_ends_the_agent_and_its_children(how, tmux, hostile, state, tmp_path):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ssh").write_text("#!/bin/sh\nsleep 1000 &\nsleep 1000\n")
+    (folder / "ssh").chmod(0o755)
+    one = tmux(BETA9_TOKEN=hostile.token, PATH="%s:%s" % (folder, os.environ["PATH"]))
+    one.run(*agent_command("run", *agent_flags(hostile.port, "--tunnel", "me@127.0.0.1:1")))
+    one.shows("Beta9 Agent")
+    pid = wait_until(lambda: agent_pid(state), "the agent")
+    wait_until(lambda: len(family(pid)) >= 4, "its children")
+    whole = family(pid)
+    if how == "pane":
+        one("kill-pane")
+    else:
+        os.kill(one.server, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, whole)), "all of it gone")
+    assert "info stopped" in (state / "agent.log").read_text()
+
+
+def test_what_ends_it_at_the_start_is_said_on_the_normal_screen(tmux, hostile):
+    one = tmux(BETA9_TOKEN="not-the-token-of-it")
+    one.before = one.stty()
+    one.run(*agent_command("run", *agent_flags(hostile.port)))
+    one.shows("b9agent: error: ")
+    one.text("echo code=$?")
+    one.keys("Enter")
+    one.shows("code=3")
+    given_back(one)
+
+
+def test_warnings_that_were_held_back_are_printed_once_the_screen_is_back(shown, hostile, state):
+    one, pid = shown
+    hostile.fault = "control_characters"
+    one.shows("UNREACHABLE")
+    one.keys("q")
+    screen = "\n".join(one.shows("info stopped"))
+    assert "warning unreachable" in screen and "info registered" not in screen
+    wait_until(lambda: not alive(pid), "its end")
+
+
+# -- what keys ask for ------------------------------------------------------------
+
+def test_start_and_pull_are_asked_for_and_answered_in_the_last_line(shown):
+    one, _ = shown  # there is no engine on this machine's PATH, or an Ollama that is not asked
+    one.keys("p")
+    one.shows("Pull model: _")
+    one.text("no such model!")
+    one.shows("Pull model: no such model!_")
+    one.keys("C-u")
+    one.shows("Pull model: _")
+    one.text("no such model!")
+    one.keys("Enter")
+    one.shows("`no such model!` is no name of a model")
+    one.keys("p", "x", "Escape")
+    wait_until(lambda: HINTS in one.screen()[-1] and "Pull" not in one.screen()[-1], "the keys again")
+
+
+def test_what_is_pasted_is_no_key(shown):
+    one, pid = shown
+    one("set-buffer", "q\nstuff y\x1b[A")
+    one("paste-buffer", "-p")
+    one.keys("p")
+    one.shows("Pull model: _")
+    one("set-buffer", "gemma3:1b\nq\n")
+    one("paste-buffer", "-p")
+    one.shows("Pull model: gemma3:1b_")
+    one.keys("Escape")
+    wait_until(lambda: "Pull" not in one.screen()[-1], "the prompt is left")
+    assert alive(pid)
+
+
+# -- top -------------------------------------------------------------------------
+
+def test_top_shows_an_agent_that_ends_and_comes_back(tmux, hostile, agent, state):
+    flags = agent_flags(hostile.port)
+    first = agent("run", *flags, BETA9_TOKEN=hostile.token)
+    first.wait_line("notice ready")
+    one = tmux()
+    one.before = one.stty()
+    one.run(*agent_command("top"))
+    one.shows("Status: READY (?s:.*)notice ready")
+    assert first.stop() == 0
+    one.shows("no agent is running")
+    second = agent("run", *flags, BETA9_TOKEN=hostile.token)
+    second.wait_line("notice ready")
+    one.shows("Status: READY")
+    wait_until(lambda: "no agent" not in "\n".join(one.screen()), "the new one's figures")
+    one.keys("q")
+    one.shows("shell[$]")
+    given_back(one)
+    assert second.process.poll() is None, "only the view has ended"
+
+
+def test_top_of_an_agent_elsewhere_wants_its_token(tmux, hostile, agent, state, tmp_path):
+    agent("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token).wait_line("notice ready")
+    address, token = (state / "control.addr").read_text().strip(), state / "control.token"
+    away = tmp_path / "away"
+    away.mkdir()
+    asked = run_agent(away, "top", "--host", address, "--once")
+    assert asked.code == 2 and "control.token" in asked.err and "--control-token-file" in asked.err
+    wrong = run_agent(away, "top", "--host", address, "--once", B9AGENT_CONTROL_TOKEN="0" * 64)
+    assert wrong.code == 4 and "control token" in wrong.err
+    once = run_agent(away, "top", "--host", "localhost:" + address.rpartition(":")[2], "--once",
+                     B9AGENT_CONTROL_TOKEN=token.read_text().strip())
+    assert once.code == 0 and "Status: READY" in once.out and "\x1b" not in once.out, once
+    one = tmux(HOME=away)
+    one.run(*agent_command("top", "--host", address, "--control-token-file", token))
+    one.shows("Status: READY (?s:.*)notice ready")
+    one.keys("d")
+    one.shows("b9agent.py doctor, there")
+    one.keys("C-c")
+    one.shows("shell[$]")
+
+
+def test_top_without_an_agent_or_a_terminal_says_so(home, state):
+    none = run_agent(home, "top", "--once")
+    assert none.code == 5 and "no agent is running" in none.err
+
+
+# -- on pseudo-terminals of ours ----------------------------------------------------
+
+class Pty:
+    """A program on a pseudo-terminal, its controlling one.  seen: all that it wrote."""
+
+    def __init__(self, home, *arguments, size=(80, 24), **extra):
+        self.master, slave = pty.openpty()
+        self.resize(*size)
+        self.before = termios.tcgetattr(slave)
+
+        def own():
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        self.process = subprocess.Popen(
+            agent_command(*arguments), env=environment(home, **{"TERM": "xterm", **extra}), stdin=slave,
+            stdout=slave, stderr=slave, preexec_fn=own)
+        self.slave, self.seen = slave, b""
+
+    def resize(self, columns, rows):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read(self, limit_s=0.05):
+        piece = b""
+        if select.select([self.master], [], [], limit_s)[0]:
+            try:
+                piece = os.read(self.master, 65536)
+            except OSError:
+                pass
+        self.seen += piece
+        return piece
+
+    def until(self, pattern, after=0):
+        wait_until(lambda: self.read() is not None and re.search(pattern, self.seen[after:]),
+                   "%r in %r" % (pattern, self.seen[-3000:]))
+
+    def end(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for descriptor in (self.master, self.slave):
+            try:
+                os.close(descriptor)
+            except OSError:
+                pass
+
+
+@pytest.fixture
+def on_pty(home):
+    started = []
+
+    def start(*arguments, **extra):
+        started.append(Pty(home, *arguments, **extra))
+        return started[-1]
+    yield start
+    for one in started:
+        one.end()
+
+
+def test_an_idle_refresh_writes_little_and_costs_under_a_hundredth_of_a_core(on_pty, hostile, state):
+    one = on_pty("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token)
+    one.until(b"READY")
+
+    def used_s():
+        words = b9agent.read_text("/proc/%d/stat" % one.process.pid).rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    until, begun_s, sizes = time.monotonic() + 6.0, used_s(), []
+    while time.monotonic() < until:
+        sizes.append(len(one.read(1.0)))
+    refreshes = [size for size in sizes if size]
+    assert 4 <= len(refreshes) <= 20, sizes
+    assert max(refreshes) < 2000 and sum(refreshes) < 9000, sizes
+    # A keepalive each second is in it; the kernel counts in hundredths.
+    assert used_s() - begun_s < 0.02 * 6.0
+
+
+def test_a_terminal_that_takes_no_more_costs_frames_and_no_keepalive(on_pty, hostile, state):
+    one = on_pty("run", *agent_flags(hostile.port), size=(250, 100), BETA9_TOKEN=hostile.token)
+    one.until(b"READY")
+    fcntl.ioctl(one.master, termios.TIOCPKT, struct.pack("i", 0))
+    beats = lambda: sum(request.name == "keepalive" for request in list(hostile.requests))
+    first = beats()
+    for number in range(40):  # each a whole frame, of some 30 kB; nobody reads
+        one.resize(200 + number, 100)
+        wait_until(lambda: True, "")
+    wait_until(lambda: beats() > first + 3, "keepalives while nobody reads the terminal")
+    begun_s = time.monotonic()
+    one.process.send_signal(signal.SIGTERM)
+    one.process.wait(PATIENCE_S)
+    assert time.monotonic() - begun_s < 10.0 and one.process.returncode == 0
+    assert termios.tcgetattr(one.slave) == one.before
+
+
+def test_what_was_stalled_is_drawn_whole_when_it_goes_on(on_pty, hostile, state):
+    import pyte
+    one = on_pty("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token)
+    one.until(b"READY")
+    for number in range(60):
+        one.resize(81 + number, 24)
+        select.select([], [], [], 0.01)
+    one.resize(90, 20)
+    screen = pyte.Screen(90, 20)
+    stream = pyte.ByteStream(screen)
+
+    def framed():
+        one.read()
+        last = one.seen.rfind(b"\x1b[2J")
+        screen.reset()
+        stream.feed(one.seen[last:])
+        return is_framed(screen.display, 90, 20)
+    wait_until(framed, "a frame of 90x20")
+
+
+def test_a_hung_up_terminal_ends_it_even_where_the_signal_is_lost(on_pty, hostile, state):
+    """The master is closed, and SIGHUP goes to a session leader that does not pass it on."""
+    one = on_pty("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token)
+    one.until(b"READY")
+    os.close(one.slave)
+    os.close(one.master)
+    assert one.process.wait(PATIENCE_S) == 0
+    assert "info stopped" in (state / "agent.log").read_text()
+
+
+def test_the_lines_variable_is_not_trusted_over_the_terminal(on_pty, hostile, state):
+    one = on_pty("run", *agent_flags(hostile.port), size=(60, 15), BETA9_TOKEN=hostile.token,
+                 COLUMNS="200", LINES="99")
+    one.until(b"READY")
+    one.until(rb"\x1b\[15;1H")
+    assert b"\x1b[16;1H" not in one.seen
+
+
+def test_a_terminal_of_no_size_and_one_of_a_mad_size_are_drawn_on(on_pty, hostile, state):
+    one = on_pty("run", *agent_flags(hostile.port), size=(0, 0), BETA9_TOKEN=hostile.token)
+    one.until(b"READY")
+    one.until(rb"\x1b\[24;1H")
+    one.resize(65535, 65535)
+    one.until(rb"\x1b\[500;1H")
+    one.resize(1, 1)
+    at = len(one.seen)
+    one.until(rb"\x1b\[2J", at)
+    one.process.send_signal(signal.SIGINT)
+    one.until(rb"1049l")
+    assert one.process.wait(PATIENCE_S) == 0
+
+
+# -- keys -------------------------------------------------------------------------
+
+def keys(*pieces, settle=True):
+    one, found = b9agent.Keys(), []
+    for piece in pieces:
+        found += one.feed(piece)
+    return found + (one.settle() if settle else [])
+
+
+@pytest.mark.parametrize("raw, wanted", [
+    (b"qs?/", ["q", "s", "?", "/"]),
+    (b"\x1b[A\x1bOB\x1b[5~\x1b[6~\x1b[H\x1bOF\x1b[1~\x1b[4~\x1b[7~\x1b[8~",
+     ["up", "down", "page up", "page down", "home", "end", "home", "end", "home", "end"]),
+    (b"\x1b", ["esc"]), (b"\x1b\x1b", ["esc", "esc"]), (b"\x1bq", ["esc", "q"]),
+    (b"\r\n\x7f\x08\x15\x0c", ["enter", "enter", "backspace", "backspace", "clear", "redraw"]),
+    ("ä日😀".encode(), ["ä", "日", "😀"]), (b"\xff\xc3(\xe2\x82", ["("]),
+    (b"\x1b[1;5A\x1b[<0;1;1M\x1b[?62c\x1b[200~a\x1b[Aq\n\x1b[201~b", ["paste a\x1b[Aq\n", "b"]),
+    (b"\x00\x01\x04\x11\x13\x1a", []), (b"\x1b[" + b"9" * 5000, []),
+])
+def test_bytes_become_keys_whole_or_one_at_a_time(raw, wanted):
+    assert keys(raw) == wanted
+    if len(raw) < 100 and b"\x1b\x1b" not in raw:
+        assert keys(*[raw[at:at + 1] for at in range(len(raw))]) == wanted
+
+
+def test_a_paste_without_end_is_bounded_and_no_key():
+    one = b9agent.Keys()
+    assert one.feed(b"\x1b[200~") == [] and not one.unsure
+    for _ in range(100):
+        assert one.feed(b"q" * 4096) == []
+        assert len(one.rest) <= b9agent.PASTE_MAX
+    (pasted,) = one.feed(b"\x1b[201~")
+    assert pasted.startswith("paste qqq") and one.feed(b"q") == ["q"]
+
+
+def test_any_bytes_are_keys_or_nothing():
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies
+
+    pieces = strategies.lists(strategies.one_of(
+        strategies.binary(max_size=40),
+        strategies.sampled_from([b"\x1b", b"\x1b[", b"\x1b[200~", b"\x1b[201~", b"\x1bO", b"\x1b[1;"])),
+        max_size=12)
+
+    @hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=300)
+    @hypothesis.given(pieces)
+    def check(pieces):
+        one = b9agent.Keys()
+        for piece in pieces:
+            for key in one.feed(piece):
+                assert key and (len(key) == 1) == key.isprintable() * (len(key) == 1)
+            assert len(one.rest) <= b9agent.PASTE_MAX
+        one.settle()
+        assert one.rest == ""
+    check()
+
+
+@pytest.mark.parametrize("environ, utf8, color", [
+    ({"LANG": "en_GB.UTF-8"}, True, True), ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, False, True),
+    ({"LC_CTYPE": "C.UTF-8"}, False, True), ({"LC_ALL": "C", "LANG": "de_DE.utf8"}, False, True),
+    ({"LC_CTYPE": "UTF-8"}, True, True), ({"LANG": "C.UTF-8", "NO_COLOR": "1"}, True, False),
+    ({"LANG": "C.UTF-8", "NO_COLOR": ""}, True, True), ({}, False, True)])
+def test_the_environment_says_what_the_terminal_can(environ, utf8, color, monkeypatch):
+    for name in ("LC_ALL", "LC_CTYPE", "LANG", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert b9agent.read_look() == (utf8, color)
