@@ -10605,10 +10605,10 @@ class AgentThere:
 # -- the dashboard ---------------------------------------------------------
 
 class _Prompt(NamedTuple):
-    """A line that is typed.  done: is given it.  one_key: the first key is the answer."""
+    """A line that is typed, for done(); or a question, answered by one key: done("y")."""
     label: str
     done: Callable[[str], None]
-    one_key: bool = False
+    question: bool = False
 
 
 _PANE_OF = {"l": "logs", "d": "doctor", "?": "help"}
@@ -10728,8 +10728,9 @@ class Dashboard:
         except AgentError as error:
             problem = str(error)
         except Exception as error:
-            self._defect(error)
-            problem = "its figures are not understood"
+            problem = f"its figures are not understood: {type(error).__name__}"
+            if problem != self._seen.problem:  # what is logged is news, and has us look again
+                self._defect(error)
         lines = self._source.lines()
         if None in lines:
             self._kept.clear()
@@ -10751,13 +10752,14 @@ class Dashboard:
                     self._left.set()
                     self._wake.wait(1.0)  # nobody says when the shell hands it back
                     continue
-                terminal.take(self._again)
-                self._again = False
+                again, self._again = self._again, False
+                terminal.take(again)
                 terminal.draw(self._render, "utf-8" if self._shown_as.utf8 else "ascii")
                 typed = terminal.wait(self._wake, 0.1 if self._keys.unsure else 5.0)
                 for key in (self._keys.feed(typed) if typed or not self._keys.unsure
                             else self._keys.settle()):
-                    self._press(key)
+                    if not self._ended:
+                        self._press(key)
         except OSError:
             gone = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup: it goes on
         except Exception as error:
@@ -10778,7 +10780,7 @@ class Dashboard:
         return seen._replace(
             age_s=now_s() - self._seen_s if seen.problem else None, pane=self._pane,
             scroll=self._scroll, filter=self._filter, note=self._note, report=self._report,
-            prompt=prompt and prompt.label + self._typed + ("" if prompt.one_key else "_"))
+            prompt=prompt and prompt.label + self._typed + ("" if prompt.question else "_"))
 
     def _pane_rows(self, view: View) -> int:
         """All of a pane, were the terminal as high as that."""
@@ -10831,10 +10833,10 @@ class Dashboard:
         self._scroll = max(0, min(self._scroll + step, most))
 
     def _type(self, prompt: _Prompt, key: str) -> None:
-        if prompt.one_key:
-            if not key.startswith("paste "):
-                self._prompt = None
-                prompt.done(key)
+        if prompt.question:
+            self._prompt = prompt if key.startswith("paste ") else None
+            if key in ("y", "Y"):
+                prompt.done("y")
         elif key in ("esc", "enter"):
             text, self._prompt, self._typed = self._typed.strip(), None, ""
             if key == "enter":
@@ -10869,25 +10871,18 @@ class Dashboard:
 
     def _start_or_stop(self) -> None:
         inference = self._seen.status.get("inference") or {}
-
-        def stop(answer: str) -> None:
-            if answer in ("y", "Y"):
-                self._do("stop", lambda: self._source.ask("stop").get("message")
-                         or "inference is stopped")
         if "start" in self._busy or inference.get("status") in ("starting", "running"):
-            self._prompt = _Prompt(f"Stop {inference.get('engine') or 'inference'}? y/n ", stop,
-                                   True)
+            self._prompt = _Prompt("Stop inference? y/n ", lambda _: self._do("stop", lambda: (
+                self._source.ask("stop").get("message") or "inference stopped")), True)
         else:
             self._do("start", lambda: "inference started: " + (
                 " ".join(self._source.ask("start").get("models") or ()) or "no models yet"))
 
     def _ask_pull(self) -> None:
-        def cancel(answer: str) -> None:
-            if answer in ("y", "Y"):
-                self._do("cancel", lambda: self._source.ask("cancel", model=self._pulled).get(
-                    "message") or "cancelled")
         if "pull" in self._busy:
-            self._prompt = _Prompt(f"End the pull of {printable(self._pulled)}? y/n ", cancel, True)
+            self._prompt = _Prompt(f"End the pull of {self._pulled}? y/n ", lambda _: self._do(
+                "cancel", lambda: str(self._source.ask("cancel", model=self._pulled)["status"])),
+                True)
         else:
             self._prompt = _Prompt("Pull model: ", self._pull)
 
@@ -11753,7 +11748,7 @@ class Agent:
 
     def _look_live(self) -> Optional[MachineSample]:
         """The last look of those that are taken for who watches: one a second at most, and fewer
-        where drivers or programs take their time, so that all of them cost a fiftieth of it."""
+        where drivers and programs take their time, so that all cost a hundredth of it."""
         if self._live_lock.acquire(blocking=False):
             try:
                 begun_s = now_s()
@@ -11762,7 +11757,7 @@ class Agent:
                     gpus, offered = self._look_at_gpus(LIVE_LIMIT_S)
                     host = self._live_host.sample(nearest_folder(self.settings.state_dir))
                     self._live = MachineSample(host, gpus, offered, self._energy.report(), now_s())
-                    self._live_due_s = begun_s + max(0.9, 50 * (now_s() - begun_s))
+                    self._live_due_s = begun_s + max(0.9, min(30.0, 100 * (now_s() - begun_s)))
             finally:
                 self._live_lock.release()
         return self._live
