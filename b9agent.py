@@ -9589,7 +9589,8 @@ _ASCII = str.maketrans("╔╗╚╝╠╣╟╢║│═─█▉▊▋▌▍�
 # Terminals disagree on how wide these are (conjoining Jamo, symbols that Unicode 16 made wide,
 # halves of flags), as they do on spacing marks (Mc).
 _DISPUTED = ((0x1160, 0x11FF), (0x2630, 0x2637), (0x268A, 0x268F), (0x3164, 0x3164),
-             (0x4DC0, 0x4DFF), (0xD7B0, 0xD7FF), (0x1D300, 0x1D376), (0x1F1E6, 0x1F1FF))
+             (0x4DC0, 0x4DFF), (0xD7B0, 0xD7FF), (0xFFA0, 0xFFA0), (0x1D300, 0x1D376),
+             (0x1F1E6, 0x1F1FF))
 
 
 # -- text and its width ---------------------------------------------------
@@ -9833,7 +9834,7 @@ def _named(name: str, value: Any) -> Line:
 
 
 def _heading(title: str, more: str = "") -> Line:
-    return [(title, "head"), (f" {more}" if more else "", "")]
+    return [(title, "head"), (f": {more}" if more else "", "")]
 
 
 def _some(rows: List[Any], most: int) -> Tuple[List[Any], List[Line]]:
@@ -9856,18 +9857,19 @@ def _status_part(view: View, columns: int, rows: int) -> List[Line]:
     beat = "never" if ago is None else f"{show_duration(ago)} ago"
     return _flow((
         [("Status: ", ""), (word.upper(), style), (aged, "warn")],
+        [(f"Heartbeat {beat}", _level(ago, 120.0, 300.0))],
         _named("Gateway", status.get("gateway")), _named("Pool", status.get("pool")),
         [] if status.get("gpus") else [(f"GPUs: {_figure(status.get('gpu_count'))}", "")],
-        [(f"Last heartbeat {beat}", _level(ago, 120.0, 300.0))],
         [(f"Up {show_duration(status.get('uptime_seconds'))}", "")]), columns, rows)
 
 
 def _message_part(view: View, columns: int, rows: int) -> List[Line]:
     """What is wrong between us and the agent, and between the agent and its gateway."""
     style = _state(view.status.get("status"))[1] or "warn"
-    said = ((_text(view.problem), "bad"), (_text(view.status.get("message")), style))
-    return [line for text, style in said if text
-            for line in _wrapped("! " + text, columns, style, 3)][:rows]
+    said = [row for row in ((_text(view.problem), "bad"),
+                            (_text(view.status.get("message")), style)) if row[0]]
+    return [line for text, style in said for line in _wrapped(
+        "! " + text, columns, style, max(1, min(3, rows // len(said))))][:rows]
 
 
 def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
@@ -9878,10 +9880,11 @@ def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
     room = columns - len(label) - 6
     tail = f" {tail}" if tail and room - len(tail) > 6 else ""
     spark = _spark(view, name, (room - len(tail)) // 2, 100.0) if columns > 45 else ""
-    cells = min(30, room - len(tail) - len(spark) - 1)
+    spark = f" {spark}" if spark else ""
+    cells = min(30, room - len(tail) - len(spark))
     drawn = [(f" {_bar(pct, cells)} {_figure(pct, '%'):>4}", style or "ok")] if cells > 2 else [
         (" " + _figure(pct, "%"), style)]
-    return [(label if columns > 12 else label[:3], ""), *drawn, (f" {spark}", "dim"), (tail, "")]
+    return [(label if columns > 12 else label[:3], ""), *drawn, (spark, "dim"), (tail, "")]
 
 
 def _host_part(view: View, columns: int, rows: int) -> List[Line]:
@@ -9897,7 +9900,8 @@ def _host_part(view: View, columns: int, rows: int) -> List[Line]:
 
 def _links_part(view: View, columns: int, rows: int) -> List[Line]:
     items = []
-    for title, keys in (("Tunnel", "server message"), ("Tailnet", "address name message")):
+    name = "name " if columns > 95 else ""
+    for title, keys in (("Tunnel", "server message"), ("Tailnet", f"address {name}message")):
         link = _object(view.status.get(title.lower()))
         if link and link.get("state") != "none":
             said = filter(None, (_text(link.get(key)) for key in keys.split()))
@@ -9918,7 +9922,8 @@ def _gpu_cells(view: View, number: int, gpu: Dict[str, Any], wide: bool) -> Line
     return [(_figure(gpu.get("index")), ""), (name, ""), (_bar(pct, 10), ""),
             (_figure(pct, "%"), ""),
             (_spark(view, f"gpu{number}", 16, 100.0) if wide else "", "dim"),
-            (_used(gpu), ""), ("shared" if gpu.get("integrated") else "", ""),
+            (_used(gpu), ""),
+            ("shared" if gpu.get("integrated") or vendor == "apple" else "", ""),
             (_figure(degrees, "°C"), _level(degrees, 85.0, 95.0)),
             (_figure(gpu.get("power_w"), " W"), ""), state]
 
@@ -9971,7 +9976,8 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
     listed, state = engine.get("models"), _state(engine.get("status"))
     models = ", ".join(map(_text, listed[:20])) if isinstance(listed, list) else ""
     named = filter(None, (_text(engine.get("engine")), _text(engine.get("version"))))
-    items = [[("Status: ", ""), state],
+    said = [(_text(engine.get("message")), "bad" if state[1] == "bad" else "dim")]
+    items = [[("Status: ", ""), state], said if said[0][1] == "bad" else [],
              # A long list is cut rather than left out.
              _cut(_named("Models", models or ("none yet" if engine.get("running") else "")),
                   max(18, columns - 18)),
@@ -9981,7 +9987,7 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
         if _number(engine.get(name)) is not None:
             items.append([(_figure(engine[name], f" {unit}", form), "")])
     items += [[(_spark(view, "tokens", 24) if columns > 95 else "", "dim")],
-              [(_text(engine.get("message")), "bad" if state[1] == "bad" else "dim")]]
+              said if said[0][1] == "dim" else []]
     return [_heading("INFERENCE"), *_flow(items, columns, rows - 1)] if engine else []
 
 
@@ -10007,7 +10013,7 @@ def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
 def _log_lines(view: View, most: int) -> Iterator[Tuple[str, str]]:
     """(text, style), the newest first.  The times are UTC, as in the log itself."""
     wanted = view.filter.casefold()
-    for record in map(_object, reversed(view.lines)):
+    for record in reversed(objects_in(list(view.lines))):
         level, event, stamp = (_text(record.get(name)) for name in ("level", "event", "time"))
         fields = {_text(name): value if isinstance(value, bool) else _text(value) or "…"
                   for name, value in record.items() if name not in ("level", "event", "time")}
@@ -10054,10 +10060,10 @@ PARTS = (
     Part("LOGS", 7, 2, 6, _logs_part, "the newest lines of the log"),
 )
 KEYS = (("q", "quit", "end the dashboard"), ("s", "start/stop", "start or stop the engine"),
-        ("p", "pull", "pull a model"), ("l", "logs", "the log: up and down scroll, / filters"),
-        ("d", "doctor", "what keeps this machine from ready"), ("?", "help", "this page"))
-_PANE_KEYS = (("Esc", "back", ""), ("Up/Down", "scroll", ""), ("/", "filter", ""),
-              ("q", "quit", ""))
+        ("p", "pull", "pull a model"), ("l", "logs", "the log; / filters it"),
+        ("d", "doctor", "check this machine"), ("?", "help", "this page"))
+_PANE_KEYS = (("Esc", "back", ""), ("Up/Down", "scroll", ""), ("q", "quit", ""),
+              ("/", "filter", ""))
 
 
 def share_rows(parts: Sequence[Tuple[Part, int]], rows: int) -> Dict[str, int]:
@@ -10142,10 +10148,12 @@ def _last_line(view: View, columns: int) -> Line:
         while cell_width(text) > columns:
             text = text[1:]
         return [(text, "head")]
-    line: Line = [(_text(view.note), "warn"), ("  ", "")] if view.note else []
-    for key, word, _ in _PANE_KEYS if view.pane else KEYS:
-        line += [(key, "head"), (f" {word}  ", "")]
-    return line[:-1] + [(line[-1][0].rstrip(), "")]
+    line: Line = [(_text(view.note), "head"), ("  ", "")] if view.note else []
+    keys = KEYS if not view.pane else _PANE_KEYS if view.pane == "logs" else _PANE_KEYS[:-1]
+    for key, word, _ in keys:
+        if _wide(line) + len(key + word) < columns:
+            line += [(key, "head"), (f" {word}", ""), ("  ", "")]
+    return line[:-1]
 
 
 def _only_line(view: View, columns: int) -> Line:
@@ -10166,7 +10174,7 @@ def render_frame(view: View, columns: int, rows: int, look: Look) -> List[str]:
         lines = [(bare, _only_line(view, columns))] + [(bare, [])] * rows
         return [_drawn(edges, line, columns, look) for edges, line in lines[:max(0, rows)]]
     name, host = (_text(view.status.get(key)) for key in ("machine_id", "hostname"))
-    title = _heading(f"Beta9 Agent: {name}" if columns >= 40 else name or "Beta9")
+    title = _heading(*(("Beta9 Agent", name) if columns >= 40 else (name or "Beta9",)))
     title += [(" ═ ", ""), (host, "")] if columns >= 70 and host else []
     body = (_pane_body if view.pane else _main_body)(view, columns - 4, rows - 3)[:rows - 3]
     body += [(_SIDE, [])] * (rows - 3 - len(body))
