@@ -9937,11 +9937,13 @@ def _gpus_part(view: View, columns: int, rows: int) -> List[Line]:
     if not gpus and not problems:
         return []
     free = sum(gpu.get("free") is True for gpu in gpus)
-    shown, rest = _some(gpus, max(1, rows - 1 - len(problems)))
+    said = problems[:max(1, (rows - 1) // 2)]
+    shown, rest = _some(gpus, max(1, rows - 1 - len(said)))
     cells = [_gpu_cells(view, at, gpu, columns > 95) for at, gpu in enumerate(shown)]
-    lines = [_heading("GPUS", f"{free} free of {len(gpus)}")]
+    lines = [_heading("GPUS", f"{free} free of {len(gpus)}"
+                              + (f", problems: {len(problems)}" if problems else ""))]
     lines += _table(cells, (1, 3, 5, 9, 7, 8, 2, 0, 6, 4), (3, 5, 7, 8), columns) if cells else []
-    return (lines + rest + [[(f"! {problem}", "bad")] for problem in problems])[:rows]
+    return (lines + rest + [[(f"! {text}", "bad")] for text in said])[:rows]
 
 
 def _pod_cells(pod: Dict[str, Any]) -> Line:
@@ -10053,7 +10055,7 @@ PARTS = (
     Part("message", 3, 1, 3, _message_part, "what is wrong, where something is"),
     Part("host", 2, 1, 2, _host_part, "CPU and memory"),
     Part("links", 8, 1, 2, _links_part, "tunnel and tailnet, where there are any"),
-    Part("GPUS", 4, 2, 5, _gpus_part, "a row for each GPU"),
+    Part("GPUS", 4, 2, 6, _gpus_part, "a row for each GPU"),
     Part("WORKER PODS", 6, 2, 5, _pods_part, "a row for each pod, the newest first"),
     Part("INFERENCE", 5, 2, 3, _inference_part, "engine, models, rates"),
     Part("ENERGY", 9, 2, 3, _energy_part, "watts now; watt-hours and CO2e in all"),
@@ -10162,7 +10164,8 @@ def _only_line(view: View, columns: int) -> Line:
         return _last_line(view, columns)
     cpu, memory, gpus = (_figure(view.status.get(name)) for name in (
         "cpu_percent", "memory_percent", "gpu_count"))
-    return [_state(view.status.get("status")), (f" CPU {cpu}% Mem {memory}% GPUs {gpus}", "")]
+    return [("no answer, was " if view.problem else "", "bad"), _state(view.status.get("status")),
+            (f" CPU {cpu}% Mem {memory}% GPUs {gpus}", "")]
 
 
 def render_frame(view: View, columns: int, rows: int, look: Look) -> List[str]:

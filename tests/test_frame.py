@@ -110,6 +110,9 @@ DOCTOR = tuple(b9agent.doctor_lines([
     b9agent.Finding("ok", "Python 3.11.7", name="python"),
     b9agent.Finding("warn", "the clock is 75 s ahead of the gateway's", "timedatectl set-ntp true", name="clock"),
     b9agent.Finding("fail", UNREACHABLE, "b9agent.py init --gateway HOST:PORT", name="gateway")]))
+SICK = dict(BUSY, gpus=[gpu(index=number, problem="Xid 79: it has fallen off the bus", **A100)
+                        for number in range(3)] + [dict(GPUS[1], index=3, stale=True)],
+            gpu_problems=["intel: xpu-smi did not answer in 8 s"])
 VIEWS = {
     "waiting": View({}),
     "unanswered": View({}, problem="no agent runs with the state folder /home/me/.b9agent"),
@@ -126,6 +129,7 @@ VIEWS = {
     "apple": View(APPLE, LOG, HISTORY),
     "crowd": View(dict(BUSY, gpus=[dict(GPUS[0], index=number) for number in range(64)],
                        pods=dict(BUSY["pods"], pods=PODS * 33)), LOG),
+    "sick": View(SICK, LOG),
     "logs": View(BUSY, LOG * 9, pane="logs"),
     "logs-back": View(BUSY, LOG * 9, pane="logs", scroll=10),
     "filtered": View(BUSY, LOG * 2, pane="logs", filter="REGIS", prompt="Filter: REGIS_"),
@@ -138,6 +142,7 @@ SCREENS = [(name, size, UTF8) for name in MAIN for size in ((80, 24), (120, 40),
 SCREENS += [("busy", size, look) for size, look in (
     ((80, 24), COLOR), ((80, 24), ASCII), ((120, 40), COLOR), ((200, 60), UTF8), ((20, 5), UTF8), ((19, 3), UTF8),
     ((60, 16), UTF8))]
+SCREENS += [("sick", (80, 24), UTF8), ("sick", (40, 12), UTF8), ("unanswered", (19, 3), UTF8)]
 SCREENS += [("hostile", (80, 24), ASCII), ("refused", (80, 24), COLOR), ("crowd", (80, 24), UTF8),
             ("crowd", (200, 60), UTF8), ("waiting", (80, 24), UTF8), ("unanswered", (80, 24), UTF8)]
 SCREENS += [(name, size, UTF8) for name in ("logs", "logs-back", "filtered", "doctor", "help", "prompt")
