@@ -9587,11 +9587,11 @@ class Tunnel:
 # ----------------------------------------------------------------------
 # 16a. Dashboard: the frame                                   no effects
 # ----------------------------------------------------------------------
-# From what is known and the size of a terminal to the lines of a screen.
-# First text and its width in cells, then what lines are put together from,
-# then the parts of the screen, and the table that says which of them go
-# first where there are too few rows.  A status is another program's answer:
-# any of it may be missing, or something else than it should be.
+# From what is known and the size of a terminal to the lines of a screen:
+# text and its width in cells, what lines are put together from, the parts
+# of the screen, and the table that says which of them go first where there
+# are too few rows.  A status is another program's answer: any of it may be
+# missing, or something else than it should be.
 
 
 class View(NamedTuple):
@@ -9621,15 +9621,14 @@ class Look(NamedTuple):
     color: bool
 
 
-Span = Tuple[str, str]  # clean text; its style, a key of _SGR or ""
-Line = List[Span]
+Line = List[Tuple[str, str]]  # clean texts, each with its style: a key of _SGR, or ""
 _SGR = {"ok": "32", "warn": "33", "bad": "31", "dim": "2", "head": "1"}
 _ASCII = str.maketrans("╔╗╚╝╠╣╟╢║│═─█▉▊▋▌▍▎▏░▁▂▃▄▅▆▇…–°", "++++++++||=-#####...._.:-=+*~- ")
-UNKNOWN = "–"
-# Terminals disagree on how wide these are (conjoining Jamo, symbols that Unicode 16 made wide), as
-# they do on spacing marks (Mc).
+# Terminals disagree on how wide these are (conjoining Jamo, symbols that Unicode 16 made wide,
+# halves of flags), as they do on spacing marks (Mc).
 _DISPUTED = ((0x1160, 0x11FF), (0x2630, 0x2637), (0x268A, 0x268F), (0x3164, 0x3164),
-             (0x4DC0, 0x4DFF), (0xD7B0, 0xD7FF), (0x1D300, 0x1D376))
+             (0x4DC0, 0x4DFF), (0xD7B0, 0xD7FF), (0xFFA0, 0xFFA0), (0x1D300, 0x1D376),
+             (0x1F1E6, 0x1F1FF))
 
 
 # -- text and its width ---------------------------------------------------
@@ -9661,7 +9660,7 @@ def _prefix(text: str, cells: int) -> int:
 
 
 def clip(text: str, cells: int) -> str:
-    """What fits; a text that is cut takes all the cells and says that it is.
+    """What fits; a text that is cut says so and takes all the cells.
 
     >>> clip("gemma3:1b", 9), clip("gemma3:1b", 6), clip("日本語", 5), clip("日本語", 4)
     ('gemma3:1b', 'gemma…', '日本…', '日… ')
@@ -9672,13 +9671,14 @@ def clip(text: str, cells: int) -> str:
     return "" if cells < 1 else kept + "…" + " " * (cells - 1 - cell_width(kept))
 
 
+@functools.lru_cache(maxsize=4096)
 def _clean_char(char: str) -> str:
     import unicodedata
     code, category = ord(char), unicodedata.category(char)
-    if 0x1F1E6 <= code <= 0x1F1FF:  # half a flag: its letter
-        return chr(code - 0x1F1E6 + ord("A"))
-    if category == "Cf" or 0xFE00 <= code <= 0xFE0F or code >= 0xE0000 or 0x1F3FB <= code <= 0x1F3FF:
-        return ""  # invisible, or a change to the character before it: variation, skin, joiner
+    # What is invisible, or changes the character before it: joiners, variations, tones of skin.
+    if category == "Cf" or 0xFE00 <= code <= 0xFE0F or 0x1F3FB <= code <= 0x1F3FF \
+            or code >= 0xE0000:
+        return ""
     if category in ("Mc", "Cn", "Co") or any(low <= code <= high for low, high in _DISPUTED):
         return "\ufffd"
     return " " if category == "Zs" else char
@@ -9686,10 +9686,10 @@ def _clean_char(char: str) -> str:
 
 @functools.lru_cache(maxsize=2048)
 def clean(text: str) -> str:
-    """One line of characters whose widths every terminal sees alike, each by itself.
+    """One line, of characters that are as wide on every terminal and whatever stands beside them.
 
-    >>> clean("a\\x1b[2J\\u202eb"), clean("\\U0001f1e9\\U0001f1ea \\u2764\\ufe0f"), clean("zalgo" + "\\u0301" * 9)
-    ('a\\\\x1b[2J\\\\u202eb', 'DE ❤', 'zalgó')
+    >>> clean("a\\x1b[2J\\u202eb"), clean("\\u2764\\ufe0f"), clean("zalgo" + "\\u0301" * 9)
+    ('a\\\\x1b[2J\\\\u202eb', '❤', 'zalgó́́')
     """
     text = printable(text)
     if text.isascii():
@@ -9697,12 +9697,12 @@ def clean(text: str) -> str:
     import unicodedata
     cleaned = "".join(map(_clean_char, unicodedata.normalize("NFC", text)))
     # Two marks on a character are some languages' need; a tower of them is somebody's joke.
-    return "".join(char for number, char in enumerate(cleaned) if _cells(char)
-                   or 0 < number and any(map(_cells, cleaned[max(0, number - 2):number])))
+    return "".join(char for at, char in enumerate(cleaned) if _cells(char)
+                   or any(map(_cells, cleaned[max(0, at - 2):at])))
 
 
 def _number(value: Any) -> Optional[float]:
-    """None for what is no number, or none that a machine's figure can be."""
+    """None for what is no number, or none that a figure of a machine can be."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and -1e15 < value < 1e15 else None
 
@@ -9718,13 +9718,13 @@ def _object(value: Any) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _figure(value: Any, unit: str, form: str = ".0f") -> str:
+def _figure(value: Any, unit: str = "", form: str = ".0f") -> str:
     """
-    >>> _figure(28.13, "%"), _figure(None, " W"), _figure(12345, " Wh", ".1f")
-    ('28%', '–', '12345.0 Wh')
+    >>> _figure(28.13, "%"), _figure(None, " W"), _figure(0.5, " Wh", ".1f")
+    ('28%', '–', '0.5 Wh')
     """
     number = _number(value)
-    return UNKNOWN if number is None else f"{number:{form}}{unit}"
+    return "–" if number is None else f"{number:{form}}{unit}"
 
 
 def show_duration(seconds: Any) -> str:
@@ -9732,25 +9732,20 @@ def show_duration(seconds: Any) -> str:
     >>> [show_duration(seconds) for seconds in (25.4, 192, 7380, 450000, None)]
     ['25s', '3m12s', '2h03m', '5d05h', '–']
     """
-    number = _number(seconds)
-    if number is None or number < 0:
-        return UNKNOWN
-    whole = int(number)
     for size, part, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-        if whole >= size:
-            return f"{whole // size}{names[0]}{whole % size // part:02d}{names[1]}"
-    return f"{whole}s"
+        if (_number(seconds) or 0) >= size:
+            return f"{seconds // size:.0f}{names[0]}{seconds % size // part:02.0f}{names[1]}"
+    return _figure(seconds, "s")
 
 
-def _used(used: Any, total: Any) -> str:
+def _used(record: Dict[str, Any]) -> str:
     """
-    >>> _used(3 << 29, 24 << 30), _used(None, None)
+    >>> _used({"memory_used_bytes": 3 << 29, "memory_total_bytes": 24 << 30}), _used({})
     ('1.5/24.0 GiB', '–')
     """
-    if _number(used) is None and _number(total) is None:
-        return UNKNOWN
-    shown = [UNKNOWN if _number(value) is None else f"{value / 2**30:.1f}" for value in (used, total)]
-    return "/".join(shown) + " GiB"
+    used, total = (_number(record.get(f"memory_{name}_bytes")) for name in ("used", "total"))
+    shown = "/".join(_figure(value and value / 2**30, "", ".1f") for value in (used, total))
+    return "–" if used is None and total is None else shown + " GiB"
 
 
 # -- lines ----------------------------------------------------------------
@@ -9765,48 +9760,37 @@ def _cut(line: Line, cells: int) -> Line:
         return line
     kept: Line = []
     for text, style in line:
-        width = cell_width(text)
-        if width >= cells:
+        if cell_width(text) >= cells:
             return kept + [(clip(text + "…", cells), style)]
         kept.append((text, style))
-        cells -= width
+        cells -= cell_width(text)
     return kept
 
 
-def _paint(line: Line, look: Look) -> str:
-    """A line as a terminal takes it."""
-    painted = []
-    for text, style in line:
+def _drawn(edges: Sequence[str], line: Line, columns: int, look: Look) -> str:
+    """A line of the screen.  edges: left, what fills the line up, right."""
+    left, fill, right = edges
+    line = _cut(line, columns - len(left + right))
+    filled = fill * (columns - len(left + right) - _wide(line))
+    drawn = []
+    for text, style in [(left, ""), *line, (filled + right, "")]:
         if not look.utf8 and not text.isascii():
             text = "".join(char if char.isascii() else "?" * _cells(char)
                            for char in text.translate(_ASCII))
-        painted.append(f"\x1b[{_SGR[style]}m{text}\x1b[0m" if style and look.color else text)
-    return "".join(painted) + ("\x1b[0m" if look.color else "")
-
-
-def _row(line: Line, columns: int, look: Look) -> str:
-    line = _cut(line, columns)
-    return _paint(line + [(" " * (columns - _wide(line)), "")], look)
-
-
-def _framed(edges: str, line: Line, columns: int, look: Look) -> str:
-    """edges: the left one, what lies between, the right one."""
-    left, fill, right = edges
-    line = _cut(line, columns - 4)
-    return _paint([(left + fill, ""), *line,
-                   (fill * (columns - 3 - _wide(line)) + right, "")], look)
+        drawn.append(f"\x1b[{_SGR[style]}m{text}\x1b[0m" if style and look.color else text)
+    return "".join(drawn) + ("\x1b[0m" if look.color else "")
 
 
 def _flow(items: Iterable[Line], columns: int, rows: int) -> List[Line]:
-    """Items beside each other, in as many rows as there are; those that do not fit are left out."""
+    """Items beside each other in so many rows; those that do not fit are left out."""
     lines: List[Line] = []
     left = 0
-    for item in filter(None, items):
+    for item in items:
         width = _wide(item)
-        if lines and width + 3 <= left:
+        if width and lines and width + 3 <= left:
             lines[-1] += [(" │ ", "dim"), *item]
             left -= width + 3
-        elif len(lines) < rows:
+        elif width and len(lines) < rows:
             lines.append(list(item))
             left = columns - width
     return lines
@@ -9823,22 +9807,26 @@ def _wrapped(text: str, columns: int, style: str = "", most: int = 1000) -> List
     return lines + [[(text, style)]]
 
 
-def _table(rows: Sequence[Sequence[Span]], keep: Sequence[int], columns: int) -> List[Line]:
-    """Rows of cells in columns.  keep: which columns stay longest, the one that gives way, down to
-    ten cells, first."""
-    widths = [max(cell_width(row[column][0]) for row in rows) for column in range(len(rows[0]))]
-    elastic, shown = keep[0], [column for column in keep if widths[column]]
-    least = [min(width, 10) if column == elastic else width for column, width in enumerate(widths)]
-    while len(shown) > 1 and sum(least[column] + 2 for column in shown) - 2 > columns:
+def _table(rows: Sequence[Line], keep: Sequence[int], right: Sequence[int],
+           columns: int) -> List[Line]:
+    """keep: the columns by how long they stay where there is no room for all; the first gives way
+    before, down to ten cells.  right: those that stand to the right."""
+    widths = [max(cell_width(row[at][0]) for row in rows) for at in range(len(rows[0]))]
+    shown, elastic = [at for at in keep if widths[at]], widths[keep[0]]
+    widths[keep[0]] = min(elastic, 10)
+    while len(shown) > 1 and sum(widths[at] + 2 for at in shown) - 2 > columns:
         shown.pop()
-    spare = columns - sum(least[column] + 2 for column in shown) + 2
-    widths[elastic] = min(widths[elastic], least[elastic] + max(0, spare))
+    spare = columns + 2 - sum(widths[at] + 2 for at in shown)
+    widths[keep[0]] = min(elastic, widths[keep[0]] + max(0, spare))
     lines: List[Line] = []
     for row in rows:
-        cells = [(column, clip(row[column][0], widths[column]), row[column][1])
-                 for column in sorted(shown)]
-        lines.append([(text + " " * (widths[column] + 2 - cell_width(text)), style)
-                      for column, text, style in cells])
+        lines.append([])
+        for at in sorted(shown):
+            text = clip(row[at][0], widths[at])
+            space = " " * (widths[at] - cell_width(text))
+            lines[-1].append((space + text if at in right else text + space, row[at][1]))
+            lines[-1].append(("  ", ""))
+        lines[-1].pop()
     return lines
 
 
@@ -9858,171 +9846,152 @@ def _spark(view: View, name: str, cells: int, most: float = 0.0) -> str:
     """The newest values of a history, as high as they are of `most`, or of their greatest."""
     values = [_number(value) or 0.0 for value in view.history.get(name, ())[-cells:]]
     most = most or max(values, default=0.0) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[int(min(7.99, max(0.0, value / most * 8)))] for value in values)
+    return "".join("▁▂▃▄▅▆▇█"[int(min(7.0, max(0.0, value / most * 8)))] for value in values)
 
 
 def _level(value: Any, warn_at: float, bad_at: float) -> str:
-    number = _number(value)
-    return ("" if number is None else "bad" if number >= bad_at else
-            "warn" if number >= warn_at else "ok")
+    number = _number(value) or 0.0
+    return "bad" if number >= bad_at else "warn" if number >= warn_at else ""
 
 
-def _gauge(view: View, name: str, tail: str, columns: int) -> Line:
-    """CPU or memory: a bar where there is room for one, then the percent, then the rest."""
-    pct = _number(view.status.get(f"{name}_percent"))
-    style = _level(pct, 85.0, 95.0)
-    label, shown = {"cpu": "CPU", "memory": "Memory"}[name] if columns > 12 else name[:3].title(), \
-        f"{_figure(pct, '%'):>4}"
-    tail = " " + tail if tail and columns > 22 + len(tail) else ""
-    spark = " " + _spark(view, name, 20, 100.0) if columns > 44 + len(tail) else ""
-    cells = min(30, columns - len(label) - 6 - len(tail) - len(spark))
-    drawn = [(" " + _bar(pct, cells), style)] if cells > 2 else []
-    return [(label, ""), *drawn, (" " + shown.strip() if not drawn else " " + shown, style),
-            (tail, ""), (spark, "dim")]
+_STATES = {state: style for style, states in (
+    ("ok", "ready running up watching"), ("dim", "stopped none off completed"),
+    ("warn", "starting registering registered connecting waiting pending backoff expired"),
+    ("bad", "unreachable refused error failed down")) for state in states.split()}
 
 
-# -- the parts of the screen ----------------------------------------------
-
-_STATES = {"ready": "ok", "running": "ok", "up": "ok", "watching": "ok", "completed": "dim",
-           "starting": "warn", "registering": "warn", "registered": "warn", "connecting": "warn",
-           "waiting": "warn", "pending": "warn", "backoff": "warn", "expired": "warn",
-           "unreachable": "bad", "refused": "bad", "error": "bad", "failed": "bad", "down": "bad",
-           "stopped": "dim", "none": "dim", "off": "dim"}
-
-
-def _state(value: Any) -> Span:
-    text = _text(value) or UNKNOWN
+def _state(value: Any) -> Tuple[str, str]:
+    text = _text(value) or "–"
     return text, _STATES.get(text.lower(), "")
 
 
-def _heading(title: str, *more: str) -> Line:
-    said = ", ".join(filter(None, more))
-    return [(title, "head"), (f" {said}" if said else "", "")]
-
-
-def _named(name: str, value: Any, style: str = "") -> Line:
-    """An item of a flow, none where there is nothing to say."""
+def _named(name: str, value: Any) -> Line:
+    """Nothing where there is nothing to say."""
     text = _text(value)
-    return [(f"{name}: ", ""), (text, style)] if text else []
+    return [(f"{name}: {text}", "")] if text else []
 
 
-def _status_part(view: View, columns: int, rows: int) -> List[Line]:
-    status = view.status
-    if not status:
-        return [[("Status: ", ""), ("waiting for the agent", "warn")]]
-    word, style = _state(status.get("status"))
-    aged = [] if view.age_s is None else [(f", {show_duration(view.age_s)} old", "warn")]
-    ago = _number(status.get("last_keepalive_seconds_ago"))
-    count, free = status.get("gpu_count"), look_up(status, "metrics.free_gpu_count")
-    return _flow((
-        [("Status: ", ""), (word.upper(), style), *aged],
-        _named("Gateway", status.get("gateway")),
-        _named("Pool", status.get("pool")),
-        [(f"GPUs: {_figure(count, '')}" + (f", {_figure(free, '')} free" if free else ""), "")],
-        [("Last heartbeat " + ("never" if ago is None else show_duration(ago) + " ago"), "")],
-        [("Up " + show_duration(status.get("uptime_seconds")), "")],
-        _named("Provider", status.get("provider"))), columns, rows)
+def _heading(title: str, more: str = "") -> Line:
+    return [(title, "head"), (f": {more}" if more else "", "")]
 
 
-def _message_part(view: View, columns: int, rows: int) -> List[Line]:
-    """What is wrong: between us and the agent, or between the agent and its gateway."""
-    style = _state(view.status.get("status"))[1]
-    said = [(clean(view.problem[:1000]), "bad"), (_text(view.status.get("message")), style)]
-    return [line for text, style in said if text
-            for line in _wrapped("! " + text, columns, style or "warn", 3)][:rows]
-
-
-def _host_part(view: View, columns: int, rows: int) -> List[Line]:
-    host = _object(view.status.get("host"))
-    if not view.status:
-        return []
-    cores, tails = _number(host.get("cpu_threads")), {"cpu": "", "memory": ""}
-    tails["cpu"] = f"of {cores:.0f} threads" if cores else ""
-    tails["memory"] = _used(host.get("memory_used_bytes"), host.get("memory_total_bytes"))
-    if columns < 60 and rows > 1:
-        return [_gauge(view, name, tail, columns) for name, tail in tails.items()]
-    half = (columns - 3) // 2
-    left, right = (_gauge(view, name, tail, half) for name, tail in tails.items())
-    return [left + [(" │ " if columns > 20 else " ", "dim")] + right]
-
-
-def _links_part(view: View, columns: int, rows: int) -> List[Line]:
-    items = []
-    for title, keys in (("Tunnel", ("server", "message")),
-                        ("Tailnet", ("address", "name", "message"))):
-        link = _object(view.status.get(title.lower()))
-        if link and link.get("state") != "none":
-            said = [_text(link.get(key)) for key in keys]
-            items.append([(f"{title}: ", ""), _state(link.get("state")),
-                          (" " + " ".join(filter(None, said)), "")])
-    return _flow(items, columns, rows)
-
-
-def _system_part(view: View, columns: int, rows: int) -> List[Line]:
-    host = _object(view.status.get("host"))
-    def known(names: str, form: Callable[[Any], str], text: str) -> Line:
-        values = [host.get(name) for name in names.split()]
-        return [] if None in map(_number, values) else [(text.format(*map(form, values)), "")]
-    return _flow((
-        known("load_1m load_5m load_15m", lambda value: f"{value:.2f}", "Load {} {} {}"),
-        known("net_received_bytes_per_s net_sent_bytes_per_s", show_bytes,
-              "Network in {}/s, out {}/s"),
-        known("disk_free_bytes disk_total_bytes", show_bytes, "Disk {} free of {}"),
-        known("swap_used_bytes swap_total_bytes", show_bytes, "Swap {} of {}"),
-        [(_text(host.get("cpu_model")), "dim")]), columns, rows)
-
-
-def _more(rows: List[Any], most: int) -> Tuple[List[Any], List[Line]]:
-    """The first rows, and a line for the rest."""
+def _some(rows: List[Any], most: int) -> Tuple[List[Any], List[Line]]:
+    """The first rows, and a line that tells of the rest."""
     if len(rows) <= most:
         return rows, []
     shown = rows[:max(1, most - 1)]
     return shown, [[(f"… {len(rows) - len(shown)} more", "dim")]] if most > 1 else []
 
 
-def _gpu_cells(view: View, number: int, gpu: Dict[str, Any], wide: bool) -> List[Span]:
+# -- the parts of the screen ----------------------------------------------
+
+def _status_part(view: View, columns: int, rows: int) -> List[Line]:
+    status = view.status
+    if not status:
+        return [[("Status: ", ""), ("waiting for the agent", "warn")]]
+    word, style = _state(status.get("status"))
+    aged = "" if view.age_s is None else f", as of {show_duration(view.age_s)} ago"
+    ago = _number(status.get("last_keepalive_seconds_ago"))
+    beat = "never" if ago is None else f"{show_duration(ago)} ago"
+    return _flow((
+        [("Status: ", ""), (word.upper(), style), (aged, "warn")],
+        [(f"Heartbeat {beat}", _level(ago, 120.0, 300.0))],
+        _named("Gateway", status.get("gateway")), _named("Pool", status.get("pool")),
+        [] if status.get("gpus") else [(f"GPUs: {_figure(status.get('gpu_count'))}", "")],
+        [(f"Up {show_duration(status.get('uptime_seconds'))}", "")]), columns, rows)
+
+
+def _message_part(view: View, columns: int, rows: int) -> List[Line]:
+    """What is wrong between us and the agent, and between the agent and its gateway."""
+    style = _state(view.status.get("status"))[1] or "warn"
+    said = [row for row in ((_text(view.problem), "bad"),
+                            (_text(view.status.get("message")), style)) if row[0]]
+    return [line for text, style in said for line in _wrapped(
+        "! " + text, columns, style, max(1, min(3, rows // len(said))))][:rows]
+
+
+def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
+    """Percent, with a bar, a history and more as far as there is room."""
+    name = label.lower()
+    pct = _number(view.status.get(f"{name}_percent"))
+    style = _level(pct, 85.0, 95.0) if name == "memory" else ""
+    room = columns - len(label) - 6
+    tail = f" {tail}" if tail and room - len(tail) > 6 else ""
+    spark = _spark(view, name, (room - len(tail)) // 2, 100.0) if columns > 45 else ""
+    spark = f" {spark}" if spark else ""
+    cells = min(30, room - len(tail) - len(spark))
+    drawn = [(f" {_bar(pct, cells)} {_figure(pct, '%'):>4}", style or "ok")] if cells > 2 else [
+        (" " + _figure(pct, "%"), style)]
+    return [(label if columns > 12 else label[:3], ""), *drawn, (spark, "dim"), (tail, "")]
+
+
+def _host_part(view: View, columns: int, rows: int) -> List[Line]:
+    host = _object(view.status.get("host"))
+    threads = _figure(host.get("cpu_threads"))
+    tails = {"CPU": "" if threads == "–" else f"of {threads} threads", "Memory": _used(host)}
+    both = columns >= 60 or rows < 2
+    width = (columns - 3) // 2 if both else columns
+    gauges = [_gauge(view, label, tail, width) for label, tail in tails.items()]
+    joint = [(" │ " if columns > 20 else "", "dim")]
+    return [] if not view.status else [gauges[0] + joint + gauges[1]] if both else gauges
+
+
+def _links_part(view: View, columns: int, rows: int) -> List[Line]:
+    items = []
+    name = "name " if columns > 95 else ""
+    for title, keys in (("Tunnel", "server message"), ("Tailnet", f"address {name}message")):
+        link = _object(view.status.get(title.lower()))
+        if link and link.get("state") != "none":
+            said = filter(None, (_text(link.get(key)) for key in keys.split()))
+            items.append([(f"{title}: ", ""), _state(link.get("state")),
+                          (" " + " ".join(said), "")])
+    return _flow(items, columns, rows)
+
+
+def _gpu_cells(view: View, number: int, gpu: Dict[str, Any], wide: bool) -> Line:
     pct, degrees = _number(gpu.get("utilization_pct")), gpu.get("temperature_c")
-    state, style = next((row[1:] for row in (
-        ("problem", "unwell", "bad"), ("stale", "stale", "warn"), ("asleep", "asleep", "dim"),
-        ("free", "free", "ok"), ("offered", "in use", "")) if gpu.get(row[0])), ("not offered", "dim"))
     vendor, name = _text(gpu.get("vendor")), _text(gpu.get("name")) or "unknown model"
     if name.lower().startswith(vendor.lower() + " "):
         name = name[len(vendor) + 1:]
-    memory = _used(gpu.get("memory_used_bytes"), gpu.get("memory_total_bytes"))
-    return [(_figure(gpu.get("index"), ""), ""), (name, ""), (_bar(pct, 10), ""),
-            (f"{_figure(pct, '%'):>4}", ""), (_spark(view, f"gpu{number}", 16, 100.0) if wide else
-                                              "", "dim"),
-            (memory + (" shared" if gpu.get("integrated") else ""), ""),
+    state = next((row[1:] for row in (
+        ("problem", "unwell", "bad"), ("stale", "stale", "warn"), ("asleep", "asleep", "dim"),
+        ("free", "free", "ok"), ("offered", "in use", "")) if gpu.get(row[0])),
+        ("not offered", "dim"))
+    return [(_figure(gpu.get("index")), ""), (name, ""), (_bar(pct, 10), ""),
+            (_figure(pct, "%"), ""),
+            (_spark(view, f"gpu{number}", 16, 100.0) if wide else "", "dim"),
+            (_used(gpu), ""),
+            ("shared" if gpu.get("integrated") or vendor == "apple" else "", ""),
             (_figure(degrees, "°C"), _level(degrees, 85.0, 95.0)),
-            (_figure(gpu.get("power_w"), " W"), ""), (state, style)]
+            (_figure(gpu.get("power_w"), " W"), ""), state]
 
 
 def _gpus_part(view: View, columns: int, rows: int) -> List[Line]:
-    gpus = objects_in(view.status.get("gpus"))
-    problems = [f"{_text(gpu.get('vendor'))} {_figure(gpu.get('index'), '')}: "
-                f"{_text(gpu.get('problem'))}" for gpu in gpus if _text(gpu.get("problem"))]
-    listed = view.status.get("gpu_problems")
-    problems += [_text(problem) for problem in listed or () if _text(problem)
-                 ] if isinstance(listed, list) else []
+    """A row each, then what is wrong with them."""
+    gpus, listed = objects_in(view.status.get("gpus")), view.status.get("gpu_problems")
+    problems = [f"{_text(gpu.get('vendor'))} {_figure(gpu.get('index'))}: {text}"
+                for gpu in gpus for text in [_text(gpu.get("problem"))] if text]
+    problems += filter(None, map(_text, listed)) if isinstance(listed, list) else []
     if not gpus and not problems:
         return []
-    most = max(1, rows - 1 - len(problems)) if gpus else 0
-    shown, rest = _more(gpus, most)
-    cells = [_gpu_cells(view, number, gpu, columns >= 96) for number, gpu in enumerate(shown)]
-    lines = [_heading("GPUS", f"{len(problems)} unwell" if problems else "")]
-    lines += _table(cells, (1, 3, 5, 8, 6, 7, 2, 0, 4), columns) if cells else []
-    return (lines + rest + [[("! " + problem, "bad")] for problem in problems])[:rows]
+    free = sum(gpu.get("free") is True for gpu in gpus)
+    said = problems[:max(1, (rows - 1) // 2)]
+    shown, rest = _some(gpus, max(1, rows - 1 - len(said)))
+    cells = [_gpu_cells(view, at, gpu, columns > 95) for at, gpu in enumerate(shown)]
+    lines = [_heading("GPUS", f"{free} free of {len(gpus)}"
+                              + (f", problems: {len(problems)}" if problems else ""))]
+    lines += _table(cells, (1, 3, 5, 9, 7, 8, 2, 0, 6, 4), (3, 5, 7, 8), columns) if cells else []
+    return (lines + rest + [[(f"! {text}", "bad")] for text in said])[:rows]
 
 
-def _pod_cells(pod: Dict[str, Any]) -> List[Span]:
+def _pod_cells(pod: Dict[str, Any]) -> Line:
     code, restarts = _number(pod.get("exit_code")), _number(pod.get("restarts"))
-    ending = ", ".join(filter(None, (
-        "" if code is None else f"exit {code:.0f}", clip(_text(pod.get("reason")), 24),
-        f"{restarts:.0f} restarts" if restarts else "")))
-    return [(_text(pod.get("name")) or "?", ""), _state(pod.get("status")),
+    ending = ("" if code is None else f"exit {code:.0f}", clip(_text(pod.get("reason")), 24),
+              f"{restarts:.0f} restarts" if restarts else "")
+    return [(_text(pod.get("name")) or "–", ""), _state(pod.get("status")),
             (clip(_text(pod.get("function")), 30), ""),
-            (f"{show_duration(pod.get('duration_seconds')):>6}", ""),
-            (ending, "bad" if code else "warn" if restarts else "")]
+            (show_duration(pod.get("duration_seconds")), ""),
+            (", ".join(filter(None, ending)), "bad" if code else "warn" if restarts else "")]
 
 
 def _pods_part(view: View, columns: int, rows: int) -> List[Line]:
@@ -10033,112 +10002,84 @@ def _pods_part(view: View, columns: int, rows: int) -> List[Line]:
     running = sum(pod.get("status") == "RUNNING" for pod in pods)
     lines = [_heading("WORKER PODS", f"{running} running of {len(pods)}" if pods else "")]
     if watch["state"] != "watching":
-        lines.append([_state(watch["state"]), (" " + " ".join(filter(None, (
-            _text(watch.get("server")), _text(watch.get("message"))))), "")])
+        said = filter(None, (_text(watch.get("server")), _text(watch.get("message"))))
+        lines.append([_state(watch["state"]), (" " + " ".join(said), "")])
     elif not pods:
         lines.append([("No jobs yet", "dim")])
-    shown, rest = _more(pods, rows - len(lines))
-    lines += _table([_pod_cells(pod) for pod in shown], (0, 1, 4, 3, 2), columns) if shown else []
-    return (lines + rest)[:rows]
+    shown, rest = _some(pods, max(1, rows - len(lines)))
+    cells = [_pod_cells(pod) for pod in shown]
+    return (lines + (_table(cells, (0, 1, 4, 3, 2), (3,), columns) if cells else []) + rest)[:rows]
 
 
 def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
     engine = _object(view.status.get("inference"))
-    if not engine:
-        return []
-    listed = engine.get("models")
+    listed, state = engine.get("models"), _state(engine.get("status"))
     models = ", ".join(map(_text, listed[:20])) if isinstance(listed, list) else ""
-    def rate(name: str, unit: str) -> Line:
-        number = _number(engine.get(name))
-        return [] if number is None else [(f"{number:.1f} {unit}", "")]
-    queue, spark = _number(engine.get("queue")), _spark(view, "tokens", 24)
-    named = " ".join(filter(None, (_text(engine.get("engine")), _text(engine.get("version")))))
-    state = _state(engine.get("status"))
-    said = _text(engine.get("message"))
-    items = [[("Status: ", ""), state], _named("Engine", named),
-             _named("Endpoint", engine.get("endpoint")),
-             _named("Models", models or ("none yet" if engine.get("running") else "")),
-             rate("requests_per_second", "requests/s"), rate("tokens_per_second", "tokens/s"),
-             [] if queue is None else [(f"{queue:.0f} in the queue", "warn" if queue else "")],
-             [(spark, "dim")] if columns >= 96 and spark else [],
-             [(said, "bad" if state[1] == "bad" else "dim")] if said else []]
-    return [_heading("INFERENCE"), *_flow(items, columns, rows - 1)]
-
-
-def _amount(value: Any, unit: str) -> str:
-    """
-    >>> _amount(98.76, "gCO2e"), _amount(12500, "Wh"), _amount(None, "Wh")
-    ('98.8 gCO2e', '12.5 kWh', '– Wh')
-    """
-    number = _number(value)
-    return _figure(value, f" {unit}", ".1f") if number is None or abs(number) < 1e4 else (
-        f"{number / 1000:.1f} k{unit}")
+    named = filter(None, (_text(engine.get("engine")), _text(engine.get("version"))))
+    said = [(_text(engine.get("message")), "bad" if state[1] == "bad" else "dim")]
+    items = [[("Status: ", ""), state], said if said[0][1] == "bad" else [],
+             # A long list is cut rather than left out.
+             _cut(_named("Models", models or ("none yet" if engine.get("running") else "")),
+                  max(18, columns - 18)),
+             _named("Endpoint", engine.get("endpoint")), _named("Engine", " ".join(named))]
+    for name, unit, form in (("requests_per_second", "requests/s", ".1f"),
+                             ("tokens_per_second", "tokens/s", ".1f"), ("queue", "waiting", ".0f")):
+        if _number(engine.get(name)) is not None:
+            items.append([(_figure(engine[name], f" {unit}", form), "")])
+    items += [[(_spark(view, "tokens", 24) if columns > 95 else "", "dim")],
+              said if said[0][1] == "dim" else []]
+    return [_heading("INFERENCE"), *_flow(items, columns, rows - 1)] if engine else []
 
 
 def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
     """Each figure with its basis: what was measured is never added to what was estimated."""
     energy = _object(view.status.get("energy"))
-    total = _object(energy.get("total"))
-    kinds = (("gpu", "GPUs"), ("cpu", "CPUs"))
-    now = [(f"{label} {_figure(energy.get(part + '_w'), ' W')} {_text(energy.get(part + '_basis'))}"
-            ).strip() for part, label in kinds if _number(energy.get(part + "_w")) is not None]
-    used = [f"{label} {_amount(total.get(f'{part}_{basis}_wh'), 'Wh')} {basis}"
+    total, kinds = _object(energy.get("total")), (("gpu", "GPUs"), ("cpu", "CPUs"))
+    now = [f"{label} {_figure(energy[part + '_w'], ' W')} {_text(energy.get(part + '_basis'))}"
+           for part, label in kinds if _number(energy.get(part + "_w")) is not None]
+    used = [f"{label} {_figure(total[f'{part}_{basis}_wh'], ' Wh', '.1f')} {basis}"
             for part, label in kinds for basis in ("measured", "estimated")
             if _number(total.get(f"{part}_{basis}_wh"))]
-    carbon, spark = _number(total.get("co2e_g")), _spark(view, "power", 24)
-    items = [[("Now: " + ", ".join(now), "")] if now else [], [(", ".join(used), "")] if used else [],
-             [] if carbon is None else
-             [(f"{_amount(carbon, 'gCO2e')} {_text(total.get('co2e_basis'))}", "")],
-             [(spark, "dim")] if columns >= 96 and spark else [],
-             [("since " + _text(energy.get("since")), "dim")] if used else []]
-    return [_heading("ENERGY"), *_flow(items, columns, rows - 1)] if any(items[:3]) else []
+    carbon = [] if _number(total.get("co2e_g")) is None else [
+        f"{_figure(total['co2e_g'], ' gCO2e', '.1f')} {_text(total.get('co2e_basis'))}"]
+    if not now + used + carbon:
+        return []
+    items = [_named("Now", ", ".join(now)), [(", ".join(used), "")],
+             *([(text, "")] for text in carbon), _named("Since", energy.get("since")),
+             [(_spark(view, "power", 24) if columns > 95 else "", "dim")]]
+    return [_heading("ENERGY"), *_flow(items, columns, rows - 1)]
 
 
-_LEVELS = {"error": "bad", "warning": "warn", "notice": "head", "debug": "dim"}
-
-
-def _flat(value: Any) -> Any:
-    """A field of a log record without its depth."""
-    if isinstance(value, list):
-        return ", ".join(filter(None, map(_text, value[:20])))
-    return "{…}" if isinstance(value, dict) else value if isinstance(value, bool) else _text(value)
-
-
-def _log_line(record: Dict[str, Any]) -> Line:
-    """A record in a line; the times are UTC, as in the log itself."""
-    level, event, stamp = (_text(record.get(name)) for name in ("level", "event", "time"))
-    fields = {_text(name): _flat(value) for name, value in record.items()
-              if name not in ("level", "event", "time") and value is not None}
-    said = clean(render_event(event, "", fields, "", "text")[:1000])
-    return [((re.findall("T([0-9:]{8})", stamp) or [stamp])[0] + " ", "dim"),
-            (level, _LEVELS.get(level, "")), (" " + said, "")]
-
-
-def _log_lines(view: View, most: int) -> Iterator[Line]:
-    """Newest first."""
+def _log_lines(view: View, most: int) -> Iterator[Tuple[str, str]]:
+    """(text, style), the newest first.  The times are UTC, as in the log itself."""
     wanted = view.filter.casefold()
-    for record in reversed(view.lines):
-        line = _log_line(record if isinstance(record, dict) else {})
-        if wanted in "".join(text for text, _ in line).casefold():
-            yield line
+    for record in reversed(objects_in(list(view.lines))):
+        level, event, stamp = (_text(record.get(name)) for name in ("level", "event", "time"))
+        fields = {_text(name): value if isinstance(value, bool) else _text(value) or "…"
+                  for name, value in record.items() if name not in ("level", "event", "time")}
+        clock = re.findall("T([0-9:]{8})", stamp) or [stamp]
+        text = clean(render_event(level, event, fields, clock[0], "text")[:1000])
+        if wanted in text.casefold():
+            yield text, {"error": "bad", "warning": "warn", "debug": "dim"}.get(level, "")
             most -= 1
         if most <= 0:
             return
 
 
 def _filtered(view: View) -> str:
-    return f"with `{clean(view.filter[:100])}`" if view.filter else ""
+    return f"with `{_text(view.filter)}`" if view.filter else ""
 
 
 def _logs_part(view: View, columns: int, rows: int) -> List[Line]:
-    lines = list(_log_lines(view, rows - 1))[::-1]
-    return [_heading("LOGS", _filtered(view)), *(lines or [[("nothing yet", "dim")]])][:rows]
+    lines = [[line] for line in _log_lines(view, rows - 1)] or [[("nothing yet", "dim")]]
+    return [_heading("LOGS", _filtered(view)), *lines[::-1]][:rows]
 
 
 class Part(NamedTuple):
-    """A part of the screen.  rank: where there are too few rows, the highest goes first.  least:
-    the rows without which it is left out, its heading included; enough: those that it gets before
-    any part gets more.  lines: (view, columns, rows) to what it has to say, in so many at most."""
+    """A part of the screen; one with a name in capitals has it for a heading.  rank: where there
+    are too few rows, the highest goes first.  least: the rows without which it is left out; enough:
+    those that it gets before any part gets more.  lines: (view, columns, rows) to what it has to
+    say, in so many rows at most."""
     name: str
     rank: int
     least: int
@@ -10152,17 +10093,17 @@ PARTS = (
     Part("message", 3, 1, 3, _message_part, "what is wrong, where something is"),
     Part("host", 2, 1, 2, _host_part, "CPU and memory"),
     Part("links", 8, 1, 2, _links_part, "tunnel and tailnet, where there are any"),
-    Part("system", 10, 1, 2, _system_part, "load, network, disk, swap"),
-    Part("GPUS", 4, 2, 5, _gpus_part, "a row for each GPU"),
+    Part("GPUS", 4, 2, 6, _gpus_part, "a row for each GPU"),
     Part("WORKER PODS", 6, 2, 5, _pods_part, "a row for each pod, the newest first"),
     Part("INFERENCE", 5, 2, 3, _inference_part, "engine, models, rates"),
-    Part("ENERGY", 9, 2, 3, _energy_part, "watts now, watt-hours and CO2e since the start"),
+    Part("ENERGY", 9, 2, 3, _energy_part, "watts now; watt-hours and CO2e in all"),
     Part("LOGS", 7, 2, 6, _logs_part, "the newest lines of the log"),
 )
 KEYS = (("q", "quit", "end the dashboard"), ("s", "start/stop", "start or stop the engine"),
-        ("p", "pull", "pull a model"), ("l", "logs", "the log: up and down scroll, / filters"),
-        ("d", "doctor", "what keeps this machine from ready"), ("?", "help", "this page"))
-_PANE_KEYS = (("Esc", "back", ""), ("↑↓", "scroll", ""), ("/", "filter", ""), ("q", "quit", ""))
+        ("p", "pull", "pull a model"), ("l", "logs", "the log; / filters it"),
+        ("d", "doctor", "check this machine"), ("?", "help", "this page"))
+_PANE_KEYS = (("Esc", "back", ""), ("Up/Down", "scroll", ""), ("q", "quit", ""),
+              ("/", "filter", ""))
 
 
 def share_rows(parts: Sequence[Tuple[Part, int]], rows: int) -> Dict[str, int]:
@@ -10173,31 +10114,31 @@ def share_rows(parts: Sequence[Tuple[Part, int]], rows: int) -> Dict[str, int]:
         if part.least <= rows:
             given[part.name] = part.least
             rows -= part.least
-    for limit in (lambda part, wanted: min(part.enough, wanted), lambda part, wanted: wanted):
+    for without_limit in (False, True):
         for part, wanted in ranked:
-            more = min(rows, limit(part, wanted) - given.get(part.name, wanted))
+            most = wanted if without_limit else min(part.enough, wanted)
+            more = min(rows, most - given.get(part.name, most))
             if more > 0:
                 given[part.name] += more
                 rows -= more
     return given
 
 
-Body = List[Tuple[str, Line]]  # (edges, line)
-_SIDE, _RULE, _THIN = "║ ║", "╠═╣", "╟─╢"
+Body = List[Tuple[Sequence[str], Line]]  # what _drawn() takes
+_SIDE, _RULE, _THIN = ("║ ", " ", " ║"), ("╠═", "═", "═╣"), ("╟─", "─", "─╢")
 
 
-def _titled(line: Line) -> Tuple[str, Line]:
-    """A heading inside a rule."""
-    return _RULE, [("═ ", ""), *line, (" ", "")]
+def _inside_rule(line: Line) -> Line:
+    return [("═ ", ""), *line, (" ", "")]
 
 
 def _main_body(view: View, columns: int, rows: int) -> Body:
     """Headings have lines of their own where all that there is to say fits even so."""
     said = [(part, part.lines(view, columns, rows)) for part in PARTS]
     wants = [(part, max(part.least, len(lines))) for part, lines in said if lines]
-    need = sum(min(want, part.enough) if part.name == "LOGS" else want for part, want in wants)
     headings = 2 * sum(part.name.isupper() for part, _ in wants)
-    roomy = need + headings <= rows
+    roomy = headings + sum(min(want, part.enough) if part.name == "LOGS" else want
+                           for part, want in wants) <= rows
     given = share_rows(wants, rows - headings if roomy else rows)
     body: Body = []
     for part, lines in said:
@@ -10207,89 +10148,80 @@ def _main_body(view: View, columns: int, rows: int) -> Body:
             lines = part.lines(view, columns, given[part.name])
         if part.name.isupper():
             head, lines = lines[0], lines[1:]
-            body += [(_RULE, []), (_SIDE, head), (_THIN, [])] if roomy else [_titled(head)]
+            body += [(_RULE, []), (_SIDE, head), (_THIN, [])] if roomy else [
+                (_RULE, _inside_rule(head))]
         body += [(_SIDE, line) for line in lines]
     return body
 
 
-def _help_lines() -> List[Line]:
-    lines: List[Line] = [[(f"{key:<4}", "head"), (about, "")] for key, _, about in KEYS]
-    lines += [[], [("Where there are too few rows, parts are left out, the last of these first:", "")]]
-    return lines + [[(f"{part.name:<13}", "head"), (part.about, "")]
-                    for part in sorted(PARTS, key=lambda part: part.rank)]
-
-
-_PANES = {"logs": "LOGS", "doctor": "DOCTOR", "help": "HELP"}
-_VERDICTS = {"ok": "ok", "warn": "warn", "fail": "bad"}
-
-
 def _pane_lines(view: View, columns: int, rows: int) -> List[Line]:
-    """What a pane shows of its text, where it was scrolled to; its ends are where it stops."""
-    scroll = max(0, view.scroll)
+    """What is in sight of a pane; scrolling stops at its ends."""
+    lines: List[Line] = []
     if view.pane == "logs":
-        found: List[Line] = []  # from the newest, each with its own lines from the last
-        for line in _log_lines(view, rows + scroll):
-            text = "".join(text for text, _ in line)
-            parts = _wrapped(text, columns)
-            head = line[:2] if len(parts[0][0][0]) > _wide(line[:2]) else []
-            first = head + [(parts[0][0][0][_wide(head):] if head else parts[0][0][0], "")]
-            found += [*parts[:0:-1], first]
-        back = min(scroll, max(0, len(found) - rows))
-        return found[back:back + rows][::-1]
-    lines = _help_lines() if view.pane == "help" else [
-        part for line in view.report
-        for part in _wrapped(clean(line[:1000]), columns, _VERDICTS.get(line[:5].strip(), ""))]
-    top = min(scroll, max(0, len(lines) - rows))
-    return lines[top:top + rows]
+        for text, style in _log_lines(view, rows + max(0, view.scroll)):
+            lines += _wrapped(text, columns, style)[::-1]
+    elif view.pane == "doctor":
+        for text in map(_text, view.report):
+            style = {"ok": "ok", "warn": "warn", "fail": "bad"}.get(text[:5].strip(), "")
+            lines += _wrapped(text, columns, style)
+    else:
+        lines += [[(f"{key:<4}", "head"), (about, "")] for key, _, about in KEYS]
+        lines += [[], *_wrapped("Where there are too few rows, these are left out, the last one "
+                                "first:", columns)]
+        lines += [[(f"{part.name:<13}", "head"), (part.about, "")]
+                  for part in sorted(PARTS, key=lambda part: part.rank)]
+    top = max(0, min(view.scroll, len(lines) - rows))
+    return lines[top:top + rows][::-1 if view.pane == "logs" else 1]
 
 
 def _pane_body(view: View, columns: int, rows: int) -> Body:
-    body = [(_SIDE, line) for line in _status_part(view, columns, 1)[:rows - 2]]
-    head = _heading(_PANES.get(view.pane, "LOGS"), _filtered(view) if view.pane == "logs" else "")
-    left = rows - len(body) - 1
-    return body + [_titled(head), *((_SIDE, line) for line in _pane_lines(view, columns, left))]
+    head = _heading(_text(view.pane).upper(), _filtered(view) if view.pane == "logs" else "")
+    body: Body = [(_SIDE, line) for line in _status_part(view, columns, 1)[:rows - 2]]
+    body.append((_RULE, _inside_rule(head)))
+    return body + [(_SIDE, line) for line in _pane_lines(view, columns, rows - len(body))]
 
 
 def _last_line(view: View, columns: int) -> Line:
-    """What is being typed with its end in sight, or what came of the last key, or the keys."""
+    """What is typed with its end in sight; or what came of the last key, and the keys."""
     if view.prompt is not None:
-        text = clean(view.prompt[-1000:])
+        text = _text(view.prompt[-500:])
         while cell_width(text) > columns:
             text = text[1:]
         return [(text, "head")]
-    keys = _PANE_KEYS if view.pane else KEYS
-    hints = [[(key, "head"), (" " + word, "")] for key, word, _ in keys]
-    note: Line = [(clean(view.note[:1000]), "warn"), ("   ", "")] if view.note else []
-    line = note + [span for hint in hints for span in hint + [("  ", "")]][:-1]
-    return line
+    line: Line = [(_text(view.note), "head"), ("  ", "")] if view.note else []
+    keys = KEYS if not view.pane else _PANE_KEYS if view.pane == "logs" else _PANE_KEYS[:-1]
+    for key, word, _ in keys:
+        if _wide(line) + len(key + word) < columns:
+            line += [(key, "head"), (f" {word}", ""), ("  ", "")]
+    return line[:-1]
 
 
 def _only_line(view: View, columns: int) -> Line:
     """All that a terminal without room for a frame shows."""
     if view.prompt is not None or view.note:
         return _last_line(view, columns)
-    status = view.status
-    return [_state(status.get("status")), (f" CPU {_figure(status.get('cpu_percent'), '%')}"
-                                           f" Mem {_figure(status.get('memory_percent'), '%')}"
-                                           f" GPUs {_figure(status.get('gpu_count'), '')}", "")]
+    cpu, memory, gpus = (_figure(view.status.get(name)) for name in (
+        "cpu_percent", "memory_percent", "gpu_count"))
+    return [("no answer, was " if view.problem else "", "bad"), _state(view.status.get("status")),
+            (f" CPU {cpu}% Mem {memory}% GPUs {gpus}", "")]
 
 
 def render_frame(view: View, columns: int, rows: int, look: Look) -> List[str]:
-    """Exactly `rows` lines of exactly `columns` cells, control characters only as SGR and only with
-    color; whatever the sizes and whatever the view has in it."""
-    rows, columns = max(0, rows), max(0, columns)
+    """Exactly `rows` lines of exactly `columns` cells, with no control characters but colours',
+    whatever the size and whatever the view has in it."""
+    view, columns = view._replace(status=_object(view.status)), max(0, columns)
+    bare = ("", " ", "")
     if columns < 20 or rows < 4:
-        return [_row(line, columns, look) for line in [_only_line(view, columns)] + [[]] * rows][:rows]
-    inner, left = columns - 4, rows - 3
-    body = (_pane_body if view.pane else _main_body)(view, inner, left)[:left]
-    body += [(_SIDE, [])] * (left - len(body))
-    name = _text(view.status.get("machine_id"))
-    title: Line = [("═ ", ""), (f"Beta9 Agent: {name}" if columns >= 40 else name or "Beta9", "head")]
-    if columns >= 70 and _text(view.status.get("hostname")):
-        title += [(" ═ ", ""), (_text(view.status.get("hostname")), "")]
-    edges = [("╔═╗", [*title, (" ", "")]), *body, ("╚═╝", [])]
-    return [_framed(edge, line, columns, look) for edge, line in edges] + [
-        _row(_last_line(view, columns), columns, look)]
+        lines = [(bare, _only_line(view, columns))] + [(bare, [])] * rows
+        return [_drawn(edges, line, columns, look) for edges, line in lines[:max(0, rows)]]
+    name, host = (_text(view.status.get(key)) for key in ("machine_id", "hostname"))
+    title = _heading(*(("Beta9 Agent", name) if columns >= 40 else (name or "Beta9",)))
+    title += [(" ═ ", ""), (host, "")] if columns >= 70 and host else []
+    body = (_pane_body if view.pane else _main_body)(view, columns - 4, rows - 3)[:rows - 3]
+    body += [(_SIDE, [])] * (rows - 3 - len(body))
+    return [_drawn(edges, line, columns, look) for edges, line in (
+        (("╔═", "═", "═╗"), _inside_rule(title)), *body, (("╚═", "═", "═╝"), []),
+        (bare, _last_line(view, columns)))]
 
 
 # ----------------------------------------------------------------------
