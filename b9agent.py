@@ -10461,7 +10461,8 @@ def transfer_end(last: Dict[str, Any]) -> str:
     if last.get("status") != "success":
         raise ModelError(f"{last.get('kind', 'pull')} of {last.get('model', 'it')}: "
                          f"{last.get('message') or last.get('status') or 'broke off'}",
-                         "" if last.get("message") else "The agent's log says why: b9agent.py logs")
+                         "" if last.get("message") or last.get("status") == "cancelled" else
+                         "The agent's log says why: b9agent.py logs")
     return f"{last['model']} is here" + (
         f", {show_bytes(last['total'])}" if last.get("total") else "")
 
@@ -10782,10 +10783,10 @@ class Dashboard:
     # -- what keys ask for: a thread for each ---------------------------
 
     def _do(self, what: str, work: Callable[[], str]) -> None:
-        """One of a kind at a time."""
+        """One of a kind at a time; work() says what came of it, or nothing."""
         def act() -> None:
             try:
-                self._note = work()
+                self._note = work() or self._note
             except AgentError as error:
                 self._note = " ".join(str(error).split())
                 if self._log:  # where all of it can be read
@@ -10813,8 +10814,7 @@ class Dashboard:
     def _ask_pull(self) -> None:
         if "pull" in self._busy:
             self._prompt = _Prompt(f"End the pull of {self._pulled}? y/n ", lambda _: self._do(
-                "cancel", lambda: str(self._source.ask("cancel", model=self._pulled)["status"])),
-                True)
+                "cancel", lambda: self._source.ask("cancel", model=self._pulled) and ""), True)
         else:
             self._prompt = _Prompt("Pull model: ", self._pull)
 
@@ -10833,7 +10833,7 @@ class Dashboard:
         def work() -> str:
             self._report = tuple(self._doctor() if self._doctor else (
                 "The doctor looks at the machine that it runs on: b9agent.py doctor, there",))
-            return ""
+            return self._report[-1]
         self._do("doctor", work)
 
 

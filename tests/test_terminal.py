@@ -18,8 +18,8 @@ import time
 import pytest
 
 import b9agent
-from helpers import (PATIENCE_S, Program, agent_command, environment, quiet_port, run_agent,
-                     wait_until)
+import engines
+from helpers import PATIENCE_S, agent_command, environment, quiet_port, run_agent, wait_until
 
 TMUX, BASH = shutil.which("tmux"), shutil.which("bash")
 pytestmark = pytest.mark.timeout(240)
@@ -64,15 +64,17 @@ def agent_pid(state):
 class Tmux:
     """A shell in a tmux of its own.  screen(): its lines; mode(): (alternate screen, cursor)."""
 
-    def __init__(self, folder, home, columns=80, rows=24, **extra):
+    def __init__(self, folder, home, columns=80, rows=24, command=None, **extra):
         self._socket = str(folder / "tmux")
         self._environment = environment(home, TERM="xterm-256color", **extra)
         self._environment["PS1"] = "shell$ "
         self.folder, self._stamps = folder, 0
-        self("new-session", "-d", "-x", columns, "-y", rows, BASH, "--norc", "--noprofile")
+        self("new-session", "-d", "-x", columns, "-y", rows, *(command or (BASH, "--norc",
+                                                                         "--noprofile")))
         self.server = int(self("display", "-p", "#{pid}"))
-        self.shell = int(self("display", "-p", "#{pane_pid}"))
-        self.shows("shell[$]")
+        self.pane = int(self("display", "-p", "#{pane_pid}"))
+        if command is None:
+            self.shows("shell[$]")
 
     def __call__(self, *arguments):
         done = subprocess.run([TMUX, "-S", self._socket, "-f", "/dev/null", *map(str, arguments)],
@@ -229,6 +231,15 @@ def test_the_log_pane_scrolls_and_stays_where_it_is_while_lines_come(tmux, hosti
     wait_until(lambda: not agent_pid(state), "the agent to end")
 
 
+def test_ctrl_l_draws_everything_again(shown):
+    one, _ = shown
+    with open(one("display", "-p", "#{pane_tty}"), "w") as terminal:
+        terminal.write("\x1b[5;5Hsomebody wrote over it")
+    one.shows("somebody wrote")
+    one.keys("C-l")
+    wait_until(lambda: "somebody" not in "\n".join(one.screen()), "a whole frame")
+
+
 def test_without_colour_or_utf8_it_shows_what_the_terminal_can(tmux, hostile, state):
     one = tmux(BETA9_TOKEN=hostile.token, LANG="C", NO_COLOR="1")
     one.run(*agent_command("run", *agent_flags(hostile.port)))
@@ -321,6 +332,89 @@ def test_continued_after_a_sigstop_it_draws_everything_again(shown):
     given_back(one)
 
 
+def test_ctrl_z_where_no_shell_could_wake_it_is_a_redraw(tmux, hostile, state):
+    """As the pane's own program it is a session's leader: the kernel stops no orphaned group."""
+    one = tmux(BETA9_TOKEN=hostile.token,
+               command=["exec " + " ".join(map(shlex.quote, agent_command(
+                   "run", *agent_flags(hostile.port))))])
+    one.shows("Status: READY")
+    assert one.pane == agent_pid(state)
+    one.keys("C-z", "?")
+    one.shows("HELP")
+    wait_until(lambda: is_framed(one.screen(), 80, 24), "a whole frame")
+    one.keys("q")
+    wait_until(lambda: not alive(one.pane), "its end")
+
+
+BROKEN = """
+import os, sys
+sys.path.insert(0, %r)
+import b9agent
+def broken(view, columns, rows, look, whole=b9agent.render_frame):
+    if view.pane == "help":
+        raise ZeroDivisionError("a mistake of ours")
+    return whole(view, columns, rows, look)
+b9agent.render_frame = broken
+def fail(*_):
+    raise ZeroDivisionError("a mistake in the main thread")
+b9agent.signal.signal(b9agent.signal.SIGUSR1, fail)
+def in_a_thread(*_):
+    b9agent.threading.Thread(target=fail, name="failing").start()
+b9agent.signal.signal(b9agent.signal.SIGUSR2, in_a_thread)
+sys.exit(b9agent.main(sys.argv[1:]))
+""" % b9agent.__file__.rpartition("/")[0]
+
+
+@pytest.fixture
+def broken(tmux, hostile, state):
+    """As `shown`, with faults that `?` (in the screen), SIGUSR1 and SIGUSR2 set off."""
+    one = tmux(BETA9_TOKEN=hostile.token)
+    one.before = one.stty()
+    path = one.folder / "broken.py"
+    path.write_text(BROKEN)
+    one.run(sys.executable, path, "run", *agent_flags(hostile.port))
+    one.shows("Status: READY")
+    yield one, agent_pid(state)
+    pid = agent_pid(state)
+    if pid:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_defect_of_the_screen_costs_the_dashboard_and_not_the_machine(broken, hostile):
+    one, pid = broken
+    one.keys("?")
+    one.shows("error defect what=.ZeroDivisionError")
+    assert one.mode() == "0 1 1" and alive(pid)
+    hostile.fault = "unavailable"
+    one.shows("warning unreachable")  # plain lines from now on
+    one.keys("C-z")
+    one.shows("Stopped")
+    one.run("fg")
+    one.keys("C-c")
+    one.shows("info stopped")
+    given_back(one)
+
+
+def test_a_defect_of_the_main_thread_gives_the_terminal_back(broken):
+    one, pid = broken
+    os.kill(pid, signal.SIGUSR1)
+    screen = one.shows("Please report this line")
+    assert "b9agent: defect: ZeroDivisionError" in "\n".join(screen)
+    wait_until(lambda: not alive(pid), "its end")
+    given_back(one)
+
+
+def test_a_defect_of_another_thread_is_a_note_and_a_line_in_the_log(broken, state):
+    one, pid = broken
+    os.kill(pid, signal.SIGUSR2)
+    one.shows("defect: ZeroDivisionError")
+    assert is_framed(one.screen()[:-1] + [HINTS], 80, 24)
+    assert "Traceback" not in "\n".join(one.screen())
+    assert "error defect" in (state / "agent.log").read_text()
+    one.keys("q")
+    one.shows("error defect (?s:.*)info stopped")
+
+
 @pytest.mark.parametrize("how", ["pane", "server"])
 def test_a_terminal_that_is_closed_ends_the_agent_and_its_children(how, tmux, hostile, state, tmp_path):
     folder = tmp_path / "bin"
@@ -364,8 +458,20 @@ def test_warnings_that_were_held_back_are_printed_once_the_screen_is_back(shown,
 
 # -- what keys ask for ------------------------------------------------------------
 
-def test_start_and_pull_are_asked_for_and_answered_in_the_last_line(shown):
-    one, _ = shown  # there is no engine on this machine's PATH, or an Ollama that is not asked
+@pytest.mark.parametrize("where", ["run", "top"])
+def test_models_are_pulled_and_the_engine_started_and_stopped_by_keys(where, tmux, hostile, agent,
+                                                                      state, tmp_path):
+    path = engines.path_with(engines.stand_in(tmp_path / "bin", "ollama"))
+    given = dict(BETA9_TOKEN=hostile.token, PATH=path, FAKE_OLLAMA_RATE="100000",
+                 B9AGENT_INFERENCE_PORT=quiet_port())
+    one = tmux(**given)
+    one.resize(140, 30)
+    flags = agent_flags(hostile.port)
+    if where == "top":
+        agent("run", *flags, **given).wait_line("notice ready")
+    one.run(*agent_command(*(("top",) if where == "top" else ("run",) + flags)))
+    one.shows("Status: READY")
+    whole = agent_pid(state)
     one.keys("p")
     one.shows("Pull model: _")
     one.text("no such model!")
@@ -377,6 +483,34 @@ def test_start_and_pull_are_asked_for_and_answered_in_the_last_line(shown):
     one.shows("`no such model!` is no name of a model")
     one.keys("p", "x", "Escape")
     wait_until(lambda: HINTS in one.screen()[-1] and "Pull" not in one.screen()[-1], "the keys again")
+    one.keys("p")
+    one.text("llama3.2")
+    one.keys("Enter")
+    one.shows("llama3.2: pulling .* [0-9]+ %")
+    one.keys("p")  # again, while it goes on
+    one.shows("End the pull of llama3.2[?] y/n")
+    one.keys("y")
+    one.shows("pull of llama3.2:latest: cancelled")
+    one.keys("p")
+    one.text("llama3.2:1b")
+    one.keys("Enter")
+    one.shows("llama3.2:1b is here")
+    one.keys("s")
+    one.shows("Stop inference[?] y/n")
+    one.keys("n")
+    wait_until(lambda: HINTS in one.screen()[-1], "the keys again")
+    one.keys("s", "y")
+    one.shows("(?i)status: stopped")
+    one.keys("s")
+    one.shows("inference started: .*llama3.2:1b")
+    children = family(whole)
+    assert len(children) > 1
+    one.keys("q")
+    one.shows("shell[$]")
+    if where == "run":
+        wait_until(lambda: not any(map(alive, children)), "agent and engine gone")
+    else:
+        assert alive(whole)
 
 
 def test_what_is_pasted_is_no_key(shown):
@@ -583,6 +717,43 @@ def test_a_terminal_of_no_size_and_one_of_a_mad_size_are_drawn_on(on_pty, hostil
     one.process.send_signal(signal.SIGINT)
     one.until(rb"1049l")
     assert one.process.wait(PATIENCE_S) == 0
+
+
+def test_who_watches_has_fresh_figures_and_the_keepalive_its_own(hostile, tmp_path):
+    loaded = b9agent.load_settings({"state_dir": str(tmp_path / "state"), "config": os.devnull,
+                                    "token": hostile.token, "gateway_host": "127.0.0.1",
+                                    "gateway_port": str(hostile.port)}, {})
+    os.mkdir(tmp_path / "state", 0o700)
+    looks = []
+
+    class Source(b9agent.GpuSource):
+        vendor = "nvidia"
+
+        def present(self):
+            return True
+
+        def read(self):
+            looks.append(time.monotonic())
+            return b9agent.GpuReading("test", (b9agent.Gpu(0, "nvidia", name="L4",
+                                                           utilization_pct=len(looks)),))
+    with open(os.devnull, "w") as stream:
+        made = b9agent.Agent(loaded, b9agent.Log(stream=stream))
+        made._gpus = b9agent.GpuSampler([Source()])
+        assert made.status()["gpus"] == [] and made.status()["cpu_percent"] is None
+        threads = [threading.Thread(target=made.status, args=(True,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(looks) == 1, "eight who watch, one look"
+        fresh = made.status(fresh=True)
+        assert fresh["gpus"][0]["utilization_pct"] == 1 and fresh["cpu_percent"] is not None
+        assert len(looks) == 1 and made.status()["gpus"] == [], "the keepalive's figures are its own"
+        before = made._host._last
+        wait_until(lambda: made.status(fresh=True)["gpus"][0]["utilization_pct"] > 1, "another look")
+        assert made._host._last is before, "the keepalive's interval is its own"
+        assert looks[1] - looks[0] > 0.8
+        made._log.close()
 
 
 # -- keys -------------------------------------------------------------------------
