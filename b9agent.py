@@ -10268,8 +10268,9 @@ _KEY_NAMES = {"A": "up", "B": "down", "H": "home", "F": "end", "1~": "home", "7~
               "4~": "end", "8~": "end", "5~": "page up", "6~": "page down", "\r": "enter",
               "\n": "enter", "\x7f": "backspace", "\b": "backspace", "\x15": "clear",
               "\x0c": "redraw"}
-_KEY = (r"\x1b\[200~(?P<paste>.*?)\x1b\[201~|\x1b\[(?!200~)(?P<csi>[0-?]{0,16}[ -/]{0,4}[@-~])|"
-        r"\x1bO(?P<ss3>[ -~])|(?P<esc>\x1b)(?=[^[O])|(?P<char>[^\x1b])")
+# The last but one: a sequence that broke off.
+_KEY = (r"\x1b\[200~(?P<paste>.*?)\x1b\[201~|\x1b\[(?!200~)(?P<csi>[ -?]{0,20}[@-~])|"
+        r"\x1bO(?P<ss3>[ -~])|(?P<esc>\x1b)(?=[^\[O])|\x1b[\[O][ -?]*(?=[^ -~])|(?P<char>[^\x1b])")
 
 
 class Keys:
@@ -10518,8 +10519,9 @@ class AgentThere:
             try:
                 begun = False
                 for line in self.newest(f"lines={LOG_KEPT_LINES}&follow=true"):
-                    self._came.extend([line] if begun else [None, line])
-                    begun = True
+                    if len(line) <= 2 * LOG_KEPT_LINE_MAX:
+                        self._came.extend([line] if begun else [None, line])
+                        begun = True
             except (AgentError, HttpFailure):
                 pass  # it is not there now; status() says so
             _pause(REFRESH_S)
@@ -14012,16 +14014,18 @@ def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dic
     Raises: UsageError, GatewayUnreachable.
     """
     host, port = split_gateway(text, "--host")
-    token = os.environ.get("B9AGENT_CONTROL_TOKEN", "")
+    token: Optional[str] = os.environ.get("B9AGENT_CONTROL_TOKEN", "")
     if token_file:
         refuse_if_shared(token_file, "a control token")
-        token = read_text(token_file, 4096) or ""
+        token = read_text(token_file, 4096)
+    if not re.fullmatch("[0-9a-f]{64}", (token or "").strip()):
+        raise UsageError(
+            f"cannot read {token_file}" if token is None else
+            "a control token has 64 hexadecimal digits, and this has not" if token else
+            f"the agent at {host} wants its control token",
+            f"It lies there in the state folder (~/.b9agent, of a service {SYSTEM_STATE}) as "
+            "control.token: copy it here, then --control-token-file PATH")
     token = token.strip()
-    if not re.fullmatch("[0-9a-f]{64}", token):
-        raise UsageError(f"the agent at {host} wants its control token, which is "
-                         + ("no such text" if token else "not given"),
-                         "It lies there as control.token in the state folder (~/.b9agent, of a "
-                         f"service {SYSTEM_STATE}): copy it, then --control-token-file PATH")
     REDACTOR.add(token)
     try:
         found = socket.getaddrinfo(host, int(port or 9999), type=socket.SOCK_STREAM)[0][4]
