@@ -219,7 +219,10 @@ def test_the_log_pane_scrolls_and_stays_where_it_is_while_lines_come(tmux, hosti
     wait_until(lambda: not any(line[1:-1].isspace() for line in one.screen()[3:-2]), "a full pane")
     one.keys("Home")
     first = one.shows("listening")[3]
-    one.keys("Down", "Up", "Up")
+    one.keys("Down")
+    wait_until(lambda: one.screen()[3] != first, "the next line on top")
+    one.keys("Up", "Up")
+    wait_until(lambda: one.screen()[3] == first, "the oldest line on top")
     place = one.screen()[3:-2]
     beats = sum(request.name == "keepalive" for request in list(hostile.requests))
     wait_until(lambda: sum(request.name == "keepalive" for request in list(hostile.requests)) > beats + 1,
@@ -498,7 +501,8 @@ def test_models_are_pulled_and_the_engine_started_and_stopped_by_keys(where, tmu
     one.keys("s")
     one.shows("Stop inference[?] y/n")
     one.keys("n")
-    wait_until(lambda: HINTS in one.screen()[-1], "the keys again")
+    last = wait_until(lambda: HINTS in one.screen()[-1] and one.screen()[-1], "the keys again")
+    assert "stop …" not in last and "stopped" not in last
     one.keys("s", "y")
     one.shows("(?i)status: stopped")
     one.keys("s")
@@ -543,10 +547,31 @@ def test_top_shows_an_agent_that_ends_and_comes_back(tmux, hostile, agent, state
     second.wait_line("notice ready")
     one.shows("Status: READY")
     wait_until(lambda: "no agent" not in "\n".join(one.screen()), "the new one's figures")
+    one.keys("l")
+    assert "pid=%d" % first.pid not in "\n".join(one.shows("pid=%d" % second.pid))
     one.keys("q")
     one.shows("shell[$]")
     given_back(one)
     assert second.process.poll() is None, "only the view has ended"
+
+
+def test_an_agent_that_hangs_keeps_no_key_and_no_resize_waiting(tmux, hostile, agent):
+    hung = agent("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token)
+    hung.wait_line("notice ready")
+    one = tmux()
+    one.run(*agent_command("top"))
+    one.shows("Status: READY")
+    hung.signal(signal.SIGSTOP)
+    one.shows("no answer within 5 s")  # and the next one is asked for now
+    begun_s = time.monotonic()
+    for columns, rows in ((100, 30), (90, 28), (80, 24)):
+        one.resize(columns, rows)
+        wait_until(lambda: is_framed(one.screen(), columns, rows), "a frame")
+        one.keys("?")
+    one.shows("HELP")
+    assert time.monotonic() - begun_s < 3.0
+    hung.signal(signal.SIGCONT)
+    wait_until(lambda: "no answer" not in "\n".join(one.screen()), "its figures again")
 
 
 def test_top_of_an_agent_elsewhere_wants_its_token(tmux, hostile, agent, state, tmp_path):
@@ -587,7 +612,7 @@ def test_top_without_an_agent_or_a_terminal_says_so(home, state):
 class Pty:
     """A program on a pseudo-terminal, its controlling one.  seen: all that it wrote."""
 
-    def __init__(self, home, *arguments, size=(80, 24), ignored=(), **extra):
+    def __init__(self, home, *arguments, size=(80, 24), ignored=(), blocked=(), **extra):
         self.master, slave = pty.openpty()
         self.resize(*size)
         self.before = termios.tcgetattr(slave)
@@ -597,6 +622,7 @@ class Pty:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
             for number in ignored:
                 signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         self.process = subprocess.Popen(
             agent_command(*arguments), env=environment(home, **{"TERM": "xterm", **extra}), stdin=slave,
             stdout=slave, stderr=slave, preexec_fn=own)
@@ -697,8 +723,8 @@ def test_what_was_stalled_is_drawn_whole_when_it_goes_on(on_pty, hostile, state)
 
 
 def test_a_hung_up_terminal_ends_it_even_where_the_signal_is_lost(on_pty, hostile, state):
-    """The master is closed, and SIGHUP goes to a session leader that does not pass it on."""
-    one = on_pty("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token)
+    one = on_pty("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token,
+                 blocked=[signal.SIGHUP])
     one.until(b"READY")
     os.close(one.slave)
     os.close(one.master)
