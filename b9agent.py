@@ -9842,7 +9842,7 @@ def _some(rows: List[Any], most: int) -> Tuple[List[Any], List[Line]]:
     if len(rows) <= most:
         return rows, []
     shown = rows[:max(1, most - 1)]
-    return shown, [[(f"… {len(rows) - len(shown)} more", "dim")]] if most > 1 else []
+    return shown, [[(f"… {len(rows) - len(shown)} more", "dim")]]
 
 
 # -- the parts of the screen ----------------------------------------------

@@ -323,6 +323,35 @@ def test_what_is_unknown_is_never_a_nought():
     assert text.count("–") >= 6
 
 
+def test_only_numbers_count_as_figures():
+    for odd in (True, "28", "", [1], {}, float("nan"), float("inf"), 10 ** 400):
+        text = "\n".join(check(View(dict(READY, cpu_percent=odd, memory_percent=odd)), 80, 24, UTF8))
+        assert re.search("CPU +– of", text) and re.search("Memory +– 200", text), odd
+
+
+@pytest.mark.parametrize("pct, drawn", [(0, "░░░░"), (3.2, "▏░░░"), (50, "██░░"), (100, "████"), (250, "████"),
+                                        (-7, "░░░░"), (None, "    ")])
+def test_a_bar_is_as_long_as_its_share(pct, drawn):
+    assert b9agent._bar(pct, 4) == drawn
+
+
+def test_a_line_that_is_cut_says_so_wherever_it_is_cut():
+    line = [("abc", ""), ("", "dim"), ("def", "bad"), ("日本", "")]
+    assert ["".join(text for text, _ in b9agent._cut(line, cells)) for cells in range(11)] == [
+        "", "…", "a…", "ab…", "abc…", "abcd…", "abcde…", "abcdef…", "abcdef… ", "abcdef日…", "abcdef日本"]
+
+
+def test_a_text_without_end_is_not_read_to_its_end():
+    assert len(b9agent._text("x" * 10 ** 6)) == 1000
+
+
+def test_a_heartbeat_that_is_late_has_a_colour():
+    def late(seconds):
+        return readable(render_frame(View(dict(READY, last_keepalive_seconds_ago=seconds)), 80, 24, COLOR)[1])
+    assert "Heartbeat 1m40s" in late(100) and "‹bad›Heartbeat 6m40s" in late(400)
+    assert "‹warn›Heartbeat 3m20s" in late(200)
+
+
 def test_a_long_log_is_scrolled_from_its_newest_line_to_its_oldest_and_no_further():
     records = tuple(dict(LOG[0], event="event%03d" % number) for number in range(300))
 
@@ -372,7 +401,7 @@ def test_every_character_is_as_wide_as_wcwidth_says():
     ("e\u0301", "é", 1), ("x\u0301", "x\u0301", 1), ("👍", "👍", 2), ("👍🏽", "👍", 2), ("❤️", "❤", 1),
     ("👩‍👩‍👧", "👩👩👧", 6), ("🇩🇪", "\ufffd\ufffd", 2), ("±§°", "±§°", 3), ("a\u200bb\u00adc", "abc", 3),
     ("\u0301a", "a", 1), ("a\u3000b", "a b", 3), ("\x9b31m", "\\x9b31m", 7), ("\u2028", "\\u2028", 6),
-    ("क\u093e", "क\ufffd", 2), ("\U000e0041\U000e0042", "", 0), ("\ue000", "\ufffd", 1)])
+    ("क\u093e", "क\ufffd", 2), ("\U000e0041\U000e0042", "", 0), ("a\U000e0100", "a", 1), ("\ue000", "\ufffd", 1)])
 def test_text_is_cleaned_and_measured(text, cleaned, width):
     assert clean(text) == cleaned and cell_width(cleaned) == width
 
