@@ -9735,7 +9735,7 @@ def _drawn(edges: Sequence[str], line: Line, columns: int, look: Look) -> str:
     line = _cut(line, columns - len(left + right))
     filled = fill * (columns - len(left + right) - _wide(line))
     drawn = []
-    for text, style in [(left, ""), *line, (filled + right, "")]:
+    for text, style in filter(lambda span: span[0], [(left, ""), *line, (filled + right, "")]):
         if not look.utf8 and not text.isascii():
             text = "".join(char if char.isascii() else "?" * _cells(char)
                            for char in text.translate(_ASCII))
@@ -9805,10 +9805,12 @@ def _bar(pct: Optional[float], cells: int) -> str:
 
 
 def _spark(view: View, name: str, cells: int, most: float = 0.0) -> str:
-    """The newest values of a history, as high as they are of `most`, or of their greatest."""
+    """A space and the newest values of a history, as high as they are of `most`, or of their
+    greatest; "" without any."""
     values = [_number(value) or 0.0 for value in view.history.get(name, ())[-cells:]]
     most = most or max(values, default=0.0) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[int(min(7.0, max(0.0, value / most * 8)))] for value in values)
+    drawn = ["▁▂▃▄▅▆▇█"[int(min(7.0, max(0.0, value / most * 8)))] for value in values]
+    return "".join([" "] * bool(drawn) + drawn)
 
 
 def _level(value: Any, warn_at: float, bad_at: float) -> str:
@@ -9880,7 +9882,6 @@ def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
     room = columns - len(label) - 6
     tail = f" {tail}" if tail and room - len(tail) > 6 else ""
     spark = _spark(view, name, (room - len(tail)) // 2, 100.0) if columns > 45 else ""
-    spark = f" {spark}" if spark else ""
     cells = min(30, room - len(tail) - len(spark))
     drawn = [(f" {_bar(pct, cells)} {_figure(pct, '%'):>4}", style or "ok")] if cells > 2 else [
         (" " + _figure(pct, "%"), style)]
@@ -9894,7 +9895,7 @@ def _host_part(view: View, columns: int, rows: int) -> List[Line]:
     both = columns >= 60 or rows < 2
     width = (columns - 3) // 2 if both else columns
     gauges = [_gauge(view, label, tail, width) for label, tail in tails.items()]
-    joint = [(" │ " if columns > 20 else "", "dim")]
+    joint = [(" │ " if columns > 20 else " ", "dim")]
     return [] if not view.status else [gauges[0] + joint + gauges[1]] if both else gauges
 
 
@@ -9921,7 +9922,7 @@ def _gpu_cells(view: View, number: int, gpu: Dict[str, Any], wide: bool) -> Line
         ("not offered", "dim"))
     return [(_figure(gpu.get("index")), ""), (name, ""), (_bar(pct, 10), ""),
             (_figure(pct, "%"), ""),
-            (_spark(view, f"gpu{number}", 16, 100.0) if wide else "", "dim"),
+            (_spark(view, f"gpu{number}", 16, 100.0)[1:] if wide else "", "dim"),
             (_used(gpu), ""),
             ("shared" if gpu.get("integrated") or vendor == "apple" else "", ""),
             (_figure(degrees, "°C"), _level(degrees, 85.0, 95.0)),
@@ -9988,8 +9989,9 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
                              ("tokens_per_second", "tokens/s", ".1f"), ("queue", "waiting", ".0f")):
         if _number(engine.get(name)) is not None:
             items.append([(_figure(engine[name], f" {unit}", form), "")])
-    items += [[(_spark(view, "tokens", 24) if columns > 95 else "", "dim")],
-              said if said[0][1] == "dim" else []]
+            if unit == "tokens/s" and columns > 95:
+                items[-1].append((_spark(view, "tokens", 24), "dim"))
+    items.append(said if said[0][1] == "dim" else [])
     return [_heading("INFERENCE"), *_flow(items, columns, rows - 1)] if engine else []
 
 
@@ -10007,8 +10009,9 @@ def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
     if not now + used + carbon:
         return []
     items = [_named("Now", ", ".join(now)), [(", ".join(used), "")],
-             *([(text, "")] for text in carbon), _named("Since", energy.get("since")),
-             [(_spark(view, "power", 24) if columns > 95 else "", "dim")]]
+             *([(text, "")] for text in carbon), _named("Since", energy.get("since"))]
+    if now and columns > 95:
+        items[0].append((_spark(view, "power", 24), "dim"))
     return [_heading("ENERGY"), *_flow(items, columns, rows - 1)]
 
 
