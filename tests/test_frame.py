@@ -8,6 +8,7 @@ is written ‹ok›, ‹warn›, ‹bad›, ‹dim› or ‹head›, and ‹› 
 writes anew those that differ, and fails in each, so that none is written unseen: `git diff
 tests/frames` shows what changed.
 """
+import json
 import os
 import re
 
@@ -321,6 +322,42 @@ def test_what_is_unknown_is_never_a_nought():
     text = "\n".join(check(View(status), 120, 40, UTF8))
     assert "0%" not in text and "0.0" not in text and "0 W" not in text and "0°C" not in text
     assert text.count("–") >= 6
+
+
+class OneGpu(b9agent.GpuSource):
+    vendor = "nvidia"
+
+    def present(self):
+        return True
+
+    def read(self):
+        return b9agent.GpuReading("nvml", (b9agent.Gpu(
+            7, uuid="GPU-1", utilization_pct=62.0, memory_used_bytes=41 * GB, temperature_c=61.0, power_w=301.2,
+            processes=(), **A100),))
+
+
+def test_what_an_agent_says_of_itself_is_shown(tmp_path):
+    """The names of the fields are those of a real one."""
+    tmp_path.chmod(0o700)
+    loaded = b9agent.load_settings({"config": os.devnull, "state_dir": str(tmp_path), "token": "-" * 9,
+                                    "gateway_host": "gw.example", "pool_name": "my-pool"}, {})
+    with open(os.devnull, "w") as nowhere:
+        log = b9agent.Log(stream=nowhere)
+        agent = b9agent.Agent(loaded, log, keep=False)
+        agent._gpus = b9agent.GpuSampler([OneGpu()])
+        agent.keepalive_payload()
+        log("warning", "gateway_unreachable", what="no way there", tries=3)
+    status = json.loads(json.dumps(agent.status()))
+    records = tuple(json.loads(line) for _, line in log.kept.after(0))
+    text = "\n".join(check(View(status, records), 120, 40, UTF8))
+    host = status["host"]
+    for what in ("Beta9 Agent: %s " % agent.identity.machine_id, "Status: STARTING", "Heartbeat never",
+                 "Gateway: http://gw.example:1994", "Pool: my-pool", "of %d threads" % host["cpu_threads"],
+                 "%.0f%%" % status["memory_percent"], "/%.1f GiB" % (host["memory_total_bytes"] / GB),
+                 "7  A100-SXM4-80GB  ██████▏░░░  62%  41.0/80.0 GiB  61°C  301 W  in use", "GPUS: 0 free of 1",
+                 "Now: GPUs 301 W measured", "Status: stopped",
+                 'warning gateway_unreachable what="no way there" tries=3'):
+        assert what in text, text
 
 
 def test_only_numbers_count_as_figures():
