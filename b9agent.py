@@ -9650,8 +9650,8 @@ def _clean_char(char: str) -> str:
 def clean(text: str) -> str:
     """One line, of characters that are as wide on every terminal and whatever stands beside them.
 
-    >>> clean("a\\x1b[2J\\u202eb"), clean("\\u2764\\ufe0f"), clean("zalgo" + "\\u0301" * 9)
-    ('a\\\\x1b[2J\\\\u202eb', '❤', 'zalgó́́')
+    >>> clean("a\\x1b[2J\\u202eb"), clean("\\u2764\\ufe0f"), len(clean("a" + "\\u0301" * 9))
+    ('a\\\\x1b[2J\\\\u202eb', '❤', 3)
     """
     text = printable(text)
     if text.isascii():
@@ -10182,7 +10182,7 @@ def render_frame(view: View, columns: int, rows: int, look: Look) -> List[str]:
     name, host = (_text(view.status.get(key)) for key in ("machine_id", "hostname"))
     title = _heading(*(("Beta9 Agent", name) if columns >= 40 else (name or "Beta9",)))
     title += [(" ═ ", ""), (host, "")] if columns >= 70 and host else []
-    body = (_pane_body if view.pane else _main_body)(view, columns - 4, rows - 3)[:rows - 3]
+    body = (_pane_body if view.pane else _main_body)(view, columns - 4, rows - 3)
     body += [(_SIDE, [])] * (rows - 3 - len(body))
     return [_drawn(edges, line, columns, look) for edges, line in (
         (("╔═", "═", "═╗"), _inside_rule(title)), *body, (("╚═", "═", "═╝"), []),
