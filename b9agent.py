@@ -9941,8 +9941,9 @@ def _gpus_part(view: View, columns: int, rows: int) -> List[Line]:
     said = problems[:max(1, (rows - 1) // 2)]
     shown, rest = _some(gpus, max(1, rows - 1 - len(said)))
     cells = [_gpu_cells(view, at, gpu, columns > 95) for at, gpu in enumerate(shown)]
-    lines = [_heading("GPUS", f"{free} free of {len(gpus)}"
-                              + (f", problems: {len(problems)}" if problems else ""))]
+    counts = [f"{free} free of {len(gpus)}"] * bool(gpus)
+    counts += [f"problems: {len(problems)}"] * bool(problems)
+    lines = [_heading("GPUS", ", ".join(counts))]
     lines += _table(cells, (1, 3, 5, 9, 7, 8, 2, 0, 6, 4), (3, 5, 7, 8), columns) if cells else []
     return (lines + rest + [[(f"! {text}", "bad")] for text in said])[:rows]
 
@@ -10061,8 +10062,8 @@ PARTS = (
     Part("GPUS", 4, 2, 6, _gpus_part, "a row for each GPU"),
     Part("WORKER PODS", 6, 2, 5, _pods_part, "a row for each pod, the newest first"),
     Part("INFERENCE", 5, 2, 3, _inference_part, "engine, models, rates"),
-    Part("ENERGY", 9, 2, 3, _energy_part, "watts now; watt-hours and CO2e in all"),
-    Part("LOGS", 7, 2, 6, _logs_part, "the newest lines of the log"),
+    Part("ENERGY", 9, 2, 2, _energy_part, "watts now; watt-hours and CO2e in all"),
+    Part("LOGS", 7, 2, 4, _logs_part, "the newest lines of the log"),
 )
 KEYS = (("q", "quit", "end the dashboard"), ("s", "start/stop", "start or stop the engine"),
         ("p", "pull", "pull a model"), ("l", "logs", "the log; / filters it"),
@@ -10075,10 +10076,11 @@ def share_rows(parts: Sequence[Tuple[Part, int]], rows: int) -> Dict[str, int]:
     """How many rows each part gets, from how many it could use; those left out are not in it."""
     given: Dict[str, int] = {}
     ranked = sorted(parts, key=lambda pair: pair[0].rank)
-    for part, _ in ranked:
-        if part.least <= rows:
-            given[part.name] = part.least
-            rows -= part.least
+    for part, wanted in ranked:
+        least = min(part.least, wanted)
+        if least <= rows:
+            given[part.name] = least
+            rows -= least
     for without_limit in (False, True):
         for part, wanted in ranked:
             most = wanted if without_limit else min(part.enough, wanted)
@@ -10100,7 +10102,7 @@ def _inside_rule(line: Line) -> Line:
 def _main_body(view: View, columns: int, rows: int) -> Body:
     """Headings have lines of their own where all that there is to say fits even so."""
     said = [(part, part.lines(view, columns, rows)) for part in PARTS]
-    wants = [(part, max(part.least, len(lines))) for part, lines in said if lines]
+    wants = [(part, len(lines)) for part, lines in said if lines]
     headings = 2 * sum(part.name.isupper() for part, _ in wants)
     roomy = headings + sum(min(want, part.enough) if part.name == "LOGS" else want
                            for part, want in wants) <= rows
