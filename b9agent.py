@@ -9688,8 +9688,8 @@ def _clean_char(char: str) -> str:
 def clean(text: str) -> str:
     """One line, of characters that are as wide on every terminal and whatever stands beside them.
 
-    >>> clean("a\\x1b[2J\\u202eb"), clean("\\u2764\\ufe0f"), clean("zalgo" + "\\u0301" * 9)
-    ('a\\\\x1b[2J\\\\u202eb', '❤', 'zalgó́́')
+    >>> clean("a\\x1b[2J\\u202eb"), clean("\\u2764\\ufe0f"), len(clean("a" + "\\u0301" * 9))
+    ('a\\\\x1b[2J\\\\u202eb', '❤', 3)
     """
     text = printable(text)
     if text.isascii():
@@ -9773,7 +9773,7 @@ def _drawn(edges: Sequence[str], line: Line, columns: int, look: Look) -> str:
     line = _cut(line, columns - len(left + right))
     filled = fill * (columns - len(left + right) - _wide(line))
     drawn = []
-    for text, style in [(left, ""), *line, (filled + right, "")]:
+    for text, style in filter(lambda span: span[0], [(left, ""), *line, (filled + right, "")]):
         if not look.utf8 and not text.isascii():
             text = "".join(char if char.isascii() else "?" * _cells(char)
                            for char in text.translate(_ASCII))
@@ -9843,10 +9843,12 @@ def _bar(pct: Optional[float], cells: int) -> str:
 
 
 def _spark(view: View, name: str, cells: int, most: float = 0.0) -> str:
-    """The newest values of a history, as high as they are of `most`, or of their greatest."""
+    """A space and the newest values of a history, as high as they are of `most`, or of their
+    greatest; "" without any."""
     values = [_number(value) or 0.0 for value in view.history.get(name, ())[-cells:]]
     most = most or max(values, default=0.0) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[int(min(7.0, max(0.0, value / most * 8)))] for value in values)
+    drawn = ["▁▂▃▄▅▆▇█"[int(min(7.0, max(0.0, value / most * 8)))] for value in values]
+    return "".join([" "] * bool(drawn) + drawn)
 
 
 def _level(value: Any, warn_at: float, bad_at: float) -> str:
@@ -9880,7 +9882,7 @@ def _some(rows: List[Any], most: int) -> Tuple[List[Any], List[Line]]:
     if len(rows) <= most:
         return rows, []
     shown = rows[:max(1, most - 1)]
-    return shown, [[(f"… {len(rows) - len(shown)} more", "dim")]] if most > 1 else []
+    return shown, [[(f"… {len(rows) - len(shown)} more", "dim")]]
 
 
 # -- the parts of the screen ----------------------------------------------
@@ -9918,7 +9920,6 @@ def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
     room = columns - len(label) - 6
     tail = f" {tail}" if tail and room - len(tail) > 6 else ""
     spark = _spark(view, name, (room - len(tail)) // 2, 100.0) if columns > 45 else ""
-    spark = f" {spark}" if spark else ""
     cells = min(30, room - len(tail) - len(spark))
     drawn = [(f" {_bar(pct, cells)} {_figure(pct, '%'):>4}", style or "ok")] if cells > 2 else [
         (" " + _figure(pct, "%"), style)]
@@ -9932,7 +9933,7 @@ def _host_part(view: View, columns: int, rows: int) -> List[Line]:
     both = columns >= 60 or rows < 2
     width = (columns - 3) // 2 if both else columns
     gauges = [_gauge(view, label, tail, width) for label, tail in tails.items()]
-    joint = [(" │ " if columns > 20 else "", "dim")]
+    joint = [(" │ " if columns > 20 else " ", "dim")]
     return [] if not view.status else [gauges[0] + joint + gauges[1]] if both else gauges
 
 
@@ -9959,7 +9960,7 @@ def _gpu_cells(view: View, number: int, gpu: Dict[str, Any], wide: bool) -> Line
         ("not offered", "dim"))
     return [(_figure(gpu.get("index")), ""), (name, ""), (_bar(pct, 10), ""),
             (_figure(pct, "%"), ""),
-            (_spark(view, f"gpu{number}", 16, 100.0) if wide else "", "dim"),
+            (_spark(view, f"gpu{number}", 16, 100.0)[1:] if wide else "", "dim"),
             (_used(gpu), ""),
             ("shared" if gpu.get("integrated") or vendor == "apple" else "", ""),
             (_figure(degrees, "°C"), _level(degrees, 85.0, 95.0)),
@@ -9978,8 +9979,9 @@ def _gpus_part(view: View, columns: int, rows: int) -> List[Line]:
     said = problems[:max(1, (rows - 1) // 2)]
     shown, rest = _some(gpus, max(1, rows - 1 - len(said)))
     cells = [_gpu_cells(view, at, gpu, columns > 95) for at, gpu in enumerate(shown)]
-    lines = [_heading("GPUS", f"{free} free of {len(gpus)}"
-                              + (f", problems: {len(problems)}" if problems else ""))]
+    counts = [f"{free} free of {len(gpus)}"] * bool(gpus)
+    counts += [f"problems: {len(problems)}"] * bool(problems)
+    lines = [_heading("GPUS", ", ".join(counts))]
     lines += _table(cells, (1, 3, 5, 9, 7, 8, 2, 0, 6, 4), (3, 5, 7, 8), columns) if cells else []
     return (lines + rest + [[(f"! {text}", "bad")] for text in said])[:rows]
 
@@ -10026,8 +10028,9 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
                              ("tokens_per_second", "tokens/s", ".1f"), ("queue", "waiting", ".0f")):
         if _number(engine.get(name)) is not None:
             items.append([(_figure(engine[name], f" {unit}", form), "")])
-    items += [[(_spark(view, "tokens", 24) if columns > 95 else "", "dim")],
-              said if said[0][1] == "dim" else []]
+            if unit == "tokens/s" and columns > 95:
+                items[-1].append((_spark(view, "tokens", 24), "dim"))
+    items.append(said if said[0][1] == "dim" else [])
     return [_heading("INFERENCE"), *_flow(items, columns, rows - 1)] if engine else []
 
 
@@ -10045,8 +10048,9 @@ def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
     if not now + used + carbon:
         return []
     items = [_named("Now", ", ".join(now)), [(", ".join(used), "")],
-             *([(text, "")] for text in carbon), _named("Since", energy.get("since")),
-             [(_spark(view, "power", 24) if columns > 95 else "", "dim")]]
+             *([(text, "")] for text in carbon), _named("Since", energy.get("since"))]
+    if now and columns > 95:
+        items[0].append((_spark(view, "power", 24), "dim"))
     return [_heading("ENERGY"), *_flow(items, columns, rows - 1)]
 
 
@@ -10096,8 +10100,8 @@ PARTS = (
     Part("GPUS", 4, 2, 6, _gpus_part, "a row for each GPU"),
     Part("WORKER PODS", 6, 2, 5, _pods_part, "a row for each pod, the newest first"),
     Part("INFERENCE", 5, 2, 3, _inference_part, "engine, models, rates"),
-    Part("ENERGY", 9, 2, 3, _energy_part, "watts now; watt-hours and CO2e in all"),
-    Part("LOGS", 7, 2, 6, _logs_part, "the newest lines of the log"),
+    Part("ENERGY", 9, 2, 2, _energy_part, "watts now; watt-hours and CO2e in all"),
+    Part("LOGS", 7, 2, 4, _logs_part, "the newest lines of the log"),
 )
 KEYS = (("q", "quit", "end the dashboard"), ("s", "start/stop", "start or stop the engine"),
         ("p", "pull", "pull a model"), ("l", "logs", "the log; / filters it"),
@@ -10110,10 +10114,11 @@ def share_rows(parts: Sequence[Tuple[Part, int]], rows: int) -> Dict[str, int]:
     """How many rows each part gets, from how many it could use; those left out are not in it."""
     given: Dict[str, int] = {}
     ranked = sorted(parts, key=lambda pair: pair[0].rank)
-    for part, _ in ranked:
-        if part.least <= rows:
-            given[part.name] = part.least
-            rows -= part.least
+    for part, wanted in ranked:
+        least = min(part.least, wanted)
+        if least <= rows:
+            given[part.name] = least
+            rows -= least
     for without_limit in (False, True):
         for part, wanted in ranked:
             most = wanted if without_limit else min(part.enough, wanted)
@@ -10135,7 +10140,7 @@ def _inside_rule(line: Line) -> Line:
 def _main_body(view: View, columns: int, rows: int) -> Body:
     """Headings have lines of their own where all that there is to say fits even so."""
     said = [(part, part.lines(view, columns, rows)) for part in PARTS]
-    wants = [(part, max(part.least, len(lines))) for part, lines in said if lines]
+    wants = [(part, len(lines)) for part, lines in said if lines]
     headings = 2 * sum(part.name.isupper() for part, _ in wants)
     roomy = headings + sum(min(want, part.enough) if part.name == "LOGS" else want
                            for part, want in wants) <= rows
@@ -10217,7 +10222,7 @@ def render_frame(view: View, columns: int, rows: int, look: Look) -> List[str]:
     name, host = (_text(view.status.get(key)) for key in ("machine_id", "hostname"))
     title = _heading(*(("Beta9 Agent", name) if columns >= 40 else (name or "Beta9",)))
     title += [(" ═ ", ""), (host, "")] if columns >= 70 and host else []
-    body = (_pane_body if view.pane else _main_body)(view, columns - 4, rows - 3)[:rows - 3]
+    body = (_pane_body if view.pane else _main_body)(view, columns - 4, rows - 3)
     body += [(_SIDE, [])] * (rows - 3 - len(body))
     return [_drawn(edges, line, columns, look) for edges, line in (
         (("╔═", "═", "═╗"), _inside_rule(title)), *body, (("╚═", "═", "═╝"), []),

@@ -8,6 +8,7 @@ is written ‹ok›, ‹warn›, ‹bad›, ‹dim› or ‹head›, and ‹› 
 writes anew those that differ, and fails in each, so that none is written unseen: `git diff
 tests/frames` shows what changed.
 """
+import json
 import os
 import re
 
@@ -323,6 +324,71 @@ def test_what_is_unknown_is_never_a_nought():
     assert text.count("–") >= 6
 
 
+class OneGpu(b9agent.GpuSource):
+    vendor = "nvidia"
+
+    def present(self):
+        return True
+
+    def read(self):
+        return b9agent.GpuReading("nvml", (b9agent.Gpu(
+            7, uuid="GPU-1", utilization_pct=62.0, memory_used_bytes=41 * GB, temperature_c=61.0, power_w=301.2,
+            processes=(), **A100),))
+
+
+def test_what_an_agent_says_of_itself_is_shown(tmp_path):
+    """The names of the fields are those of a real one."""
+    tmp_path.chmod(0o700)
+    loaded = b9agent.load_settings({"config": os.devnull, "state_dir": str(tmp_path), "token": "-" * 9,
+                                    "gateway_host": "gw.example", "pool_name": "my-pool"}, {})
+    with open(os.devnull, "w") as nowhere:
+        log = b9agent.Log(stream=nowhere)
+        agent = b9agent.Agent(loaded, log, keep=False)
+        agent._gpus = b9agent.GpuSampler([OneGpu()])
+        agent.keepalive_payload()
+        log("warning", "gateway_unreachable", what="no way there", tries=3)
+    status = json.loads(json.dumps(agent.status()))
+    records = tuple(json.loads(line) for _, line in log.kept.after(0))
+    text = "\n".join(check(View(status, records), 120, 40, UTF8))
+    host = status["host"]
+    for what in ("Beta9 Agent: %s " % agent.identity.machine_id, "Status: STARTING", "Heartbeat never",
+                 "Gateway: http://gw.example:1994", "Pool: my-pool", "of %d threads" % host["cpu_threads"],
+                 "%.0f%%" % status["memory_percent"], "/%.1f GiB" % (host["memory_total_bytes"] / GB),
+                 "7  A100-SXM4-80GB  ██████▏░░░  62%  41.0/80.0 GiB  61°C  301 W  in use", "GPUS: 0 free of 1",
+                 "Now: GPUs 301 W measured", "Status: stopped",
+                 'warning gateway_unreachable what="no way there" tries=3'):
+        assert what in text, text
+
+
+def test_only_numbers_count_as_figures():
+    for odd in (True, "28", "", [1], {}, float("nan"), float("inf"), 10 ** 400):
+        text = "\n".join(check(View(dict(READY, cpu_percent=odd, memory_percent=odd)), 80, 24, UTF8))
+        assert re.search("CPU +– of", text) and re.search("Memory +– 200", text), odd
+
+
+@pytest.mark.parametrize("pct, drawn", [(0, "░░░░"), (3.2, "▏░░░"), (50, "██░░"), (100, "████"), (250, "████"),
+                                        (-7, "░░░░"), (None, "    ")])
+def test_a_bar_is_as_long_as_its_share(pct, drawn):
+    assert b9agent._bar(pct, 4) == drawn
+
+
+def test_a_line_that_is_cut_says_so_wherever_it_is_cut():
+    line = [("abc", ""), ("", "dim"), ("def", "bad"), ("日本", "")]
+    assert ["".join(text for text, _ in b9agent._cut(line, cells)) for cells in range(11)] == [
+        "", "…", "a…", "ab…", "abc…", "abcd…", "abcde…", "abcdef…", "abcdef… ", "abcdef日…", "abcdef日本"]
+
+
+def test_a_text_without_end_is_not_read_to_its_end():
+    assert len(b9agent._text("x" * 10 ** 6)) == 1000
+
+
+def test_a_heartbeat_that_is_late_has_a_colour():
+    def late(seconds):
+        return readable(render_frame(View(dict(READY, last_keepalive_seconds_ago=seconds)), 80, 24, COLOR)[1])
+    assert "Heartbeat 1m40s" in late(100) and "‹bad›Heartbeat 6m40s" in late(400)
+    assert "‹warn›Heartbeat 3m20s" in late(200)
+
+
 def test_a_long_log_is_scrolled_from_its_newest_line_to_its_oldest_and_no_further():
     records = tuple(dict(LOG[0], event="event%03d" % number) for number in range(300))
 
@@ -372,7 +438,7 @@ def test_every_character_is_as_wide_as_wcwidth_says():
     ("e\u0301", "é", 1), ("x\u0301", "x\u0301", 1), ("👍", "👍", 2), ("👍🏽", "👍", 2), ("❤️", "❤", 1),
     ("👩‍👩‍👧", "👩👩👧", 6), ("🇩🇪", "\ufffd\ufffd", 2), ("±§°", "±§°", 3), ("a\u200bb\u00adc", "abc", 3),
     ("\u0301a", "a", 1), ("a\u3000b", "a b", 3), ("\x9b31m", "\\x9b31m", 7), ("\u2028", "\\u2028", 6),
-    ("क\u093e", "क\ufffd", 2), ("\U000e0041\U000e0042", "", 0), ("\ue000", "\ufffd", 1)])
+    ("क\u093e", "क\ufffd", 2), ("\U000e0041\U000e0042", "", 0), ("a\U000e0100", "a", 1), ("\ue000", "\ufffd", 1)])
 def test_text_is_cleaned_and_measured(text, cleaned, width):
     assert clean(text) == cleaned and cell_width(cleaned) == width
 
