@@ -1833,6 +1833,7 @@ class Log:
         self._path = os.path.join(folder, "agent.log") if folder and not self._journal else None
         self._file: Any = None
         self._held: Any = None
+        self.held_level = "warning"
         self.kept = Ring(LOG_KEPT_LINES)
         self.events = EventRing(EVENTS_KEPT)
 
@@ -1855,7 +1856,7 @@ class Log:
         with self._lock:
             if self._held is None:
                 self._write(f"<{_PRIORITIES[level]}>{line}" if self._journal else line)
-            elif _PRIORITIES[level] <= _PRIORITIES["warning"]:
+            elif _PRIORITIES[level] <= _PRIORITIES[self.held_level]:
                 self._held.append(line)
             self._append(line)
 
@@ -1870,12 +1871,12 @@ class Log:
             pass  # nobody reads our stderr any more: not a reason to stop
 
     def hold(self) -> None:
-        """Until release() nothing is written to a terminal, which shows something else."""
+        """Until release() nothing is written to a terminal, which shows something else.  What is of
+        held_level or worse is written then, the newest."""
         with self._lock:
             self._held = collections.deque(maxlen=50) if self._stream.isatty() else None
 
     def release(self) -> None:
-        """What was held back of warnings and worse, the newest, is written now."""
         with self._lock:
             held, self._held = self._held, None
             for line in held or ():
@@ -10613,6 +10614,8 @@ class Dashboard:
 
     def end(self) -> None:
         """From a signal handler or another thread: give the terminal back."""
+        if self._log and not self._ended:
+            self._log.held_level = "debug"  # how it ends is told below the screen
         self._ended = True
         self._wake.set()
 
@@ -10739,7 +10742,7 @@ class Dashboard:
         if key not in _MOVES:
             self._note = ""
         if key == "q":
-            self._ended = True
+            self.end()
             self._quit()
         elif key == "s":
             self._start_or_stop()

@@ -703,7 +703,7 @@ def test_a_terminal_that_takes_no_more_costs_frames_and_no_keepalive(on_pty, hos
 
 
 def test_what_was_stalled_is_drawn_whole_when_it_goes_on(on_pty, hostile, state):
-    import pyte
+    pyte = pytest.importorskip("pyte")
     one = on_pty("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token)
     one.until(b"READY")
     for number in range(60):
@@ -824,6 +824,30 @@ def test_who_watches_has_fresh_figures_and_the_keepalive_its_own(hostile, tmp_pa
         assert made._host._last is before, "the keepalive's interval is its own"
         assert looks[1] - looks[0] > 0.8
         made._log.close()
+
+
+def test_a_log_that_is_held_tells_the_worse_and_how_it_ends_later(tmp_path):
+    master, slave = pty.openpty()
+    with open(slave, "w") as terminal, open(str(tmp_path / "file"), "w+") as file:
+        log, other = b9agent.Log(stream=terminal), b9agent.Log(stream=file)
+        for one in (log, other):
+            one.hold()
+            one("info", "quiet")
+            one("warning", "loud")
+            one.held_level = "debug"
+            one("info", "ending")
+        assert select.select([master], [], [], 0)[0] == []
+        for one in (log, other):
+            one.release()
+            one("info", "after")
+        seen = b""
+        while b"after" not in seen:
+            seen += os.read(master, 4096)
+        assert re.findall(r"(?:info|warning) (\w+)", seen.decode()) == ["loud", "ending", "after"]
+        file.seek(0)
+        assert re.findall("(?:info|warning) ([a-z]+)", file.read()) == [
+            "quiet", "loud", "ending", "after"], "what is no terminal shows nothing else"
+    os.close(master)
 
 
 # -- keys -------------------------------------------------------------------------
