@@ -1,6 +1,6 @@
 """Section 16b: the dashboard on real terminals: tmux, and pseudo-terminals of ours."""
 import fcntl
-import json
+import itertools
 import os
 import pty
 import re
@@ -19,7 +19,8 @@ import pytest
 
 import b9agent
 import engines
-from helpers import PATIENCE_S, agent_command, environment, quiet_port, run_agent, wait_until
+from helpers import (PATIENCE_S, StallMeter, agent_command, environment, quiet_port, run_agent,
+                     wait_until)
 
 TMUX, BASH = shutil.which("tmux"), shutil.which("bash")
 pytestmark = pytest.mark.timeout(240)
@@ -38,6 +39,10 @@ def need_tmux():
 def agent_flags(port, *more):
     return ("--gateway-host", "127.0.0.1", "--gateway-port", str(port), "--pool-name", "gpu",
             "--control-port", "0", "--keepalive-interval", "1") + more
+
+
+def keepalives(gateway):
+    return sum(request.name == "keepalive" for request in list(gateway.requests))
 
 
 def alive(pid):
@@ -224,9 +229,8 @@ def test_the_log_pane_scrolls_and_stays_where_it_is_while_lines_come(tmux, hosti
     one.keys("Up", "Up")
     wait_until(lambda: one.screen()[3] == first, "the oldest line on top")
     place = one.screen()[3:-2]
-    beats = sum(request.name == "keepalive" for request in list(hostile.requests))
-    wait_until(lambda: sum(request.name == "keepalive" for request in list(hostile.requests)) > beats + 1,
-               "two keepalives")
+    beats = keepalives(hostile)
+    wait_until(lambda: keepalives(hostile) > beats + 1, "two keepalives")
     assert place[0] == first and one.screen()[3:-2] == place
     one.keys("End")
     wait_until(lambda: one.screen()[3:-2] != place, "the newest lines")
@@ -290,7 +294,7 @@ def test_quit_by_ctrl_backslash_gives_the_terminal_back(shown):
     given_back(one)
 
 
-def test_ctrl_z_and_fg_twice_and_bg_once(shown):
+def test_ctrl_z_and_fg_twice_and_bg_once(shown, hostile):
     one, pid = shown
     for _ in range(2):
         one.keys("C-z")
@@ -307,20 +311,14 @@ def test_ctrl_z_and_fg_twice_and_bg_once(shown):
     one.run("echo", "here", "I", "am")
     one.shows("\nhere I am")
     given_back(one)
-    keepalives = lambda: json.loads(run_status(one)).get("keepalives")
-    first = keepalives()
-    wait_until(lambda: keepalives() > first, "it lives in the background")
+    beats = keepalives(hostile)
+    wait_until(lambda: keepalives(hostile) > beats + 1, "it lives in the background")
     assert one.mode().startswith("0 1")
     one.run("fg")
     one.shows("Status: READY")
     one.keys("q")
     wait_until(lambda: not alive(pid), "its end")
     given_back(one)
-
-
-def run_status(one):
-    home = one._environment["HOME"]
-    return run_agent(home, "status", "--json").out or "{}"
 
 
 def test_continued_after_a_sigstop_it_draws_everything_again(shown):
@@ -564,12 +562,13 @@ def test_an_agent_that_hangs_keeps_no_key_and_no_resize_waiting(tmux, hostile, a
     hung.signal(signal.SIGSTOP)
     one.shows("no answer within 5 s")  # and the next one is asked for now
     begun_s = time.monotonic()
-    for columns, rows in ((100, 30), (90, 28), (80, 24)):
-        one.resize(columns, rows)
-        wait_until(lambda: is_framed(one.screen(), columns, rows), "a frame")
-        one.keys("?")
-    one.shows("HELP")
-    assert time.monotonic() - begun_s < 3.0
+    with StallMeter() as stall:
+        for columns, rows in ((100, 30), (90, 28), (80, 24)):
+            one.resize(columns, rows)
+            wait_until(lambda: is_framed(one.screen(), columns, rows), "a frame")
+            one.keys("?")
+        one.shows("HELP")
+    assert time.monotonic() - begun_s < 3.0 + 4 * stall.worst_s
     hung.signal(signal.SIGCONT)
     wait_until(lambda: "no answer" not in "\n".join(one.screen()), "its figures again")
 
@@ -679,7 +678,7 @@ def test_an_idle_refresh_writes_little_and_costs_under_a_hundredth_of_a_core(on_
     while time.monotonic() < until:
         sizes.append(len(one.read(1.0)))
     refreshes = [size for size in sizes if size]
-    assert 3 <= len(refreshes) <= 14, sizes
+    assert 2 <= len(refreshes) <= 14, sizes
     assert max(refreshes) < 2000 and sum(refreshes) < 6000, sizes
     # A keepalive each second is in it; the kernel counts in hundredths.
     assert used_s() - begun_s < 0.02 * 4.0
@@ -688,13 +687,12 @@ def test_an_idle_refresh_writes_little_and_costs_under_a_hundredth_of_a_core(on_
 def test_a_terminal_that_takes_no_more_costs_frames_and_no_keepalive(on_pty, hostile, state):
     one = on_pty("run", *agent_flags(hostile.port), size=(250, 100), BETA9_TOKEN=hostile.token)
     one.until(b"READY")
-    fcntl.ioctl(one.master, termios.TIOCPKT, struct.pack("i", 0))
-    beats = lambda: sum(request.name == "keepalive" for request in list(hostile.requests))
-    first = beats()
-    for number in range(40):  # each a whole frame, of some 30 kB; nobody reads
-        one.resize(200 + number, 100)
-        wait_until(lambda: True, "")
-    wait_until(lambda: beats() > first + 3, "keepalives while nobody reads the terminal")
+    first, widths = keepalives(hostile), itertools.cycle(range(200, 250))
+
+    def beats():  # and each time another width, so a whole frame of some 30 kB that nobody reads
+        one.resize(next(widths), 100)
+        return keepalives(hostile) > first + 2
+    wait_until(beats, "keepalives while nobody reads the terminal")
     begun_s = time.monotonic()
     one.process.send_signal(signal.SIGTERM)
     one.process.wait(PATIENCE_S)
@@ -738,9 +736,8 @@ def test_where_a_hang_up_is_ignored_the_agent_goes_on_without_its_terminal(on_pt
     one.until(b"READY")
     os.close(one.slave)
     os.close(one.master)
-    beats = sum(request.name == "keepalive" for request in list(hostile.requests))
-    wait_until(lambda: sum(request.name == "keepalive" for request in list(hostile.requests)) > beats + 1,
-               "keepalives without a terminal")
+    beats = keepalives(hostile)
+    wait_until(lambda: keepalives(hostile) > beats + 1, "keepalives without a terminal")
     threads = os.listdir("/proc/%d/task" % one.process.pid)
     names = {b9agent.read_text("/proc/%d/task/%s/comm" % (one.process.pid, name)) for name in threads}
     assert "dashboard\n" not in names
