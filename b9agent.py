@@ -5585,7 +5585,7 @@ class ModelFile(io.BufferedReader):
                              f"{self.size - self.at}")
 
 
-def _whole(value: Any, most: int = 1 << 32) -> Optional[int]:
+def _number(value: Any, most: int = 1 << 32) -> Optional[int]:
     """A count that can be true."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return value if whole and 0 <= value <= most else None
@@ -5605,7 +5605,7 @@ _ATTENTION_PERIODS = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4}
 def _per_layer(value: Any, layers: int) -> Optional[List[int]]:
     """One count for all layers, or one for each."""
     values = value if isinstance(value, list) else [value] * layers
-    counts = [_whole(one, 1 << 20) for one in values[:layers]]
+    counts = [_number(one, 1 << 20) for one in values[:layers]]
     return None if len(counts) < layers or None in counts else counts
 
 
@@ -5614,7 +5614,7 @@ def _windowed(pattern: Any, layers: int) -> List[bool]:
     never too low."""
     if isinstance(pattern, list) and len(pattern) >= layers:
         return list(map(bool, pattern[:layers]))
-    period = _whole(pattern) or 1
+    period = _number(pattern) or 1
     return [layer % period < period - 1 for layer in range(layers)]
 
 
@@ -5622,9 +5622,9 @@ def _shape(fields: Dict[str, Any], name: str) -> Dict[str, Any]:
     """What ModelFacts has of layers, heads and their cache.  fields: named as in GGUF's metadata;
     name: of the architecture."""
     def look(key: str, other: int = 0) -> int:
-        return _whole(fields.get(key)) or other
+        return _number(fields.get(key)) or other
 
-    name, layers = re.sub("[-_.]|text", "", name), _whole(fields.get("block_count"), 4096)
+    name, layers = re.sub("[-_.]|text", "", name), _number(fields.get("block_count"), 4096)
     every = fields.get("attention.head_count")
     heads = max(_per_layer(every, layers or 1) or [0])
     kv_heads = _per_layer(fields.get("attention.head_count_kv", every), layers or 1)
@@ -5765,7 +5765,7 @@ def _read_gguf(path: str) -> Tuple[Dict[str, Any], List[Tensor], int]:
             if key is None or key in metadata:
                 raise file.wrong(f"the field {key} twice, or with a name of more than 256 bytes")
             metadata[key] = _gguf_value(file)
-        alignment = _whole(metadata.get("general.alignment", 32), 1 << 16)
+        alignment = _number(metadata.get("general.alignment", 32), 1 << 16)
         if not alignment:
             raise file.wrong("an alignment of the weights that cannot be")
         found = [_gguf_tensor(file, alignment) for _ in range(tensors)]
@@ -5777,7 +5777,7 @@ def _read_gguf(path: str) -> Tuple[Dict[str, Any], List[Tensor], int]:
 
 def _gguf_facts(path: str, files: Sequence[str]) -> ModelFacts:
     metadata, tensors, weights_bytes = _read_parts(files, _read_gguf)
-    parts = _whole(metadata.get("split.count"), 1 << 16) or len(files)
+    parts = _number(metadata.get("split.count"), 1 << 16) or len(files)
     if parts != len(files):
         raise UsageError(f"{path} is part of a model in {parts} files",
                          "Give a file …-00001-of-0000N.gguf with the others beside it")
@@ -5785,7 +5785,7 @@ def _gguf_facts(path: str, files: Sequence[str]) -> ModelFacts:
     def say(key: str) -> Optional[str]:
         return _name(metadata.get("general." + key))
 
-    kind = _whole(metadata.get("general.file_type"), len(_GGUF_FILE_TYPES) - 1)
+    kind = _number(metadata.get("general.file_type"), len(_GGUF_FILE_TYPES) - 1)
     name, url = say("architecture") or "", say("base_model.0.repo_url") or ""
     return ModelFacts(
         say("name") or model_name(files[0]), path, "gguf", name or None,
@@ -5833,21 +5833,21 @@ def _config_shape(config: Dict[str, Any]) -> Dict[str, Any]:
         kinds, some = list(map(_name, config["layer_types"][:4096])), fields.get(
             "attention.head_count_kv", fields.get("attention.head_count"))
         local = [bool(re.match("sliding|chunked", kind or "")) for kind in kinds]
-        whole = _whole(config.get("num_global_key_value_heads")) or some
+        whole = _number(config.get("num_global_key_value_heads")) or some
         fields.update({"attention.sliding_window_pattern": local, "full_attention_interval": 1,
                        "attention.head_count_kv": [
                            0 if re.match("linear|mamba|conv|recurrent", kind or "")
                            else some if near else whole for kind, near in zip(kinds, local)]})
     for one, other in (("linear_num_value_heads", "linear_value_head_dim"),
                        ("mamba_n_heads", "mamba_d_head")):
-        if _whole(config.get(one), 1 << 20) and _whole(config.get(other), 1 << 20):
+        if _number(config.get(one), 1 << 20) and _number(config.get(other), 1 << 20):
             fields["ssm.inner_size"] = config[one] * config[other]
     rope = config.get("rope_scaling") or config.get("rope_parameters")
-    context = _whole(fields.get("context_length"))
+    context = _number(fields.get("context_length"))
     if context and isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn":
         factor, made_for = rope.get("factor"), rope.get("original_max_position_embeddings")
         if isinstance(factor, (int, float)) and 1 <= factor <= 1024:
-            fields["context_length"] = max(context, int((_whole(made_for) or 0) * factor))
+            fields["context_length"] = max(context, int((_number(made_for) or 0) * factor))
     return _shape(fields, _name(config.get("model_type")) or "")
 
 
@@ -5885,7 +5885,7 @@ def _safetensor(file: ModelFile, name: str, entry: Any) -> Tensor:
     kind, shape, places = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (isinstance(kind, str) and isinstance(shape, list) and isinstance(places, list)
             and len(shape) <= 16 and len(places) == 2
-            and None not in [_whole(one, 1 << 60) for one in shape + places]):
+            and None not in [_number(one, 1 << 60) for one in shape + places]):
         raise file.wrong(f"the tensor {name[:80]} without a type, shape and place")
     elements, (begin, end) = 1, places
     for length in shape:
@@ -5918,7 +5918,7 @@ def _quantization(config: Dict[str, Any]) -> Optional[str]:
     method = method.upper() if len(method) < 9 else method
     for key in ("config_groups", "group_0", "weights"):  # of compressed-tensors
         found = found[key] if isinstance(found.get(key), dict) else found
-    bits = [_whole(found.get(key), 16) for key in ("bits", "w_bit", "num_bits")]
+    bits = [_number(found.get(key), 16) for key in ("bits", "w_bit", "num_bits")]
     bits.append(4 if found.get("load_in_4bit") is True else None)
     count = next(filter(None, bits), None)
     return f"{method} {count}-bit" if count and "FP" not in method else method
@@ -7227,7 +7227,7 @@ def model_list(api: Optional[OllamaApi], book: ModelBook) -> List[Dict[str, Any]
         row = {**_ROW, "parameters": _line(details.get("parameter_size")),
                "quantization": _line(details.get("quantization_level")), **kept.pop(key, {}),
                "name": printable(tag["name"]), "engine": "ollama", "loaded": key in memory}
-        row.update((ours, _whole(source.get(theirs), 1 << 60)) for ours, theirs, source in (
+        row.update((ours, _number(source.get(theirs), 1 << 60)) for ours, theirs, source in (
             ("size_bytes", "size", tag), ("vram_bytes", "size_vram", running),
             ("context_tokens", "context_length", running)))
         row.update((field, _line(source.get(field))) for field, source in (
@@ -8807,7 +8807,7 @@ def read_process(started_wall_s: float) -> ProcessFigures:
     return ProcessFigures(time.process_time(), started_wall_s, resident, open_fds, threads)
 
 
-def _value_at(thing: Any, path: str, times: int = 1, per: int = 1) -> Any:
+def _figure(thing: Any, path: str, times: int = 1, per: int = 1) -> Any:
     """What lies at a path of attributes; None where anything on the way is None."""
     for name in path.split("."):
         thing = None if thing is None else getattr(thing, name)
@@ -8815,7 +8815,7 @@ def _value_at(thing: Any, path: str, times: int = 1, per: int = 1) -> Any:
 
 
 def _at(path: str, per: int = 1) -> Family:
-    return lambda view: [({}, _value_at(view, path, per=per))]
+    return lambda view: [({}, _figure(view, path, per=per))]
 
 
 def _host(path: str, per: int = 1) -> Family:
@@ -8824,7 +8824,7 @@ def _host(path: str, per: int = 1) -> Family:
 
 def _age(path: str) -> Family:
     def samples(view: MetricsView) -> Samples:
-        then_s = _value_at(view, path)
+        then_s = _figure(view, path)
         return [({}, None if then_s is None else max(0.0, view.at_s - then_s))]
     return samples
 
@@ -8849,7 +8849,7 @@ def shown_gpus(gpus: Sequence[Gpu]) -> List[Gpu]:
 
 def _labelled_gpus(view: MetricsView) -> List[Tuple[Dict[str, Any], Gpu]]:
     return [({"vendor": gpu.vendor, "index": gpu.index}, gpu)
-            for gpu in shown_gpus(_value_at(view, "machine.gpus.gpus") or ())]
+            for gpu in shown_gpus(_figure(view, "machine.gpus.gpus") or ())]
 
 
 def _each_gpu(value: Callable[[Gpu], Any]) -> Family:
@@ -8857,7 +8857,7 @@ def _each_gpu(value: Callable[[Gpu], Any]) -> Family:
 
 
 def _gpu(path: str, times: int = 1, per: int = 1) -> Family:
-    return _each_gpu(lambda gpu: _value_at(gpu, path, times, per))
+    return _each_gpu(lambda gpu: _figure(gpu, path, times, per))
 
 
 def _mig(value: Callable[[MigInstance], Any], *texts: str) -> Family:
@@ -8876,7 +8876,7 @@ def _host_info(view: MetricsView) -> Samples:
 
 
 def _gpu_info(view: MetricsView) -> Samples:
-    readings = _value_at(view, "machine.gpus.readings") or ()
+    readings = _figure(view, "machine.gpus.readings") or ()
     driver = lambda gpu: next((reading.driver_version for reading in readings
                                if gpu in (reading.gpus or ())), "")
     return [(dict(labels, uuid=gpu.uuid, name=gpu.name, type=gpu_type(gpu.name), bus_id=gpu.bus_id,
@@ -8886,20 +8886,20 @@ def _gpu_info(view: MetricsView) -> Samples:
 def _offered(value: Callable[[Gpu], Any]) -> Family:
     """0 for a GPU that is not offered; nothing where that is unknown."""
     def samples(view: MetricsView) -> Samples:
-        offered = _value_at(view, "machine.offered")
+        offered = _figure(view, "machine.offered")
         return [] if offered is None else [
             (labels, gpu in offered and value(gpu)) for labels, gpu in _labelled_gpus(view)]
     return samples
 
 
 def _power(view: MetricsView) -> Samples:
-    energy = _value_at(view, "machine.energy")
+    energy = _figure(view, "machine.energy")
     return [({"component": "gpu", "basis": energy.gpu_basis}, energy.gpu_w),
             ({"component": "cpu", "basis": energy.cpu_basis}, energy.cpu_w)] if energy else []
 
 
 def _energy(view: MetricsView) -> Samples:
-    energy, samples = _value_at(view, "machine.energy"), []
+    energy, samples = _figure(view, "machine.energy"), []
     for component in ("gpu", "cpu") if energy else ():
         joules = {basis: getattr(energy.total, f"{component}_{basis}_j")
                   for basis in ("measured", "estimated")}
@@ -9006,8 +9006,8 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("power_watts", "Power drawn, by component.", _power),
     ("energy_joules_total", "Energy used since the state folder was made.", _energy),
     ("co2e_grams_total", "Emissions of that energy, PUE included.", lambda view: [
-        ({"method": "location"}, _value_at(view, "machine.energy.total.co2e_g")),
-        ({"method": "market"}, _value_at(view, "machine.energy.total.market_co2e_g"))]),
+        ({"method": "location"}, _figure(view, "machine.energy.total.co2e_g")),
+        ({"method": "market"}, _figure(view, "machine.energy.total.market_co2e_g"))]),
     ("grid_co2e_grams_per_kwh", "Emissions of the grid's electricity.", _at("grid_g_per_kwh")),
     ("pue_ratio", "Power usage effectiveness of the site.", _at("pue")),
 
