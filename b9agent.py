@@ -6159,7 +6159,7 @@ def _sglang_command(launch: Launch) -> List[str]:
     return [launch.program, "serve"] + _flags(
         model_path=launch.model, served_model_name=launch.name, host=launch.host,
         port=launch.port, tp_size=max(1, launch.gpus), context_length=launch.context_tokens,
-        device=None if launch.gpus else "cpu")
+        device=None if launch.gpus else "cpu") + ["--enable-metrics"]
 
 
 def _llama_command(launch: Launch) -> List[str]:
@@ -6192,7 +6192,8 @@ class Engine(NamedTuple):
     """A row.  install: the command that brings it.  alive: a GET that is 200 once the server
     answers.  many: serves every model of a store, and starts without one.  formats: what it loads;
     vendors: the GPUs it computes on, "" for the CPU.  never: paths that nobody but the machine's
-    owner may reach."""
+    owner may reach.  counts: what its GET /metrics calls the counter of finished requests, the
+    counter of tokens made, and the requests that wait; "" for what it does not tell."""
     name: str
     title: str
     program: str
@@ -6205,6 +6206,7 @@ class Engine(NamedTuple):
     vendors: Tuple[str, ...]
     stop_grace_s: float
     never: Tuple[str, ...]
+    counts: Tuple[str, str, str] = ("", "", "")
 
 
 ENGINES = (
@@ -6214,16 +6216,21 @@ ENGINES = (
            ("/api/me", "/api/signout", "/api/user", "/api/push", "/api/experimental")),
     Engine("vllm", "vLLM", "vllm", "pip install vllm", _vllm_command, _vllm_environment,
            "/health", False, ("safetensors", "hub"), ("nvidia", "amd", "intel", ""), 15.0,
-           ("/sleep", "/wake_up", "/is_sleeping", "/tokenize", "/pooling", "/invocations")),
+           ("/sleep", "/wake_up", "/is_sleeping", "/tokenize", "/pooling", "/invocations"),
+           ("vllm:request_success_total", "vllm:generation_tokens_total",
+            "vllm:num_requests_waiting")),
     Engine("sglang", "SGLang", "sglang", 'pip install "sglang[all]"', _sglang_command,
            lambda _launch: {}, "/ready", False, ("safetensors", "hub", "gguf"),
            ("nvidia", "amd", "intel", ""), 30.0,
-           ("/flush_cache", "/update_weights", "/release_memory_occupation", "/server_info")),
+           ("/flush_cache", "/update_weights", "/release_memory_occupation", "/server_info"),
+           ("sglang:num_requests_total", "sglang:generation_tokens_total",
+            "sglang:num_queue_reqs")),
     Engine("llama-server", "llama.cpp", "llama-server",
            "apt install llama.cpp   # or: brew install llama.cpp", _llama_command,
            lambda _launch: {}, "/health", False, ("gguf",),
            ("nvidia", "amd", "intel", "apple", ""), 10.0,
-           ("/slots", "/props", "/models/load", "/models/unload")),
+           ("/slots", "/props", "/models/load", "/models/unload"),
+           ("", "llamacpp:tokens_predicted_total", "llamacpp:requests_deferred")),
     Engine("mlx", "MLX", "mlx_lm.server", "pip install mlx-lm", _mlx_command, _mlx_environment,
            "/health", False, ("mlx", "safetensors", "hub"), ("apple", ""), 10.0, ()),
 )
@@ -6357,6 +6364,53 @@ def generate_one_token(endpoint: Endpoint, name: str, limit_s: float) -> None:
         said = said.get("message") if isinstance(said, dict) else said
         raise EngineRefused(f"{name} did not answer a one-token request: {reply.status} "
                             f"{printable(str(said)[:300])}")
+
+
+def metric_sums(text: str, names: Sequence[str]) -> List[Optional[float]]:
+    """Each metric, summed over its labels; None where it is not told.
+
+    >>> metric_sums('a{n="1 2"} 1\\na 2.5\\nab 9\\n# a 3', ["a", "b"])
+    [3.5, None]
+    """
+    found: Dict[str, float] = {}
+    for line in text.splitlines():
+        name, value = re.split("[{ ]", line, maxsplit=1)[0], line.rpartition(" ")[2]
+        if name and name in names and re.fullmatch("[0-9.eE+-]{1,30}", value):
+            with contextlib.suppress(ValueError):
+                found[name] = found.get(name, 0.0) + min(float(value), 1e15)
+    return [found.get(name) for name in names]
+
+
+class EngineLoad(NamedTuple):
+    """Of a moment, on the time of now_s(): what an engine has counted since it started, and what
+    that makes in a second.  Unknown: None."""
+    at_s: float
+    requests: Optional[float] = None
+    tokens: Optional[float] = None
+    queue: Optional[float] = None
+    requests_per_s: Optional[float] = None
+    tokens_per_s: Optional[float] = None
+
+
+def read_engine_load(engine: Engine, endpoint: Endpoint,
+                     before: Optional[EngineLoad]) -> EngineLoad:
+    """before: the look that the rates are counted from."""
+    load = EngineLoad(now_s())
+    if not any(engine.counts):
+        return load
+    try:
+        reply = http_request("GET", endpoint, "/metrics", {}, None, 2.0, 4 << 20)
+    except HttpFailure:
+        return load
+    load = load._make([load.at_s, *metric_sums(reply.body.decode("utf-8", "replace"),
+                                               engine.counts), None, None])
+
+    def rate(now: Optional[float], then: Optional[float]) -> Optional[float]:
+        known = now is not None and then is not None and now >= then  # less: it has been restarted
+        return (now - then) / max(load.at_s - before.at_s, 0.1) if known else None
+    return load if before is None else load._replace(
+        requests_per_s=rate(load.requests, before.requests),
+        tokens_per_s=rate(load.tokens, before.tokens))
 
 
 class TokenProbe:
@@ -7337,6 +7391,7 @@ class Inference:
         self._ending = self._closed = False
         self._models: Tuple[str, ...] = ()
         self._silent = 0  # checks in a row that it did not answer
+        self._load: Optional[EngineLoad] = None  # at the last check
         self._told = self._version = ""
         self._watch_wake = Wake()
         self._watch_thread: Any = None
@@ -7370,7 +7425,8 @@ class Inference:
         up, state = self._up, self.state()
         record: Dict[str, Any] = {
             "status": state, "running": state == "running", "endpoint": None, "models": [],
-            "message": self._told, "engine": None}
+            "message": self._told, "engine": None,
+            **dict.fromkeys(("requests_per_second", "tokens_per_second", "queue"))}
         if up is None:
             return record
         child = up.child.snapshot if up.child else None
@@ -7382,6 +7438,11 @@ class Inference:
             model=up.name or None, why=up.why, pid=child and child.pid,
             starts=child and child.starts, uptime_seconds=round(now_s() - up.since_s, 1),
             log=child and child.log_path)
+        load = self._load
+        if load is not None and state == "running":
+            record.update(rounded({"requests_per_second": load.requests_per_s,
+                                   "tokens_per_second": load.tokens_per_s}),
+                          queue=load.queue if load.queue is None else int(load.queue))
         return record
 
     def port(self) -> Optional[int]:
@@ -7491,6 +7552,7 @@ class Inference:
             if self._up is not before or self._ending:
                 return None
             self._up, self._models, self._silent, self._told = up, (), 0, ""
+            self._load = None
             self._place = up.endpoint
             if up.child is not None:
                 up.child.start()  # here, so that a stop finds it started; its thread does the rest
@@ -7631,6 +7693,7 @@ class Inference:
         self._refresh(up)
         state = self.state()
         if state == "running":
+            self._load = read_engine_load(up.engine, up.endpoint, self._load)
             self._beat(self._models)
         if state != before:
             self._log("notice", "inference", state=state, what=self._message(up))
@@ -9071,7 +9134,8 @@ STATUS_FIELDS = fields_of(
 INFERENCE_FIELDS = fields_of(
     ("string!", "status message"), ("boolean!", "running"),
     ("string", "endpoint engine version model why log"), ("boolean", "adopted"),
-    ("integer", "pid starts"), ("number", "uptime_seconds"),
+    ("integer", "pid starts queue"),
+    ("number", "uptime_seconds requests_per_second tokens_per_second"),
 ) + (Field("models", "array", "names that the engine serves", True),)
 
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=22b4cbb11e9dab17cf415642222550a273446f7a63a23fa0adbfe4aaf182582e
+  sha256=4e32053ff955a209096b37ce56f6d7e6c93f3a85b89c3aac9bda0859b94813c5
 }
 
 usage() {
