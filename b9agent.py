@@ -4888,7 +4888,7 @@ class Probe(NamedTuple):
 class ChildSpec(NamedTuple):
     """What to run.  environment: added to clean_environment().  probe: may block, two seconds at
     most.  still_held: "" once what it used (GPU memory) is free again, else what is not; it may
-    neither block nor raise."""
+    neither block nor raise.  is_told: whether its starts and ends are news, or for --debug."""
     name: str
     argv: Sequence[str]
     environment: Dict[str, str]
@@ -4898,6 +4898,7 @@ class ChildSpec(NamedTuple):
     ready_limit_s: float = 3600.0
     stop_grace_s: float = 10.0
     still_held: Callable[[], str] = lambda: ""
+    is_told: bool = True
 
 
 class ChildSnapshot(NamedTuple):
@@ -5222,8 +5223,9 @@ class Child:
 
     def _tell(self, level: str) -> None:
         now = self.snapshot
-        self._log(level, "child", name=self.spec.name, state=now.state.value, pid=now.pid,
-                  what=now.message or None, log=now.log_path or None)
+        self._log(level if self.spec.is_told else "debug", "child", name=self.spec.name,
+                  state=now.state.value, pid=now.pid, what=now.message or None,
+                  log=now.log_path or None)
         self._on_change()
 
     def _live(self) -> None:
@@ -9431,7 +9433,7 @@ def read_agent_metrics(state_dir: str) -> bytes:
 
 
 # ----------------------------------------------------------------------
-# 15. Tunnel                      runs ssh; the port of its end on loopback
+# 15a. Tunnel                      runs ssh; the port of its end on loopback
 # ----------------------------------------------------------------------
 # `ssh -N` through a server from which the gateway can be reached, kept up.
 # ssh reads no config file (-F none): what it does stands here, whole, and
@@ -9528,12 +9530,10 @@ class Tunnel:
         self._failures, self._again_s = 0, 0.0
         self._stopping, self._wake = False, Wake()
         self._thread = threading.Thread(target=self._run, name="tunnel", daemon=True)
-        quiet = lambda level, event, **fields: log(  # each try is for --debug
-            "debug" if event == "child" else level, event, **fields)
         self._child = Child(ChildSpec(
             "tunnel", ssh_command(program, settings, self._port), {}, (("127.0.0.1", self._port),),
-            self._probe, stall_limit_s=15.0, ready_limit_s=30.0, stop_grace_s=2.0),
-            settings.state_dir, quiet, pace=TUNNEL_PACE)
+            self._probe, stall_limit_s=15.0, ready_limit_s=30.0, stop_grace_s=2.0, is_told=False),
+            settings.state_dir, log, pace=TUNNEL_PACE)
 
     def _probe(self) -> Probe:
         """Our ssh listens, and takes a connection."""
@@ -9578,8 +9578,7 @@ class Tunnel:
             try:
                 self._look()
             except Exception as error:  # a defect costs one look, not the tunnel
-                self._log("error", "defect", what=f"{type(error).__name__}: {error}",
-                          where=defect_place(error))
+                self._log.defect(error)
             self._wake.wait(WATCH_S)
 
     def _look(self) -> None:

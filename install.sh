@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=4e32053ff955a209096b37ce56f6d7e6c93f3a85b89c3aac9bda0859b94813c5
+  sha256=0106ba9b125fbb17586f71816c249cac445cb655dc96a1ac0fcc1b252fae9eaf
 }
 
 usage() {
