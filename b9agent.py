@@ -9579,7 +9579,8 @@ class Tunnel:
                 self._look()
             except Exception as error:  # a defect costs one look, not the tunnel
                 self._log.defect(error)
-            self._wake.wait(WATCH_S)
+            is_up = self._child.snapshot.state is ChildState.RUNNING
+            self._wake.wait(5 * WATCH_S if is_up else WATCH_S)
 
     def _look(self) -> None:
         child = self._child.snapshot

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=0106ba9b125fbb17586f71816c249cac445cb655dc96a1ac0fcc1b252fae9eaf
+  sha256=76ecd8ab4289ff4592feadb211e293b7ee810dabe98eb7adee62f520bfb78d9e
 }
 
 usage() {
