@@ -2668,7 +2668,7 @@ def make_host() -> Host:
 # hung driver, a library of another version, a GPU that fell off the bus.
 
 
-Look = Callable[[str], Any]  # what is found under a key
+LookUp = Callable[[str], Any]  # what is found under a key
 Run = Callable[..., CommandResult]  # run_command, or a test's
 Clock = Callable[[], float]
 
@@ -2784,7 +2784,7 @@ def parse_figure(word: Any) -> Optional[float]:
     return float(match.group(1)) if match else None
 
 
-def read_figures(table: Sequence[Figure], look: Look) -> Dict[str, Any]:
+def read_figures(table: Sequence[Figure], look: LookUp) -> Dict[str, Any]:
     """{field: figure} of those that are known.  look: what is found under a key."""
     found: Dict[str, Any] = {}
     for field, keys, unit in table:
@@ -2796,7 +2796,7 @@ def read_figures(table: Sequence[Figure], look: Look) -> Dict[str, Any]:
     return possible(found)
 
 
-def first_text(look: Look, *keys: str) -> str:
+def first_text(look: LookUp, *keys: str) -> str:
     """The first that is a name: no number, no "N/A", no "[Not Supported]"."""
     for text in map(look, keys):
         if isinstance(text, bytes):
@@ -3598,7 +3598,7 @@ def amd_gpu(index: int, figures: Dict[str, Any], integrated: bool, **more: Any) 
     return Gpu(index, "amd", integrated=integrated, **memory, **figures, **more)
 
 
-def amd_gpu_of_tool(index: int, look: Look) -> Gpu:
+def amd_gpu_of_tool(index: int, look: LookUp) -> Gpu:
     """Of what rocm-smi or amd-smi says of a GPU."""
     codes = [look(key) for key in ("device id", "gpu id", "asic.device_id")]
     code = next((printable(code[:20]) for code in codes if isinstance(code, str)), index)
@@ -9608,6 +9608,651 @@ class Tunnel:
             self._log("notice" if not message else "warning", "tunnel", state=state,
                       server=self._settings.tunnel, what=message or None)
             self._on_change(self.status())
+
+
+# ----------------------------------------------------------------------
+# 16a. Dashboard: the frame                                   no effects
+# ----------------------------------------------------------------------
+# From what is known and the size of a terminal to the lines of a screen:
+# text and its width in cells, what lines are put together from, the parts
+# of the screen, and the table that says which of them go first where there
+# are too few rows.  A status is another program's answer: any of it may be
+# missing, or something else than it should be.
+
+
+class View(NamedTuple):
+    """What a dashboard shows.  status: as GET /status, {} before the first; age_s: of it, where it
+    could not be had anew, and problem: why.  lines: the newest records of the log, as GET /logs has
+    them, oldest first.  history: oldest first, by "cpu", "memory", "power", "tokens", and "gpu0" …
+    as they stand in status.  pane: "" for the main one, "logs", "doctor" or "help"; scroll: lines
+    back from the newest in "logs", lines down from the top in the others.  filter: what a line of
+    the log must have in it, case ignored.  prompt: where a line is typed, the question and what is
+    typed so far.  note: what came of the last key.  report: the doctor's lines."""
+    status: Dict[str, Any]
+    lines: Tuple[Dict[str, Any], ...] = ()
+    history: Dict[str, Tuple[float, ...]] = {}
+    age_s: Optional[float] = None
+    problem: str = ""
+    pane: str = ""
+    scroll: int = 0
+    filter: str = ""
+    prompt: Optional[str] = None
+    note: str = ""
+    report: Tuple[str, ...] = ()
+
+
+class Look(NamedTuple):
+    """What a terminal can show."""
+    utf8: bool
+    color: bool
+
+
+Line = List[Tuple[str, str]]  # clean texts, each with its style: a key of _SGR, or ""
+_SGR = {"ok": "32", "warn": "33", "bad": "31", "dim": "2", "head": "1"}
+_ASCII = str.maketrans("╔╗╚╝╠╣╟╢║│═─█▉▊▋▌▍▎▏░▁▂▃▄▅▆▇…–°", "++++++++||=-#####...._.:-=+*~- ")
+# Terminals disagree on how wide these are (conjoining Jamo, symbols that Unicode 16 made wide,
+# halves of flags), as they do on spacing marks (Mc).
+_DISPUTED = ((0x1160, 0x11FF), (0x2630, 0x2637), (0x268A, 0x268F), (0x3164, 0x3164),
+             (0x4DC0, 0x4DFF), (0xD7B0, 0xD7FF), (0xFFA0, 0xFFA0), (0x1D300, 0x1D376),
+             (0x1F1E6, 0x1F1FF))
+
+
+# -- text and its width ---------------------------------------------------
+
+@functools.lru_cache(maxsize=4096)
+def _cells(char: str) -> int:
+    import unicodedata
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def cell_width(text: str) -> int:
+    """How many cells of a terminal a clean() text takes; what is ambiguous takes one.
+
+    >>> cell_width("gpu"), cell_width("日本"), cell_width("e\\u0301")
+    (3, 4, 1)
+    """
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def _prefix(text: str, cells: int) -> int:
+    """How many characters fit."""
+    for count, char in enumerate(text):
+        cells -= _cells(char)
+        if cells < 0:
+            return count
+    return len(text)
+
+
+def clip(text: str, cells: int) -> str:
+    """What fits; a text that is cut says so and takes all the cells.
+
+    >>> clip("gemma3:1b", 9), clip("gemma3:1b", 6), clip("日本語", 5), clip("日本語", 4)
+    ('gemma3:1b', 'gemma…', '日本…', '日… ')
+    """
+    if cell_width(text) <= cells:
+        return text
+    kept = text[:_prefix(text, cells - 1)]
+    return "" if cells < 1 else kept + "…" + " " * (cells - 1 - cell_width(kept))
+
+
+@functools.lru_cache(maxsize=4096)
+def _clean_char(char: str) -> str:
+    import unicodedata
+    code, category = ord(char), unicodedata.category(char)
+    # What is invisible, or changes the character before it: joiners, variations, tones of skin.
+    if category == "Cf" or 0xFE00 <= code <= 0xFE0F or 0x1F3FB <= code <= 0x1F3FF \
+            or code >= 0xE0000:
+        return ""
+    if category in ("Mc", "Cn", "Co") or any(low <= code <= high for low, high in _DISPUTED):
+        return "\ufffd"
+    return " " if category == "Zs" else char
+
+
+@functools.lru_cache(maxsize=2048)
+def clean(text: str) -> str:
+    """One line, of characters that are as wide on every terminal and whatever stands beside them.
+
+    >>> clean("a\\x1b[2J\\u202eb"), clean("\\u2764\\ufe0f"), len(clean("a" + "\\u0301" * 9))
+    ('a\\\\x1b[2J\\\\u202eb', '❤', 3)
+    """
+    text = printable(text)
+    if text.isascii():
+        return text
+    import unicodedata
+    cleaned = "".join(map(_clean_char, unicodedata.normalize("NFC", text)))
+    # Two marks on a character are some languages' need; a tower of them is somebody's joke.
+    return "".join(char for at, char in enumerate(cleaned) if _cells(char)
+                   or any(map(_cells, cleaned[max(0, at - 2):at])))
+
+
+def _number(value: Any) -> Optional[float]:
+    """None for what is no number, or none that a figure of a machine can be."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and -1e15 < value < 1e15 else None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return clean(value[:1000])
+    number = _number(value)
+    return "" if number is None else f"{number:.15g}"
+
+
+def _object(value: Any) -> Dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _figure(value: Any, unit: str = "", form: str = ".0f") -> str:
+    """
+    >>> _figure(28.13, "%"), _figure(None, " W"), _figure(0.5, " Wh", ".1f")
+    ('28%', '–', '0.5 Wh')
+    """
+    number = _number(value)
+    return "–" if number is None else f"{number:{form}}{unit}"
+
+
+def show_duration(seconds: Any) -> str:
+    """
+    >>> [show_duration(seconds) for seconds in (25.4, 192, 7380, 450000, None)]
+    ['25s', '3m12s', '2h03m', '5d05h', '–']
+    """
+    for size, part, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if (_number(seconds) or 0) >= size:
+            return f"{seconds // size:.0f}{names[0]}{seconds % size // part:02.0f}{names[1]}"
+    return _figure(seconds, "s")
+
+
+def _used(record: Dict[str, Any]) -> str:
+    """
+    >>> _used({"memory_used_bytes": 3 << 29, "memory_total_bytes": 24 << 30}), _used({})
+    ('1.5/24.0 GiB', '–')
+    """
+    used, total = (_number(record.get(f"memory_{name}_bytes")) for name in ("used", "total"))
+    shown = "/".join(_figure(value and value / 2**30, "", ".1f") for value in (used, total))
+    return "–" if used is None and total is None else shown + " GiB"
+
+
+# -- lines ----------------------------------------------------------------
+
+def _wide(line: Line) -> int:
+    return sum(cell_width(text) for text, _ in line)
+
+
+def _cut(line: Line, cells: int) -> Line:
+    """What fits of a line."""
+    if _wide(line) <= cells:
+        return line
+    kept: Line = []
+    for text, style in line:
+        if cell_width(text) >= cells:
+            return kept + [(clip(text + "…", cells), style)]
+        kept.append((text, style))
+        cells -= cell_width(text)
+    return kept
+
+
+def _drawn(edges: Sequence[str], line: Line, columns: int, look: Look) -> str:
+    """A line of the screen.  edges: left, what fills the line up, right."""
+    left, fill, right = edges
+    line = _cut(line, columns - len(left + right))
+    filled = fill * (columns - len(left + right) - _wide(line))
+    drawn = []
+    for text, style in filter(lambda span: span[0], [(left, ""), *line, (filled + right, "")]):
+        if not look.utf8 and not text.isascii():
+            text = "".join(char if char.isascii() else "?" * _cells(char)
+                           for char in text.translate(_ASCII))
+        drawn.append(f"\x1b[{_SGR[style]}m{text}\x1b[0m" if style and look.color else text)
+    return "".join(drawn) + ("\x1b[0m" if look.color else "")
+
+
+def _flow(items: Iterable[Line], columns: int, rows: int) -> List[Line]:
+    """Items beside each other in so many rows; those that do not fit are left out."""
+    lines: List[Line] = []
+    left = 0
+    for item in items:
+        width = _wide(item)
+        if width and lines and width + 3 <= left:
+            lines[-1] += [(" │ ", "dim"), *item]
+            left -= width + 3
+        elif width and len(lines) < rows:
+            lines.append(list(item))
+            left = columns - width
+    return lines
+
+
+def _wrapped(text: str, columns: int, style: str = "", most: int = 1000) -> List[Line]:
+    """A clean text over several lines, parted at spaces where that leaves them half full."""
+    lines: List[Line] = []
+    while cell_width(text) > columns and len(lines) < most - 1:
+        fits = max(1, _prefix(text, columns))
+        space = text.rfind(" ", fits // 2, fits + 1)
+        lines.append([(text[:space] if space > 0 else text[:fits], style)])
+        text = text[space + 1 if space > 0 else fits:]
+    return lines + [[(text, style)]]
+
+
+def _table(rows: Sequence[Line], keep: Sequence[int], right: Sequence[int],
+           columns: int) -> List[Line]:
+    """keep: the columns by how long they stay where there is no room for all; the first gives way
+    before, down to ten cells.  right: those that stand to the right."""
+    widths = [max(cell_width(row[at][0]) for row in rows) for at in range(len(rows[0]))]
+    shown, elastic = [at for at in keep if widths[at]], widths[keep[0]]
+    widths[keep[0]] = min(elastic, 10)
+    while len(shown) > 1 and sum(widths[at] + 2 for at in shown) - 2 > columns:
+        shown.pop()
+    spare = columns + 2 - sum(widths[at] + 2 for at in shown)
+    widths[keep[0]] = min(elastic, widths[keep[0]] + max(0, spare))
+    lines: List[Line] = []
+    for row in rows:
+        lines.append([])
+        for at in sorted(shown):
+            text = clip(row[at][0], widths[at])
+            space = " " * (widths[at] - cell_width(text))
+            lines[-1].append((space + text if at in right else text + space, row[at][1]))
+            lines[-1].append(("  ", ""))
+        lines[-1].pop()
+    return lines
+
+
+def _bar(pct: Optional[float], cells: int) -> str:
+    """
+    >>> _bar(50, 5), _bar(None, 5)
+    ('██▌░░', '     ')
+    """
+    if pct is None:
+        return " " * cells
+    eighths = int(min(100.0, max(0.0, pct)) * cells * 8 / 100)
+    part = "▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else ""
+    return ("█" * (eighths // 8) + part).ljust(cells, "░")
+
+
+def _spark(view: View, name: str, cells: int, most: float = 0.0) -> str:
+    """A space and the newest values of a history, as high as they are of `most`, or of their
+    greatest; "" without any."""
+    values = [_number(value) or 0.0 for value in view.history.get(name, ())[-cells:]]
+    most = most or max(values, default=0.0) or 1.0
+    drawn = ["▁▂▃▄▅▆▇█"[int(min(7.0, max(0.0, value / most * 8)))] for value in values]
+    return "".join([" "] * bool(drawn) + drawn)
+
+
+def _level(value: Any, warn_at: float, bad_at: float) -> str:
+    number = _number(value) or 0.0
+    return "bad" if number >= bad_at else "warn" if number >= warn_at else ""
+
+
+_STATES = {state: style for style, states in (
+    ("ok", "ready running up watching"), ("dim", "stopped none off completed"),
+    ("warn", "starting registering registered connecting waiting pending backoff expired"),
+    ("bad", "unreachable refused error failed down")) for state in states.split()}
+
+
+def _state(value: Any) -> Tuple[str, str]:
+    text = _text(value) or "–"
+    return text, _STATES.get(text.lower(), "")
+
+
+def _named(name: str, value: Any) -> Line:
+    """Nothing where there is nothing to say."""
+    text = _text(value)
+    return [(f"{name}: {text}", "")] if text else []
+
+
+def _heading(title: str, more: str = "") -> Line:
+    return [(title, "head"), (f": {more}" if more else "", "")]
+
+
+def _some(rows: List[Any], most: int) -> Tuple[List[Any], List[Line]]:
+    """The first rows, and a line that tells of the rest."""
+    if len(rows) <= most:
+        return rows, []
+    shown = rows[:max(1, most - 1)]
+    return shown, [[(f"… {len(rows) - len(shown)} more", "dim")]]
+
+
+# -- the parts of the screen ----------------------------------------------
+
+def _status_part(view: View, columns: int, rows: int) -> List[Line]:
+    status = view.status
+    if not status:
+        return [[("Status: ", ""), ("waiting for the agent", "warn")]]
+    word, style = _state(status.get("status"))
+    aged = "" if view.age_s is None else f", as of {show_duration(view.age_s)} ago"
+    ago = _number(status.get("last_keepalive_seconds_ago"))
+    beat = "never" if ago is None else f"{show_duration(ago)} ago"
+    return _flow((
+        [("Status: ", ""), (word.upper(), style), (aged, "warn")],
+        [(f"Heartbeat {beat}", _level(ago, 120.0, 300.0))],
+        _named("Gateway", status.get("gateway")), _named("Pool", status.get("pool")),
+        [] if status.get("gpus") else [(f"GPUs: {_figure(status.get('gpu_count'))}", "")],
+        [(f"Up {show_duration(status.get('uptime_seconds'))}", "")]), columns, rows)
+
+
+def _message_part(view: View, columns: int, rows: int) -> List[Line]:
+    """What is wrong between us and the agent, and between the agent and its gateway."""
+    style = _state(view.status.get("status"))[1] or "warn"
+    said = [row for row in ((_text(view.problem), "bad"),
+                            (_text(view.status.get("message")), style)) if row[0]]
+    return [line for text, style in said for line in _wrapped(
+        "! " + text, columns, style, max(1, min(3, rows // len(said))))][:rows]
+
+
+def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
+    """Percent, with a bar, a history and more as far as there is room."""
+    name = label.lower()
+    pct = _number(view.status.get(f"{name}_percent"))
+    style = _level(pct, 85.0, 95.0) if name == "memory" else ""
+    room = columns - len(label) - 6
+    tail = f" {tail}" if tail and room - len(tail) > 6 else ""
+    spark = _spark(view, name, (room - len(tail)) // 2, 100.0) if columns > 45 else ""
+    cells = min(30, room - len(tail) - len(spark))
+    drawn = [(f" {_bar(pct, cells)} {_figure(pct, '%'):>4}", style or "ok")] if cells > 2 else [
+        (" " + _figure(pct, "%"), style)]
+    return [(label if columns > 12 else label[:3], ""), *drawn, (spark, "dim"), (tail, "")]
+
+
+def _host_part(view: View, columns: int, rows: int) -> List[Line]:
+    host = _object(view.status.get("host"))
+    threads = _figure(host.get("cpu_threads"))
+    tails = {"CPU": "" if threads == "–" else f"of {threads} threads", "Memory": _used(host)}
+    both = columns >= 60 or rows < 2
+    width = (columns - 3) // 2 if both else columns
+    gauges = [_gauge(view, label, tail, width) for label, tail in tails.items()]
+    joint = [(" │ " if columns > 20 else " ", "dim")]
+    return [] if not view.status else [gauges[0] + joint + gauges[1]] if both else gauges
+
+
+def _links_part(view: View, columns: int, rows: int) -> List[Line]:
+    items = []
+    name = "name " if columns > 95 else ""
+    for title, keys in (("Tunnel", "server message"), ("Tailnet", f"address {name}message")):
+        link = _object(view.status.get(title.lower()))
+        if link and link.get("state") != "none":
+            said = filter(None, (_text(link.get(key)) for key in keys.split()))
+            items.append([(f"{title}: ", ""), _state(link.get("state")),
+                          (" " + " ".join(said), "")])
+    return _flow(items, columns, rows)
+
+
+def _gpu_cells(view: View, number: int, gpu: Dict[str, Any], wide: bool) -> Line:
+    pct, degrees = _number(gpu.get("utilization_pct")), gpu.get("temperature_c")
+    vendor, name = _text(gpu.get("vendor")), _text(gpu.get("name")) or "unknown model"
+    if name.lower().startswith(vendor.lower() + " "):
+        name = name[len(vendor) + 1:]
+    state = next((row[1:] for row in (
+        ("problem", "unwell", "bad"), ("stale", "stale", "warn"), ("asleep", "asleep", "dim"),
+        ("free", "free", "ok"), ("offered", "in use", "")) if gpu.get(row[0])),
+        ("not offered", "dim"))
+    return [(_figure(gpu.get("index")), ""), (name, ""), (_bar(pct, 10), ""),
+            (_figure(pct, "%"), ""),
+            (_spark(view, f"gpu{number}", 16, 100.0)[1:] if wide else "", "dim"),
+            (_used(gpu), ""),
+            ("shared" if gpu.get("integrated") or vendor == "apple" else "", ""),
+            (_figure(degrees, "°C"), _level(degrees, 85.0, 95.0)),
+            (_figure(gpu.get("power_w"), " W"), ""), state]
+
+
+def _gpus_part(view: View, columns: int, rows: int) -> List[Line]:
+    """A row each, then what is wrong with them."""
+    gpus, listed = objects_in(view.status.get("gpus")), view.status.get("gpu_problems")
+    problems = [f"{_text(gpu.get('vendor'))} {_figure(gpu.get('index'))}: {text}"
+                for gpu in gpus for text in [_text(gpu.get("problem"))] if text]
+    problems += filter(None, map(_text, listed)) if isinstance(listed, list) else []
+    if not gpus and not problems:
+        return []
+    free = sum(gpu.get("free") is True for gpu in gpus)
+    said = problems[:max(1, (rows - 1) // 2)]
+    shown, rest = _some(gpus, max(1, rows - 1 - len(said)))
+    cells = [_gpu_cells(view, at, gpu, columns > 95) for at, gpu in enumerate(shown)]
+    counts = [f"{free} free of {len(gpus)}"] * bool(gpus)
+    counts += [f"problems: {len(problems)}"] * bool(problems)
+    lines = [_heading("GPUS", ", ".join(counts))]
+    lines += _table(cells, (1, 3, 5, 9, 7, 8, 2, 0, 6, 4), (3, 5, 7, 8), columns) if cells else []
+    return (lines + rest + [[(f"! {text}", "bad")] for text in said])[:rows]
+
+
+def _pod_cells(pod: Dict[str, Any]) -> Line:
+    code, restarts = _number(pod.get("exit_code")), _number(pod.get("restarts"))
+    ending = ("" if code is None else f"exit {code:.0f}", clip(_text(pod.get("reason")), 24),
+              f"{restarts:.0f} restarts" if restarts else "")
+    return [(_text(pod.get("name")) or "–", ""), _state(pod.get("status")),
+            (clip(_text(pod.get("function")), 30), ""),
+            (show_duration(pod.get("duration_seconds")), ""),
+            (", ".join(filter(None, ending)), "bad" if code else "warn" if restarts else "")]
+
+
+def _pods_part(view: View, columns: int, rows: int) -> List[Line]:
+    watch = _object(view.status.get("pods"))
+    if watch.get("state") in (None, "off"):
+        return []
+    pods = objects_in(watch.get("pods"))
+    running = sum(pod.get("status") == "RUNNING" for pod in pods)
+    lines = [_heading("WORKER PODS", f"{running} running of {len(pods)}" if pods else "")]
+    if watch["state"] != "watching":
+        said = filter(None, (_text(watch.get("server")), _text(watch.get("message"))))
+        lines.append([_state(watch["state"]), (" " + " ".join(said), "")])
+    elif not pods:
+        lines.append([("No jobs yet", "dim")])
+    shown, rest = _some(pods, max(1, rows - len(lines)))
+    cells = [_pod_cells(pod) for pod in shown]
+    return (lines + (_table(cells, (0, 1, 4, 3, 2), (3,), columns) if cells else []) + rest)[:rows]
+
+
+def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
+    engine = _object(view.status.get("inference"))
+    listed, state = engine.get("models"), _state(engine.get("status"))
+    models = ", ".join(map(_text, listed[:20])) if isinstance(listed, list) else ""
+    named = filter(None, (_text(engine.get("engine")), _text(engine.get("version"))))
+    said = [(_text(engine.get("message")), "bad" if state[1] == "bad" else "dim")]
+    items = [[("Status: ", ""), state], said if said[0][1] == "bad" else [],
+             # A long list is cut rather than left out.
+             _cut(_named("Models", models or ("none yet" if engine.get("running") else "")),
+                  max(18, columns - 18)),
+             _named("Endpoint", engine.get("endpoint")), _named("Engine", " ".join(named))]
+    for name, unit, form in (("requests_per_second", "requests/s", ".1f"),
+                             ("tokens_per_second", "tokens/s", ".1f"), ("queue", "waiting", ".0f")):
+        if _number(engine.get(name)) is not None:
+            items.append([(_figure(engine[name], f" {unit}", form), "")])
+            if unit == "tokens/s" and columns > 95:
+                items[-1].append((_spark(view, "tokens", 24), "dim"))
+    items.append(said if said[0][1] == "dim" else [])
+    return [_heading("INFERENCE"), *_flow(items, columns, rows - 1)] if engine else []
+
+
+def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
+    """Each figure with its basis: what was measured is never added to what was estimated."""
+    energy = _object(view.status.get("energy"))
+    total, kinds = _object(energy.get("total")), (("gpu", "GPUs"), ("cpu", "CPUs"))
+    now = [f"{label} {_figure(energy[part + '_w'], ' W')} {_text(energy.get(part + '_basis'))}"
+           for part, label in kinds if _number(energy.get(part + "_w")) is not None]
+    used = [f"{label} {_figure(total[f'{part}_{basis}_wh'], ' Wh', '.1f')} {basis}"
+            for part, label in kinds for basis in ("measured", "estimated")
+            if _number(total.get(f"{part}_{basis}_wh"))]
+    carbon = [] if _number(total.get("co2e_g")) is None else [
+        f"{_figure(total['co2e_g'], ' gCO2e', '.1f')} {_text(total.get('co2e_basis'))}"]
+    if not now + used + carbon:
+        return []
+    items = [_named("Now", ", ".join(now)), [(", ".join(used), "")],
+             *([(text, "")] for text in carbon), _named("Since", energy.get("since"))]
+    if now and columns > 95:
+        items[0].append((_spark(view, "power", 24), "dim"))
+    return [_heading("ENERGY"), *_flow(items, columns, rows - 1)]
+
+
+def _log_lines(view: View, most: int) -> Iterator[Tuple[str, str]]:
+    """(text, style), the newest first.  The times are UTC, as in the log itself."""
+    wanted = view.filter.casefold()
+    for record in reversed(objects_in(list(view.lines))):
+        level, event, stamp = (_text(record.get(name)) for name in ("level", "event", "time"))
+        fields = {_text(name): value if isinstance(value, bool) else _text(value) or "…"
+                  for name, value in record.items() if name not in ("level", "event", "time")}
+        clock = re.findall("T([0-9:]{8})", stamp) or [stamp]
+        text = clean(render_event(level, event, fields, clock[0], "text")[:1000])
+        if wanted in text.casefold():
+            yield text, {"error": "bad", "warning": "warn", "debug": "dim"}.get(level, "")
+            most -= 1
+        if most <= 0:
+            return
+
+
+def _filtered(view: View) -> str:
+    return f"with `{_text(view.filter)}`" if view.filter else ""
+
+
+def _logs_part(view: View, columns: int, rows: int) -> List[Line]:
+    lines = [[line] for line in _log_lines(view, rows - 1)] or [[("nothing yet", "dim")]]
+    return [_heading("LOGS", _filtered(view)), *lines[::-1]][:rows]
+
+
+class Part(NamedTuple):
+    """A part of the screen; one with a name in capitals has it for a heading.  rank: where there
+    are too few rows, the highest goes first.  least: the rows without which it is left out; enough:
+    those that it gets before any part gets more.  lines: (view, columns, rows) to what it has to
+    say, in so many rows at most."""
+    name: str
+    rank: int
+    least: int
+    enough: int
+    lines: Callable[[View, int, int], List[Line]]
+    about: str
+
+
+PARTS = (
+    Part("status", 1, 1, 3, _status_part, "state, gateway, pool, last heartbeat"),
+    Part("message", 3, 1, 3, _message_part, "what is wrong, where something is"),
+    Part("host", 2, 1, 2, _host_part, "CPU and memory"),
+    Part("links", 8, 1, 2, _links_part, "tunnel and tailnet, where there are any"),
+    Part("GPUS", 4, 2, 6, _gpus_part, "a row for each GPU"),
+    Part("WORKER PODS", 6, 2, 5, _pods_part, "a row for each pod, the newest first"),
+    Part("INFERENCE", 5, 2, 3, _inference_part, "engine, models, rates"),
+    Part("ENERGY", 9, 2, 2, _energy_part, "watts now; watt-hours and CO2e in all"),
+    Part("LOGS", 7, 2, 4, _logs_part, "the newest lines of the log"),
+)
+KEYS = (("q", "quit", "end the dashboard"), ("s", "start/stop", "start or stop the engine"),
+        ("p", "pull", "pull a model"), ("l", "logs", "the log; / filters it"),
+        ("d", "doctor", "check this machine"), ("?", "help", "this page"))
+_PANE_KEYS = (("Esc", "back", ""), ("Up/Down", "scroll", ""), ("q", "quit", ""),
+              ("/", "filter", ""))
+
+
+def share_rows(parts: Sequence[Tuple[Part, int]], rows: int) -> Dict[str, int]:
+    """How many rows each part gets, from how many it could use; those left out are not in it."""
+    given: Dict[str, int] = {}
+    ranked = sorted(parts, key=lambda pair: pair[0].rank)
+    for part, wanted in ranked:
+        least = min(part.least, wanted)
+        if least <= rows:
+            given[part.name] = least
+            rows -= least
+    for without_limit in (False, True):
+        for part, wanted in ranked:
+            most = wanted if without_limit else min(part.enough, wanted)
+            more = min(rows, most - given.get(part.name, most))
+            if more > 0:
+                given[part.name] += more
+                rows -= more
+    return given
+
+
+Body = List[Tuple[Sequence[str], Line]]  # what _drawn() takes
+_SIDE, _RULE, _THIN = ("║ ", " ", " ║"), ("╠═", "═", "═╣"), ("╟─", "─", "─╢")
+
+
+def _inside_rule(line: Line) -> Line:
+    return [("═ ", ""), *line, (" ", "")]
+
+
+def _main_body(view: View, columns: int, rows: int) -> Body:
+    """Headings have lines of their own where all that there is to say fits even so."""
+    said = [(part, part.lines(view, columns, rows)) for part in PARTS]
+    wants = [(part, len(lines)) for part, lines in said if lines]
+    headings = 2 * sum(part.name.isupper() for part, _ in wants)
+    roomy = headings + sum(min(want, part.enough) if part.name == "LOGS" else want
+                           for part, want in wants) <= rows
+    given = share_rows(wants, rows - headings if roomy else rows)
+    body: Body = []
+    for part, lines in said:
+        if part.name not in given:
+            continue
+        if len(lines) > given[part.name]:
+            lines = part.lines(view, columns, given[part.name])
+        if part.name.isupper():
+            head, lines = lines[0], lines[1:]
+            body += [(_RULE, []), (_SIDE, head), (_THIN, [])] if roomy else [
+                (_RULE, _inside_rule(head))]
+        body += [(_SIDE, line) for line in lines]
+    return body
+
+
+def _pane_lines(view: View, columns: int, rows: int) -> List[Line]:
+    """What is in sight of a pane; scrolling stops at its ends."""
+    lines: List[Line] = []
+    if view.pane == "logs":
+        for text, style in _log_lines(view, rows + max(0, view.scroll)):
+            lines += _wrapped(text, columns, style)[::-1]
+    elif view.pane == "doctor":
+        for text in map(_text, view.report):
+            style = {"ok": "ok", "warn": "warn", "fail": "bad"}.get(text[:5].strip(), "")
+            lines += _wrapped(text, columns, style)
+    else:
+        lines += [[(f"{key:<4}", "head"), (about, "")] for key, _, about in KEYS]
+        lines += [[], *_wrapped("Where there are too few rows, these are left out, the last one "
+                                "first:", columns)]
+        lines += [[(f"{part.name:<13}", "head"), (part.about, "")]
+                  for part in sorted(PARTS, key=lambda part: part.rank)]
+    top = max(0, min(view.scroll, len(lines) - rows))
+    return lines[top:top + rows][::-1 if view.pane == "logs" else 1]
+
+
+def _pane_body(view: View, columns: int, rows: int) -> Body:
+    head = _heading(_text(view.pane).upper(), _filtered(view) if view.pane == "logs" else "")
+    body: Body = [(_SIDE, line) for line in _status_part(view, columns, 1)[:rows - 2]]
+    body.append((_RULE, _inside_rule(head)))
+    return body + [(_SIDE, line) for line in _pane_lines(view, columns, rows - len(body))]
+
+
+def _last_line(view: View, columns: int) -> Line:
+    """What is typed with its end in sight; or what came of the last key, and the keys."""
+    if view.prompt is not None:
+        text = _text(view.prompt[-500:])
+        while cell_width(text) > columns:
+            text = text[1:]
+        return [(text, "head")]
+    line: Line = [(_text(view.note), "head"), ("  ", "")] if view.note else []
+    keys = KEYS if not view.pane else _PANE_KEYS if view.pane == "logs" else _PANE_KEYS[:-1]
+    for key, word, _ in keys:
+        if _wide(line) + len(key + word) < columns:
+            line += [(key, "head"), (f" {word}", ""), ("  ", "")]
+    return line[:-1]
+
+
+def _only_line(view: View, columns: int) -> Line:
+    """All that a terminal without room for a frame shows."""
+    if view.prompt is not None or view.note:
+        return _last_line(view, columns)
+    cpu, memory, gpus = (_figure(view.status.get(name)) for name in (
+        "cpu_percent", "memory_percent", "gpu_count"))
+    return [("no answer, was " if view.problem else "", "bad"), _state(view.status.get("status")),
+            (f" CPU {cpu}% Mem {memory}% GPUs {gpus}", "")]
+
+
+def render_frame(view: View, columns: int, rows: int, look: Look) -> List[str]:
+    """Exactly `rows` lines of exactly `columns` cells, with no control characters but colours',
+    whatever the size and whatever the view has in it."""
+    view, columns = view._replace(status=_object(view.status)), max(0, columns)
+    bare = ("", " ", "")
+    if columns < 20 or rows < 4:
+        lines = [(bare, _only_line(view, columns))] + [(bare, [])] * rows
+        return [_drawn(edges, line, columns, look) for edges, line in lines[:max(0, rows)]]
+    name, host = (_text(view.status.get(key)) for key in ("machine_id", "hostname"))
+    title = _heading(*(("Beta9 Agent", name) if columns >= 40 else (name or "Beta9",)))
+    title += [(" ═ ", ""), (host, "")] if columns >= 70 and host else []
+    body = (_pane_body if view.pane else _main_body)(view, columns - 4, rows - 3)
+    body += [(_SIDE, [])] * (rows - 3 - len(body))
+    return [_drawn(edges, line, columns, look) for edges, line in (
+        (("╔═", "═", "═╗"), _inside_rule(title)), *body, (("╚═", "═", "═╝"), []),
+        (bare, _last_line(view, columns)))]
 
 
 # ----------------------------------------------------------------------
