@@ -4724,7 +4724,7 @@ class Membership:
         self._log = log
         self._clock = clock
         self._uniform = uniform
-        self._must_register = True
+        self._must_register, self._register_again = True, False
         self._failures_in_row = 0
         self._refused_since_s: Optional[float] = None
         self._hurried: Tuple[State, ...] = ()
@@ -4733,6 +4733,12 @@ class Membership:
     def hurry(self, states: Tuple[State, ...] = (State.READY,)) -> None:
         """From any thread: there is news; send the next request soon, in one of these states."""
         self._hurried = states
+
+    def register_again(self) -> None:
+        """From any thread: what a registration says is another now.  It is sent soon, and a
+        keepalive with it, since registering sets a ready machine back."""
+        self._register_again = True
+        self.hurry()
 
     def _enter(self, state: State, **changes: Any) -> None:
         old = self.snapshot
@@ -4745,6 +4751,8 @@ class Membership:
 
         Raises: TokenRefused, RequestRefused as long as the machine has never been ready.
         """
+        if self._register_again:  # first taken back, then done: news in between is not lost
+            self._register_again, self._must_register = False, True
         started_s, only_keepalive = self._clock(), not self._must_register
         try:
             if self._must_register:
@@ -10300,6 +10308,7 @@ class Agent:
         self.identity = Identity(machine_id, settings.pool_name, settings.provider_name,
                                  settings.hostname or f"machine-{machine_id}",
                                  settings.k3s_token or "")
+        self._identifying = threading.Lock()  # who replaces identity; it is read without
         self.tunnel = Tunnel(settings, log, self._is_ready, self._tell_tunnel
                              ) if settings.tunnel else None
         self.endpoint = self.tunnel.endpoint if self.tunnel else gateway_endpoint(settings)
@@ -10400,6 +10409,16 @@ class Agent:
         self._private_ip = read_private_ip(self.settings.gateway_host)
         return register_payload(self.identity, cpu_millicores, memory_bytes, len(offered or ()),
                                 self._private_ip)
+
+    def change_identity(self, **facts: str) -> None:
+        """From any thread: the gateway is to know what is another now, such as hostname=NAME."""
+        with self._identifying:
+            changed = self.identity._replace(**facts)
+            if changed == self.identity:
+                return
+            self.identity = changed
+        self.membership.register_again()
+        self._wake_membership.set()
 
     def _is_ready(self) -> bool:
         return self.membership.snapshot.state is State.READY
