@@ -4724,10 +4724,11 @@ class Membership:
         self._log = log
         self._clock = clock
         self._uniform = uniform
-        self._must_register, self._register_again = True, False
+        self._must_register = True
         self._failures_in_row = 0
         self._refused_since_s: Optional[float] = None
         self._hurried: Tuple[State, ...] = ()
+        self._outdated = False
         self.snapshot = Snapshot(since_s=clock())
 
     def hurry(self, states: Tuple[State, ...] = (State.READY,)) -> None:
@@ -4735,10 +4736,9 @@ class Membership:
         self._hurried = states
 
     def register_again(self) -> None:
-        """From any thread: what a registration says is another now.  It is sent soon, and a
-        keepalive with it, since registering sets a ready machine back."""
-        self._register_again = True
-        self.hurry()
+        """From any thread: what the gateway was told at registration is not so any more."""
+        self._outdated = True
+        self.hurry((State.READY, State.UNREACHABLE))
 
     def _enter(self, state: State, **changes: Any) -> None:
         old = self.snapshot
@@ -4751,21 +4751,33 @@ class Membership:
 
         Raises: TokenRefused, RequestRefused as long as the machine has never been ready.
         """
-        if self._register_again:  # first taken back, then done: news in between is not lost
-            self._register_again, self._must_register = False, True
         started_s, only_keepalive = self._clock(), not self._must_register
         try:
-            if self._must_register:
-                if self.snapshot.state in (State.STARTING, State.EXPIRED):
-                    self._enter(State.REGISTERING)
-                self._send_register()
-                self._must_register = False
-                self._enter(State.REGISTERED, registrations=self.snapshot.registrations + 1)
-                self._log("info", "registered")
+            if self._must_register or self._outdated:
+                self._register()
             self._send_keepalive()
         except GatewayError as error:
             return self._failed(error, only_keepalive)
         return self._succeeded(started_s)
+
+    def _register(self) -> None:
+        """One that only brings news may be refused: the machine is alive without it, and the next
+        keepalive brings it again."""
+        if self.snapshot.state in (State.STARTING, State.EXPIRED):
+            self._enter(State.REGISTERING)
+        self._outdated = False  # before it is sent: what changes from now on is news again
+        try:
+            self._send_register()
+        except GatewayError as error:
+            self._outdated = True
+            if self._must_register or isinstance(error, GatewayUnreachable):
+                raise
+            self._count_failure(error, "failed_registrations")
+            self._log.error("not_registered_again", error, "warning")
+            return
+        self._must_register = False
+        self._enter(State.REGISTERED, registrations=self.snapshot.registrations + 1)
+        self._log("info", "registered")
 
     def _succeeded(self, started_s: float) -> float:
         was, failures = self.snapshot.state, self._failures_in_row
@@ -4780,8 +4792,7 @@ class Membership:
         took_s = self._clock() - started_s
         return max(0.0, self._interval_s * self._uniform(0.9, 1.1) - took_s)
 
-    def _count_failure(self, error: GatewayError) -> None:
-        name = "failed_registrations" if self._must_register else "failed_keepalives"
+    def _count_failure(self, error: GatewayError, name: str) -> None:
         outcome = ("refused" if isinstance(error, (TokenRefused, RequestRefused)) else
                    "expired" if isinstance(error, MachineNotFound) else
                    "unwell" if isinstance(error, GatewayUnwell) else "unreachable")
@@ -4790,7 +4801,8 @@ class Membership:
         self.snapshot = self.snapshot._replace(**{name: counts})
 
     def _failed(self, error: GatewayError, only_keepalive: bool) -> float:
-        self._count_failure(error)
+        self._count_failure(error, "failed_registrations" if self._must_register
+                            else "failed_keepalives")
         refused = isinstance(error, (TokenRefused, RequestRefused))
         if refused and self.snapshot.keepalives == 0:
             self._enter(State.REFUSED, message=str(error))
