@@ -538,15 +538,61 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@contextlib.contextmanager
+def _private_path(text: str) -> Iterator[str]:
+    """Where a library can read a secret: in memory; without that (macOS), in a file that only we
+    can read and that is gone at once."""
+    try:
+        descriptor, kept = os.memfd_create("b9agent"), ""
+    except (AttributeError, OSError):
+        import tempfile
+        descriptor, kept = tempfile.mkstemp(prefix="b9agent-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            yield kept or f"/proc/self/fd/{descriptor}"
+    finally:
+        if kept:
+            remove_file(kept)
+
+
+class TlsIdentity:
+    """A server's authority, "" for the system's, and a client's certificate with its key, "" for
+    none, both as PEM.  No NamedTuple, so that printing one shows no key."""
+
+    def __init__(self, ca_pem: str, client_pem: str = "") -> None:
+        self._ca_pem, self._client_pem = ca_pem, client_pem
+        self._context: Any = None
+
+    def context(self) -> Any:
+        """Raises: HttpFailure."""
+        if self._context is None:
+            import ssl
+            try:
+                context = ssl.create_default_context(cadata=self._ca_pem or None)
+                # Since 3.13 Python asks for extensions that k3s's authorities did not always have.
+                context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+                if self._client_pem:
+                    with _private_path(self._client_pem) as path:
+                        context.load_cert_chain(path, password="")  # "": nobody is asked for one
+                self._context = context
+            except (OSError, ValueError) as error:  # SSLError is an OSError
+                raise HttpFailure("tls", "the certificates for it cannot be used: "
+                                  f"{getattr(error, 'reason', None) or error}") from error
+        return self._context
+
+
 class Endpoint(NamedTuple):
     """Where an HTTP server is.  proxy: host, port and Proxy-Authorization value, or None.  dial:
-    where to connect instead: the near end of a tunnel to it."""
+    where to connect instead: the near end of a tunnel to it.  tls: instead of ca_file."""
     scheme: str
     host: str
     port: int
     ca_file: Optional[str] = None
     proxy: Optional[Tuple[str, int, str]] = None
     dial: Optional[Tuple[str, int]] = None
+    tls: Optional[TlsIdentity] = None
 
     @property
     def url(self) -> str:
@@ -702,7 +748,7 @@ def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
             return sock
         if endpoint.proxy:
             _tunnel(sock, endpoint, until_s)
-        context = _tls_context(endpoint.ca_file)
+        context = endpoint.tls.context() if endpoint.tls else _tls_context(endpoint.ca_file)
         sock.settimeout(_left_s(until_s))
         return context.wrap_socket(sock, server_hostname=endpoint.host)
     except BaseException:
@@ -973,6 +1019,15 @@ class _YamlLine:
                              "`name: value`, with a blank after the colon")
         return name
 
+    def begins_mapping(self) -> bool:
+        """In a list: whether what is left is the first line of a mapping."""
+        pattern = "|".join((_YAML_NAME, *_YAML_QUOTED.values()))
+        return re.match(f"({pattern}) *:( |$)", self.text[self._at:]) is not None
+
+    def rest(self) -> "_YamlLine":
+        """What is left, as a line that begins where it stands."""
+        return _YamlLine(self.number, self.indent + self._at, self.text[self._at:])
+
     def value(self, depth: int, closing: str = "") -> Node:
         """A scalar, [a, b] or {a: b}.  closing: the bracket that ends what it stands in."""
         char = self.next_char()
@@ -1078,7 +1133,10 @@ def _yaml_block(lines: List[_YamlLine], depth: int) -> Node:
             raise line.error(f"`{printable(name)}` is given twice, first in line "
                              f"{found[name].line}", "each name once")
         node, below = Node("", line.number, True), lines[-1]
-        if line.next_char() not in ("", "#"):
+        if first.is_item and line.begins_mapping():
+            lines.append(line.rest())
+            node = _yaml_block(lines, depth + 1)
+        elif line.next_char() not in ("", "#"):
             node = line.value(depth + 1)
             if line.take("( +#.*)?$") is None:
                 raise line.error("something after the end of the value",
@@ -1205,6 +1263,22 @@ def split_tunnel(text: str) -> Tuple[str, str, int]:
     return match.group(1), parse_host(match.group(2)), parse_port(match.group(3) or "22")
 
 
+def split_server(text: str) -> Tuple[str, int]:
+    """
+    >>> split_server("https://127.0.0.1:6443"), split_server("https://[::1]/")
+    (('127.0.0.1', 6443), ('::1', 443))
+    """
+    match = re.fullmatch(r"https://(\[[^\]]*\]|[^:/\[\]]+)(?::([0-9]{1,5}))?/?", text)
+    if not match:
+        raise ValueError("https://HOST or https://HOST:PORT, without a path")
+    return parse_host(match.group(1)), parse_port(match.group(2) or "443")
+
+
+def parse_server(text: str) -> str:
+    split_server(text)
+    return text
+
+
 def parse_tunnel(text: str) -> str:
     split_tunnel(text)
     return text
@@ -1303,6 +1377,13 @@ SETTINGS = (
     Setting("k3s_token", "BETA9_K3S_TOKEN", "k3s.token", "TOKEN", parse_secret,
             "bearer token with which the gateway makes worker jobs on our k3s", flat=True,
             secret=True),
+    Setting("k3s_kubeconfig", "B9AGENT_K3S_KUBECONFIG", "k3s.kubeconfig", "PATH", parse_path,
+            "kubeconfig with which worker pods are watched; default: the one that `k3s rbac` "
+            "makes, k3s's own, or ~/.kube/config where it is of k3s on this machine"),
+    Setting("k3s_server", "B9AGENT_K3S_SERVER", "k3s.server", "URL", parse_server,
+            "where k3s.token is used to watch worker pods", default="https://127.0.0.1:6443"),
+    Setting("k3s_ca_file", "B9AGENT_K3S_CA_FILE", "k3s.ca_file", "PATH", parse_path,
+            "PEM file of the authority of k3s.server; default: k3s's own, where it can be read"),
     Setting("keepalive_interval", "BETA9_KEEPALIVE_INTERVAL", "keepalive_interval", "SECONDS",
             parse_interval, "seconds between keepalives, 1 to 150", default="60"),
     Setting("max_cpu", "B9AGENT_MAX_CPU", "limits.cpu", "CORES", parse_cpu,
@@ -9564,6 +9645,301 @@ class Tunnel:
             self._log("notice" if not message else "warning", "tunnel", state=state,
                       server=self._settings.tunnel, what=message or None)
             self._on_change(self.status())
+
+
+# ----------------------------------------------------------------------
+# 15c. Kubernetes and worker pods      k3s's API; reads kubeconfigs; a thread
+# ----------------------------------------------------------------------
+# The Jobs that the gateway makes on this machine's k3s, seen through its API:
+# without kubectl, and with the authority that the kubeconfig names, always.
+# Whose cluster it is, is decided by where the configuration was found: a
+# cluster that somebody works with elsewhere is none of our business.
+
+K3S_KUBECONFIG = "/etc/rancher/k3s/k3s.yaml"
+K3S_CA_FILE = "/var/lib/rancher/k3s/server/tls/server-ca.crt"
+KUBE_LIMIT_S, KUBE_MAX_BYTES, KUBE_LINE_BYTES = 15.0, 32 << 20, 2 << 20
+_K3S_CONTEXT = "rancher-desktop|default|k3s(-.*)?|k3d-.*"  # what k3s, k3d and Rancher Desktop write
+_LOOPBACK = r"127\.[0-9.]+|::1|localhost|0\.0\.0\.0"         # k3d writes 0.0.0.0
+_RBAC_HINT = "sudo b9agent.py k3s rbac makes a kubeconfig that can do what is needed, and no more"
+
+# What a kubeconfig may hold, and is not done: why.
+_KUBE_REFUSED = (
+    ("cluster", "insecure-skip-tls-verify", "a server that is not verified could be anybody, and "
+     "would be told the token"),
+    ("cluster", "proxy-url", "k3s runs on this machine"),
+    ("user", "exec", "no program is run for a token"),
+    ("user", "auth-provider", "no program is run for a token"),
+    ("user", "username", "k3s takes no password any more since 1.19"),
+    ("user", "password", "k3s takes no password any more since 1.19"))
+
+
+class KubeError(AgentError):
+    """What a request to the Kubernetes API came to."""
+    exit_code = Exit.UNREACHABLE
+
+
+class KubeUnreachable(KubeError):
+    """No answer: connection, TLS, time limit."""
+
+
+class KubeUnauthorized(KubeError):
+    """401: the token or certificate is unknown, or has run out."""
+    exit_code = Exit.TOKEN_REFUSED
+
+
+class KubeForbidden(KubeError):
+    """403: known, and without the right to do this."""
+    exit_code = Exit.REQUEST_REFUSED
+
+
+class KubeGone(KubeError):
+    """410: what a list or watch refers to is too old; list again."""
+
+
+class KubeUnwell(KubeError):
+    """5xx, 429, or no answer of Kubernetes.  retry_after_s: what it asks for."""
+    retry_after_s: Optional[float] = None
+
+
+class KubeConfig(NamedTuple):
+    """endpoint: with its authority and the client's certificate.  token: "" for none.  source: the
+    file or setting, for people."""
+    endpoint: Endpoint
+    token: str
+    source: str
+
+
+def _bare(node: Node) -> Any:
+    if isinstance(node.value, dict):
+        return {name: _bare(child) for name, child in node.value.items()}
+    return [_bare(child) for child in node.value] if isinstance(node.value, list) else node.value
+
+
+def _kube_tree(text: str, path: str) -> Any:
+    """A kubeconfig, which is YAML or JSON, as JSON has it.  Raises: UsageError."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("{") else _bare(parse_yaml(text))
+    except YamlError as error:
+        raise UsageError(f"{path}:{error.line}: {error}", "`kubectl config view --raw --minify` "
+                         "writes it in a form that is understood") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON, which it begins like", "Make it anew") from error
+
+
+def _kube_entry(tree: Any, kind: str, name: Any, path: str) -> Dict[str, Any]:
+    """The cluster, context or user of a name.  Raises: UsageError."""
+    entries = tree.get(kind + "s") if isinstance(tree, dict) else None
+    entries = entries if isinstance(entries, list) else []
+    found = next((entry.get(kind) or {} for entry in entries
+                  if isinstance(entry, dict) and entry.get("name") == name), None)
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: {kind}s has none named `{printable(str(name))[:60]}`",
+                         "It is cut, or no kubeconfig: make it anew")
+    for part, key, why in _KUBE_REFUSED:
+        if part == kind and found.get(key) not in (None, "", "null", "false", False):
+            raise UsageError(f"{path}: {kind}s[{printable(str(name))[:60]}].{key} is not "
+                             f"supported: {why}", _RBAC_HINT)
+    return found
+
+
+def _kube_text(entry: Dict[str, Any], key: str, path: str) -> str:
+    value = entry.get(key)
+    if value is None or value == "null":
+        return ""
+    if not isinstance(value, str):
+        raise UsageError(f"{path}: {key} is no text", "It is cut, or made by hand: make it anew")
+    return value
+
+
+def _kube_file(entry: Dict[str, Any], key: str, path: str) -> str:
+    """The text of a file that a kubeconfig names, relative to itself; "" where it names none."""
+    name = _kube_text(entry, key, path)
+    text = read_text(os.path.join(os.path.dirname(path), name)) if name else ""
+    if text is None:
+        raise UsageError(f"{path}: {key}: {printable(name)} cannot be read", "Mend the path or its "
+                         "permissions, or run as the user whose file it is")
+    return text
+
+
+def _kube_pem(entry: Dict[str, Any], key: str, path: str) -> str:
+    """What a kubeconfig holds as KEY-data, or in the file KEY."""
+    import binascii
+    data = _kube_text(entry, key + "-data", path)
+    try:
+        text = binascii.a2b_base64(data).decode("ascii") if data else _kube_file(entry, key, path)
+    except ValueError:
+        text = "none"
+    if text and "-----BEGIN " not in text or not re.fullmatch(r"[A-Za-z0-9+/\s]*=*\s*", data):
+        raise UsageError(f"{path}: {key} is no PEM", "It is cut, or made by hand: make it anew")
+    return text
+
+
+def parse_kubeconfig(text: str, path: str) -> KubeConfig:
+    """Of the current context; the files that it names are read.  Raises: UsageError."""
+    tree = _kube_tree(text, path)
+    current = tree.get("current-context") if isinstance(tree, dict) else None
+    context = _kube_entry(tree, "context", current, path)
+    user = _kube_entry(tree, "user", context.get("user"), path) if context.get("user") else {}
+    cluster = _kube_entry(tree, "cluster", context.get("cluster"), path)
+    try:
+        host, port = split_server(_kube_text(cluster, "server", path))
+    except ValueError as error:
+        raise UsageError(f"{path}: server cannot be used, expected {error}", _RBAC_HINT) from error
+    certificate = _kube_pem(user, "client-certificate", path)
+    key = _kube_pem(user, "client-key", path)
+    token = _kube_text(user, "token", path) or _kube_file(user, "tokenFile", path).strip()
+    if bool(certificate) != bool(key) or re.search("[^!-~]", token):
+        raise UsageError(f"{path}: the user's token is no word, or its certificate lacks its key",
+                         "Make it anew")
+    REDACTOR.add(token)
+    name = _kube_text(cluster, "tls-server-name", path)
+    tls = TlsIdentity(_kube_pem(cluster, "certificate-authority", path),
+                      key and f"{certificate}\n{key}")
+    return KubeConfig(Endpoint("https", name or host, port, None, None,
+                               (host, port) if name else None, tls), token, path)
+
+
+def _token_config(settings: Any, ca_file: str) -> Optional[KubeConfig]:
+    """Of k3s.token; None without an authority that could verify whom we tell it to."""
+    ca_pem = read_text(settings.k3s_ca_file or ca_file)
+    if ca_pem is None and settings.k3s_ca_file:
+        raise UsageError(f"k3s.ca_file: {settings.k3s_ca_file} cannot be read",
+                         "Mend the path, or its permissions")
+    host, port = split_server(settings.k3s_server)
+    return None if not ca_pem else KubeConfig(
+        Endpoint("https", host, port, tls=TlsIdentity(ca_pem)), settings.k3s_token, "k3s.token")
+
+
+def _is_local_k3s(text: str, path: str) -> bool:
+    """Whether a user's current context is k3s on this machine, by its name and its server.  Looked
+    up before the file is read as a whole: what it says of other clusters may be beyond us."""
+    found = re.search(r"""(?m)^\s*["']?current-context["']?: *["']?([^"'\s]+)""", text)
+    if not found or not re.fullmatch(_K3S_CONTEXT, found.group(1)):
+        return False
+    tree = _kube_tree(text, path)
+    context = _kube_entry(tree, "context", tree.get("current-context"), path)
+    server = str(_kube_entry(tree, "cluster", context.get("cluster"), path).get("server"))
+    return re.match(rf"https://\[?({_LOOPBACK})\]?[:/]", server + "/") is not None
+
+
+def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
+                    ca_file: str = K3S_CA_FILE) -> Optional[KubeConfig]:
+    """The first of: k3s.kubeconfig; what `k3s rbac` made; k3s.token, where its server can be
+    verified; k3s's own, where we may read it; the user's, where it is of k3s on this machine.
+    None where there is no k3s.  Raises: UsageError that says what to mend.
+    """
+    ours = os.path.join(settings.state_dir, "k3s.kubeconfig")
+    for path in (settings.k3s_kubeconfig, ours):
+        text = read_text(path) if path else None
+        if text is not None:
+            return parse_kubeconfig(text, path)
+        if path and (path != ours or os.path.lexists(path)):
+            raise UsageError(f"{path} cannot be read", "Mend the path (k3s.kubeconfig), or its "
+                             "permissions")
+    config = _token_config(settings, ca_file) if settings.k3s_token else None
+    text = read_text(installed)
+    if config or text is not None:
+        return config or parse_kubeconfig(text, installed)
+    path = os.path.expanduser("~/.kube/config")
+    text = read_text(path)
+    if text is not None and _is_local_k3s(text, path):
+        return parse_kubeconfig(text, path)
+    if settings.k3s_token:
+        raise UsageError(f"k3s.token is set, but not by whom {settings.k3s_server} is verified",
+                         "Set k3s.ca_file to a copy of " + ca_file)
+    if os.path.lexists(installed):
+        raise UsageError(f"{installed} is there, and this user cannot read it", _RBAC_HINT)
+    return None
+
+
+class KubeClient:
+    """The API of one cluster.  From any thread; each request has a connection of its own."""
+
+    def __init__(self, config: KubeConfig) -> None:
+        self.config = config
+
+    def request(self, method: str, path: str, body: Optional[Dict[str, Any]] = None,
+                content_type: str = "application/json") -> Tuple[int, Dict[str, Any]]:
+        """(status, answer): 2xx, and those 4xx that the caller knows best.  Raises: KubeError."""
+        sent = None if body is None else json.dumps(body).encode()
+        with self._open(method, path, sent, content_type, None) as stream:
+            return stream.status, self._answer(stream)
+
+    def watch(self, path: str, idle_limit_s: float,
+              opened: Callable[[HttpStream], None] = lambda stream: None
+              ) -> Iterator[Dict[str, Any]]:
+        """Events as they come, until the server or the network ends them; of a line that was cut
+        nothing is told.  opened(stream): its cut() ends the watch from another thread.
+        Raises: KubeError, for an event of type ERROR as well."""
+        with self._open("GET", path, None, "", idle_limit_s) as stream:
+            if stream.status != 200:
+                raise self._strange(self._answer(stream))
+            opened(stream)
+            try:
+                for line in stream.lines(KUBE_LINE_BYTES):
+                    event = _json_object(line)
+                    detail = event.get("object")
+                    if not isinstance(detail, dict):
+                        return  # the beginning of a line, where the answer's end is its only mark
+                    if event.get("type") == "ERROR":
+                        raise self._error(detail.get("code"), detail) or self._strange(detail)
+                    yield event
+            except HttpFailure as failure:
+                if failure.kind in ("too_large", "garbage"):
+                    raise self._strange({"message": str(failure)}) from failure
+
+    def _open(self, method: str, path: str, body: Optional[bytes], content_type: str,
+              idle_limit_s: Optional[float]) -> HttpStream:
+        headers = {"Authorization": f"Bearer {self.config.token}"} if self.config.token else {}
+        if body is not None:
+            headers["Content-Type"] = content_type
+        try:
+            return http_stream(method, self.config.endpoint, path, headers, body, KUBE_LIMIT_S,
+                               idle_limit_s)
+        except HttpFailure as failure:
+            raise self._unreachable(failure) from failure
+
+    def _answer(self, stream: HttpStream) -> Dict[str, Any]:
+        try:
+            answer = _json_object(stream.read(KUBE_MAX_BYTES))
+        except HttpFailure as failure:
+            raise self._unreachable(failure) from failure
+        error = self._error(stream.status, answer)
+        if isinstance(error, KubeUnwell):
+            error.retry_after_s = _retry_after_s(stream.headers.get("retry-after", ""))
+        if error or not answer:
+            raise error or self._strange(answer)
+        return answer
+
+    def _error(self, status: Any, answer: Dict[str, Any]) -> Optional[KubeError]:
+        """Of an answer, or of the Status in a watch; None where the caller decides."""
+        where, status = self.config.endpoint.url, status if isinstance(status, int) else 500
+        said = printable(REDACTOR.scrub(str(answer.get("message") or "no message")))[:300]
+        if status == 410 or status >= 400 and answer.get("reason") in ("Gone", "Expired"):
+            return KubeGone(f"k3s at {where} has forgotten that version: {said}")
+        if status == 401:
+            return KubeUnauthorized(f"k3s at {where} does not accept who we are, as "
+                                    f"{self.config.source} has it", "It has run out, or k3s was "
+                                    f"made anew. {_RBAC_HINT}")
+        if status == 403:
+            return KubeForbidden(f"k3s at {where} refuses: {said}", _RBAC_HINT)
+        if status == 429 or status >= 500 or 300 <= status < 400:
+            return KubeUnwell(f"k3s at {where} is unwell: it answered {status}, {said}",
+                              "It may be starting; its log: journalctl -u k3s")
+        return None
+
+    def _strange(self, answer: Dict[str, Any]) -> KubeUnwell:
+        said = printable(REDACTOR.scrub(str(answer.get("message") or "no message")))[:300]
+        return KubeUnwell(f"{self.config.endpoint.url} does not answer as Kubernetes does: {said}",
+                          f"Is the server in {self.config.source} the right one?")
+
+    def _unreachable(self, failure: HttpFailure) -> KubeError:
+        if failure.kind in ("too_large", "garbage"):
+            return self._strange({"message": str(failure)})
+        hint = (f"The authority in {self.config.source} is another server's, or of before k3s was "
+                f"made anew. {_RBAC_HINT}" if failure.kind == "tls" else
+                "Does it run? sudo systemctl status k3s; on macOS start Rancher Desktop")
+        return KubeUnreachable(f"k3s at {self.config.endpoint.url} is not reached: {failure}", hint)
 
 
 # ----------------------------------------------------------------------
