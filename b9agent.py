@@ -562,7 +562,7 @@ class TlsIdentity:
     none, both as PEM.  No NamedTuple, so that printing one shows no key."""
 
     def __init__(self, ca_pem: str, client_pem: str = "") -> None:
-        self._ca_pem, self._client_pem = ca_pem, client_pem
+        self.ca_pem, self._client_pem = ca_pem, client_pem
         self._context: Any = None
 
     def context(self) -> Any:
@@ -570,7 +570,7 @@ class TlsIdentity:
         if self._context is None:
             import ssl
             try:
-                context = ssl.create_default_context(cadata=self._ca_pem or None)
+                context = ssl.create_default_context(cadata=self.ca_pem or None)
                 # Since 3.13 Python asks for extensions that k3s's authorities did not always have.
                 context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
                 if self._client_pem:
@@ -1234,6 +1234,9 @@ parse_port = number_within("a port", 1, 65535, int)
 parse_listen_port = number_within("a port, or 0 for a free one", 0, 65535, int)
 parse_switch = matching("(?ai)true|yes|on|1|false|no|off|0", "true or false",
                         lambda text: text.lower() in ("true", "yes", "on", "1"))
+parse_kube_name = matching("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "lower-case letters, digits and "
+                           "dashes, 63 at most")
+parse_token_hours = number_within("hours", 1, 168, int)
 parse_proxy = matching(r"none|http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?",
                        "http://HOST:PORT of a proxy, or none")
 _GPU_ID = r"\s*((nvidia|amd|intel|apple):)?[0-9]{1,3}\s*"
@@ -1377,6 +1380,11 @@ SETTINGS = (
     Setting("k3s_token", "BETA9_K3S_TOKEN", "k3s.token", "TOKEN", parse_secret,
             "bearer token with which the gateway makes worker jobs on our k3s", flat=True,
             secret=True),
+    Setting("k3s_service_account", "B9AGENT_K3S_SERVICE_ACCOUNT", "k3s.service_account", "NAME",
+            parse_kube_name, "in place of k3s.token: the agent makes the gateway's tokens of this "
+            "account, and renews them before they end; see `k3s rbac`"),
+    Setting("k3s_token_hours", "B9AGENT_K3S_TOKEN_HOURS", "k3s.token_hours", "HOURS",
+            parse_token_hours, "life of the tokens of k3s.service_account", default="24"),
     Setting("k3s_kubeconfig", "B9AGENT_K3S_KUBECONFIG", "k3s.kubeconfig", "PATH", parse_path,
             "kubeconfig with which worker pods are watched; default: the one that `k3s rbac` "
             "makes, k3s's own, or ~/.kube/config where it is of k3s on this machine"),
@@ -9163,7 +9171,7 @@ STATUS_FIELDS = fields_of(
     ("number!", "uptime_seconds state_seconds"),
     ("integer!", "pid keepalives registrations failures running_jobs total_jobs"),
     ("object!", "host energy metrics inference"), ("array!", "gpus"),
-    ("string", "last_keepalive"), ("object", "tunnel"),
+    ("string", "last_keepalive"), ("object", "k3s tunnel"),
     ("number", "cpu_percent memory_percent last_keepalive_seconds_ago clock_offset_seconds"),
     ("integer", "gpu_count network_received_bytes network_sent_bytes inference_port"),
 ) + (Field("gpu_problems", "array", "of GPUs and their drivers", True),)
@@ -9660,7 +9668,8 @@ K3S_CA_FILE = "/var/lib/rancher/k3s/server/tls/server-ca.crt"
 KUBE_LIMIT_S, KUBE_MAX_BYTES, KUBE_LINE_BYTES = 15.0, 32 << 20, 2 << 20
 _K3S_CONTEXT = "rancher-desktop|default|k3s(-.*)?|k3d-.*"  # what k3s, k3d and Rancher Desktop write
 _LOOPBACK = r"127\.[0-9.]+|::1|localhost|0\.0\.0\.0"         # k3d writes 0.0.0.0
-_RBAC_HINT = "sudo b9agent.py k3s rbac makes a kubeconfig that can do what is needed, and no more"
+_RBAC_HINT = ("sudo b9agent.py k3s rbac --apply makes a kubeconfig that can do what is needed, and "
+              "no more")
 
 # What a kubeconfig may hold, and is not done: why.
 _KUBE_REFUSED = (
@@ -9940,6 +9949,345 @@ class KubeClient:
                 f"made anew. {_RBAC_HINT}" if failure.kind == "tls" else
                 "Does it run? sudo systemctl status k3s; on macOS start Rancher Desktop")
         return KubeUnreachable(f"k3s at {self.config.endpoint.url} is not reached: {failure}", hint)
+
+
+# ----------------------------------------------------------------------
+# 15d. k3s: rights and tokens          the Kubernetes API; STATE/k3s.kubeconfig
+# ----------------------------------------------------------------------
+# What the gateway may do on this machine's k3s, and the tokens with which it
+# does that.  One table: a row for every call that the gateway's source makes
+# with the token of the registration.  Manifest, `k3s check` and README come
+# out of it.  Whoever may make Jobs may make a privileged one, as workers are,
+# and so owns the machine: no Role can narrow that.  But a token that ends by
+# itself is worth little to who finds it, and this one asks for no Secret.
+
+K3S_NAMESPACE = "default"  # the gateway's own constant for machines that register
+GATEWAY_ACCOUNT, AGENT_ACCOUNT = "beta9-gateway", "beta9-agent"
+OWN_TOKEN_HOURS = 30 * 24  # of the agent's own token, in STATE/k3s.kubeconfig
+_RBAC_GROUP = "rbac.authorization.k8s.io"
+_REVIEWS = "/apis/authorization.k8s.io/v1"
+_KUBE_KINDS = {"ServiceAccount": ("/api/v1", "serviceaccounts"),
+               "Role": (f"/apis/{_RBAC_GROUP}/v1", "roles"),
+               "RoleBinding": (f"/apis/{_RBAC_GROUP}/v1", "rolebindings")}
+
+
+def parse_kube_time(text: Any) -> Optional[float]:
+    """Seconds since 1970.
+
+    >>> parse_kube_time("2026-11-21T20:00:00Z"), parse_kube_time("soon")
+    (1795291200.0, None)
+    """
+    import calendar
+    match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d{1,9})?Z", str(text),
+                         re.ASCII)
+    if not match or not 1 <= int(match.group(2)) <= 12:
+        return None
+    return float(calendar.timegm(tuple(map(int, match.groups()))))
+
+
+class Right(NamedTuple):
+    """One verb on one resource, in one namespace.  names: of these objects alone."""
+    group: str
+    resource: str
+    verb: str
+    why: str
+    names: Tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join((self.verb, self.resource, *self.names))
+
+
+# Source: beta9's pkg/scheduler, pool_external.go (later pool_provider.go) and pool_cleaner.go: all
+# that is done with the client of getProxiedClient().
+GATEWAY_RIGHTS = (
+    Right("batch", "jobs", "create", "a worker starts as a Job (createWorkerOnMachine)"),
+    Right("batch", "jobs", "list", "which workers there are, by label (Clean)"),
+    Right("batch", "jobs", "delete", "a worker that hangs or is forgotten, and with it its pods "
+                                     "(deleteWorkerResources)"),
+    Right("", "pods", "list", "how the pods of each of these Jobs are (Clean)"),
+)
+
+
+def k3s_accounts(gateway: str) -> Dict[str, Tuple[Right, ...]]:
+    """{service account: its rights}.  gateway: the name of the gateway's."""
+    return {gateway: GATEWAY_RIGHTS, AGENT_ACCOUNT: (
+        Right("", "pods", "list", "the dashboard's worker pods"),
+        Right("", "pods", "watch", "as they change"),
+        Right("", "serviceaccounts/token", "create", "renews the gateway's token, and its own",
+              (gateway, AGENT_ACCOUNT)))}
+
+
+def k3s_objects(namespace: str, gateway: str) -> List[Dict[str, Any]]:
+    """Both accounts, a Role and a RoleBinding for each; nothing of the cluster's."""
+    objects: List[Dict[str, Any]] = []
+    for name, rights in k3s_accounts(gateway).items():
+        named = {"metadata": {"name": name, "namespace": namespace}}
+        rules = [dict({"apiGroups": [right.group], "resources": [right.resource],
+                       "verbs": [right.verb]},
+                      **({"resourceNames": list(right.names)} if right.names else {}))
+                 for right in rights]
+        objects += [
+            {"apiVersion": "v1", "kind": "ServiceAccount", **named,
+             "automountServiceAccountToken": False},
+            {"apiVersion": f"{_RBAC_GROUP}/v1", "kind": "Role", **named, "rules": rules},
+            {"apiVersion": f"{_RBAC_GROUP}/v1", "kind": "RoleBinding", **named,
+             "roleRef": {"apiGroup": _RBAC_GROUP, "kind": "Role", "name": name},
+             "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]}]
+    return objects
+
+
+def render_manifest(namespace: str, gateway: str) -> str:
+    """For `kubectl apply -f -`.  A value of JSON is one of YAML, and no reader takes it for
+    anything else; each rule says why it is there."""
+    accounts, documents = k3s_accounts(gateway), []
+    for item in k3s_objects(namespace, gateway):
+        lines = [f"{name}: {json.dumps(value)}" for name, value in item.items() if name != "rules"]
+        if "rules" in item:
+            rights = accounts[item["metadata"]["name"]]
+            lines += ["rules:"] + [f"  - {json.dumps(rule)}  # {right.why}"
+                                   for rule, right in zip(item["rules"], rights)]
+        documents.append("\n".join(lines))
+    return "\n---\n".join(documents) + "\n"
+
+
+def kube_names(settings: Any, options: Dict[str, str]) -> Tuple[str, str]:
+    """(namespace, the gateway's service account).  Raises: UsageError."""
+    names = (options.get("namespace") or K3S_NAMESPACE,
+             options.get("service-account") or settings.k3s_service_account or GATEWAY_ACCOUNT)
+    for flag, name in zip(("--namespace", "--service-account"), names):
+        try:
+            parse_kube_name(name)
+        except ValueError as error:
+            raise UsageError(f"{flag}: `{printable(name[:60])}` cannot be used, expected "
+                             f"{error}") from error
+    if names[1] == AGENT_ACCOUNT:
+        raise UsageError(f"{AGENT_ACCOUNT} is the agent's own account", "The gateway's must be "
+                         "another: what it may do is another thing")
+    return names
+
+
+def kube_answer(kube: KubeClient, method: str, path: str,
+                body: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """{} for what is not there.  Raises: KubeError for whatever else is no success."""
+    status, answer = kube.request(method, path, body)
+    if status >= 300 and status != 404:
+        raise KubeError(f"k3s refused {method} {path}: {status} "
+                        f"{printable(str(answer.get('message')))[:300]}", "b9agent.py k3s check")
+    return {} if status == 404 else answer
+
+
+def _holds(live: Dict[str, Any], item: Dict[str, Any]) -> bool:
+    """Whether an object of the server's says what ours does; it may say more of itself."""
+    return all(live.get(name) == value for name, value in item.items()
+               if name not in ("apiVersion", "kind", "metadata"))
+
+
+def apply_object(kube: KubeClient, item: Dict[str, Any]) -> str:
+    """Make it so, see that it is, and say what was done.  Raises: KubeError."""
+    group, plural = _KUBE_KINDS[item["kind"]]
+    folder = f"{group}/namespaces/{item['metadata']['namespace']}/{plural}"
+    path = f"{folder}/{item['metadata']['name']}"
+    live = kube_answer(kube, "GET", path)
+    if live and _holds(live, item):
+        return "unchanged"
+    replaced = live and live.get("roleRef") != item.get("roleRef")
+    if replaced:  # what role a binding is of, it keeps for ever
+        kube_answer(kube, "DELETE", path)
+    if live and not replaced:
+        kube_answer(kube, "PUT", path, {**live, **item, "metadata": live["metadata"]})
+    elif not kube_answer(kube, "POST", folder, item):
+        raise KubeError(f"there is no namespace {item['metadata']['namespace']}",
+                        f"kubectl create namespace {item['metadata']['namespace']}")
+    live_now = kube_answer(kube, "GET", path)
+    if not live_now or not _holds(live_now, item):
+        raise KubeError(f"{item['kind']} {item['metadata']['name']} is not what was written",
+                        "Does something else on this cluster manage it?")
+    return "replaced" if replaced else "changed" if live else "created"
+
+
+def may(kube: KubeClient, namespace: str, right: Right) -> bool:
+    """Whether the client has a right; of several names, on each.  Raises: KubeError."""
+    resource, _, below = right.resource.partition("/")
+    asked = {"namespace": namespace, "group": right.group, "resource": resource,
+             "subresource": below, "verb": right.verb}
+    answers = [kube_answer(kube, "POST", f"{_REVIEWS}/selfsubjectaccessreviews", {
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": {**asked, "name": name}}}) for name in right.names or ("",)]
+    return all((answer.get("status") or {}).get("allowed") is True for answer in answers)
+
+
+def _texts(value: Any) -> List[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def excess_rights(answer: Dict[str, Any], rights: Sequence[Right]) -> List[str]:
+    """What a SelfSubjectRulesReview tells beyond the table and beyond what everybody may ask about
+    himself, such as `get secrets`."""
+    known = {(right.group, right.resource, right.verb, name) for right in rights
+             for name in right.names or ("",)}
+    found = []
+    rules = (answer.get("status") or {}).get("resourceRules")
+    for rule in rules if isinstance(rules, list) else []:
+        for group in _texts(rule.get("apiGroups")):
+            for resource in _texts(rule.get("resources")):
+                if group.endswith(".k8s.io") and resource.startswith("selfsubject"):
+                    continue
+                found += [f"{verb} {resource}{' of ' + group if group else ''}"
+                          for verb in _texts(rule.get("verbs"))
+                          for name in _texts(rule.get("resourceNames")) or ("",)
+                          if (group, resource, verb, name) not in known]
+    return sorted(set(found))
+
+
+def read_rights(kube: KubeClient, namespace: str) -> Dict[str, Any]:
+    """All that the client may do there.  Raises: KubeError."""
+    return kube_answer(kube, "POST", f"{_REVIEWS}/selfsubjectrulesreviews", {
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": namespace}})
+
+
+def mint_token(kube: KubeClient, namespace: str, account: str,
+               life_s: int) -> Tuple[str, float]:
+    """(token, when it ends, in seconds since 1970), which may be sooner than was asked for.
+
+    Raises: KubeError.
+    """
+    answer = kube_answer(
+        kube, "POST", f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token",
+        {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+         "spec": {"expirationSeconds": life_s}})
+    if not answer:
+        raise KubeError(f"there is no service account {account} in {namespace}",
+                        "sudo b9agent.py k3s rbac --apply")
+    status = answer.get("status") if isinstance(answer.get("status"), dict) else {}
+    token, ends_s = str(status.get("token")), parse_kube_time(status.get("expirationTimestamp"))
+    if not re.fullmatch("[!-~]{16,16384}", token) or ends_s is None:
+        raise KubeError("k3s answered without a token, or without its end", "b9agent.py k3s check")
+    REDACTOR.add(token)
+    return token, ends_s
+
+
+def _base64(text: str) -> str:
+    import binascii
+    return binascii.b2a_base64(text.encode(), newline=False).decode()
+
+
+def token_claims(token: str) -> Dict[str, Any]:
+    """What a service account's token says of itself: `sub`, `iat`, `exp`; {} for any other."""
+    import base64
+    body = (token.split(".") + [""])[1]
+    try:
+        return _json_object(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+    except ValueError:
+        return {}
+
+
+def with_token(config: KubeConfig, token: str) -> KubeConfig:
+    """The same server, as whom the token is; without a certificate of ours."""
+    tls = TlsIdentity(config.endpoint.tls.ca_pem)
+    return KubeConfig(config.endpoint._replace(tls=tls), token, "the gateway's token")
+
+
+def render_kubeconfig(config: KubeConfig, token: str) -> str:
+    """For the agent: the same server, another user.  JSON, which every reader of YAML reads."""
+    endpoint = config.endpoint
+    host, port = endpoint.dial or (endpoint.host, endpoint.port)
+    cluster = {"server": f"https://{host_port(host, port)}",
+               "certificate-authority-data": _base64(endpoint.tls.ca_pem)}
+    if endpoint.dial:
+        cluster["tls-server-name"] = endpoint.host
+    return json.dumps({
+        "apiVersion": "v1", "kind": "Config", "current-context": AGENT_ACCOUNT,
+        "clusters": [{"name": "k3s", "cluster": cluster}],
+        "users": [{"name": AGENT_ACCOUNT, "user": {"token": token}}],
+        "contexts": [{"name": AGENT_ACCOUNT,
+                      "context": {"cluster": "k3s", "user": AGENT_ACCOUNT}}]}) + "\n"
+
+
+def renew_own_token(config: KubeConfig, path: str) -> None:
+    """In the agent's kubeconfig, where two thirds of its life are over.  Raises: KubeError."""
+    claims = token_claims(config.token)
+    begun_s, ends_s = claims.get("iat"), claims.get("exp")
+    if (config.source != path or not isinstance(begun_s, int) or not isinstance(ends_s, int)
+            or time.time() < begun_s + (ends_s - begun_s) * 2 / 3):
+        return
+    token, _ = mint_token(KubeClient(config), K3S_NAMESPACE, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
+    try:
+        write_atomic(path, render_kubeconfig(config, token))
+    except OSError as error:
+        raise KubeError(f"cannot write {path}: {error.strerror}", "Is the disk full?") from error
+
+
+class TokenKeeper:
+    """Keeps the gateway's token alive.  mint() makes one, as mint_token(); take(token) hands it on.
+    step() does what is due and says how long to wait; its thread calls it until stop().
+
+    Renewed at two thirds of its life, which leaves a third for an API that is away.
+    """
+
+    def __init__(self, mint: Callable[[], Tuple[str, float]], take: Callable[[str], None],
+                 log: Log, clock: Callable[[], float] = now_s,
+                 uniform: Callable[[float, float], float] = random_between) -> None:
+        self._mint, self._take, self._log = mint, take, log
+        self._clock, self._uniform = clock, uniform
+        self._failures = 0
+        self._ends_s: Optional[float] = None  # on the steady clock
+        self.told: Tuple[Optional[float], str] = (None, "")  # its end since 1970, message; at once
+        self._stopping, self._wake, self._due_s = False, Wake(), 0.0
+        self._thread = threading.Thread(target=self._run, name="k3s-token", daemon=True)
+
+    def renew(self) -> float:
+        """How long it lasts, in seconds.  Raises: AgentError."""
+        token, ends_wall_s = self._mint()
+        life_s = max(0.0, ends_wall_s - time.time())
+        self._failures, self._ends_s = 0, self._clock() + life_s
+        self.told = ends_wall_s, ""
+        self._take(token)
+        self._log("info", "k3s_token", ends=utc_stamp(ends_wall_s))
+        return life_s
+
+    def step(self) -> float:
+        try:
+            return max(1.0, self.renew() * self._uniform(0.62, 0.7))
+        except AgentError as error:
+            return self._failed(error)
+
+    def _failed(self, error: AgentError) -> float:
+        self._failures += 1
+        left_s = None if self._ends_s is None else self._ends_s - self._clock()
+        end = ("and the gateway has none" if left_s is None else
+               "and it has ended: the gateway starts no workers here" if left_s <= 0 else
+               f"it ends in {left_s:.0f} s")
+        self.told = self.told[0], f"the k3s token is not renewed: {error.what}; {end}"
+        wait_s = max(1.0, self._uniform(0.5, 1.0) * min(60.0, 2.0 ** min(self._failures, 10)))
+        # Loud when it begins, and from time to time; an error once the gateway is without.
+        milestone = self._failures & (self._failures - 1) == 0
+        self._log("debug" if not milestone else "error" if (left_s or 0.0) <= 0 else "warning",
+                  "k3s_token", what=self.told[1], do=error.hint or None, retry_s=round(wait_s, 1))
+        return wait_s
+
+    def start(self) -> None:
+        """One step here and now, so that the first registration has a token."""
+        self._due_s = self._clock() + self.step()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)  # it may sit in a request: it is a daemon
+
+    def _run(self) -> None:
+        while not self._stopping:
+            left_s = self._due_s - self._clock()
+            if left_s > 0:
+                self._wake.wait(min(left_s, 30.0))  # a machine that slept finds it overdue
+                continue
+            try:
+                self._due_s = self._clock() + self.step()
+            except Exception as error:  # a defect costs a minute, not the token
+                self._log.defect(error)
+                self._due_s = self._clock() + 60.0
 
 
 # ----------------------------------------------------------------------
@@ -10700,6 +11048,11 @@ class Agent:
         self.tunnel = Tunnel(settings, log, self._is_ready, self._tell_tunnel
                              ) if settings.tunnel else None
         self.endpoint = self.tunnel.endpoint if self.tunnel else gateway_endpoint(settings)
+        if settings.k3s_service_account and settings.k3s_token:
+            raise UsageError("k3s.token and k3s.service_account are both set",
+                             "Keep one: tokens of the account are made and renewed by the agent")
+        self.k3s = TokenKeeper(self._mint_k3s_token, lambda token: self.change_identity(
+            k3s_token=token), log) if settings.k3s_service_account else None
         self._host = make_host()
         self._facts: Optional[HostFacts] = None
         self._gpus = GpuSampler(make_gpu_sources())
@@ -10807,6 +11160,26 @@ class Agent:
             self.identity = changed
         self.membership.register_again()
         self._wake_membership.set()
+
+    def _mint_k3s_token(self) -> Tuple[str, float]:
+        """For the gateway.  Raises: AgentError."""
+        settings, config = self.settings, read_kubeconfig(self.settings)
+        if config is None:
+            raise UsageError("there is no k3s here", "sudo b9agent.py k3s install")
+        try:
+            renew_own_token(config, os.path.join(settings.state_dir, "k3s.kubeconfig"))
+        except KubeError as error:
+            self._log.error("k3s_kubeconfig", error, "warning")
+        return mint_token(KubeClient(config), K3S_NAMESPACE, settings.k3s_service_account,
+                          settings.k3s_token_hours * 3600)
+
+    def _k3s_status(self) -> Optional[Dict[str, Any]]:
+        if self.k3s is None:
+            return None
+        ends_s, message = self.k3s.told
+        return {"service_account": self.settings.k3s_service_account,
+                "token_expires": None if ends_s is None else utc_stamp(ends_s),
+                "message": message}
 
     def _is_ready(self) -> bool:
         return self.membership.snapshot.state is State.READY
@@ -10916,6 +11289,7 @@ class Agent:
             "inference_status": inference["status"],
             "inference_port": self.inference.port(), "running_jobs": 0, "total_jobs": 0,
             "inference": inference, "metrics": metrics,
+            "k3s": self._k3s_status(),
             "tunnel": self.tunnel.status() if self.tunnel else None}
 
     # -- its life -------------------------------------------------------
@@ -10926,6 +11300,8 @@ class Agent:
             if self.tunnel:
                 end_leftovers(self.settings.state_dir, self._log)
                 self.tunnel.start()
+            if self.k3s:
+                self.k3s.renew()
             self.send_register()
             self._log("info", "registered", machine=self.identity.machine_id,
                       pool=self.identity.pool_name, gateway=self.endpoint.url)
@@ -10949,6 +11325,8 @@ class Agent:
             self._start_control()
             if self.tunnel:
                 self.tunnel.start()
+            if self.k3s:
+                self.k3s.start()
             self._autostart()
             thread = threading.Thread(target=self._run_membership, name="membership", daemon=True)
             sd_notify("READY=1\nSTATUS=starting")
@@ -10961,6 +11339,8 @@ class Agent:
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
         finally:
             self._stop_inference()
+            if self.k3s:
+                self.k3s.stop()
             if self.tunnel:
                 self.tunnel.stop()
             self._stop_control()
@@ -12074,7 +12454,8 @@ _CLOCK_EARLIEST_S = 1704067200.0  # 2024: a machine that lost its clock's batter
 _STATE_LOW_BYTES, _STATE_LEAST_BYTES = 1 << 30, 16 << 20
 _MODELS_LOW_BYTES = 20 << 30      # one model of 30 billion parameters, quantised
 _PRIVATE_FILES = ("config.yaml", "config.yaml.old", "control.token", "agent.log", "agent.log.1",
-                  "agent.lock", "gateway.db", "models.json", "energy.json", "logs")
+                  "agent.lock", "k3s.kubeconfig", "gateway.db", "models.json", "energy.json",
+                  "logs")
 _K3S = Endpoint("https", "127.0.0.1", 6443)
 
 
@@ -12466,18 +12847,19 @@ def judge_k3s(installed: bool, answers: bool, token: bool) -> Finding:
     where = host_port(_K3S.host, _K3S.port)
     if answers and not token:
         return warn(f"answers on {where}; without k3s.token the gateway starts no workers on it",
-                    "Set k3s.token (BETA9_K3S_TOKEN) to one that may make jobs in `default`")
+                    "sudo b9agent.py k3s rbac --apply   # then set k3s.service_account")
     if not answers and (installed or token):
-        why = "installed" if installed else "k3s.token is set"
+        why = "installed" if installed else "a k3s token is set"
         return warn(f"{why}, but nothing answers on {where}", "sudo systemctl start k3s"
-                    if installed else "Install k3s (https://docs.k3s.io), or unset k3s.token")
+                    if installed else "sudo b9agent.py k3s install   # or unset the token")
     return ok(f"answers on {where}; its token is set" if answers else
               "none: this machine runs models, not the gateway's workers")
 
 
 def check_k3s(loaded: Loaded) -> Iterator[Finding]:
     yield judge_k3s(os.path.exists("/etc/rancher/k3s/k3s.yaml"),
-                    k3s_answers(_K3S, _REQUEST_LIMIT_S), bool(loaded.settings.k3s_token))
+                    k3s_answers(_K3S, _REQUEST_LIMIT_S),
+                    bool(loaded.settings.k3s_token or loaded.settings.k3s_service_account))
 
 
 def read_tailnet_address() -> str:
@@ -12634,17 +13016,459 @@ def doctor_exit(findings: Sequence[Finding]) -> Exit:
     return Exit.OK if not codes else Exit.USAGE if Exit.USAGE in codes else Exit.UNREACHABLE
 
 
-def doctor_lines(findings: Sequence[Finding]) -> List[str]:
+def doctor_lines(findings: Sequence[Finding], cannot: str, can: str) -> List[str]:
+    """cannot, can: what to say where something fails, and where nothing does."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.level:<5} {finding.name:<8} {finding.seen}")
         if finding.mend:
             lines.append(f"{'':<14} mend: {finding.mend}")
     levels = [finding.level for finding in findings]
-    cannot = "this machine cannot be ready" if "fail" in levels else (
-        "nothing keeps this machine from ready")
-    return lines + ["", f"{cannot}: {len(findings)} findings, {levels.count('warn')} warn, "
+    verdict = cannot if "fail" in levels else can
+    return lines + ["", f"{verdict}: {len(findings)} findings, {levels.count('warn')} warn, "
                         f"{levels.count('fail')} fail"]
+
+
+# ----------------------------------------------------------------------
+# 20c. k3s: check and install         reads; k3s's own files, as --dry-run says
+# ----------------------------------------------------------------------
+# `k3s check` asks as the gateway would, with a token of its kind.  `k3s
+# install` runs the vendor's installer once, on a machine that has no k3s, and
+# believes in it when the API answers and a node is Ready.  What k3s is to do
+# stands in its config.yaml and not in the installer's flags: run again without
+# flags, as for an upgrade, the installer would drop them.
+
+K3S_INSTALLER_BYTES, K3S_INSTALL_LIMIT_S, K3S_READY_LIMIT_S = 1 << 20, 1200.0, 300.0
+_RANCHER_DESKTOP = ("k3s runs on Linux only", "On macOS Rancher Desktop brings one: "
+                    "https://rancherdesktop.io; then: b9agent.py k3s rbac --apply")
+# A worker's pods have the host's network and folders: what k3s brings for other uses would hold
+# ports 80 and 443 of this machine (traefik, servicelb), or memory.
+_K3S_DISABLED = ["traefik", "servicelb", "metrics-server", "local-storage"]
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "armv7l": 40, "s390x": 22}
+_IMAGE_ARCHES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "s390x": "s390x"}
+
+K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "state_dir")
+K3S_ACCOUNT_OPTIONS = (
+    Option("--service-account", "NAME", f"the gateway's; default {GATEWAY_ACCOUNT}"),
+    Option("--namespace", "NAME", "where workers run; the gateway knows `default` alone"))
+K3S_INSTALL_OPTIONS = (
+    Option("--dry-run", "", "print every step, change nothing"),
+    Option("-y", "", "do not ask before the installer runs"),
+    Option("--sha256", "HEX", "run no installer but the one with this SHA-256"),
+    Option("--release", "VERSION", "such as v1.30.4+k3s1; default: the vendor's stable one"),
+    Option("--installer", "PATH", "the vendor's installer, from https://get.k3s.io, as a file"),
+    Option("--binary", "PATH", "without a network: the program k3s; wants --installer as well"),
+    Option("--images", "FOLDER", "without a network: the folder of k3s-airgap-images-*"))
+
+
+def admin_kubeconfig(settings: Any) -> KubeConfig:
+    """One with all rights: named, k3s's own, or the user's.  Raises: UsageError."""
+    config = read_kubeconfig(settings._replace(state_dir=os.devnull, k3s_token=None))
+    if config is None:
+        raise UsageError("there is no k3s here", "sudo b9agent.py k3s install")
+    return config
+
+
+# -- check ------------------------------------------------------------------
+
+def node_is_ready(node: Dict[str, Any]) -> bool:
+    conditions = (node.get("status") or {}).get("conditions") or []
+    return any(row.get("type") == "Ready" and row.get("status") == "True" for row in conditions)
+
+
+def judge_nodes(nodes: Sequence[Dict[str, Any]], gpus: int) -> Iterator[Finding]:
+    """gpus: of NVIDIA's in this machine."""
+    names = {node["metadata"]["name"]: node_is_ready(node) for node in nodes}
+    waiting = [name for name, ready in names.items() if not ready]
+    if not names or waiting:
+        yield Finding("fail", f"not ready: {', '.join(waiting) or 'there is no node'}",
+                      "sudo k3s kubectl describe nodes   # its log: journalctl -u k3s")
+    else:
+        yield ok(f"ready: {', '.join(names)}")
+    counts = [str((node["status"].get("allocatable") or {}).get("nvidia.com/gpu", "0"))
+              for node in nodes]
+    there = sum(int(count) for count in counts if re.fullmatch("[0-9]{1,6}", count))
+    if there < gpus:
+        yield warn(f"{there} of {gpus} GPUs can be given to workers",
+                   "Install nvidia-container-toolkit, restart k3s, then NVIDIA's device plugin: "
+                   "https://docs.k3s.io/advanced#nvidia-container-runtime")
+    elif gpus:
+        yield ok(f"{there} GPUs can be given to workers")
+
+
+def judge_token(token: str, minted: bool, now_wall_s: float) -> Finding:
+    """What a token that was accepted says of its end."""
+    claims = token_claims(token)
+    who, ends_s = printable(str(claims.get("sub") or "a user"))[:200], claims.get("exp")
+    if minted:
+        return ok(f"{who}: one was made, and accepted")
+    if not isinstance(ends_s, int):
+        return warn(f"{who}: accepted, and it never ends", "sudo b9agent.py k3s rbac --apply   "
+                    "# then set k3s.service_account in place of k3s.token")
+    seen = f"{who}: accepted, ends {utc_stamp(min(ends_s, 1 << 33))}"
+    return warn(f"{seen}, and nobody renews it", "Set k3s.service_account in place of k3s.token"
+                ) if ends_s - now_wall_s < 86400 else ok(seen)
+
+
+class K3sChecks:
+    """The rows of `k3s check`."""
+
+    def __init__(self, settings: Any, options: Dict[str, str]) -> None:
+        self._settings = settings
+        self._namespace, self._account = kube_names(settings, options)
+
+    def rows(self) -> Tuple[Check, ...]:
+        return (Check("api", self._api, Exit.UNREACHABLE), Check("token", self._token),
+                Check("rights", self._rights), Check("own", self._own),
+                Check("address", self._address), Check("nodes", self._nodes))
+
+    def _client(self) -> KubeClient:
+        config = read_kubeconfig(self._settings)
+        return KubeClient(config or admin_kubeconfig(self._settings))
+
+    def _gateway(self) -> Tuple[KubeClient, str]:
+        """(a client as the gateway is one, its token)."""
+        kube, token = self._client(), self._settings.k3s_token
+        if not token:
+            token, _ = mint_token(kube, self._namespace, self._account, 600)
+        return KubeClient(with_token(kube.config, token)), token
+
+    def _api(self, _loaded: Loaded) -> Iterator[Finding]:
+        kube = self._client()
+        version = kube_answer(kube, "GET", "/version").get("gitVersion")
+        yield ok(f"{printable(str(version))[:60]} at {kube.config.endpoint.url}, verified; asked "
+                 f"with {kube.config.source}")
+        mode = shared_mode(K3S_KUBECONFIG)
+        if mode:
+            yield warn(f"{K3S_KUBECONFIG} has mode {mode:04o}: who reads it owns the cluster",
+                       f"sudo chmod 600 {K3S_KUBECONFIG}   # and write-kubeconfig-mode in its "
+                       "config.yaml")
+
+    def _token(self, loaded: Loaded) -> Iterator[Finding]:
+        kube, token = self._gateway()
+        read_rights(kube, self._namespace)
+        yield judge_token(token, not self._settings.k3s_token, time.time())
+        running = agent_status(loaded).get("k3s")
+        if running:
+            yield (warn(str(running.get("message")), "b9agent.py k3s check   # the rows above")
+                   if running.get("message") else
+                   ok(f"the agent's ends {running.get('token_expires')}, and is renewed before"))
+        elif not self._settings.k3s_token and not self._settings.k3s_service_account:
+            yield warn("the agent has none: k3s.service_account is not set",
+                       f"b9agent.py init --k3s-service-account {self._account} -y   # then restart "
+                       "it")
+
+    def _rights(self, _loaded: Loaded) -> Iterator[Finding]:
+        kube, rights = self._gateway()[0], k3s_accounts(self._account)[self._account]
+        yield from self._judge(kube, "the gateway", rights)
+        found = excess_rights(read_rights(kube, self._namespace), rights)
+        if found:
+            yield warn("it may also: " + ", ".join(found[:8]) + (" …" if len(found) > 8 else ""),
+                       f"kubectl get clusterrolebindings,rolebindings -A -o wide | grep "
+                       f"{self._account}   # then delete what binds it; or let the gateway have "
+                       "the account of `k3s rbac`")
+
+    def _own(self, _loaded: Loaded) -> Iterator[Finding]:
+        yield from self._judge(self._client(), "the agent",
+                               k3s_accounts(self._account)[AGENT_ACCOUNT])
+
+    def _judge(self, kube: KubeClient, who: str, rights: Sequence[Right]) -> Iterator[Finding]:
+        missing = [right for right in rights if not may(kube, self._namespace, right)]
+        for right in missing:
+            yield Finding("fail", f"{who} may not {right} in {self._namespace}: {right.why}",
+                          "sudo b9agent.py k3s rbac --apply")
+        if not missing:
+            yield ok(f"{who} may " + ", ".join(map(str, rights)) + f" in {self._namespace}")
+
+    def _address(self, loaded: Loaded) -> Iterator[Finding]:
+        """HOSTNAME:6443, as it is registered, from here."""
+        name = str(agent_status(loaded).get("hostname") or self._settings.hostname or
+                   f"machine-{kept_machine_id(self._settings, False)}")
+        endpoint = self._client().config.endpoint._replace(host=name, port=6443, dial=None)
+        try:
+            http_request("GET", endpoint, "/version", {}, None, _REQUEST_LIMIT_S)
+        except HttpFailure as failure:
+            if failure.kind != "tls":  # the gateway does not verify it
+                yield warn(f"{host_port(name, 6443)} is not reached from here: {failure}"
+                           + (" (the gateway adds its tailnet's name)" if failure.kind == "dns"
+                              else ""), "b9agent.py init --hostname $(tailscale ip -4) -y   # or "
+                           "the name by which the gateway reaches this machine")
+                return
+        yield ok(f"{host_port(name, 6443)} is reached from here")
+
+    def _nodes(self, _loaded: Loaded) -> Iterator[Finding]:
+        try:
+            kube = KubeClient(admin_kubeconfig(self._settings))
+            nodes = kube_answer(kube, "GET", "/api/v1/nodes").get("items") or []
+        except (UsageError, KubeForbidden):
+            yield ok("not looked at: the agent may not see them, and need not; with sudo they are")
+            return
+        gpus = GpuSampler(make_gpu_sources()).sample(_DRIVER_LIMIT_S).gpus
+        count = sum(gpu.vendor == "nvidia" for gpu in gpus)
+        yield from judge_nodes(nodes, count)
+        if count and not kube_answer(kube, "GET", "/apis/node.k8s.io/v1/runtimeclasses/nvidia"):
+            yield warn("there is no runtime class nvidia, which pools for GPUs often name",
+                       "Install nvidia-container-toolkit, then: sudo systemctl restart k3s")
+
+
+# -- rbac --apply -----------------------------------------------------------
+
+def owner_of(path: str) -> Account:
+    """Who owns a folder, or what exists above it."""
+    status = os.stat(nearest_folder(path))
+    return Account("", status.st_uid, status.st_gid, "")
+
+
+def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]) -> None:
+    """Apply the manifest, and give the agent a kubeconfig that can do what its account may.
+
+    Raises: KubeError, UsageError.
+    """
+    namespace, account = kube_names(settings, options)
+    kube = KubeClient(admin_kubeconfig(settings))
+    for item in k3s_objects(namespace, account):
+        say(f"{item['kind']} {namespace}/{item['metadata']['name']}: {apply_object(kube, item)}")
+    token, _ = mint_token(kube, namespace, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
+    path = os.path.join(settings.state_dir, "k3s.kubeconfig")
+    text, owner = render_kubeconfig(kube.config, token), owner_of(settings.state_dir)
+    as_user(owner, make_private_folder, settings.state_dir)
+    as_user(owner, write_atomic, path, text)
+    agent = KubeClient(parse_kubeconfig(as_user(owner, read_text, path) or "", path))
+    until_s, wake = now_s() + 10.0, Wake()  # a new Role counts once the server has seen it
+    rights = k3s_accounts(account)[AGENT_ACCOUNT]
+    while not all(may(agent, namespace, right) for right in rights):
+        if now_s() > until_s:
+            raise KubeError("the agent's new token lacks rights of its Role",
+                            "b9agent.py k3s check")
+        wake.wait(0.2)
+    mint_token(agent, namespace, account, 600)
+    say(f"wrote {path} (0600, for user id {owner.uid}); with it a token of {account} was made")
+    if settings.k3s_service_account != account:
+        say(f"next: b9agent.py init --k3s-service-account {account} -y, and restart the agent")
+
+
+# -- install ----------------------------------------------------------------
+
+class K3sPlaces(NamedTuple):
+    """Where k3s has its files, what shows that it is there, where the installer comes from."""
+    binary: str = "/usr/local/bin/k3s"
+    images: str = "/var/lib/rancher/k3s/agent/images"
+    config: str = "/etc/rancher/k3s/config.yaml"
+    kubeconfig: str = K3S_KUBECONFIG
+    traces: Tuple[str, ...] = (
+        "/etc/systemd/system/k3s.service", "/etc/systemd/system/k3s-agent.service",
+        "/etc/init.d/k3s", "/etc/init.d/k3s-agent", "/var/lib/rancher/k3s/server")
+    source: Endpoint = Endpoint("https", "get.k3s.io", 443)
+
+
+def _sha256(text: bytes) -> str:
+    import hashlib
+    return hashlib.sha256(text).hexdigest()
+
+
+def elf_problem(head: bytes, machine: str) -> str:
+    """Why a file is no program for this machine, or "".  Source: elf(5), e_machine."""
+    if head[:4] != b"\x7fELF" or len(head) < 20:
+        return "is no Linux program"
+    number = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+    if number != _ELF_MACHINES.get(machine):
+        return f"is a program for another processor than {machine}"
+    return ""
+
+
+def _copy_atomic(source: str, target: str, mode: int) -> None:
+    """A file of any size, whole or not at all."""
+    import shutil
+    make_public_folder(os.path.dirname(target))
+    draft = f"{target}.{os.getpid()}.tmp"
+    try:
+        with open(source, "rb") as reader, open(draft, "xb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            os.fchmod(writer.fileno(), mode)
+            writer.flush()
+            os.fsync(writer.fileno())
+        os.replace(draft, target)
+    except BaseException:
+        remove_file(draft)
+        raise
+
+
+def fetch_installer(source: Endpoint) -> bytes:
+    """Raises: UsageError."""
+    proxy = proxy_for(source.scheme, source.host, None, dict(os.environ))
+    try:
+        reply = http_request("GET", source._replace(proxy=proxy), "/", {"Accept": "*/*"}, None,
+                             60.0, K3S_INSTALLER_BYTES)
+    except HttpFailure as failure:
+        raise UsageError(f"{source.url} cannot be fetched: {failure}", "Without a network: carry "
+                         "it here, and name it with --installer PATH") from failure
+    if reply.status != 200 or not reply.body.startswith(b"#!"):
+        raise UsageError(f"{source.url} answered {reply.status} and no shell script",
+                         "Is there a proxy or a portal in between?")
+    return reply.body
+
+
+class K3sInstall:
+    """One run of `k3s install`.  confirm(question): whether the user wants it; show(text): how far
+    it is."""
+
+    def __init__(self, steps: Steps, options: Dict[str, str], names: Sequence[str],
+                 places: K3sPlaces = K3sPlaces()) -> None:
+        self._steps, self._options, self._places = steps, options, places
+        self._names = [name for name in names if name]
+        self._binary, self._images = options.get("binary", ""), options.get("images", "")
+
+    def run(self, confirm: Callable[[str], bool], show: Callable[[str], None]) -> None:
+        """Raises: AgentError.  Where there is a k3s already it is looked at, and left alone."""
+        steps, trace = self._steps, next(filter(os.path.exists, self._places.traces), "")
+        if trace:
+            steps.say(f"k3s is here ({trace}): it is left as it is")
+        else:
+            images = self._check()
+            self._install(images, confirm, show)
+        version = steps.do("wait until its API answers and a node is Ready", self._await_ready,
+                           show)
+        steps.say("nothing was changed" if steps.dry else
+                  f"k3s {version} is ready\nnext: sudo b9agent.py k3s rbac --apply")
+
+    def _check(self) -> List[str]:
+        """The images to copy.  Raises: UsageError, LockedError."""
+        holder = port_holder("0.0.0.0", 6443)
+        if holder:
+            raise LockedError(f"port 6443, which k3s needs, is held by {holder}", "End that first")
+        machine = os.uname().machine
+        if machine not in _ELF_MACHINES:
+            raise UsageError(f"there is no k3s for {machine}", "See https://docs.k3s.io")
+        if (self._binary or self._images) and not (self._binary and "installer" in self._options):
+            raise UsageError("without a network three things are needed: the program, the images, "
+                             "the installer", "Give --binary PATH --images FOLDER --installer PATH")
+        if not self._binary:
+            return []
+        try:
+            with open(self._binary, "rb") as handle:
+                problem = elf_problem(handle.read(20), machine)
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        if problem:
+            raise UsageError(f"{self._binary} {problem}", "Take the one for this machine from "
+                             "https://github.com/k3s-io/k3s/releases")
+        return self._find_images(_IMAGE_ARCHES[machine]) if self._images else []
+
+    def _find_images(self, arch: str) -> List[str]:
+        found = [os.path.join(self._images, name) for name in sorted(list_folder(self._images))
+                 if re.fullmatch(r"[\w.+-]+\.(tar|tar\.gz|tgz|tar\.zst)", name)]
+        wrong = [path for path in found if not os.path.getsize(path) or re.search(
+            "-(amd64|arm64|arm|s390x)[.-]", path) and f"-{arch}" not in os.path.basename(path)]
+        if not found or wrong:
+            raise UsageError(f"{wrong[0]} is empty, or not for {arch}" if wrong else
+                             f"{self._images} has no images (*.tar, *.tar.gz, *.tar.zst)",
+                             f"Take k3s-airgap-images-{arch}.tar.zst of the same release")
+        return found
+
+    def _install(self, images: List[str], confirm: Callable[[str], bool],
+                 show: Callable[[str], None]) -> None:
+        import tempfile
+        steps, places = self._steps, self._places
+        local = self._options.get("installer")
+        what = local or places.source.url
+        script = steps.do(f"read {local}" if local else f"fetch {what}", self._installer, local)
+        if script is not None:
+            steps.say(f"its SHA-256 is {_sha256(script)}")
+            if "y" not in self._options and not confirm(f"Run {what} as root?"):
+                raise UsageError("nothing was changed", "Say yes, or -y")
+        for path in images:
+            steps.do(f"copy {path} to {places.images}", _copy_atomic, path,
+                     os.path.join(places.images, os.path.basename(path)), 0o644)
+        if os.path.exists(places.config):
+            steps.say(f"note: {places.config} is yours and stays as it is")
+        else:
+            steps.write(places.config, render_yaml({
+                "write-kubeconfig-mode": "0600", "disable": _K3S_DISABLED,
+                **({"tls-san": self._names} if self._names else {})}), 0o600)
+        if self._binary:
+            steps.do(f"copy {self._binary} to {places.binary}", self._place_binary)
+        with tempfile.TemporaryDirectory(prefix="b9agent-k3s-") as folder:
+            path = os.path.join(folder, "install.sh")
+            if script is not None:
+                write_atomic(path, script.decode("utf-8", "surrogateescape"))
+            environment = self._environment()
+            steps.do(f"run sh {what} with {' '.join(environment)}", self._run, path, environment,
+                     show)
+
+    def _installer(self, path: Optional[str]) -> bytes:
+        if path:
+            text = read_text(path, K3S_INSTALLER_BYTES)
+            if text is None or not text.startswith("#!"):
+                raise UsageError(f"{path} cannot be read, or is no shell script",
+                                 "It is what https://get.k3s.io answers")
+            script = text.encode()
+        else:
+            script = fetch_installer(self._places.source)
+        wanted = self._options.get("sha256", "").lower()
+        if wanted and _sha256(script) != wanted:
+            raise UsageError(f"the installer's SHA-256 is {_sha256(script)}, not the one that was "
+                             "asked for", "Nothing was run; look at what changed in it")
+        return script
+
+    def _place_binary(self) -> None:
+        """Tried before it is in place.  Raises: UsageError."""
+        trial = self._places.binary + ".b9agent-trial"
+        try:
+            _copy_atomic(self._binary, trial, 0o755)
+            result = run_command([trial, "--version"], 30.0)
+            if result.exit_code != 0 or not result.output.startswith("k3s version "):
+                raise UsageError(f"{self._binary} does not run here, or is no k3s: "
+                                 f"{said_by(result)}", "Take it anew from the releases of k3s")
+            self._steps.say("it is " + printable(result.output.splitlines()[0])[:80])
+            os.replace(trial, self._places.binary)
+        finally:
+            remove_file(trial)
+
+    def _environment(self) -> List[str]:
+        found = ["INSTALL_K3S_EXEC=server"]
+        if self._binary:
+            found += ["INSTALL_K3S_SKIP_DOWNLOAD=true"]
+        if "release" in self._options:
+            found += [f"INSTALL_K3S_VERSION={self._options['release']}"]
+        return found
+
+    def _run(self, path: str, environment: List[str], show: Callable[[str], None]) -> None:
+        """The installer keeps what it finds of K3S_*: a K3S_URL would make this another cluster's
+        node.  Raises: UnhealthyError."""
+        drop = [word for name in os.environ if name.startswith(("K3S_", "INSTALL_K3S_"))
+                for word in ("-u", name)]
+        results: List[CommandResult] = []
+        thread = threading.Thread(target=lambda: results.append(run_command(
+            ["/usr/bin/env", *drop, *environment, "sh", path], K3S_INSTALL_LIMIT_S)), daemon=True)
+        thread.start()
+        begun_s = now_s()
+        while thread.is_alive():
+            thread.join(0.5)
+            show(f"the installer runs ({now_s() - begun_s:.0f} s)")
+        for line in results[0].output.splitlines()[-200:]:
+            self._steps.say("  " + printable(line)[:300])
+        if results[0].exit_code != 0:
+            raise UnhealthyError(f"the installer failed: {said_by(results[0])}", "What it left is "
+                                 "removed by: sudo k3s-uninstall.sh")
+
+    def _await_ready(self, show: Callable[[str], None]) -> str:
+        """The version.  Raises: UnhealthyError."""
+        until_s, wake, what = now_s() + K3S_READY_LIMIT_S, Wake(), ""
+        while True:
+            try:
+                text = read_text(self._places.kubeconfig)
+                kube = KubeClient(parse_kubeconfig(text or "{}", self._places.kubeconfig))
+                nodes = kube_answer(kube, "GET", "/api/v1/nodes").get("items") or []
+                if any(map(node_is_ready, nodes)):
+                    return printable(str(kube_answer(kube, "GET", "/version").get("gitVersion")))
+                what = "its node is not Ready yet" if nodes else "it has no node yet"
+            except AgentError as error:
+                what = error.what
+            if now_s() > until_s:
+                raise UnhealthyError(f"k3s is not ready: {what}",
+                                     "Its log: journalctl -u k3s -n 50")
+            show(f"{what} ({until_s - now_s():.0f} s left)")
+            wake.wait(1.0)
 
 
 # ----------------------------------------------------------------------
@@ -12914,6 +13738,9 @@ def routes_table() -> Table:
 
 README_TABLES: Tuple[Tuple[str, Callable[[], Table]], ...] = (
     ("settings", settings_table), ("engines", engines_table), ("routes", routes_table),
+    ("k3s-rights", lambda: (("account", "verb", "resource", "why"), (
+        (name, right.verb, " ".join((right.resource, *right.names)), right.why)
+        for name, rights in k3s_accounts(GATEWAY_ACCOUNT).items() for right in rights))),
     ("exit-codes", lambda: (("code", "meaning"), (
         (str(int(code)), text) for code, text in EXIT_MEANINGS))))
 
@@ -13071,18 +13898,22 @@ def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
 
 # -- doctor -------------------------------------------------------------
 
-def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
-    """What keeps this machine from `ready`, and what mends it."""
-    findings = run_checks(CHECKS, loaded, DOCTOR_LIMIT_S)
-    if "json" in options:
+def report_findings(findings: Sequence[Finding], as_json: bool, cannot: str, can: str) -> int:
+    if as_json:
         levels = [finding.level for finding in findings]
         say_json({"version": VERSION, "exit_code": doctor_exit(findings),
                   "overall": next((level for level in ("fail", "warn") if level in levels), "ok"),
                   "checks": [{"name": finding.name, "level": finding.level, "seen": finding.seen,
                               "mend": finding.mend} for finding in findings]})
     else:
-        say("\n".join(doctor_lines(findings)))
+        say("\n".join(doctor_lines(findings, cannot, can)))
     return doctor_exit(findings)
+
+
+def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
+    """What keeps this machine from `ready`, and what mends it."""
+    return report_findings(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S), "json" in options,
+                           "this machine cannot be ready", "nothing keeps this machine from ready")
 
 
 # -- gateway, machine, demo ---------------------------------------------
@@ -13602,6 +14433,68 @@ def command_smoke(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
+# -- k3s -----------------------------------------------------------------
+
+def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Whether k3s has what the gateway needs of it."""
+    findings = run_checks(K3sChecks(loaded.settings, options).rows(), loaded, DOCTOR_LIMIT_S)
+    return report_findings(findings, "json" in options, "the gateway can start no workers here",
+                           "nothing keeps the gateway from starting workers here")
+
+
+def command_k3s_rbac(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Print the manifest, or apply it."""
+    if "apply" in options:
+        k3s_apply(loaded.settings, options, say)
+    else:
+        say(render_manifest(*kube_names(loaded.settings, options)).rstrip("\n"))
+    return Exit.OK
+
+
+def command_k3s_token(loaded: Loaded, options: Dict[str, str]) -> int:
+    """A token of the gateway's account: to stdout and nowhere else, or into a file."""
+    namespace, account = kube_names(loaded.settings, options)
+    try:
+        hours = parse_token_hours(options.get("hours") or str(loaded.settings.k3s_token_hours))
+        path = parse_path(options["write"]) if "write" in options else ""
+    except ValueError as error:
+        raise UsageError(f"--hours or --write cannot be used, expected {error}") from error
+    config = read_kubeconfig(loaded.settings) or admin_kubeconfig(loaded.settings)
+    token, ends_s = mint_token(KubeClient(config), namespace, account, hours * 3600)
+    got_hours = (ends_s - time.time()) / 3600
+    ends = f"it ends {utc_stamp(ends_s)}" + (
+        f": k3s gave {got_hours:.1f} of {hours} hours" if got_hours < hours * 0.99 else "")
+    if path:
+        write_atomic(path, token + "\n")
+        say(f"wrote {path} (0600); {ends}")
+        return Exit.OK
+    if sys.stdout.isatty():
+        end_with("warning: a terminal keeps what it shows; --write PATH keeps it private", Exit.OK)
+    sys.stdout.write(token + "\n")  # not say(), which would mask it
+    sys.stdout.flush()
+    return end_with(ends, Exit.OK)
+
+
+def command_k3s_install(loaded: Loaded, options: Dict[str, str]) -> int:
+    if sys.platform == "darwin":
+        raise UsageError(*_RANCHER_DESKTOP)
+    if os.geteuid() != 0 and "dry-run" not in options:
+        raise PrivilegeError("k3s is root's to install", "Run this with sudo; --dry-run shows "
+                             "every step without")
+
+    def confirm(question: str) -> bool:
+        if not sys.stdin.isatty():
+            raise UsageError("nothing was changed: there is nobody to ask", "Say -y")
+        return ask(f"{question} yes or no", "no") == "yes"
+    line, names = ProgressLine(), (loaded.settings.hostname or "", read_tailnet_address())
+    try:
+        K3sInstall(Steps(say, options), options, names).run(confirm, lambda text: line.show(
+            text.partition(" (")[0], text))
+    finally:
+        line.end()
+    return Exit.OK
+
+
 # -- the table and main --------------------------------------------------
 
 def command_version(_loaded: Loaded, _options: Dict[str, str]) -> int:
@@ -13687,6 +14580,18 @@ COMMANDS = (
             ("debug",), "stop and remove the service; configuration and state stay"),
     Command("service status", service_command(service_status), SERVICE_STATUS_OPTIONS, ("debug",),
             "the service, as its manager and the agent see it"),
+    Command("k3s check", command_k3s_check, (_JSON, *K3S_ACCOUNT_OPTIONS), K3S_KEYS,
+            "whether k3s has what the gateway needs, and no more; changes nothing"),
+    Command("k3s rbac", command_k3s_rbac, (
+        Option("--apply", "", "apply it, and make the agent's own kubeconfig; with sudo"),
+        *K3S_ACCOUNT_OPTIONS), K3S_KEYS,
+        "the accounts and rights that gateway and agent use, for `kubectl apply -f -`"),
+    Command("k3s token", command_k3s_token, (
+        Option("--hours", "HOURS", "its life, 1 to 168"),
+        Option("--write", "PATH", "into this file, 0600, and not to the output"),
+        *K3S_ACCOUNT_OPTIONS), K3S_KEYS, "make a token with which the gateway starts workers"),
+    Command("k3s install", command_k3s_install, K3S_INSTALL_OPTIONS, ("hostname", "state_dir"),
+            "install k3s by its vendor's installer, with or without a network"),
     Command("version", command_version, (), ("state_dir",), "print the version"),
 )
 COMMAND_BY_WORDS = {command.words: command for command in COMMANDS}
