@@ -10128,11 +10128,12 @@ def excess_rights(answer: Dict[str, Any], rights: Sequence[Right]) -> List[str]:
     found = []
     rules = (answer.get("status") or {}).get("resourceRules")
     for rule in rules if isinstance(rules, list) else []:
-        for group in _texts(rule.get("apiGroups")):
+        for group in _texts(rule.get("apiGroups")) if isinstance(rule, dict) else []:
             for resource in _texts(rule.get("resources")):
                 if group.endswith(".k8s.io") and resource.startswith("selfsubject"):
                     continue
-                found += [f"{verb} {resource}{' of ' + group if group else ''}"
+                found += [f"{verb} {resource}{' of ' + group if group else ''}".replace(
+                              "* * of *", "everything (cluster-admin)")
                           for verb in _texts(rule.get("verbs"))
                           for name in _texts(rule.get("resourceNames")) or ("",)
                           if (group, resource, verb, name) not in known]
@@ -10230,7 +10231,7 @@ class TokenKeeper:
                  uniform: Callable[[float, float], float] = random_between) -> None:
         self._mint, self._take, self._log = mint, take, log
         self._clock, self._uniform = clock, uniform
-        self._failures = 0
+        self._failures, self._worst = 0, 0
         self._ends_s: Optional[float] = None  # on the steady clock
         self.told: Tuple[Optional[float], str] = (None, "")  # its end since 1970, message; at once
         self._stopping, self._wake, self._due_s = False, Wake(), 0.0
@@ -10240,7 +10241,7 @@ class TokenKeeper:
         """How long it lasts, in seconds.  Raises: AgentError."""
         token, ends_wall_s = self._mint()
         life_s = max(0.0, ends_wall_s - time.time())
-        self._failures, self._ends_s = 0, self._clock() + life_s
+        self._failures, self._worst, self._ends_s = 0, 0, self._clock() + life_s
         self.told = ends_wall_s, ""
         self._take(token)
         self._log("info", "k3s_token", ends=utc_stamp(ends_wall_s))
@@ -10260,10 +10261,11 @@ class TokenKeeper:
                f"it ends in {left_s:.0f} s")
         self.told = self.told[0], f"the k3s token is not renewed: {error.what}; {end}"
         wait_s = max(1.0, self._uniform(0.5, 1.0) * min(60.0, 2.0 ** min(self._failures, 10)))
-        # Loud when it begins, and from time to time; an error once the gateway is without.
-        milestone = self._failures & (self._failures - 1) == 0
-        self._log("debug" if not milestone else "error" if (left_s or 0.0) <= 0 else "warning",
-                  "k3s_token", what=self.told[1], do=error.hint or None, retry_s=round(wait_s, 1))
+        # Loud when it begins, from time to time, and when it grows worse: minutes left, none left.
+        worse, self._worst = self._worst, sum((left_s or 0.0) <= bound for bound in (600.0, 0.0))
+        loud = self._worst > worse or self._failures & (self._failures - 1) == 0
+        self._log("debug" if not loud else "error" if self._worst else "warning", "k3s_token",
+                  what=self.told[1], do=error.hint or None, retry_s=round(wait_s, 1))
         return wait_s
 
     def start(self) -> None:
@@ -13016,7 +13018,8 @@ def doctor_exit(findings: Sequence[Finding]) -> Exit:
     return Exit.OK if not codes else Exit.USAGE if Exit.USAGE in codes else Exit.UNREACHABLE
 
 
-def doctor_lines(findings: Sequence[Finding], cannot: str, can: str) -> List[str]:
+def doctor_lines(findings: Sequence[Finding], cannot: str = "this machine cannot be ready",
+                 can: str = "nothing keeps this machine from ready") -> List[str]:
     """cannot, can: what to say where something fails, and where nothing does."""
     lines = []
     for finding in findings:
@@ -13182,15 +13185,16 @@ class K3sChecks:
 
     def _address(self, loaded: Loaded) -> Iterator[Finding]:
         """HOSTNAME:6443, as it is registered, from here."""
-        name = str(agent_status(loaded).get("hostname") or self._settings.hostname or
-                   f"machine-{kept_machine_id(self._settings, False)}")
+        name = str(agent_status(loaded).get("hostname") or self._settings.hostname or "")
+        if not name:
+            raise NotTried("no agent runs that has a hostname, and machine.hostname is not set")
         endpoint = self._client().config.endpoint._replace(host=name, port=6443, dial=None)
         try:
             http_request("GET", endpoint, "/version", {}, None, _REQUEST_LIMIT_S)
         except HttpFailure as failure:
             if failure.kind != "tls":  # the gateway does not verify it
                 yield warn(f"{host_port(name, 6443)} is not reached from here: {failure}"
-                           + (" (the gateway adds its tailnet's name)" if failure.kind == "dns"
+                           + ("; the gateway adds its tailnet's name" if failure.kind == "dns"
                               else ""), "b9agent.py init --hostname $(tailscale ip -4) -y   # or "
                            "the name by which the gateway reaches this machine")
                 return
@@ -13259,9 +13263,10 @@ class K3sPlaces(NamedTuple):
         "/etc/systemd/system/k3s.service", "/etc/systemd/system/k3s-agent.service",
         "/etc/init.d/k3s", "/etc/init.d/k3s-agent", "/var/lib/rancher/k3s/server")
     source: Endpoint = Endpoint("https", "get.k3s.io", 443)
+    port: int = 6443
 
 
-def _sha256(text: bytes) -> str:
+def _digest(text: bytes) -> str:
     import hashlib
     return hashlib.sha256(text).hexdigest()
 
@@ -13302,8 +13307,8 @@ def fetch_installer(source: Endpoint) -> bytes:
     except HttpFailure as failure:
         raise UsageError(f"{source.url} cannot be fetched: {failure}", "Without a network: carry "
                          "it here, and name it with --installer PATH") from failure
-    if reply.status != 200 or not reply.body.startswith(b"#!"):
-        raise UsageError(f"{source.url} answered {reply.status} and no shell script",
+    if reply.status != 200:
+        raise UsageError(f"{source.url} answered {reply.status}",
                          "Is there a proxy or a portal in between?")
     return reply.body
 
@@ -13333,9 +13338,11 @@ class K3sInstall:
 
     def _check(self) -> List[str]:
         """The images to copy.  Raises: UsageError, LockedError."""
-        holder = port_holder("0.0.0.0", 6443)
+        port = self._places.port
+        holder = port_holder("0.0.0.0", port)
         if holder:
-            raise LockedError(f"port 6443, which k3s needs, is held by {holder}", "End that first")
+            raise LockedError(f"port {port}, which k3s needs, is held by {holder}",
+                              "End that first")
         machine = os.uname().machine
         if machine not in _ELF_MACHINES:
             raise UsageError(f"there is no k3s for {machine}", "See https://docs.k3s.io")
@@ -13373,7 +13380,7 @@ class K3sInstall:
         what = local or places.source.url
         script = steps.do(f"read {local}" if local else f"fetch {what}", self._installer, local)
         if script is not None:
-            steps.say(f"its SHA-256 is {_sha256(script)}")
+            steps.say(f"its SHA-256 is {_digest(script)}")
             if "y" not in self._options and not confirm(f"Run {what} as root?"):
                 raise UsageError("nothing was changed", "Say yes, or -y")
         for path in images:
@@ -13389,24 +13396,27 @@ class K3sInstall:
             steps.do(f"copy {self._binary} to {places.binary}", self._place_binary)
         with tempfile.TemporaryDirectory(prefix="b9agent-k3s-") as folder:
             path = os.path.join(folder, "install.sh")
-            if script is not None:
-                write_atomic(path, script.decode("utf-8", "surrogateescape"))
+            with open(path, "xb") as handle:
+                handle.write(script or b"")
             environment = self._environment()
             steps.do(f"run sh {what} with {' '.join(environment)}", self._run, path, environment,
                      show)
 
     def _installer(self, path: Optional[str]) -> bytes:
         if path:
-            text = read_text(path, K3S_INSTALLER_BYTES)
-            if text is None or not text.startswith("#!"):
-                raise UsageError(f"{path} cannot be read, or is no shell script",
-                                 "It is what https://get.k3s.io answers")
-            script = text.encode()
+            try:
+                with open(path, "rb") as handle:
+                    script = handle.read(K3S_INSTALLER_BYTES)
+            except OSError as error:
+                raise UsageError(f"{path} cannot be read: {error.strerror}") from error
         else:
             script = fetch_installer(self._places.source)
+        if not script.startswith(b"#!"):
+            raise UsageError(f"{path or self._places.source.url} is no shell script",
+                             "It is to be what https://get.k3s.io answers")
         wanted = self._options.get("sha256", "").lower()
-        if wanted and _sha256(script) != wanted:
-            raise UsageError(f"the installer's SHA-256 is {_sha256(script)}, not the one that was "
+        if wanted and _digest(script) != wanted:
+            raise UsageError(f"the installer's SHA-256 is {_digest(script)}, not the one that was "
                              "asked for", "Nothing was run; look at what changed in it")
         return script
 
@@ -13835,6 +13845,8 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
     if tunnel:
         rows.insert(3, ("tunnel", ", ".join(filter(None, (
             f"{tunnel['state']}, {tunnel['server']}", tunnel["message"])))))
+    k3s = status.get("k3s") or {}
+    rows += [("k3s", k3s["message"] or f"token ends {k3s['token_expires']}")] if k3s else []
     if inference.get("engine"):
         rows.append(("inference", ", ".join(filter(None, (
             f"{inference['engine']} {inference['status']}", inference.get("endpoint"),
@@ -13898,7 +13910,7 @@ def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
 
 # -- doctor -------------------------------------------------------------
 
-def report_findings(findings: Sequence[Finding], as_json: bool, cannot: str, can: str) -> int:
+def report_findings(findings: Sequence[Finding], as_json: bool, *verdicts: str) -> int:
     if as_json:
         levels = [finding.level for finding in findings]
         say_json({"version": VERSION, "exit_code": doctor_exit(findings),
@@ -13906,14 +13918,13 @@ def report_findings(findings: Sequence[Finding], as_json: bool, cannot: str, can
                   "checks": [{"name": finding.name, "level": finding.level, "seen": finding.seen,
                               "mend": finding.mend} for finding in findings]})
     else:
-        say("\n".join(doctor_lines(findings, cannot, can)))
+        say("\n".join(doctor_lines(findings, *verdicts)))
     return doctor_exit(findings)
 
 
 def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
     """What keeps this machine from `ready`, and what mends it."""
-    return report_findings(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S), "json" in options,
-                           "this machine cannot be ready", "nothing keeps this machine from ready")
+    return report_findings(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S), "json" in options)
 
 
 # -- gateway, machine, demo ---------------------------------------------

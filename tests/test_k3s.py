@@ -1,0 +1,505 @@
+"""`b9agent.py k3s`: the rights and their manifest, tokens that are renewed, check, install.  The API is
+kube_api's stand-in with RBAC over it: what a token may do is worked out from the Roles that were applied."""
+import base64
+import collections
+import http.server
+import io
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+import yaml
+
+import b9agent
+from b9agent import GATEWAY_RIGHTS, KubeClient, Right
+from helpers import AGENT, PATIENCE_S, environment, files_with, quiet_port, run_agent, tree, wait_until
+from kube_api import TOKEN, KubeApi, kubeconfig, status
+
+ACCOUNTS = "/api/v1/namespaces/default/serviceaccounts"
+JOBS, PODS = "/apis/batch/v1/namespaces/default/jobs", "/api/v1/namespaces/default/pods"
+RBAC = "/apis/rbac.authorization.k8s.io/v1"
+ROLES, BINDINGS = RBAC + "/namespaces/default/roles", RBAC + "/namespaces/default/rolebindings"
+NODE = {"metadata": {"name": "box"}, "status": {"conditions": [{"type": "Ready", "status": "True"}],
+                                                "allocatable": {"cpu": "8"}}}
+DISCOVERY = {
+    "/api": {"kind": "APIVersions", "versions": ["v1"]},
+    "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": [{
+        "name": "rbac.authorization.k8s.io", "versions": [
+            {"groupVersion": "rbac.authorization.k8s.io/v1", "version": "v1"}],
+        "preferredVersion": {"groupVersion": "rbac.authorization.k8s.io/v1", "version": "v1"}}]},
+    "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": [
+        {"name": "serviceaccounts", "singularName": "", "namespaced": True, "kind": "ServiceAccount",
+         "verbs": ["create", "get"]}]},
+    RBAC: {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": "rbac.authorization.k8s.io/v1",
+           "resources": [
+               {"name": "roles", "singularName": "", "namespaced": True, "kind": "Role", "verbs": ["create"]},
+               {"name": "rolebindings", "singularName": "", "namespaced": True, "kind": "RoleBinding",
+                "verbs": ["create"]}]}}
+
+
+def jwt(claims):
+    part = lambda value: base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+    return "%s.%s.c2lnbmF0dXJl" % (part({"alg": "ES256"}), part(claims))
+
+
+class K3sApi(KubeApi):
+    """KubeApi with accounts, their tokens and their rights.  life_s: no token lasts longer; extra:
+    {account: rules that something else grants it}; TOKEN is cluster-admin's."""
+
+    def __init__(self, **more):
+        KubeApi.__init__(self, **more)
+        self.life_s, self.extra, self.minted, self.spoil = 1e9, {}, [], False
+        self._who = threading.local()
+        self.objects["/api/v1/nodes/box"] = NODE
+
+    def token_of(self, account, life_s=600):
+        now = int(time.time())
+        return self._mint(account, now, now + life_s)
+
+    def _mint(self, account, begun_s, ends_s):
+        token = jwt({"sub": "system:serviceaccount:default:" + account, "iat": begun_s, "exp": ends_s,
+                     "jti": len(self.minted)})
+        self.minted.append(token)
+        return token
+
+    def _known(self, handler):
+        given = handler.headers.get("authorization", "")[len("Bearer "):]
+        self._who.account = None
+        if given in self.minted:
+            claims = json.loads(base64.urlsafe_b64decode(given.split(".")[1] + "=="))
+            self._who.account = claims["sub"].rpartition(":")[2]
+            return (claims["exp"] > time.time()
+                    and "%s/%s" % (ACCOUNTS, self._who.account) in self.objects)
+        return given == self.token
+
+    def rules(self, account):
+        found = list(self.extra.get(account, ()))
+        for path, binding in list(self.objects.items()):
+            if path.startswith(BINDINGS) and any(row["name"] == account for row in binding["subjects"]):
+                found += self.objects["%s/%s" % (ROLES, binding["roleRef"]["name"])]["rules"]
+        return found
+
+    def allows(self, account, group, resource, verb, name, namespace="default"):
+        return account is None or any(
+            {group, "*"} & set(rule["apiGroups"]) and {resource, "*"} & set(rule["resources"])
+            and {verb, "*"} & set(rule["verbs"]) and name in rule.get("resourceNames", [name])
+            and namespace == "default" for rule in self.rules(account))
+
+    def _answer(self, kind, path, query, body):
+        account, parts = self._who.account, path.strip("/").split("/")
+        if path in DISCOVERY or path == "/version":
+            return 200, DISCOVERY.get(path) or self.objects[path]
+        if parts[-1].startswith("selfsubject"):
+            return 201, self._review(account, json.loads(body))
+        group = parts[1] if parts[0] == "apis" else ""
+        parts = parts[3 if group else 2:]
+        namespace, parts = (parts[1], parts[2:]) if parts[0] == "namespaces" else ("", parts)
+        resource, name = "/".join(parts[:1] + parts[2:]), (parts + [""])[1]
+        verb = {"POST": "create", "PUT": "update", "DELETE": "delete", "list": "list"}.get(kind, "get")
+        if not self.allows(account, group, resource, verb, name, namespace):
+            return 403, status(403, "Forbidden", "%s cannot %s %s" % (account, verb, resource))
+        if resource == "serviceaccounts/token":
+            return self._token(path, json.loads(body))
+        if kind == "POST" and namespace not in ("", "default"):
+            return 404, status(404, "NotFound", 'namespaces "%s" not found' % namespace)
+        if kind in ("POST", "PUT") and self.spoil:
+            return KubeApi._answer(self, kind, path, query, json.dumps(
+                {**json.loads(body), "rules": []}).encode())
+        return KubeApi._answer(self, kind, path, query, body)
+
+    def _token(self, path, body):
+        place, account = path[:-len("/token")], path.split("/")[-2]
+        if place not in self.objects:
+            return 404, status(404, "NotFound", 'serviceaccounts "%s" not found' % account)
+        begun_s = int(time.time())
+        ends_s = begun_s + int(min(self.life_s, body["spec"]["expirationSeconds"]))
+        return 201, {"kind": "TokenRequest", "metadata": {"creationTimestamp": None}, "status": {
+            "token": self._mint(account, begun_s, ends_s),
+            "expirationTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_s))}}
+
+    def _review(self, account, body):
+        if body["kind"] == "SelfSubjectRulesReview":
+            own = [{"verbs": ["create"], "apiGroups": ["authorization.k8s.io"],
+                    "resources": ["selfsubjectaccessreviews", "selfsubjectrulesreviews"]},
+                   {"verbs": ["create"], "apiGroups": ["authentication.k8s.io"],
+                    "resources": ["selfsubjectreviews"]}]
+            return dict(body, status={"resourceRules": own + self.rules(account), "incomplete": False})
+        asked = body["spec"]["resourceAttributes"]
+        resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+        return dict(body, status={"allowed": self.allows(
+            account, asked["group"], resource, asked["verb"], asked["name"], asked["namespace"])})
+
+
+@pytest.fixture
+def api():
+    with K3sApi() as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def admin(api, tmp_path):
+    """The path of the administrator's kubeconfig."""
+    path = tmp_path / "admin.yaml"
+    path.write_text(kubeconfig(api.port))
+    path.chmod(0o600)
+    return str(path)
+
+
+def client(api, token=TOKEN):
+    return KubeClient(b9agent.parse_kubeconfig(kubeconfig(api.port, token=token), "/t/config"))
+
+
+def applied(api, gateway="beta9-gateway"):
+    return [b9agent.apply_object(client(api), item) for item in b9agent.k3s_objects("default", gateway)]
+
+
+def k3s(home, command, admin=None, *arguments, **more):
+    """`b9agent.py k3s COMMAND`."""
+    words = ("--k3s-kubeconfig", admin) if admin else ()
+    return run_agent(home, "k3s", command, *words, *arguments, **more)
+
+
+# -- the table and the manifest ----------------------------------------------
+
+# Read off the gateway's source, by hand: pkg/scheduler, pool_external.go (createWorkerOnMachine) and
+# pool_cleaner.go (Clean, deleteWorkerResources).
+CALLS = {("batch", "jobs", "create"), ("batch", "jobs", "list"), ("batch", "jobs", "delete"),
+         ("", "pods", "list")}
+
+
+def granted(documents, account):
+    """{(group, resource, verb, name)} that the manifest gives to an account."""
+    roles = {doc["metadata"]["name"]: doc["rules"] for doc in documents if doc["kind"] == "Role"}
+    found = set()
+    for binding in (doc for doc in documents if doc["kind"] == "RoleBinding"):
+        if {"kind": "ServiceAccount", "name": account, "namespace": "default"} in binding["subjects"]:
+            found |= {(group, resource, verb, name) for rule in roles[binding["roleRef"]["name"]]
+                      for group in rule["apiGroups"] for resource in rule["resources"]
+                      for verb in rule["verbs"] for name in rule.get("resourceNames", [""])}
+    return found
+
+
+def test_the_manifest_grants_the_calls_of_the_gateway_and_nothing_else(home):
+    done = k3s(home, "rbac")
+    documents = list(yaml.safe_load_all(done.out))
+    assert (done.code, done.err) == (0, "") and len(documents) == 6
+    assert granted(documents, "beta9-gateway") == {(*call, "") for call in CALLS}
+    assert granted(documents, "beta9-agent") == {
+        ("", "pods", "list", ""), ("", "pods", "watch", ""),
+        ("", "serviceaccounts/token", "create", "beta9-gateway"),
+        ("", "serviceaccounts/token", "create", "beta9-agent")}
+    assert {doc["kind"] for doc in documents} == {"ServiceAccount", "Role", "RoleBinding"}
+    assert {doc["metadata"]["namespace"] for doc in documents} == {"default"}
+    assert [doc["automountServiceAccountToken"] for doc in documents if doc["kind"] == "ServiceAccount"
+            ] == [False, False]
+    assert "*" not in done.out and done.out == k3s(home, "rbac").out
+    assert os.listdir(str(home)) == []
+
+
+def test_the_manifest_says_why_and_is_what_apply_would_make(home):
+    text = k3s(home, "rbac").out
+    assert list(yaml.safe_load_all(text)) == b9agent.k3s_objects("default", "beta9-gateway")
+    rules = [line for line in text.splitlines() if line.startswith("  - ")]
+    assert len(rules) == 7 and all("  # " in line for line in rules)
+
+
+def test_other_names_are_used_throughout(home):
+    text = k3s(home, "rbac", None, "--namespace", "workers", "--service-account", "gw-2").out
+    documents = list(yaml.safe_load_all(text))
+    assert "default" not in text and "beta9-gateway" not in text
+    assert {doc["metadata"]["namespace"] for doc in documents} == {"workers"}
+    rule = next(rule for doc in documents for rule in doc.get("rules", ()) if "resourceNames" in rule)
+    assert rule["resourceNames"] == ["gw-2", "beta9-agent"]
+
+
+@pytest.mark.parametrize("flag, name", [
+    ("--namespace", "Default"), ("--namespace", "a b"), ("--namespace", "../kube-system"),
+    ("--service-account", "x\n- y"), ("--service-account", "-x"), ("--service-account", "a" * 64),
+    ("--service-account", "beta9-agent")])
+def test_names_that_could_mean_something_else_are_refused(home, flag, name):
+    done = k3s(home, "rbac", None, "%s=%s" % (flag, name))
+    assert done.code == 2 and done.out == "" and done.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl here")
+def test_kubectl_takes_the_manifest(home, api, admin):
+    manifest = k3s(home, "rbac").out
+    done = subprocess.run(
+        ["kubectl", "--kubeconfig", admin, "create", "--dry-run=client", "--validate=false", "-o", "name",
+         "-f", "-"], input=manifest.encode(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(home), timeout=PATIENCE_S)
+    assert done.stdout.decode().split() == [
+        prefix + account for account in ("beta9-gateway", "beta9-agent")
+        for prefix in ("serviceaccount/", "role.rbac.authorization.k8s.io/",
+                       "rolebinding.rbac.authorization.k8s.io/")], done.stderr
+    assert done.returncode == 0
+    assert not [asked for asked in api.asked if asked.method != "GET"]
+
+
+# -- applied -------------------------------------------------------------------
+
+def test_what_is_applied_is_created_once_and_mended_after(api):
+    assert applied(api) == ["created"] * 6
+    assert applied(api) == ["unchanged"] * 6
+    role = dict(api.objects[ROLES + "/beta9-gateway"], rules=[
+        {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}])
+    role["metadata"]["annotations"] = {"a": "kept"}
+    api.put(ROLES + "/beta9-gateway", role)
+    assert applied(api) == ["unchanged", "changed"] + ["unchanged"] * 4
+    assert api.objects[ROLES + "/beta9-gateway"]["metadata"]["annotations"] == {"a": "kept"}
+    binding = dict(api.objects[BINDINGS + "/beta9-gateway"])
+    binding["roleRef"] = dict(binding["roleRef"], kind="ClusterRole", name="cluster-admin")
+    api.put(BINDINGS + "/beta9-gateway", binding)
+    assert applied(api) == ["unchanged", "unchanged", "replaced"] + ["unchanged"] * 3
+    assert api.objects[BINDINGS + "/beta9-gateway"]["roleRef"]["name"] == "beta9-gateway"
+
+
+def test_an_apply_that_did_not_take_is_no_success(api):
+    api.spoil = True
+    item = b9agent.k3s_objects("default", "beta9-gateway")[1]
+    with pytest.raises(b9agent.KubeError, match="is not what was written"):
+        b9agent.apply_object(client(api), item)
+
+
+def test_apply_leaves_a_kubeconfig_that_needs_no_administrator(home, api, admin, state):
+    done = k3s(home, "rbac", admin, "--apply")
+    assert done.code == 0 and done.out.count(": created\n") == 6, done
+    path = state / "k3s.kubeconfig"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and "init --k3s-service-account" in done.out
+    config = json.loads(path.read_text())
+    token = config["users"][0]["user"]["token"]
+    claims = b9agent.token_claims(token)
+    assert claims["sub"].endswith(":beta9-agent") and claims["exp"] - claims["iat"] == 30 * 86400
+    assert not any(secret in done.out + done.err for secret in api.minted + [TOKEN])
+    again = k3s(home, "rbac", admin, "--apply")
+    assert again.code == 0 and again.out.count(": unchanged\n") == 6
+    made = k3s(home, "token")  # with what was written, and nothing of the administrator's
+    assert made.code == 0 and made.out.strip() == api.minted[-1]
+
+
+@pytest.mark.parametrize("arguments, words, code", [
+    (("--namespace", "nowhere"), "kubectl create namespace nowhere", 5),
+    (("--service-account", "beta9-agent"), "the agent's own account", 2)])
+def test_what_cannot_be_applied_says_what_to_do(home, api, admin, arguments, words, code):
+    done = k3s(home, "rbac", admin, "--apply", *arguments)
+    assert done.code == code and words in done.err and not (home / ".b9agent" / "k3s.kubeconfig").exists()
+
+
+def test_without_k3s_or_rights_the_next_step_is_said(home, api, tmp_path):
+    if not os.path.exists(b9agent.K3S_KUBECONFIG):
+        assert "sudo b9agent.py k3s install" in k3s(home, "rbac", None, "--apply").err
+    applied(api)
+    path = tmp_path / "agent.yaml"
+    path.write_text(kubeconfig(api.port, token=api.token_of("beta9-agent")))
+    done = k3s(home, "rbac", str(path), "--apply")
+    assert done.code == 4 and "sudo b9agent.py k3s rbac --apply" in done.err
+
+
+# -- what a token can do -------------------------------------------------------
+
+def asked(kube, method, path, body=None):
+    try:
+        return kube.request(method, path, body)[0]
+    except b9agent.KubeForbidden:
+        return 403
+
+
+def test_the_gateway_s_token_can_make_the_gateway_s_calls_and_no_other(api):
+    applied(api)
+    kube = client(api, b9agent.mint_token(client(api), "default", "beta9-gateway", 600)[0])
+    job = {"kind": "Job", "metadata": {"name": "worker-gpu-1"}}
+    assert asked(kube, "POST", JOBS, job) == 201
+    assert asked(kube, "GET", JOBS + "?labelSelector=run.beam.cloud/role=worker") == 200
+    assert asked(kube, "GET", PODS + "?labelSelector=job-name=worker-gpu-1") == 200
+    assert asked(kube, "DELETE", JOBS + "/worker-gpu-1") == 200
+    others = [("GET", JOBS + "/worker-gpu-1"), ("PUT", JOBS + "/worker-gpu-1"), ("POST", PODS),
+              ("DELETE", PODS + "/p"), ("POST", PODS + "/p/exec"), ("GET", PODS + "/p"),
+              ("GET", "/api/v1/namespaces/default/secrets"), ("GET", "/api/v1/nodes"),
+              ("GET", JOBS.replace("default", "kube-system")), ("GET", "/api/v1/pods"),
+              ("POST", ACCOUNTS + "/beta9-gateway/token"), ("GET", ROLES)]
+    assert [call for call in others if asked(kube, *call, {}) != 403] == []
+
+
+def test_the_agent_s_token_makes_tokens_of_two_accounts_alone(api):
+    applied(api)
+    api.put(ACCOUNTS + "/default", {"metadata": {"name": "default"}})
+    kube = client(api, api.token_of("beta9-agent"))
+    for account in ("beta9-gateway", "beta9-agent"):
+        assert b9agent.mint_token(kube, "default", account, 600)[0] == api.minted[-1]
+    with pytest.raises(b9agent.KubeForbidden):
+        b9agent.mint_token(kube, "default", "default", 600)
+
+
+@pytest.mark.parametrize("rules, found", [
+    ([], []),
+    ([{"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["list", "create"]}], []),
+    ([{"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list"]}], ["get jobs of batch"]),
+    ([{"apiGroups": ["", "batch"], "resources": ["jobs"], "verbs": ["list"]}], ["list jobs"]),
+    ([{"apiGroups": [""], "resources": ["secrets", "pods"], "verbs": ["list"]}], ["list secrets"]),
+    ([{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}], ["everything (cluster-admin)"]),
+    ([{"apiGroups": ["authorization.k8s.io"], "resources": ["selfsubjectaccessreviews"],
+       "verbs": ["create"]}], []),
+    ([{"apiGroups": ["authorization.k8s.io"], "resources": ["subjectaccessreviews"],
+       "verbs": ["create"]}], ["create subjectaccessreviews of authorization.k8s.io"]),
+    ("none", []), ([None, 7, {"apiGroups": 7, "resources": {"a": 1}, "verbs": None}], []),
+])
+def test_rights_beyond_the_table_are_found(rules, found):
+    assert b9agent.excess_rights({"status": {"resourceRules": rules}}, GATEWAY_RIGHTS) == found
+
+
+def test_a_right_is_asked_for_each_of_its_names(api):
+    applied(api)
+    kube = client(api, api.token_of("beta9-agent"))
+    right = Right("", "serviceaccounts/token", "create", "", ("beta9-gateway", "beta9-agent"))
+    assert b9agent.may(kube, "default", right)
+    assert not b9agent.may(kube, "default", right._replace(names=("beta9-gateway", "default")))
+    assert not b9agent.may(kube, "kube-system", right)
+
+
+# -- `k3s token` -----------------------------------------------------------------
+
+def test_a_token_goes_to_stdout_and_nowhere_else(home, api, admin):
+    applied(api)
+    done = k3s(home, "token", admin, "--hours", "2")
+    claims = b9agent.token_claims(done.out.strip())
+    assert done.code == 0 and done.out == api.minted[-1] + "\n"
+    assert claims["exp"] - claims["iat"] == 7200 and "it ends 20" in done.err
+    assert api.minted[-1] not in done.err and files_with(home, api.minted[-1]) == []
+
+
+def test_a_token_is_written_for_its_owner_alone(home, api, admin, tmp_path):
+    applied(api)
+    path = tmp_path / "k3s.token"
+    done = k3s(home, "token", admin, "--write", str(path))
+    assert done.code == 0 and path.read_text() == api.minted[-1] + "\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert api.minted[-1] not in done.out + done.err and str(path) in done.out
+
+
+def test_a_life_that_the_server_shortens_is_told(home, api, admin):
+    applied(api)
+    api.life_s = 3600
+    done = k3s(home, "token", admin, "--hours", "48")
+    assert done.code == 0 and "k3s gave 1.0 of 48 hours" in done.err
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (("--hours", "0"), 2, "1 to 168"), (("--hours", "-1"), 2, "1 to 168"), (("--hours", "x"), 2, "hours"),
+    (("--hours", "169"), 2, "1 to 168"), (("--write", "/nowhere/at/all"), 2, "/nowhere/at/all"),
+    (("--service-account", "absent"), 5, "sudo b9agent.py k3s rbac --apply")])
+def test_a_token_that_cannot_be_made_is_an_error(home, api, admin, arguments, code, words):
+    applied(api)
+    done = k3s(home, "token", admin, *arguments)
+    assert done.code == code and words in done.err and done.out == ""
+
+
+@pytest.mark.parametrize("answer", [
+    {}, {"status": None}, {"status": {}}, {"status": {"token": "short", "expirationTimestamp": "x"}},
+    {"status": {"token": "a" * 99}}, {"status": {"token": 7, "expirationTimestamp": "2030-01-01T00:00:00Z"}},
+    {"status": {"token": "two words " * 9, "expirationTimestamp": "2030-01-01T00:00:00Z"}},
+    {"status": {"token": "a" * 99, "expirationTimestamp": "2030-13-01T00:00:00Z"}}])
+def test_an_answer_without_a_token_is_an_error(answer):
+    kube = collections.namedtuple("Kube", "request")(lambda *_: (201, answer))
+    with pytest.raises(b9agent.KubeError):
+        b9agent.mint_token(kube, "default", "beta9-gateway", 600)
+
+
+@pytest.mark.parametrize("token", ["", "a", "a.b", "a.%%%.c", "a.bnVsbA.c", "a.é.c", "." * 9, "a." + "x" * 9999])
+def test_what_is_no_token_of_an_account_claims_nothing(token):
+    assert b9agent.token_claims(token) == {}
+
+
+# -- renewed in time, by a clock of the test's own ---------------------------------
+
+UNREACHABLE = b9agent.KubeUnreachable("k3s is not reached", "start it")
+
+
+class Keeper:
+    """A TokenKeeper whose answers are scripted: seconds of life, or an error."""
+
+    def __init__(self, *answers):
+        self.now_s, self.taken, self.stream = 5000.0, [], io.StringIO()
+        self.answers = list(answers)
+        self.keeper = b9agent.TokenKeeper(self._mint, self.taken.append, b9agent.Log(stream=self.stream),
+                                          lambda: self.now_s, lambda low, high: high)
+
+    def _mint(self):
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return "token-%d" % len(self.taken), time.time() + answer
+
+    def step(self):
+        wait_s = self.keeper.step()
+        self.now_s += wait_s
+        return wait_s
+
+
+def test_a_token_is_renewed_at_two_thirds_of_its_life():
+    life = Keeper(86400, 3600)
+    assert life.step() == pytest.approx(86400 * 0.7, abs=2)
+    assert life.step() == pytest.approx(3600 * 0.7, abs=2)
+    assert life.taken == ["token-0", "token-1"]
+    low = b9agent.TokenKeeper(lambda: ("t" * 20, time.time() + 900), lambda token: None,
+                              b9agent.Log(stream=io.StringIO()), uniform=lambda low, high: low)
+    assert 900 * 0.6 < low.step() < 900 * 2 / 3
+
+
+def test_a_renewal_that_fails_is_tried_again_with_backoff_and_told_before_the_end():
+    life = Keeper(3600, *[UNREACHABLE] * 25, 3600)
+    life.step()
+    waits = [life.step() for _ in range(25)]
+    assert waits[:6] == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0] and set(waits[5:]) == {60.0}
+    lines = life.stream.getvalue().splitlines()
+    first = next(line for line in lines if "not renewed" in line)
+    assert "WARN" in first.upper() and "it ends in 10" in first and "start it" in first
+    assert "it has ended" in life.keeper.told[1]
+    levels = [line.split()[1] for line in lines if "not renewed" in line]
+    assert levels == ["warning"] * 4 + ["error"] * 3  # 1st, 2nd, 4th, 8th; ten minutes left, 16th, ended
+    assert "it ends in" in lines[-2] and "it has ended" in lines[-1]
+    assert life.taken == ["token-0"]
+    life.step()
+    assert life.taken == ["token-0", "token-1"] and life.keeper.told[1] == ""
+
+
+def test_without_a_first_token_the_gateway_is_said_to_have_none():
+    life = Keeper(UNREACHABLE, 3600)
+    life.step()
+    assert life.keeper.told == (None, "the k3s token is not renewed: k3s is not reached; "
+                                      "and the gateway has none")
+    life.step()
+    assert life.keeper.told[1] == "" and life.taken == ["token-0"]
+
+
+def test_the_agent_renews_its_own_token_in_time_too(api, tmp_path):
+    applied(api)
+    path, now = str(tmp_path / "k3s.kubeconfig"), int(time.time())
+    config = b9agent.parse_kubeconfig(kubeconfig(api.port), path)
+
+    def after(begun_s, ends_s, where=path):
+        token = api._mint("beta9-agent", begun_s, ends_s)
+        text = b9agent.render_kubeconfig(config, token)
+        (tmp_path / "k3s.kubeconfig").write_text(text)
+        b9agent.renew_own_token(b9agent.parse_kubeconfig(text, where), path)
+        return b9agent.parse_kubeconfig((tmp_path / "k3s.kubeconfig").read_text(), path).token != token
+    assert not after(now - 60, now + 60)
+    assert after(now - 70, now + 30)
+    assert not after(now - 70, now + 30, where="/etc/rancher/k3s/k3s.yaml")  # not ours to write
+    os.unlink(path)
+    assert after(now - 70, now + 30) and stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_a_kubeconfig_that_was_made_is_read_as_it_was_meant(tmp_path):
+    text = kubeconfig(6443).replace("server: https://127.0.0.1:6443",
+                                    "server: https://127.0.0.1:6443\n    tls-server-name: kubernetes")
+    config = b9agent.parse_kubeconfig(text, "/x")
+    made = b9agent.parse_kubeconfig(b9agent.render_kubeconfig(config, "t" * 20), "/y")
+    assert made.endpoint[:6] == config.endpoint[:6] and made.token == "t" * 20
+    assert made.endpoint.tls.ca_pem == config.endpoint.tls.ca_pem
