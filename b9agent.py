@@ -577,7 +577,7 @@ class TlsIdentity:
                     with _private_path(self._client_pem) as path:
                         context.load_cert_chain(path, password="")  # "": nobody is asked for one
                 self._context = context
-            except (OSError, ValueError) as error:  # SSLError is an OSError
+            except (OSError, ValueError, TypeError) as error:  # SSLError; no ASCII
                 raise HttpFailure("tls", "the certificates for it cannot be used: "
                                   f"{getattr(error, 'reason', None) or error}") from error
         return self._context
@@ -9743,10 +9743,13 @@ def _kube_text(entry: Dict[str, Any], key: str, path: str) -> str:
 def _kube_file(entry: Dict[str, Any], key: str, path: str) -> str:
     """The text of a file that a kubeconfig names, relative to itself; "" where it names none."""
     name = _kube_text(entry, key, path)
-    text = read_text(os.path.join(os.path.dirname(path), name)) if name else ""
+    if not name:
+        return ""
+    usable = printable(name) == name  # with a NUL in it, open() would not be the one to refuse it
+    text = read_text(os.path.join(os.path.dirname(path), name)) if usable else None
     if text is None:
-        raise UsageError(f"{path}: {key}: {printable(name)} cannot be read", "Mend the path or its "
-                         "permissions, or run as the user whose file it is")
+        raise UsageError(f"{path}: {key}: {printable(name)[:200]} cannot be read", "Mend the path "
+                         "or its permissions, or run as the user whose file it is")
     return text
 
 
@@ -9772,6 +9775,8 @@ def parse_kubeconfig(text: str, path: str) -> KubeConfig:
     cluster = _kube_entry(tree, "cluster", context.get("cluster"), path)
     try:
         host, port = split_server(_kube_text(cluster, "server", path))
+        name = _kube_text(cluster, "tls-server-name", path) and parse_host(
+            _kube_text(cluster, "tls-server-name", path))
     except ValueError as error:
         raise UsageError(f"{path}: server cannot be used, expected {error}", _RBAC_HINT) from error
     certificate = _kube_pem(user, "client-certificate", path)
@@ -9781,7 +9786,6 @@ def parse_kubeconfig(text: str, path: str) -> KubeConfig:
         raise UsageError(f"{path}: the user's token is no word, or its certificate lacks its key",
                          "Make it anew")
     REDACTOR.add(token)
-    name = _kube_text(cluster, "tls-server-name", path)
     tls = TlsIdentity(_kube_pem(cluster, "certificate-authority", path),
                       key and f"{certificate}\n{key}")
     return KubeConfig(Endpoint("https", name or host, port, None, None,

@@ -760,3 +760,275 @@ def test_no_secret_of_a_pod_is_kept(api, watched):
     one.wait("watching", state="watching", names={"a"})
     kept = repr(one.watch.status()) + repr(one.watch._pods) + one.stream.getvalue()
     assert "worker-token-secret-91" not in kept and TOKEN not in kept
+
+
+# -- the agent -------------------------------------------------------------------
+
+class Member:
+    """An agent of the embedded gateway, with a kubeconfig or without."""
+
+    def __init__(self, agent, home, state, embedded, *arguments, **extra):
+        self.home, self.state, self.db = home, state, embedded.db
+        self.machine_id, token = embedded.create()
+        self.program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", embedded.port,
+                             "--machine-id", self.machine_id, "--pool-name", "gpu", "--keepalive-interval", "1",
+                             "--control-port", "0", *arguments, BETA9_TOKEN=token, **extra)
+        wait_until(lambda: (state / "control.addr").exists(), "the control API")
+
+    def get(self, path):
+        connection = http.client.HTTPConnection((self.state / "control.addr").read_text().strip(), timeout=10)
+        token = (self.state / "control.token").read_text().strip()
+        try:
+            connection.request("GET", path, headers={"Authorization": "Bearer " + token})
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+    def status(self):
+        return json.loads(self.get("/status"))
+
+    def wait(self, condition, what):
+        wait_until(lambda: condition(self.status()), "%s: %s" % (what, self.status()))
+
+    def received(self):
+        """What the gateway has of the last keepalive."""
+        with sqlite3.connect(self.db) as base:
+            (metrics,) = base.execute("SELECT metrics FROM machines WHERE machine_id = ?",
+                                      (self.machine_id,)).fetchone()
+        return json.loads(metrics or "{}")
+
+
+@pytest.fixture
+def member(agent, home, state, embedded):
+    state.mkdir(mode=0o700, exist_ok=True)
+    return lambda *arguments, **extra: Member(agent, home, state, embedded, *arguments, **extra)
+
+
+def test_an_agent_shows_its_pods_and_tells_the_gateway_how_many_run(api, member, state, home):
+    (state / "k3s.kubeconfig").write_text(kubeconfig(api.port))
+    one = member()
+    one.wait(lambda status: status["pods"]["state"] == "watching", "watching")
+    for name, changes in (("a", {}), ("b", {}), ("theirs", {"machine": "deadbeef"}), ("done", {
+            "phase": "Succeeded", "statuses": container(**ended(0, "Completed"))})):
+        api.put_pod(worker_pod(name, **dict({"machine": one.machine_id}, **changes)))
+    one.wait(lambda status: status["total_jobs"] == 3, "three pods")
+    status = one.status()
+    assert status["running_jobs"] == 2 and status["pods"]["server"] == api.url
+    assert {pod["name"]: (pod["status"], pod["exit_code"], pod["duration_seconds"])
+            for pod in status["pods"]["pods"] if pod["name"] == "done"} == {"done": ("COMPLETED", 0, 30.0)}
+    wait_until(lambda: one.received().get("worker_count") == 2, "the gateway has it")
+    assert one.received()["container_count"] == 2
+    metrics = one.get("/metrics")
+    assert 'b9agent_worker_pods{status="RUNNING"} 2\n' in metrics
+    assert 'b9agent_worker_pods{status="COMPLETED"} 1\n' in metrics
+    assert 'b9agent_pods_watch_state{state="watching"} 1\n' in metrics
+    done = run_agent(home, "status")
+    assert "watching; %s; 1 completed, 2 running" % api.url in done.out
+    assert "done completed, exit code 0, 30 s" in done.out
+    api.stop()
+    one.wait(lambda status: status["pods"]["state"] == "failed", "the API is away")
+    assert one.status()["total_jobs"] == 3 and one.status()["state"] == "ready"
+    api.start()
+    one.wait(lambda status: status["pods"]["state"] == "watching", "it is back")
+    assert one.program.stop() == 0
+    text = one.program.text()
+    assert TOKEN not in text and "defect" not in text and "worker-token-secret" not in text
+
+
+def test_an_agent_with_a_token_and_an_authority(api, member, tmp_path):
+    ca = tmp_path / "ca.crt"
+    ca.write_text(text_of("k3s-server-ca.pem"))
+    one = member("--k3s-server", api.url, "--k3s-ca-file", ca, BETA9_K3S_TOKEN=TOKEN)
+    one.wait(lambda status: status["pods"]["state"] == "watching", "watching")
+    api.put_pod(worker_pod("a", one.machine_id, deletionTimestamp="2026-11-21T10:00:00Z"))
+    one.wait(lambda status: status["running_jobs"] == 1, "a pod")
+
+
+def test_an_agent_without_k3s_is_quiet(member, home):
+    one = member()
+    one.wait(lambda status: status["state"] == "ready" and status["keepalives"] >= 2, "ready")
+    assert one.status()["pods"] == {"state": "off", "server": None, "message": "", "pods": []}
+    assert (one.received()["worker_count"], one.received()["container_count"]) == (0, 0)
+    assert 'b9agent_pods_watch_state{state="off"} 1\n' in one.get("/metrics")
+    assert "pods" not in one.program.text() and "worker pod" not in run_agent(home, "status").out
+    assert "_ssl" not in (b9agent.read_text("/proc/%d/maps" % one.program.pid) or "")
+
+
+def test_the_first_keepalive_does_not_wait_for_a_k3s_that_hangs(member, state):
+    """A port that takes connections and says nothing."""
+    import socket
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(5)
+        (state / "k3s.kubeconfig").write_text(kubeconfig(deaf.getsockname()[1]))
+        one = member()
+        one.wait(lambda status: status["state"] == "ready", "ready")
+        one.wait(lambda status: status["pods"]["state"] == "connecting", "it tries")
+        begun = time.monotonic()
+        assert one.program.stop() == 0 and time.monotonic() - begun < 10
+
+
+def test_doctor_asks_the_api_where_it_may(api, home, state):
+    def k3s(**extra):
+        done = run_agent(home, "doctor", "--json", "--control-port", "0", "--gateway-port", "1", BETA9_TOKEN="t-0",
+                         **extra)
+        return [(row["level"], row["seen"], row["mend"]) for row in json.loads(done.out)["checks"]
+                if row["name"] == "k3s"]
+    assert len(k3s()) == 1
+    state.mkdir(mode=0o700)
+    (state / "k3s.kubeconfig").write_text(kubeconfig(api.port))
+    level, seen, _ = k3s()[0]
+    assert level == "ok" and "worker pods can be watched" in seen and str(state) in seen
+    api.fault("list", 403, "Forbidden", "pods is forbidden: User x")
+    level, seen, mend = k3s()[0]
+    assert level == "warn" and "pods is forbidden" in seen and "b9agent.py k3s rbac" in mend
+    (state / "k3s.kubeconfig").write_text("a: |")
+    level, seen, mend = k3s()[0]
+    assert level == "warn" and "k3s.kubeconfig:1" in seen and mend
+
+
+# -- anything at all -----------------------------------------------------------
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+bounded = hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None,
+                              suppress_health_check=list(hypothesis.HealthCheck))
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-2 ** 70, 2 ** 70), st.floats(), st.text(max_size=9),
+              st.sampled_from(["2026-11-21T10:00:05Z", "2026-99-99T99:99:99Z", "0000-00-00T00:00:00Z", "worker",
+                               "\ud800", "x" * 9999, "CrashLoopBackOff", "Running"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
+        st.sampled_from(["name", "state", "reason", "running", "terminated", "waiting", "exitCode", "startedAt"]),
+        inner, max_size=4)), max_leaves=8)
+
+
+def places(thing, path=()):
+    """Every path into an object."""
+    yield path
+    for key, value in (thing.items() if isinstance(thing, dict) else
+                       enumerate(thing) if isinstance(thing, list) else ()):
+        yield from places(value, path + (key,))
+
+
+FULL_POD = worker_pod("a", statuses=container(3, ended(1), waiting={"reason": "CrashLoopBackOff"}))
+FULL_POD["status"].update(
+    reason="Evicted", initContainerStatuses=[{"name": "i", "state": {"terminated": {"exitCode": 1}}}],
+    conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}])
+
+
+def check_record(pod):
+    record = b9agent.pod_record(pod, 1795255265.0)
+    assert set(record) == {"name", "worker_id", "status", "function", "reason", "created", "started",
+                           "duration_seconds", "exit_code", "restarts", "containers"}
+    assert record["status"] in ("PENDING", "RUNNING", "COMPLETED", "FAILED")
+    assert record["duration_seconds"] is None or record["duration_seconds"] >= 0
+    json.dumps(record).encode()
+    return record
+
+
+@bounded
+@hypothesis.given(st.sampled_from(sorted(places(FULL_POD), key=str)), anything)
+def test_a_mutated_pod_is_read_or_left_out(path, value):
+    thing = copy.deepcopy(FULL_POD)
+    if path:
+        place = thing
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+    else:
+        thing = value
+    pod = b9agent.parse_pod(thing)
+    assert pod is None or check_record(pod)
+    watch = PodWatch(settings("/nowhere"), "0badcafe", b9agent.Log(stream=io.StringIO()))
+    try:
+        for kind in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", value):
+            watch._heed({"type": kind, "object": thing if isinstance(thing, dict) else {}})
+        watch.status()
+    finally:
+        watch._wake.close()
+
+
+class OneStream:
+    """A connection's answer, without a connection."""
+    status, headers = 200, {}
+
+    def __init__(self, raw, failure):
+        self.raw, self.failure = raw, failure
+
+    def lines(self, max_bytes):
+        *whole, rest = self.raw.split(b"\n")
+        yield from whole
+        if self.failure:
+            raise b9agent.HttpFailure(self.failure, "it broke")
+        if rest:
+            yield rest
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+LINES = [json.dumps({"type": kind, "object": worker_pod(name)}).encode() for kind, name in (
+    ("ADDED", "a"), ("MODIFIED", "a"), ("DELETED", "a"))] + [json.dumps(
+        {"type": "ERROR", "object": {"kind": "Status", "code": code, "reason": "Gone"}}).encode()
+        for code in (410, "x", None, 401, 403, 500, 200)]
+
+
+@bounded
+@hypothesis.given(st.lists(st.one_of(st.sampled_from(LINES), st.binary(max_size=20)), max_size=4),
+                  st.integers(0, 4000), st.binary(max_size=3),
+                  st.sampled_from([None, "closed", "timeout", "network", "tls", "garbage", "too_large"]))
+def test_mutated_watch_bytes_are_events_or_a_typed_error(lines, at, dirt, failure):
+    raw = b"\n".join(lines)
+    raw = raw[:at] + dirt + raw[at + len(dirt):]
+    client = KubeClient(b9agent.parse_kubeconfig(kubeconfig(1), "/t"))
+    client._open = lambda *_: OneStream(raw, failure)
+    try:
+        for event in client.watch("/", 1.0):
+            assert isinstance(event["object"], dict)
+            pod = b9agent.parse_pod(event["object"])
+            assert pod is None or check_record(pod)
+    except b9agent.KubeError as error:
+        assert len(str(error)) < 900
+
+
+TREE = {"clusters": [{"name": "c", "cluster": {
+    "server": "https://127.0.0.1:6443", "certificate-authority-data": "LS0tLS1CRUdJTiA=",
+    "certificate-authority": "/nowhere", "tls-server-name": "kubernetes", "insecure-skip-tls-verify": False}}],
+    "users": [{"name": "u", "user": {"token": "t-1", "tokenFile": "", "exec": None, "client-key-data": "",
+                                     "client-certificate": ""}}],
+    "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], "current-context": "x"}
+
+
+@bounded
+@hypothesis.given(st.sampled_from(sorted(places(TREE), key=str)), st.one_of(anything, st.sampled_from(
+    ["\0", "/\0", "\ud800", "\u00e9", "a\nb", "https://\u00e9", "https://a:99999999999", "/dev/null", "/"])))
+def test_a_mutated_tree_is_read_or_refused(path, value):
+    thing = copy.deepcopy(TREE)
+    place = thing
+    for key in path[:-1]:
+        place = place[key]
+    if path:
+        place[path[-1]] = value
+    try:
+        config = b9agent.parse_kubeconfig(json.dumps(thing), "/t/config")
+    except b9agent.UsageError as error:
+        assert "/t/config" in str(error) and len(str(error)) < 700
+        return
+    with pytest.raises(b9agent.HttpFailure):
+        config.endpoint.tls.context()  # it is no certificate: a typed error
+
+
+@bounded
+@hypothesis.given(st.integers(0, 900), st.sampled_from(
+    ["", " ", "\n", ":", "- ", "{", "}", "[", '"', "x", "\t", "&a", "null", "\ud7ff", "#"]), st.integers(0, 30))
+def test_a_mutated_kubeconfig_is_read_or_refused(at, dirt, cut):
+    text = kubeconfig(6443).replace(data_of("k3s-server-ca.pem"), "LS0tLS1CRUdJTiA=")
+    text = text[:at] + dirt + text[at + cut:]
+    try:
+        config = b9agent.parse_kubeconfig(text, "/t/config")
+        assert config.endpoint.scheme == "https"
+    except b9agent.UsageError as error:
+        assert "/t/config" in str(error)
