@@ -577,7 +577,7 @@ class TlsIdentity:
                     with _private_path(self._client_pem) as path:
                         context.load_cert_chain(path, password="")  # "": nobody is asked for one
                 self._context = context
-            except (OSError, ValueError) as error:  # SSLError is an OSError
+            except (OSError, ValueError, TypeError) as error:  # SSLError; no ASCII
                 raise HttpFailure("tls", "the certificates for it cannot be used: "
                                   f"{getattr(error, 'reason', None) or error}") from error
         return self._context
@@ -8842,7 +8842,7 @@ class MetricsView(NamedTuple):
     """All that the metrics are made of.  at_s: the time on now_s().  keepalive_took_s: of the last
     request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
     where no agent runs, and then nobody knows the agent's counters either.  tunnel_state: "" where
-    none is set."""
+    none is set.  pods_state: "" where nobody looks; pods: how many of each status."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
     facts: HostFacts = HostFacts()
@@ -8857,6 +8857,8 @@ class MetricsView(NamedTuple):
     version: str = VERSION
     engine: EngineFigures = EngineFigures()
     tunnel_state: str = ""
+    pods_state: str = ""
+    pods: Optional[Dict[str, int]] = None
 
 
 Samples = List[Tuple[Dict[str, Any], Any]]  # (labels, value); a value of None is left out
@@ -9020,6 +9022,13 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("tunnel_state", "1 for the state of the SSH tunnel, 0 for the others.", lambda view: [
         ({"state": state}, state == view.tunnel_state)
         for state in ("stopped", "starting", "running", "backoff")] if view.tunnel_state else []),
+    ("pods_watch_state", "1 for the state of the watch on worker pods, 0 for the others.",
+     lambda view: [({"state": state}, state == view.pods_state)
+                   for state in ("off", "connecting", "watching", "failed")]
+     if view.pods_state else []),
+    ("worker_pods", "Pods on this machine's k3s in which the gateway's work is done, by status.",
+     lambda view: [({"status": status}, view.pods.get(status, 0)) for status in
+                   ("PENDING", "RUNNING", "COMPLETED", "FAILED")] if view.pods is not None else []),
 
     ("inference_state", "1 for the state of the engine, 0 for the others.", lambda view: [
         ({"state": state}, state == view.engine.state)
@@ -9170,7 +9179,7 @@ STATUS_FIELDS = fields_of(
                 "inference_status"),
     ("number!", "uptime_seconds state_seconds"),
     ("integer!", "pid keepalives registrations failures running_jobs total_jobs"),
-    ("object!", "host energy metrics inference"), ("array!", "gpus"),
+    ("object!", "host energy metrics inference pods"), ("array!", "gpus"),
     ("string", "last_keepalive"), ("object", "k3s tunnel"),
     ("number", "cpu_percent memory_percent last_keepalive_seconds_ago clock_offset_seconds"),
     ("integer", "gpu_count network_received_bytes network_sent_bytes inference_port"),
@@ -9763,10 +9772,13 @@ def _kube_text(entry: Dict[str, Any], key: str, path: str) -> str:
 def _kube_file(entry: Dict[str, Any], key: str, path: str) -> str:
     """The text of a file that a kubeconfig names, relative to itself; "" where it names none."""
     name = _kube_text(entry, key, path)
-    text = read_text(os.path.join(os.path.dirname(path), name)) if name else ""
+    if not name:
+        return ""
+    usable = printable(name) == name  # with a NUL in it, open() would not be the one to refuse it
+    text = read_text(os.path.join(os.path.dirname(path), name)) if usable else None
     if text is None:
-        raise UsageError(f"{path}: {key}: {printable(name)} cannot be read", "Mend the path or its "
-                         "permissions, or run as the user whose file it is")
+        raise UsageError(f"{path}: {key}: {printable(name)[:200]} cannot be read", "Mend the path "
+                         "or its permissions, or run as the user whose file it is")
     return text
 
 
@@ -9792,6 +9804,8 @@ def parse_kubeconfig(text: str, path: str) -> KubeConfig:
     cluster = _kube_entry(tree, "cluster", context.get("cluster"), path)
     try:
         host, port = split_server(_kube_text(cluster, "server", path))
+        name = _kube_text(cluster, "tls-server-name", path) and parse_host(
+            _kube_text(cluster, "tls-server-name", path))
     except ValueError as error:
         raise UsageError(f"{path}: server cannot be used, expected {error}", _RBAC_HINT) from error
     certificate = _kube_pem(user, "client-certificate", path)
@@ -9801,7 +9815,6 @@ def parse_kubeconfig(text: str, path: str) -> KubeConfig:
         raise UsageError(f"{path}: the user's token is no word, or its certificate lacks its key",
                          "Make it anew")
     REDACTOR.add(token)
-    name = _kube_text(cluster, "tls-server-name", path)
     tls = TlsIdentity(_kube_pem(cluster, "certificate-authority", path),
                       key and f"{certificate}\n{key}")
     return KubeConfig(Endpoint("https", name or host, port, None, None,
@@ -9951,6 +9964,315 @@ class KubeClient:
         return KubeUnreachable(f"k3s at {self.config.endpoint.url} is not reached: {failure}", hint)
 
 
+# -- worker pods -------------------------------------------------------
+
+PODS_PATH = "/api/v1/namespaces/default/pods"  # where the gateway makes its Jobs, on every k3s
+PODS_KEPT, PODS_TOLD, POD_PAGES = 1000, 100, 20
+_POD_LABEL = "run.beam.cloud/"
+# Worker pods carry no function's name: one worker runs containers of many.  A gateway that makes a
+# pod for one stub says so in this label, which the predecessor looked for.
+_STUB_LABEL = "beta9.io/stub-id"
+
+
+class PodPace(NamedTuple):
+    """Seconds.  look_s: between looks for a kubeconfig; idle_s: longest silence of a watch, which
+    hears a bookmark a minute; watch_s: what a watch lasts; soon_s: a shorter one is no good."""
+    first_s: float = 1.0
+    most_s: float = 30.0
+    look_s: float = 60.0
+    idle_s: float = 100.0
+    watch_s: int = 270
+    soon_s: float = 1.0
+
+
+class Pod(NamedTuple):
+    """status: PENDING, RUNNING, COMPLETED or FAILED.  created, started, finished: as the API writes
+    times.  containers: those that run."""
+    name: str
+    worker_id: Optional[str]
+    status: str
+    function: Optional[str]
+    reason: Optional[str]
+    created: Optional[str]
+    started: Optional[str]
+    finished: Optional[str]
+    exit_code: Optional[int]
+    restarts: int
+    containers: int
+
+
+def parse_kube_time(stamp: Any) -> Optional[float]:
+    """
+    >>> parse_kube_time("1970-01-02T00:00:00Z"), parse_kube_time("2026-13-01T00:00:00Z")
+    (86400.0, None)
+    """
+    match = re.fullmatch(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})"
+                         r"(?:\.[0-9]{1,9})?Z", stamp if isinstance(stamp, str) else "")
+    if not match:
+        return None
+    import calendar
+    try:
+        return float(calendar.timegm(tuple(map(int, match.groups()))))
+    except (ValueError, OverflowError):
+        return None
+
+
+def _object(value: Any, *path: str) -> Dict[str, Any]:
+    """The object at a path of keys, or {}."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(value: Any) -> List[Dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _word(value: Any) -> Optional[str]:
+    return printable(value)[:253] if isinstance(value, str) and value else None
+
+
+def _count(value: Any) -> Optional[int]:
+    """An int32."""
+    return value if type(value) is int and abs(value) < 1 << 31 else None
+
+
+def _main_container(thing: Dict[str, Any]) -> Dict[str, Any]:
+    """The status of `worker`, else of the first one in the spec: the API sorts them by name."""
+    found = {str(one.get("name")): one
+             for one in _objects(_object(thing, "status").get("containerStatuses"))}
+    names = ["worker"] + [str(one.get("name"))
+                          for one in _objects(_object(thing, "spec").get("containers"))]
+    return next((found[name] for name in names if name in found), {})
+
+
+def _pod_reason(thing: Dict[str, Any], state: Dict[str, Any]) -> Optional[str]:
+    """Why it is not simply running, or done: as `kubectl get pods` says it."""
+    status = _object(thing, "status")
+    if "running" in state:
+        return "Terminating" if _object(thing, "metadata").get("deletionTimestamp") else None
+    said = [status.get("reason"), _object(state, "terminated").get("reason")]
+    for one in _objects(status.get("initContainerStatuses")):
+        waits = _word(_object(one, "state", "waiting").get("reason"))
+        said.append(waits and waits != "PodInitializing" and f"Init:{waits}")
+        code = _count(_object(one, "state", "terminated").get("exitCode"))
+        said.append(code and f"Init:ExitCode:{code}")
+    said += [one.get("reason") for one in _objects(status.get("conditions"))
+             if one.get("type") == "PodScheduled" and one.get("status") == "False"]
+    said.append(_object(state, "waiting").get("reason"))
+    reason = next((word for word in map(_word, said) if word), None)
+    return None if reason == "Completed" else reason
+
+
+def parse_pod(thing: Any) -> Optional[Pod]:
+    """A pod of the API; None for what is none.  What is not said is None."""
+    metadata, status = _object(thing, "metadata"), _object(thing, "status")
+    name, phase, main = _word(metadata.get("name")), status.get("phase"), {}
+    if name is None:
+        return None
+    main = _main_container(thing)
+    state, labels = _object(main, "state"), _object(metadata, "labels")
+    reason, runs = _pod_reason(thing, state), _object(state, "running")
+    crashed = reason is not None and reason.endswith("CrashLoopBackOff")
+    done = _object(state, "terminated") or (_object(main, "lastState", "terminated")
+                                            if crashed else {})
+    code = _count(done.get("exitCode"))
+    ended = ("COMPLETED" if phase == "Succeeded" else "FAILED" if phase == "Failed" or crashed
+             else "COMPLETED" if code == 0 else "FAILED" if done else "")
+    waits = "running" not in state and (state or phase != "Running")
+    times = [stamp if parse_kube_time(stamp) is not None else None for stamp in (
+        metadata.get("creationTimestamp"), runs.get("startedAt") or done.get("startedAt"),
+        done.get("finishedAt"))]
+    return Pod(name, _word(labels.get(_POD_LABEL + "worker-id")),
+               ended or ("PENDING" if waits else "RUNNING"), _word(labels.get(_STUB_LABEL)), reason,
+               *times, code, max(0, _count(main.get("restartCount")) or 0),
+               sum("running" in _object(one, "state")
+                   for one in _objects(status.get("containerStatuses"))))
+
+
+def pod_record(pod: Pod, wall_s: float) -> Dict[str, Any]:
+    """As GET /status has it.  A clock that was set back makes no negative duration."""
+    record = pod._asdict()
+    started_s, finished_s = parse_kube_time(pod.started), parse_kube_time(record.pop("finished"))
+    until_s = wall_s if pod.status == "RUNNING" else finished_s
+    record["duration_seconds"] = None if started_s is None or until_s is None else round(
+        max(0.0, until_s - started_s), 1)
+    return record
+
+
+class PodWatch:
+    """The gateway's worker pods on this machine's k3s, by the labels that they carry.  start()
+    any number of times, stop() once; the rest from any thread.
+
+    The machine's own label is looked at here and not by the API: gateways of before 2025 do not set
+    it, and all workers on a machine's k3s are its own then.
+    """
+
+    def __init__(self, settings: Any, machine_id: str, log: Log, pace: PodPace = PodPace(),
+                 read: Callable[[Any], Optional[KubeConfig]] = read_kubeconfig) -> None:
+        self._settings, self._machine_id, self._log = settings, machine_id, log
+        self._pace, self._read = pace, read
+        self._pods: Optional[Dict[str, Pod]] = None  # replaced whole; None: never listed
+        self._told: Tuple[str, str, Optional[str]] = ("off", "", None)  # state, message, server
+        self._failures, self._at_once_s = 0, 0.0
+        self._stopping, self._wake = False, Wake()
+        self._stream: Optional[HttpStream] = None
+        self._opened_s: Optional[float] = None  # when the watch was answered
+        self._thread = threading.Thread(target=self._run, name="pods", daemon=True)
+
+    def start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        stream = self._stream
+        if stream is not None:
+            stream.cut()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)  # it may sit in a request: it is a daemon and changes nothing
+
+    def pods(self) -> Optional[List[Pod]]:
+        """The newest first; None where they are not known."""
+        pods = {} if self._told[0] == "off" else self._pods
+        return pods if pods is None else sorted(pods.values(), key=lambda pod: pod.created or "",
+                                                reverse=True)
+
+    def counts(self) -> Optional[Dict[str, int]]:
+        """{status: number of pods}."""
+        pods = self.pods()
+        return None if pods is None else dict(collections.Counter(pod.status for pod in pods))
+
+    @property
+    def state(self) -> str:
+        return self._told[0]
+
+    def status(self) -> Dict[str, Any]:
+        state, message, server = self._told
+        wall_s = time.time()
+        return {"state": state, "server": server, "message": message,
+                "pods": [pod_record(pod, wall_s) for pod in (self.pods() or [])[:PODS_TOLD]]}
+
+    # -- its thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                wait_s = self._follow()
+            except AgentError as error:
+                wait_s = self._failed(error)
+            except Exception as error:  # a defect costs the pods, not the agent
+                self._log.defect(error)
+                wait_s = self._pace.look_s
+            self._wake.wait(wait_s)
+
+    def _follow(self) -> float:
+        """As long as all is well; how long to wait where there is no k3s.  Raises: AgentError."""
+        config = self._read(self._settings)
+        if config is None:
+            self._pods = None
+            self._tell("off", "", None)
+            return self._pace.look_s
+        if self._told[2] != config.endpoint.url:
+            self._tell("connecting", "", config.endpoint.url)
+        client = KubeClient(config)
+        version = self._list(client)
+        while not self._stopping:
+            version = self._watch(client, version)
+        return 0.0
+
+    def _failed(self, error: AgentError) -> float:
+        """Seconds to wait.  A list that is too old, or a token that was renewed, needs none: once,
+        that is."""
+        if self._stopping:
+            return 0.0
+        if isinstance(error, (KubeGone, KubeUnauthorized)) and now_s() - self._at_once_s > 10.0:
+            self._at_once_s = now_s()
+            return 0.0
+        server = self._told[2] if isinstance(error, KubeError) else None
+        self._tell("failed", printable(REDACTOR.scrub(str(error))), server)
+        if isinstance(error, UsageError):
+            return self._pace.look_s
+        self._failures += 1
+        wait_s = min(self._pace.most_s, self._pace.first_s * 2.0 ** min(self._failures - 1, 10))
+        asked_s = getattr(error, "retry_after_s", None) or 0.0
+        return max(random_between(wait_s / 2, wait_s), min(asked_s, 60.0))
+
+    def _path(self, **query: Any) -> str:
+        from urllib.parse import urlencode
+        query["labelSelector"] = _POD_LABEL + "role=worker"
+        return f"{PODS_PATH}?{urlencode(query)}"
+
+    def _list(self, client: KubeClient) -> str:
+        """All of them, page by page; the version that they are of."""
+        found: Dict[str, Pod] = {}
+        query: Dict[str, Any] = {"limit": 100}
+        for _ in range(POD_PAGES):
+            status, answer = client.request("GET", self._path(**query))
+            if status != 200 or not isinstance(answer.get("items"), list):
+                raise KubeUnwell(f"{client.config.endpoint.url} lists no pods, but answers "
+                                 f"{status}", "Is it a Kubernetes API?")
+            for thing in answer["items"]:
+                self._take(found, thing)
+            metadata = _object(answer, "metadata")
+            query["continue"] = metadata.get("continue")
+            if not isinstance(query["continue"], str) or not 0 < len(query["continue"]) < 4096:
+                break
+        self._pods = found
+        return _word(metadata.get("resourceVersion")) or ""
+
+    def _take(self, pods: Dict[str, Pod], thing: Any, deleted: bool = False) -> None:
+        pod, labels = parse_pod(thing), _object(thing, "metadata", "labels")
+        ours = labels.get(_POD_LABEL + "role") == "worker" and labels.get(
+            _POD_LABEL + "machine-id", self._machine_id) == self._machine_id
+        if pod is None:
+            return
+        if deleted or not ours:
+            pods.pop(pod.name, None)
+        elif pod.name in pods or len(pods) < PODS_KEPT:
+            pods[pod.name] = pod
+
+    def _watch(self, client: KubeClient, version: str) -> str:
+        """One watch, to its end; the version that it has seen."""
+        before, self._opened_s = version, None
+        path = self._path(watch="true", allowWatchBookmarks="true", resourceVersion=version,
+                          timeoutSeconds=self._pace.watch_s)
+        try:
+            for event in client.watch(path, self._pace.idle_s, self._opened):
+                version = self._heed(event) or version
+        finally:
+            lasted_s = 0.0 if self._opened_s is None else now_s() - self._opened_s
+            if lasted_s > self._pace.soon_s:
+                self._failures = 0
+        if lasted_s <= self._pace.soon_s and not self._stopping:
+            if version == before:
+                raise KubeUnwell(f"k3s at {client.config.endpoint.url} ends every watch at once",
+                                 "It may be starting; its log: journalctl -u k3s")
+            self._wake.wait(self._pace.first_s)
+        return version
+
+    def _heed(self, event: Dict[str, Any]) -> Optional[str]:
+        """The version that an event moves us to."""
+        if event.get("type") != "BOOKMARK":
+            pods = dict(self._pods or {})
+            self._take(pods, event["object"], event.get("type") == "DELETED")
+            self._pods = pods
+        return _word(_object(event, "object", "metadata").get("resourceVersion"))
+
+    def _opened(self, stream: HttpStream) -> None:
+        self._stream, self._opened_s = stream, now_s()
+        if self._stopping:
+            stream.cut()
+        self._tell("watching", "", self._told[2])
+
+    def _tell(self, state: str, message: str, server: Optional[str]) -> None:
+        if (state, message, server) != self._told:
+            self._told = (state, message, server)
+            level = {"failed": "warning", "watching": "info"}.get(state, "debug")
+            self._log(level, "pods", state=state, server=server, what=message or None)
+
+
 # ----------------------------------------------------------------------
 # 15d. k3s: rights and tokens          the Kubernetes API; STATE/k3s.kubeconfig
 # ----------------------------------------------------------------------
@@ -9969,20 +10291,6 @@ _REVIEWS = "/apis/authorization.k8s.io/v1"
 _KUBE_KINDS = {"ServiceAccount": ("/api/v1", "serviceaccounts"),
                "Role": (f"/apis/{_RBAC_GROUP}/v1", "roles"),
                "RoleBinding": (f"/apis/{_RBAC_GROUP}/v1", "rolebindings")}
-
-
-def parse_kube_time(text: Any) -> Optional[float]:
-    """Seconds since 1970.
-
-    >>> parse_kube_time("2026-11-21T20:00:00Z"), parse_kube_time("soon")
-    (1795291200.0, None)
-    """
-    import calendar
-    match = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.\d{1,9})?Z", str(text),
-                         re.ASCII)
-    if not match or not 1 <= int(match.group(2)) <= 12:
-        return None
-    return float(calendar.timegm(tuple(map(int, match.groups()))))
 
 
 class Right(NamedTuple):
@@ -11088,6 +11396,7 @@ class Agent:
         self._private_ip, self._beat_after_s = "", 0.0
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
+        self.pods = PodWatch(settings, machine_id, log)
 
     # -- what is said of this machine ----------------------------------
 
@@ -11227,6 +11536,8 @@ class Agent:
         look = self.look()
         sample, offered = look.host, look.offered
         cpu_millicores, memory_bytes = self._capacity
+        pods = self.pods.pods()
+        running = None if pods is None else [pod for pod in pods if pod.status == "RUNNING"]
         self._metrics = {
             "total_cpu_available": cpu_millicores,
             "total_memory_available": None if memory_bytes is None else memory_bytes >> 20,
@@ -11234,9 +11545,11 @@ class Agent:
             "total_disk_free_bytes": sample.disk_free_bytes,
             "cpu_utilization_pct": sample.cpu_pct, "memory_utilization_pct": sample.memory_pct,
             "free_gpu_count": None if offered is None else sum(map(is_free, offered)),
-            # This agent starts no workers and has no cache of its own: true zeros.
-            "worker_count": 0, "container_count": 0, "cache_usage_pct": 0.0, "cache_capacity": 0,
-            "cache_memory_usage": 0, "cache_cpu_usage": 0.0}
+            "worker_count": None if running is None else len(running),
+            "container_count": None if running is None else sum(pod.containers for pod in running),
+            # This agent has no cache of its own: true zeros.
+            "cache_usage_pct": 0.0, "cache_capacity": 0, "cache_memory_usage": 0,
+            "cache_cpu_usage": 0.0}
         return keepalive_payload(self.identity, self._metrics,
                                  self.inference.wire(self._private_ip))
 
@@ -11254,7 +11567,8 @@ class Agent:
             self.identity, read_process(self._started_wall_s), now_s(), self._keepalive_took_s,
             self.client.clock_offset_s, self.settings.grid_intensity, self.settings.pue,
             engine=self.inference.figures(),
-            tunnel_state=self.tunnel.status()["state"] if self.tunnel else "")
+            tunnel_state=self.tunnel.status()["state"] if self.tunnel else "",
+            pods_state=self.pods.state, pods=self.pods.counts())
 
     def metrics_text(self) -> str:
         return render_metrics(self.metrics_view())
@@ -11265,7 +11579,7 @@ class Agent:
         sample = self._sample  # once: the next look may come while this is told
         host, offered = (sample.host, sample.offered) if sample else (None, None)
         offset_s = self.client.clock_offset_s
-        inference = self.inference.status()
+        inference, jobs = self.inference.status(), self.pods.counts() or {}
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
         return {
             "status": snapshot.state.value, "machine_id": self.identity.machine_id,
@@ -11289,7 +11603,8 @@ class Agent:
             "gpu_problems": sample.gpus.problems if sample else [],
             "energy": energy_payload(sample and sample.energy, self.settings),
             "inference_status": inference["status"],
-            "inference_port": self.inference.port(), "running_jobs": 0, "total_jobs": 0,
+            "inference_port": self.inference.port(), "pods": self.pods.status(),
+            "running_jobs": jobs.get("RUNNING", 0), "total_jobs": sum(jobs.values()),
             "inference": inference, "metrics": metrics,
             "k3s": self._k3s_status(),
             "tunnel": self.tunnel.status() if self.tunnel else None}
@@ -11340,6 +11655,7 @@ class Agent:
             sd_notify("STOPPING=1")
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
         finally:
+            self.pods.stop()
             self._stop_inference()
             if self.k3s:
                 self.k3s.stop()
@@ -11380,6 +11696,8 @@ class Agent:
         self._alive_until_s = now_s() + within_s
         if self._sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
+        if self.membership.snapshot.state is not State.STARTING:
+            self.pods.start()  # after the first keepalive, which is not to wait for it
         if self.membership.snapshot.state is not self._told:
             self.wake_main.set()
 
@@ -12858,7 +13176,19 @@ def judge_k3s(installed: bool, answers: bool, token: bool) -> Finding:
               "none: this machine runs models, not the gateway's workers")
 
 
+def check_pods(settings: Any) -> Iterator[Finding]:
+    """Whether worker pods can be watched, where there is a configuration for it."""
+    try:
+        config = read_kubeconfig(settings)
+        if config is not None:
+            KubeClient(config).request("GET", PODS_PATH + "?limit=1")
+            yield ok(f"worker pods can be watched, with {config.source}")
+    except (KubeError, UsageError) as error:
+        yield warn(f"worker pods cannot be watched: {error.what}", error.hint)
+
+
 def check_k3s(loaded: Loaded) -> Iterator[Finding]:
+    yield from check_pods(loaded.settings)
     yield judge_k3s(os.path.exists("/etc/rancher/k3s/k3s.yaml"),
                     k3s_answers(_K3S, _REQUEST_LIMIT_S),
                     bool(loaded.settings.k3s_token or loaded.settings.k3s_service_account))
@@ -13818,6 +14148,26 @@ def energy_line(energy: Dict[str, Any]) -> str:
         f"; now {', '.join(now)}" if parts and now else "")
 
 
+def pod_row(pod: Dict[str, Any]) -> Tuple[str, str]:
+    words = [pod["status"].lower(), pod["reason"], pod["function"]]
+    if pod["exit_code"] is not None:
+        words.append(f"exit code {pod['exit_code']}")
+    if pod["duration_seconds"] is not None:
+        words.append(f"{pod['duration_seconds']:.0f} s")
+    return "worker pod", f"{pod['name']} {', '.join(filter(None, words))}"
+
+
+def pod_rows(pods: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """Nothing where there is no k3s; else the newest ten."""
+    if not pods or pods["state"] == "off":
+        return []
+    counts = collections.Counter(pod["status"].lower() for pod in pods["pods"])
+    seen = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    return [("worker pods", "; ".join(filter(None, (
+        pods["state"], pods["server"], seen or "none", pods["message"]))))
+            ] + [pod_row(pod) for pod in pods["pods"][:10]]
+
+
 def status_lines(status: Dict[str, Any]) -> List[str]:
     def shown(value: Any, unit: str) -> str:
         return "unknown" if value is None else f"{value}{unit}"
@@ -13852,6 +14202,7 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
             f"{inference['engine']} {inference['status']}", inference.get("endpoint"),
             "models " + (" ".join(inference["models"]) or "none yet"),
             inference["message"].partition("\n")[0])))))
+    rows += pod_rows(status.get("pods") or {})
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))
     rows += [(f"{gpu['vendor']} {gpu['index']}", gpu_line(gpu)) for gpu in status.get("gpus") or ()]

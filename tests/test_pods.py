@@ -1,14 +1,21 @@
 """Worker pods: kubeconfigs, the Kubernetes client, the watch, and what the agent makes of it.  The
 server is kube_api's stand-in, over TLS; the recordings of real ones are in ../shared."""
 import collections
+import copy
+import http.client
+import io
 import json
 import os
+import sqlite3
+import threading
+import time
 
 import pytest
 
 import b9agent
-from b9agent import KubeClient
-from kube_api import CLIENT_CA, PODS, TLS, TOKEN, KubeApi, data_of, kubeconfig, text_of, worker_pod
+from b9agent import KubeClient, PodPace, PodWatch
+from helpers import run_agent, wait_until
+from kube_api import CLIENT_CA, PODS, TOKEN, KubeApi, data_of, kubeconfig, text_of, worker_pod
 
 FIXTURES = os.environ.get("B9AGENT_FIXTURES") or os.path.join(
     os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "shared", "fixtures")
@@ -376,3 +383,652 @@ def test_a_watch_of_something_else_ends(api, line):
 def test_a_line_without_end_is_a_typed_error(api):
     with pytest.raises(b9agent.KubeUnwell, match="a line of more than"):
         events(api, b"x" * (3 << 20))
+
+
+# -- what is read off a pod --------------------------------------------------
+
+def shown(thing, wall="2026-11-21T10:01:05Z"):
+    pod = b9agent.parse_pod(thing)
+    return b9agent.pod_record(pod, b9agent.parse_kube_time(wall))
+
+
+def test_the_pods_of_a_recorded_kubelet_list():
+    """Read off the recording by eye; started is of the run that goes on, not of the pod."""
+    pods = [b9agent.parse_pod(thing) for thing in json.loads(recording("podlist_kubelet_3-pods.json"))["items"]]
+    assert [(pod.name, pod.status, pod.created, pod.started, pod.finished, pod.exit_code, pod.restarts,
+             pod.containers, pod.reason, pod.worker_id, pod.function) for pod in pods] == [
+        ("speaker-cpxhz", "RUNNING", "2020-03-30T02:22:43Z", "2020-08-28T08:45:50Z", None, None, 54, 1, None,
+         None, None),
+        ("nginx-ingress-default-backend-5b967cf596-pp4m9", "RUNNING", "2020-06-24T23:02:02Z",
+         "2020-08-28T08:46:27Z", None, None, 18, 1, None, None, None),
+        ("kuard-6b65d9d8b5-44bbs", "RUNNING", "2020-06-24T02:50:44Z", "2020-08-28T08:46:44Z", None, None, 18, 1,
+         None, None, None)]
+
+
+def test_the_pods_of_recorded_api_answers():
+    (thing,) = json.loads(recording("podlist_labelselector.json"))["items"]
+    assert shown(thing, "2022-04-05T10:12:37Z") == {
+        "name": "kubernetes-01-prod-back-78d848c6b8-d9xsq", "worker_id": None, "status": "RUNNING",
+        "function": None, "reason": None, "created": "2022-04-04T10:40:32Z",
+        "started": "2022-04-05T10:11:37Z", "duration_seconds": 60.0, "exit_code": None, "restarts": 1,
+        "containers": 1}
+    assert json.loads(recording("podlist_empty.json"))["items"] == []
+
+
+def test_a_recorded_pod_on_its_way_out():
+    """Deleted at 15:58:40, killed (137) after the thirty seconds of grace at 15:59:10."""
+    things = [json.loads(line)["object"] for line in
+              recording("watch_pods_added-modified-deleted.ndjson").splitlines()]
+    rows = [(pod["name"], pod["status"], pod["reason"], pod["exit_code"], pod["duration_seconds"],
+             pod["containers"]) for pod in (shown(thing, "2023-03-10T15:58:56Z") for thing in things)]
+    killed = ("network-tool", "FAILED", "Error", 137, 8534.0, 0)  # 13:36:56 to 15:59:10
+    assert rows == [("network-tool1", "RUNNING", None, None, 8523.0, 1),
+                    ("network-tool", "RUNNING", None, None, 8520.0, 1),
+                    ("network-tool", "RUNNING", "Terminating", None, 8520.0, 1), killed, killed, killed]
+
+
+def container(restarts=0, last=None, **state):
+    return [{"name": "worker", "restartCount": restarts, "state": state, "lastState": last or {}}]
+
+
+def ended(code, reason="Error", finished="2026-11-21T10:00:35Z"):
+    return {"terminated": {"exitCode": code, "reason": reason, "startedAt": "2026-11-21T10:00:05Z",
+                           "finishedAt": finished}}
+
+
+RUNS = {"running": {"startedAt": "2026-11-21T10:00:05Z"}}
+
+
+@pytest.mark.parametrize("thing, expected", [  # status, reason, exit code, duration, restarts, containers
+    (worker_pod("a"), ("RUNNING", None, None, 60.0, 0, 1)),
+    (worker_pod("a", phase="Pending", statuses=[]), ("PENDING", None, None, None, 0, 0)),
+    (worker_pod("a", phase="Pending", statuses=container(waiting={"reason": "ContainerCreating"})),
+     ("PENDING", "ContainerCreating", None, None, 0, 0)),
+    (worker_pod("a", phase="Pending", statuses=container(waiting={"reason": "ImagePullBackOff"})),
+     ("PENDING", "ImagePullBackOff", None, None, 0, 0)),
+    (worker_pod("a", phase="Pending", statuses=container(waiting={"reason": "ErrImagePull"})),
+     ("PENDING", "ErrImagePull", None, None, 0, 0)),
+    (worker_pod("a", statuses=container(4, ended(137, "OOMKilled"), waiting={"reason": "CrashLoopBackOff"})),
+     ("FAILED", "CrashLoopBackOff", 137, 30.0, 4, 0)),
+    (worker_pod("a", statuses=container(2, ended(1), **RUNS)), ("RUNNING", None, None, 60.0, 2, 1)),
+    (worker_pod("a", phase="Failed", statuses=container(**ended(137, "OOMKilled"))),
+     ("FAILED", "OOMKilled", 137, 30.0, 0, 0)),
+    (worker_pod("a", statuses=container(1, **ended(1))), ("FAILED", "Error", 1, 30.0, 1, 0)),
+    (worker_pod("a", phase="Succeeded", statuses=container(**ended(0, "Completed"))),
+     ("COMPLETED", None, 0, 30.0, 0, 0)),
+    (worker_pod("a", phase="Succeeded", statuses=[]), ("COMPLETED", None, None, None, 0, 0)),
+    (worker_pod("a", deletionTimestamp="2026-11-21T10:01:00Z"), ("RUNNING", "Terminating", None, 60.0, 0, 1)),
+    (worker_pod("a", statuses=container(running={"startedAt": "2026-11-21T11:00:00Z"})),  # a clock apart
+     ("RUNNING", None, None, 0.0, 0, 1)),
+    (worker_pod("a", statuses=container(**ended(0, "Completed", None))), ("COMPLETED", None, 0, None, 0, 0)),
+    (worker_pod("a", statuses=container(running={})), ("RUNNING", None, None, None, 0, 1)),
+    (worker_pod("a", phase="Unknown", statuses=[]), ("PENDING", None, None, None, 0, 0)),
+    (worker_pod("a", statuses=[]), ("RUNNING", None, None, None, 0, 0)),
+])
+def test_the_states_of_a_pod(thing, expected):
+    pod = shown(thing)
+    assert (pod["status"], pod["reason"], pod["exit_code"], pod["duration_seconds"], pod["restarts"],
+            pod["containers"]) == expected
+
+
+def test_why_a_pod_waits_or_was_ended_is_told():
+    evicted = worker_pod("a", phase="Failed", statuses=[])
+    evicted["status"].update(reason="Evicted", message="The node was low on resource: memory.")
+    assert (shown(evicted)["status"], shown(evicted)["reason"]) == ("FAILED", "Evicted")
+    unplaced = worker_pod("a", phase="Pending", statuses=[])
+    unplaced["status"]["conditions"] = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}]
+    assert (shown(unplaced)["status"], shown(unplaced)["reason"]) == ("PENDING", "Unschedulable")
+    for state, status, reason in (
+            ({"waiting": {"reason": "CrashLoopBackOff"}}, "FAILED", "Init:CrashLoopBackOff"),
+            ({"waiting": {"reason": "ImagePullBackOff"}}, "PENDING", "Init:ImagePullBackOff"),
+            ({"terminated": {"exitCode": 3}}, "PENDING", "Init:ExitCode:3"),
+            ({"terminated": {"exitCode": 0}}, "PENDING", "PodInitializing")):
+        thing = worker_pod("a", phase="Pending", statuses=container(waiting={"reason": "PodInitializing"}))
+        thing["status"]["initContainerStatuses"] = [{"name": "init", "state": state}]
+        assert (shown(thing)["status"], shown(thing)["reason"]) == (status, reason)
+
+
+def test_the_worker_counts_and_not_what_stands_beside_it():
+    thing = worker_pod("a", statuses=[
+        {"name": "a-sidecar", "state": RUNS, "restartCount": 9}] + container(**ended(2)))
+    pod = shown(thing)
+    assert (pod["status"], pod["exit_code"], pod["restarts"], pod["containers"]) == ("FAILED", 2, 0, 1)
+
+
+def test_the_function_is_what_a_label_says_and_else_unknown():
+    thing = worker_pod("worker-gpu-ab12-train-x7k")
+    assert (shown(thing)["function"], shown(thing)["worker_id"]) == (None, "w1")
+    thing["metadata"]["labels"]["beta9.io/stub-id"] = "stub-77"
+    assert shown(thing)["function"] == "stub-77"
+
+
+def test_what_a_terminal_must_not_see_is_escaped_and_cut():
+    thing = worker_pod("a\x1b[2J" + "x" * 999, worker="w\n1")
+    assert shown(thing)["name"].startswith("a\\x1b[2Jx") and len(shown(thing)["name"]) == 253
+    assert shown(thing)["worker_id"] == "w\\n1"
+
+
+# -- the watch -----------------------------------------------------------------
+
+QUICK = PodPace(first_s=0.05, most_s=0.2, look_s=0.1, idle_s=5.0, watch_s=60, soon_s=0.0)
+
+
+class Watched:
+    """A PodWatch of the machine 0badcafe."""
+
+    def __init__(self, folder, text, pace=QUICK):
+        self.path, self.stream = folder / "k3s.kubeconfig", io.StringIO()
+        if text is not None:
+            self.path.write_text(text)
+        self.log = b9agent.Log(stream=self.stream, minimum="info")
+        self.watch = PodWatch(settings(folder), "0badcafe", self.log, pace, lambda given: (
+            b9agent.read_kubeconfig(given, "/nowhere/k3s.yaml", "/nowhere/ca")))
+
+    def names(self):
+        return {pod["name"]: pod["status"] for pod in self.watch.status()["pods"]}
+
+    def wait(self, what, **expected):
+        """Until the status has these values; `names` are the pods'."""
+        def look():
+            status = self.watch.status()
+            status["names"] = {pod["name"] for pod in status["pods"]}
+            return all(value(status[name]) if callable(value) else status[name] == value
+                       for name, value in expected.items())
+        wait_until(look, "%s: %s in %s" % (what, expected, self.watch.status()), 20.0)
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    started = []
+
+    def start(text, **pace):
+        one = Watched(tmp_path, text, QUICK._replace(**pace))
+        started.append(one)
+        one.watch.start()
+        return one
+    yield start
+    for one in started:
+        begun = time.monotonic()
+        one.watch.stop()
+        assert time.monotonic() - begun < 1.5 and not one.watch._thread.is_alive()
+        assert "defect" not in one.stream.getvalue(), one.stream.getvalue()
+
+
+def test_pods_come_change_and_go(api, watched):
+    api.put_pod(worker_pod("a", phase="Pending", statuses=[]))
+    one = watched(kubeconfig(api.port))
+    one.wait("listed", state="watching", names={"a"}, server=api.url)
+    assert one.names() == {"a": "PENDING"}
+    api.put_pod(worker_pod("a"))
+    api.put_pod(worker_pod("b", created="2026-11-21T11:00:00Z"))
+    one.wait("changed", names={"a", "b"}, pods=lambda pods: pods[1]["status"] == "RUNNING")
+    assert [pod["name"] for pod in one.watch.status()["pods"]] == ["b", "a"]  # the newest first
+    assert one.watch.counts() == {"RUNNING": 2}
+    api.remove_pod("a")
+    one.wait("gone", names={"b"})
+    assert (api.count("list"), api.count("watch")) == (1, 1)
+    query = api.asked[-1].query
+    assert query["labelSelector"] == "run.beam.cloud/role=worker" and query["allowWatchBookmarks"] == "true"
+    assert query["resourceVersion"] == "101" and query["timeoutSeconds"] == "60"
+
+
+def test_only_this_machines_workers_are_shown(api, watched):
+    """By the labels that the gateway's pods carry; an older gateway sets none for the machine."""
+    for name, machine in (("ours", "0badcafe"), ("theirs", "deadbeef"), ("old", None)):
+        pod = worker_pod(name, machine)
+        if machine is None:
+            del pod["metadata"]["labels"]["run.beam.cloud/machine-id"]
+        api.put_pod(pod)
+    other = worker_pod("coredns")
+    other["metadata"]["labels"] = {"app": "coredns", "app.kubernetes.io/managed-by": "beta9"}
+    api.put_pod(other)
+    one = watched(kubeconfig(api.port))
+    one.wait("listed", state="watching", names={"ours", "old"})
+    api.put_pod(worker_pod("theirs2", "deadbeef"))
+    api.put_pod(worker_pod("ours2"))
+    one.wait("watched", names={"ours", "old", "ours2"})
+
+
+def test_long_lists_come_in_pages(api, watched):
+    api.page = 40
+    for number in range(100):
+        api.put_pod(worker_pod("p%03d" % number))
+    one = watched(kubeconfig(api.port))
+    one.wait("all", state="watching", pods=lambda pods: len(pods) == 100)
+    assert [asked.query.get("continue") for asked in api.asked if asked.kind == "list"] == [None, "40", "80"]
+    api.put_pod(worker_pod("p100"))
+    wait_until(lambda: one.watch.counts() == {"RUNNING": 101}, "counted, though a hundred are told")
+    assert len(one.watch.status()["pods"]) == 100
+
+
+def test_no_more_pods_are_kept_than_a_thousand(api, watched):
+    for number in range(1010):
+        api.objects["%s/p%d" % (PODS, number)] = dict(worker_pod("p%d" % number))
+    one = watched(kubeconfig(api.port))
+    one.wait("some", state="watching")
+    assert one.watch.counts() == {"RUNNING": 1000}
+
+
+def test_a_bookmark_moves_the_version(api, watched):
+    api.put_pod(worker_pod("a"))
+    one = watched(kubeconfig(api.port))
+    one.wait("watching", state="watching")
+    api.bookmark()
+    api.fault("watch", 500)  # of the next one
+    wait_until(lambda: api.version == 151, "the bookmark")
+    api.put_pod(worker_pod("b"))
+    one.wait("told", names={"a", "b"})
+
+
+@pytest.mark.parametrize("raw", ["bookmark", "watch_bookmark.ndjson", "watch_bookmark_initial-events-end.ndjson",
+                                 "watch_bookmark_job.ndjson"])
+def test_a_watch_that_ends_goes_on_where_it_was(api, watched, raw):
+    """Also after recorded bookmarks; without listing again."""
+    line = (recording(raw) if raw != "bookmark" else json.dumps(
+        {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "3845"}}})).encode().strip()
+    api.fault("watch", raw=line + b"\n")
+    one = watched(kubeconfig(api.port))
+    api.wait_for(lambda: api.count("watch") == 2, "a second watch")
+    version = json.loads(line)["object"]["metadata"]["resourceVersion"]
+    assert [asked.query["resourceVersion"] for asked in api.asked if asked.kind == "watch"] == ["100", version]
+    assert api.count("list") == 1 and one.watch.state == "watching"
+
+
+def test_the_servers_own_time_limit_is_no_failure(api, watched):
+    one = watched(kubeconfig(api.port), watch_s=1)
+    api.wait_for(lambda: api.count("watch") >= 3, "more watches")
+    assert api.count("list") == 1 and one.watch.state == "watching"
+    assert "warning" not in one.stream.getvalue()
+
+
+@pytest.mark.parametrize("then", ["cut", "hang"])
+def test_a_line_that_is_cut_is_told_again_by_the_next_watch(api, watched, then):
+    """Nothing of the half, nothing lost, and the version is that of the last whole line."""
+    whole = worker_pod("whole", resourceVersion="100")
+    half = json.dumps({"type": "ADDED", "object": worker_pod("half")}).encode()[:-40]
+    api.fault("watch", raw=json.dumps({"type": "ADDED", "object": whole}).encode() + b"\n" + half, then=then)
+    one = watched(kubeconfig(api.port), idle_s=0.5)
+    one.wait("the whole one", names={"whole"})
+    api.put_pod(worker_pod("half"))
+    one.wait("both", names={"whole", "half"})
+    assert [asked.query["resourceVersion"] for asked in api.asked if asked.kind == "watch"][:2] == ["100"] * 2
+    assert api.count("list") == 1
+
+
+@pytest.mark.parametrize("gone_as", ["status", "Gone", "Expired"])
+def test_a_version_that_is_gone_is_listed_again_at_once(api, watched, gone_as):
+    api.gone_as = gone_as
+    api.put_pod(worker_pod("a"))
+    api.put_pod(worker_pod("b"))
+    one = watched(kubeconfig(api.port), first_s=30.0, most_s=60.0)  # a wait would be noticed
+    one.wait("watching", state="watching")
+    with api._changed:
+        api.objects.pop(PODS + "/a")  # while nobody could tell of it
+    api.forget()
+    api.cut()
+    api.wait_for(lambda: api.count("watch") == 3, "a watch that is refused, and one that is not")
+    one.wait("listed", state="watching", names={"b"})
+    assert api.count("list") == 2
+
+
+def test_versions_that_are_always_gone_are_asked_for_ever_more_slowly(api, watched):
+    for _ in range(50):
+        api.fault("watch", 410, "Expired", "too old resource version: 1 (2)")
+    one = watched(kubeconfig(api.port), first_s=0.2, most_s=60.0, soon_s=5.0)
+    one.wait("it says so", state="failed", message=lambda text: "has forgotten that version" in text)
+    api.wait_for(lambda: api.count("list") >= 4, "more tries")
+    begun = time.monotonic()
+    api.wait_for(lambda: api.count("list") >= 5, "another try")
+    assert time.monotonic() - begun > 0.2 and api.count("list") < 8
+
+
+@pytest.mark.parametrize("code, reason, words", [
+    (500, "InternalError", "unwell: it answered 500"), (503, "ServiceUnavailable", "apiserver not ready"),
+    (403, "Forbidden", "b9agent.py k3s rbac"), (429, "TooManyRequests", "429")])
+def test_refusals_are_told_and_tried_again(api, watched, code, reason, words):
+    for _ in range(3):
+        api.fault("list", code, reason, "apiserver not ready")
+    one = watched(kubeconfig(api.port))
+    one.wait("told", state="failed", message=lambda text: words in text)
+    one.wait("well again", state="watching", message="")
+    assert one.stream.getvalue().count("warning") == 1  # not for each try
+
+
+def test_an_api_that_restarts_keeps_the_pods_on_show(api, watched):
+    api.put_pod(worker_pod("a"))
+    one = watched(kubeconfig(api.port))
+    one.wait("watching", state="watching", names={"a"})
+    api.stop()
+    one.wait("away", state="failed", names={"a"}, message=lambda text: "connection refused" in text)
+    assert one.watch.counts() == {"RUNNING": 1}
+    api.fault("list", 503, "ServiceUnavailable", "apiserver not ready")
+    with api._changed:
+        api.objects.pop(PODS + "/a")
+    api.put_pod(worker_pod("b"))
+    api.start()
+    one.wait("back", state="watching", names={"b"}, message="")
+
+
+def test_a_renewed_token_is_read_again(api, watched):
+    one = watched(kubeconfig(api.port))
+    one.wait("watching", state="watching")
+    api.token = "a-renewed-token-4411"
+    api.cut()
+    one.wait("refused", state="failed", message=lambda text: "does not accept who we are" in text)
+    one.path.write_text(kubeconfig(api.port, token="a-renewed-token-4411"))
+    one.wait("taken", state="watching", message="")
+    assert "a-renewed" not in one.stream.getvalue() and TOKEN not in one.stream.getvalue()
+
+
+def test_without_k3s_nothing_is_said_and_one_that_comes_is_noticed(api, watched):
+    one = watched(None)
+    one.wait("off", state="off")
+    assert one.watch.status() == {"state": "off", "server": None, "message": "", "pods": []}
+    assert one.watch.counts() == {} and one.stream.getvalue() == ""
+    api.put_pod(worker_pod("a"))
+    one.path.write_text("current-context: default\nclusters: &x\n")
+    one.wait("a bad one", state="failed", server=None, message=lambda text: ":2: " in text)
+    assert one.watch.counts() is None
+    one.path.write_text(kubeconfig(api.port))
+    one.wait("a good one", state="watching", names={"a"}, server=api.url)
+    one.path.unlink()
+    api.stop()
+    one.wait("uninstalled", state="off", pods=[], server=None, message="")
+    api.start()
+
+
+def test_a_wrong_authority_is_told(api, watched):
+    one = watched(kubeconfig(api.port, ca="k3s-client-ca.pem"))
+    one.wait("told", state="failed", message=lambda text: "certificate not accepted" in text)
+    assert api.asked == []
+
+
+def test_a_server_that_ends_every_watch_is_not_hammered(api, watched):
+    for _ in range(500):
+        api.fault("watch", raw=b"")
+    one = watched(kubeconfig(api.port), soon_s=1.0, first_s=0.2, most_s=60.0)
+    one.wait("told", state="failed", message=lambda text: "ends every watch at once" in text)
+    api.wait_for(lambda: api.count("list") >= 3, "more tries")
+    assert api.count("watch") < 8
+
+
+def test_no_secret_of_a_pod_is_kept(api, watched):
+    """Worker pods carry their worker's token in their environment."""
+    api.put_pod(worker_pod("a"))
+    one = watched(kubeconfig(api.port))
+    one.wait("watching", state="watching", names={"a"})
+    kept = repr(one.watch.status()) + repr(one.watch._pods) + one.stream.getvalue()
+    assert "worker-token-secret-91" not in kept and TOKEN not in kept
+
+
+# -- the agent -------------------------------------------------------------------
+
+class Member:
+    """An agent of the embedded gateway, with a kubeconfig or without."""
+
+    def __init__(self, agent, home, state, embedded, *arguments, **extra):
+        self.home, self.state, self.db = home, state, embedded.db
+        self.machine_id, token = embedded.create()
+        self.program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", embedded.port,
+                             "--machine-id", self.machine_id, "--pool-name", "gpu", "--keepalive-interval", "1",
+                             "--control-port", "0", *arguments, BETA9_TOKEN=token, **extra)
+        wait_until(lambda: (state / "control.addr").exists(), "the control API")
+
+    def get(self, path):
+        connection = http.client.HTTPConnection((self.state / "control.addr").read_text().strip(), timeout=10)
+        token = (self.state / "control.token").read_text().strip()
+        try:
+            connection.request("GET", path, headers={"Authorization": "Bearer " + token})
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+    def status(self):
+        return json.loads(self.get("/status"))
+
+    def wait(self, condition, what):
+        wait_until(lambda: condition(self.status()), "%s: %s" % (what, self.status()))
+
+    def received(self):
+        """What the gateway has of the last keepalive."""
+        with sqlite3.connect(self.db) as base:
+            (metrics,) = base.execute("SELECT metrics FROM machines WHERE machine_id = ?",
+                                      (self.machine_id,)).fetchone()
+        return json.loads(metrics or "{}")
+
+
+@pytest.fixture
+def member(agent, home, state, embedded):
+    state.mkdir(mode=0o700, exist_ok=True)
+    return lambda *arguments, **extra: Member(agent, home, state, embedded, *arguments, **extra)
+
+
+def test_an_agent_shows_its_pods_and_tells_the_gateway_how_many_run(api, member, state, home):
+    (state / "k3s.kubeconfig").write_text(kubeconfig(api.port))
+    one = member()
+    one.wait(lambda status: status["pods"]["state"] == "watching", "watching")
+    for name, changes in (("a", {}), ("b", {}), ("theirs", {"machine": "deadbeef"}), ("done", {
+            "phase": "Succeeded", "statuses": container(**ended(0, "Completed"))})):
+        api.put_pod(worker_pod(name, **dict({"machine": one.machine_id}, **changes)))
+    one.wait(lambda status: status["total_jobs"] == 3, "three pods")
+    status = one.status()
+    assert status["running_jobs"] == 2 and status["pods"]["server"] == api.url
+    assert {pod["name"]: (pod["status"], pod["exit_code"], pod["duration_seconds"])
+            for pod in status["pods"]["pods"] if pod["name"] == "done"} == {"done": ("COMPLETED", 0, 30.0)}
+    wait_until(lambda: one.received().get("worker_count") == 2, "the gateway has it")
+    assert one.received()["container_count"] == 2
+    metrics = one.get("/metrics")
+    assert 'b9agent_worker_pods{status="RUNNING"} 2\n' in metrics
+    assert 'b9agent_worker_pods{status="COMPLETED"} 1\n' in metrics
+    assert 'b9agent_pods_watch_state{state="watching"} 1\n' in metrics
+    done = run_agent(home, "status")
+    assert "watching; %s; 1 completed, 2 running" % api.url in done.out
+    assert "done completed, exit code 0, 30 s" in done.out
+    api.stop()
+    one.wait(lambda status: status["pods"]["state"] == "failed", "the API is away")
+    assert one.status()["total_jobs"] == 3 and one.status()["state"] == "ready"
+    api.start()
+    one.wait(lambda status: status["pods"]["state"] == "watching", "it is back")
+    assert one.program.stop() == 0
+    text = one.program.text()
+    assert TOKEN not in text and "defect" not in text and "worker-token-secret" not in text
+
+
+def test_an_agent_with_a_token_and_an_authority(api, member, tmp_path):
+    ca = tmp_path / "ca.crt"
+    ca.write_text(text_of("k3s-server-ca.pem"))
+    one = member("--k3s-server", api.url, "--k3s-ca-file", ca, BETA9_K3S_TOKEN=TOKEN)
+    one.wait(lambda status: status["pods"]["state"] == "watching", "watching")
+    api.put_pod(worker_pod("a", one.machine_id, deletionTimestamp="2026-11-21T10:00:00Z"))
+    one.wait(lambda status: status["running_jobs"] == 1, "a pod")
+
+
+def test_an_agent_without_k3s_is_quiet(member, home):
+    one = member()
+    one.wait(lambda status: status["state"] == "ready" and status["keepalives"] >= 2, "ready")
+    assert one.status()["pods"] == {"state": "off", "server": None, "message": "", "pods": []}
+    assert (one.received()["worker_count"], one.received()["container_count"]) == (0, 0)
+    assert 'b9agent_pods_watch_state{state="off"} 1\n' in one.get("/metrics")
+    assert "pods" not in one.program.text() and "worker pod" not in run_agent(home, "status").out
+    assert "_ssl" not in (b9agent.read_text("/proc/%d/maps" % one.program.pid) or "")
+
+
+def test_the_first_keepalive_does_not_wait_for_a_k3s_that_hangs(member, state):
+    """A port that takes connections and says nothing."""
+    import socket
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(5)
+        (state / "k3s.kubeconfig").write_text(kubeconfig(deaf.getsockname()[1]))
+        one = member()
+        one.wait(lambda status: status["state"] == "ready", "ready")
+        one.wait(lambda status: status["pods"]["state"] == "connecting", "it tries")
+        begun = time.monotonic()
+        assert one.program.stop() == 0 and time.monotonic() - begun < 10
+
+
+def test_doctor_asks_the_api_where_it_may(api, home, state):
+    def k3s(**extra):
+        done = run_agent(home, "doctor", "--json", "--control-port", "0", "--gateway-port", "1", BETA9_TOKEN="t-0",
+                         **extra)
+        return [(row["level"], row["seen"], row["mend"]) for row in json.loads(done.out)["checks"]
+                if row["name"] == "k3s"]
+    assert len(k3s()) == 1
+    state.mkdir(mode=0o700)
+    (state / "k3s.kubeconfig").write_text(kubeconfig(api.port))
+    level, seen, _ = k3s()[0]
+    assert level == "ok" and "worker pods can be watched" in seen and str(state) in seen
+    api.fault("list", 403, "Forbidden", "pods is forbidden: User x")
+    level, seen, mend = k3s()[0]
+    assert level == "warn" and "pods is forbidden" in seen and "b9agent.py k3s rbac" in mend
+    (state / "k3s.kubeconfig").write_text("a: |")
+    level, seen, mend = k3s()[0]
+    assert level == "warn" and "k3s.kubeconfig:1" in seen and mend
+
+
+# -- anything at all -----------------------------------------------------------
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+bounded = hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None,
+                              suppress_health_check=list(hypothesis.HealthCheck))
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-2 ** 70, 2 ** 70), st.floats(), st.text(max_size=9),
+              st.sampled_from(["2026-11-21T10:00:05Z", "2026-99-99T99:99:99Z", "0000-00-00T00:00:00Z", "worker",
+                               "\ud800", "x" * 9999, "CrashLoopBackOff", "Running"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
+        st.sampled_from(["name", "state", "reason", "running", "terminated", "waiting", "exitCode", "startedAt"]),
+        inner, max_size=4)), max_leaves=8)
+
+
+def places(thing, path=()):
+    """Every path into an object."""
+    yield path
+    for key, value in (thing.items() if isinstance(thing, dict) else
+                       enumerate(thing) if isinstance(thing, list) else ()):
+        yield from places(value, path + (key,))
+
+
+FULL_POD = worker_pod("a", statuses=container(3, ended(1), waiting={"reason": "CrashLoopBackOff"}))
+FULL_POD["status"].update(
+    reason="Evicted", initContainerStatuses=[{"name": "i", "state": {"terminated": {"exitCode": 1}}}],
+    conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}])
+
+
+def check_record(pod):
+    record = b9agent.pod_record(pod, 1795255265.0)
+    assert set(record) == {"name", "worker_id", "status", "function", "reason", "created", "started",
+                           "duration_seconds", "exit_code", "restarts", "containers"}
+    assert record["status"] in ("PENDING", "RUNNING", "COMPLETED", "FAILED")
+    assert record["duration_seconds"] is None or record["duration_seconds"] >= 0
+    json.dumps(record).encode()
+    return record
+
+
+@bounded
+@hypothesis.given(st.sampled_from(sorted(places(FULL_POD), key=str)), anything)
+def test_a_mutated_pod_is_read_or_left_out(path, value):
+    thing = copy.deepcopy(FULL_POD)
+    if path:
+        place = thing
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+    else:
+        thing = value
+    pod = b9agent.parse_pod(thing)
+    assert pod is None or check_record(pod)
+    watch = PodWatch(settings("/nowhere"), "0badcafe", b9agent.Log(stream=io.StringIO()))
+    try:
+        for kind in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", value):
+            watch._heed({"type": kind, "object": thing if isinstance(thing, dict) else {}})
+        watch.status()
+    finally:
+        watch._wake.close()
+
+
+class OneStream:
+    """A connection's answer, without a connection."""
+    status, headers = 200, {}
+
+    def __init__(self, raw, failure):
+        self.raw, self.failure = raw, failure
+
+    def lines(self, max_bytes):
+        *whole, rest = self.raw.split(b"\n")
+        yield from whole
+        if self.failure:
+            raise b9agent.HttpFailure(self.failure, "it broke")
+        if rest:
+            yield rest
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+LINES = [json.dumps({"type": kind, "object": worker_pod(name)}).encode() for kind, name in (
+    ("ADDED", "a"), ("MODIFIED", "a"), ("DELETED", "a"))] + [json.dumps(
+        {"type": "ERROR", "object": {"kind": "Status", "code": code, "reason": "Gone"}}).encode()
+        for code in (410, "x", None, 401, 403, 500, 200)]
+
+
+@bounded
+@hypothesis.given(st.lists(st.one_of(st.sampled_from(LINES), st.binary(max_size=20)), max_size=4),
+                  st.integers(0, 4000), st.binary(max_size=3),
+                  st.sampled_from([None, "closed", "timeout", "network", "tls", "garbage", "too_large"]))
+def test_mutated_watch_bytes_are_events_or_a_typed_error(lines, at, dirt, failure):
+    raw = b"\n".join(lines)
+    raw = raw[:at] + dirt + raw[at + len(dirt):]
+    client = KubeClient(b9agent.parse_kubeconfig(kubeconfig(1), "/t"))
+    client._open = lambda *_: OneStream(raw, failure)
+    try:
+        for event in client.watch("/", 1.0):
+            assert isinstance(event["object"], dict)
+            pod = b9agent.parse_pod(event["object"])
+            assert pod is None or check_record(pod)
+    except b9agent.KubeError as error:
+        assert len(str(error)) < 900
+
+
+TREE = {"clusters": [{"name": "c", "cluster": {
+    "server": "https://127.0.0.1:6443", "certificate-authority-data": "LS0tLS1CRUdJTiA=",
+    "certificate-authority": "/nowhere", "tls-server-name": "kubernetes", "insecure-skip-tls-verify": False}}],
+    "users": [{"name": "u", "user": {"token": "t-1", "tokenFile": "", "exec": None, "client-key-data": "",
+                                     "client-certificate": ""}}],
+    "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], "current-context": "x"}
+
+
+@bounded
+@hypothesis.given(st.sampled_from(sorted(places(TREE), key=str)), st.one_of(anything, st.sampled_from(
+    ["\0", "/\0", "\ud800", "\u00e9", "a\nb", "https://\u00e9", "https://a:99999999999", "/dev/null", "/"])))
+def test_a_mutated_tree_is_read_or_refused(path, value):
+    thing = copy.deepcopy(TREE)
+    place = thing
+    for key in path[:-1]:
+        place = place[key]
+    if path:
+        place[path[-1]] = value
+    try:
+        config = b9agent.parse_kubeconfig(json.dumps(thing), "/t/config")
+    except b9agent.UsageError as error:
+        assert "/t/config" in str(error) and len(str(error)) < 700
+        return
+    with pytest.raises(b9agent.HttpFailure):
+        config.endpoint.tls.context()  # it is no certificate: a typed error
+
+
+@bounded
+@hypothesis.given(st.integers(0, 900), st.sampled_from(
+    ["", " ", "\n", ":", "- ", "{", "}", "[", '"', "x", "\t", "&a", "null", "\ud7ff", "#"]), st.integers(0, 30))
+def test_a_mutated_kubeconfig_is_read_or_refused(at, dirt, cut):
+    text = kubeconfig(6443).replace(data_of("k3s-server-ca.pem"), "LS0tLS1CRUdJTiA=")
+    text = text[:at] + dirt + text[at + cut:]
+    try:
+        config = b9agent.parse_kubeconfig(text, "/t/config")
+        assert config.endpoint.scheme == "https"
+    except b9agent.UsageError as error:
+        assert "/t/config" in str(error)
