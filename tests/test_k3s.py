@@ -9,17 +9,16 @@ import os
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 import time
-import urllib.request
 
 import pytest
 import yaml
 
 import b9agent
 from b9agent import GATEWAY_RIGHTS, KubeClient, Right
-from helpers import AGENT, PATIENCE_S, environment, files_with, quiet_port, run_agent, tree, wait_until
+from helpers import PATIENCE_S, environment, files_with, quiet_port, run_agent, tree
+from hostile_gateway import TOKEN as GATEWAY_TOKEN
 from kube_api import TOKEN, KubeApi, kubeconfig, status
 
 ACCOUNTS = "/api/v1/namespaces/default/serviceaccounts"
@@ -503,3 +502,433 @@ def test_a_kubeconfig_that_was_made_is_read_as_it_was_meant(tmp_path):
     made = b9agent.parse_kubeconfig(b9agent.render_kubeconfig(config, "t" * 20), "/y")
     assert made.endpoint[:6] == config.endpoint[:6] and made.token == "t" * 20
     assert made.endpoint.tls.ca_pem == config.endpoint.tls.ca_pem
+
+
+# -- in a running agent --------------------------------------------------------------
+
+def own_kubeconfig(state, api, token):
+    state.mkdir(mode=0o700)
+    (state / "k3s.kubeconfig").write_text(kubeconfig(api.port, token=token))
+    (state / "k3s.kubeconfig").chmod(0o600)
+
+
+def to(gateway):
+    return ("--gateway-port", gateway.port, "--gateway-host", "127.0.0.1", "--machine-id", "0badcafe",
+            "--control-port", "0", "--k3s-service-account", "beta9-gateway")
+
+
+def test_a_running_agent_registers_its_new_token_before_the_old_one_ends(home, state, agent, hostile, api):
+    applied(api)
+    api.life_s = 6
+    own_kubeconfig(state, api, api.token_of("beta9-agent", 3600))
+    given = len(api.minted)
+    running = agent("run", *to(hostile), BETA9_TOKEN=GATEWAY_TOKEN)
+    ends = {}
+
+    def registered(requests):
+        for request in requests:
+            if request.name == "register" and request.body["token"] not in ends:
+                left_s = b9agent.token_claims(request.body["token"])["exp"] - time.time()
+                ends[request.body["token"]] = left_s
+        return len(ends) >= 3
+    hostile.wait_for(registered, "three tokens are registered")
+    assert list(ends)[:3] == api.minted[given:given + 3] and min(ends.values()) > 2.0
+    hostile.wait_for(lambda requests: requests[-1].name == "keepalive", "a keepalive follows")
+    names = [request.name for request in hostile.requests]
+    assert names[:6] == ["register", "keepalive"] * 3  # one registration a token, a keepalive with each
+    told = json.loads(run_agent(home, "status", "--json").out)
+    assert told["k3s"]["service_account"] == "beta9-gateway" and told["k3s"]["message"] == ""
+    assert told["k3s"]["token_expires"].startswith("20") and told["state"] == "ready"
+    assert "token ends 20" in run_agent(home, "status").out and told["failures"] == 0
+    api.stop()
+    running.wait_line("k3s token is not renewed")
+    running.wait_line("and it has ended")
+    message = json.loads(run_agent(home, "status", "--json").out)["k3s"]["message"]
+    assert "the k3s token is not renewed" in message and "is not reached" in message
+    assert running.stop() == 0
+    shown = running.text() + json.dumps(told)
+    assert not any(secret in shown for secret in api.minted)
+    assert {os.path.basename(path) for secret in api.minted for path in files_with(home, secret)} <= {
+        "k3s.kubeconfig"}
+
+
+def test_an_agent_without_k3s_keeps_the_machine_and_brings_the_token_later(home, state, agent, hostile, api):
+    applied(api)
+    own_kubeconfig(state, api, api.token_of("beta9-agent", 3600))
+    api.stop()
+    agent("run", *to(hostile), BETA9_TOKEN=GATEWAY_TOKEN)
+    hostile.wait_for(lambda requests: [request.name for request in requests][:2] == ["register", "keepalive"],
+                     "it is kept alive")
+    assert hostile.requests[0].body["token"] == ""
+    with api:
+        hostile.wait_for(lambda requests: requests[-1].name == "keepalive" and len(requests) > 2, "again")
+        assert [request.body["token"] for request in hostile.requests if request.name == "register"] == [
+            "", api.minted[-1]]
+
+
+def test_once_fails_without_the_token_that_it_was_to_bring(home, state, hostile, api):
+    own_kubeconfig(state, api, TOKEN)
+    once = lambda: run_agent(home, "--once", *to(hostile), BETA9_TOKEN=GATEWAY_TOKEN)
+    done = once()
+    assert done.code == 5 and "there is no service account beta9-gateway" in done.err
+    assert hostile.requests == []
+    applied(api)
+    assert once().code == 0 and hostile.requests[0].body["token"] == api.minted[-1]
+
+
+def test_a_fixed_token_and_an_account_exclude_each_other(home):
+    done = run_agent(home, "--once", "--k3s-service-account", "beta9-gateway", BETA9_TOKEN="t" * 20,
+                     BETA9_K3S_TOKEN="k" * 20)
+    assert done.code == 2 and "k3s.token and k3s.service_account are both set" in done.err
+
+
+# -- check -------------------------------------------------------------------------
+
+def checked(home, admin, *arguments, **more):
+    """(exit code, {name: findings})."""
+    done = k3s(home, "check", admin, "--json", *arguments, **more)
+    found = {}
+    for row in json.loads(done.out)["checks"]:
+        found.setdefault(row["name"], []).append((row["level"], row["seen"], row["mend"]))
+    return done.code, found
+
+
+def test_all_that_is_needed_is_found(home, api, admin):
+    applied(api)
+    code, found = checked(home, admin, "--hostname", "127.0.0.1")
+    assert code == 0 and "v1.33.1+k3s1" in found["api"][0][1] and "verified" in found["api"][0][1]
+    assert found["rights"] == [("ok", "the gateway may create jobs, list jobs, delete jobs, list pods in "
+                                      "default", "")]
+    assert [row[0] for row in found["own"]] == ["ok"] and found["nodes"][0][1] == "ready: box"
+    assert "system:serviceaccount:default:beta9-gateway" in found["token"][0][1]
+    lines = k3s(home, "check", admin).out.splitlines()
+    assert lines[0].startswith("ok    api ") and "nothing keeps the gateway from starting workers" in lines[-1]
+    assert [asked.path for asked in api.asked if asked.method not in ("GET", "POST")] == []
+    assert not any(secret in "\n".join(lines) for secret in api.minted)
+
+
+def test_a_right_that_is_lacking_is_a_failure_and_one_too_many_a_warning(home, api, admin):
+    applied(api)
+    role = dict(api.objects[ROLES + "/beta9-gateway"])
+    role["rules"] = role["rules"][1:] + [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}]
+    api.put(ROLES + "/beta9-gateway", role)
+    code, found = checked(home, admin)
+    assert code == 2 and [row[0] for row in found["rights"]] == ["fail", "warn"]
+    assert "the gateway may not create jobs in default" in found["rights"][0][1]
+    assert found["rights"][0][2] == "sudo b9agent.py k3s rbac --apply"
+    assert found["rights"][1][1] == "it may also: get secrets"
+
+
+def test_cluster_admin_is_a_warning(home, api, admin):
+    applied(api)
+    api.extra["beta9-gateway"] = [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]
+    code, found = checked(home, admin)
+    assert code == 0 and found["rights"][1][:2] == ("warn", "it may also: everything (cluster-admin)")
+
+
+@pytest.mark.parametrize("life_s, level, words", [
+    (3600, "warn", "nobody renews it"), (30 * 86400, "ok", "accepted, ends 20"), (None, "warn", "never ends")])
+def test_a_fixed_token_is_told_by_its_end(home, api, admin, life_s, level, words):
+    applied(api)
+    token = api.token_of("beta9-gateway", life_s or 600) if life_s else TOKEN
+    _, found = checked(home, admin, BETA9_K3S_TOKEN=token)
+    assert found["token"][0][0] == level and words in found["token"][0][1]
+    assert token not in json.dumps(found)
+
+
+def test_a_fixed_token_that_has_ended_is_a_failure(home, api, admin):
+    applied(api)
+    code, found = checked(home, admin, BETA9_K3S_TOKEN=api.token_of("beta9-gateway", -5))
+    assert code == 2 and [row[0] for row in found["token"]] == ["fail"]
+
+
+def test_an_api_that_is_away_is_unreachable_and_said_by_each_row(home, api, admin):
+    api.stop()
+    code, found = checked(home, admin)
+    assert code == 5 and found["api"][0][0] == "fail" and "is not reached" in found["api"][0][1]
+
+
+def test_the_agent_s_kubeconfig_is_enough_for_check(home, api, admin):
+    assert k3s(home, "rbac", admin, "--apply").code == 0
+    code, found = checked(home, None)
+    levels = {name: [row[0] for row in rows] for name, rows in found.items()}
+    assert code == 0 and levels["rights"] == levels["own"] == ["ok"]
+    if os.path.exists(b9agent.K3S_KUBECONFIG):
+        return
+    assert found["nodes"] == [("ok", "not looked at: the agent may not see them, and need not; with sudo they "
+                                     "are", "")]
+
+
+@pytest.mark.parametrize("hostname, words", [
+    ("127.0.0.1", "127.0.0.1:6443"), ("no-such-host.invalid", "the gateway adds its tailnet's name")])
+def test_the_address_that_is_registered_is_tried(home, api, admin, hostname, words):
+    applied(api)
+    _, found = checked(home, admin, "--hostname", hostname)
+    assert words in found["address"][0][1]
+
+
+@pytest.mark.parametrize("nodes, gpus, levels", [
+    ([NODE], 0, ["ok"]), ([], 0, ["fail"]), ([NODE], 1, ["ok", "warn"]),
+    ([{"metadata": {"name": "b"}, "status": {}}], 0, ["fail"]),
+    ([{"metadata": {"name": "b"}, "status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}}], 0,
+     ["fail"]),
+    ([dict(NODE, status=dict(NODE["status"], allocatable={"nvidia.com/gpu": "2"}))], 2, ["ok", "ok"]),
+    ([dict(NODE, status=dict(NODE["status"], allocatable={"nvidia.com/gpu": "many"}))], 1, ["ok", "warn"]),
+])
+def test_nodes_and_their_gpus_are_judged(nodes, gpus, levels):
+    assert [finding.level for finding in b9agent.judge_nodes(nodes, gpus)] == levels
+
+
+# -- install ------------------------------------------------------------------------
+
+INSTALLER = """#!/bin/sh
+env | grep -E '^(INSTALL_)?K3S_' | sort > "{folder}/environment"
+echo "[INFO]  Installing k3s"
+[ ! -e "{folder}/fail" ] || {{ echo "[ERROR]  Download failed" >&2; exit 1; }}
+mkdir -p "{folder}/etc" && cat "{folder}/kubeconfig" > "{folder}/etc/k3s.yaml"
+"""
+
+
+def elf(text="k3s version v1.33.1+k3s1 (abc)\ngo version go1.24\n", machine=62):
+    """A program for Linux on x86-64 that prints a text."""
+    body = text.encode()
+    code = (b"\xb8\x01\0\0\0\xbf\x01\0\0\0\x48\x8d\x35" + (16).to_bytes(4, "little") + b"\xba"
+            + len(body).to_bytes(4, "little") + b"\x0f\x05\xb8\x3c\0\0\0\x31\xff\x0f\x05")
+    word = lambda *values: b"".join(value.to_bytes(8, "little") for value in values)
+    head = (b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x02\0" + machine.to_bytes(2, "little") + b"\x01\0\0\0"
+            + word(0x400078, 64, 0) + b"\0\0\0\0" + b"\x40\0\x38\0\x01\0\x40\0\0\0\0\0")
+    whole = 120 + len(code) + len(body)
+    return head + b"\x01\0\0\0\x05\0\0\0" + word(0, 0x400000, 0x400000, whole, whole, 0x1000) + code + body
+
+
+class Box:
+    """A folder in place of /, with what a user carries to it."""
+
+    def __init__(self, folder, api):
+        self.folder, self.api, self.said, self.asked, self.answer = folder, api, [], [], True
+        (folder / "kubeconfig").write_text(kubeconfig(api.port))
+        self.installer = folder / "install.sh"
+        self.installer.write_text(INSTALLER.format(folder=folder))
+        self.root = folder / "root"
+        self.root.mkdir()
+        self.places = b9agent.K3sPlaces(
+            str(self.root / "bin/k3s"), str(self.root / "images"), str(self.root / "config.yaml"),
+            str(folder / "etc/k3s.yaml"), (str(folder / "k3s.service"),), port=quiet_port())
+
+    def install(self, names=("", "100.64.0.7"), **options):
+        steps = b9agent.Steps(self.said.append, {name.replace("_", "-"): str(value)
+                                                 for name, value in options.items()})
+        b9agent.K3sInstall(steps, {name.replace("_", "-"): str(value) for name, value in options.items()},
+                           names, self.places).run(self._confirm, lambda text: None)
+        return "\n".join(self.said)
+
+    def _confirm(self, question):
+        self.asked.append(question)
+        return self.answer
+
+    def environment(self):
+        return (self.folder / "environment").read_text().split()
+
+    def refused(self, kind=b9agent.UsageError, **options):
+        before = tree(self.root)
+        with pytest.raises(kind) as caught:
+            self.install(**options)
+        assert tree(self.root) == before and not (self.folder / "environment").exists()
+        return str(caught.value)
+
+
+@pytest.fixture
+def box(tmp_path, api):
+    return Box(tmp_path, api)
+
+
+def test_the_installer_runs_once_it_is_shown_and_wanted(box, monkeypatch):
+    monkeypatch.setenv("K3S_URL", "https://elsewhere:6443")
+    monkeypatch.setenv("INSTALL_K3S_EXEC", "agent")
+    said = box.install(installer=box.installer)
+    digest = subprocess.run(["sha256sum", str(box.installer)], stdout=subprocess.PIPE).stdout.decode()[:64]
+    assert "its SHA-256 is " + digest in said and len(box.asked) == 1
+    assert box.environment() == ["INSTALL_K3S_EXEC=server"]
+    assert "[INFO]  Installing k3s" in said and "k3s v1.33.1+k3s1 is ready" in said
+    assert said.endswith("next: sudo b9agent.py k3s rbac --apply")
+    config = yaml.safe_load((box.root / "config.yaml").read_text())
+    assert config == {"write-kubeconfig-mode": "0600", "tls-san": ["100.64.0.7"], "disable": [
+        "traefik", "servicelb", "metrics-server", "local-storage"]}
+    assert stat.S_IMODE(os.stat(box.places.config).st_mode) == 0o600
+
+
+def test_a_dry_run_tells_every_step_and_makes_none(box):
+    before = tree(box.folder)
+    said = box.install(dry_run="", installer=box.installer)
+    assert tree(box.folder) == before and box.asked == [] and box.api.asked == []
+    steps = [line.split()[1] for line in said.splitlines() if line.startswith("would ")]
+    assert steps == ["read", "write", "run", "wait"] and said.endswith("nothing was changed")
+    assert "INSTALL_K3S_EXEC=server" in said
+
+
+def test_a_no_changes_nothing(box):
+    box.answer = False
+    assert "nothing was changed" in box.refused(installer=box.installer)
+
+
+def test_another_installer_than_the_pinned_one_is_not_run(box):
+    assert "not the one that was asked for" in box.refused(installer=box.installer, sha256="0" * 64, y="")
+    digest = b9agent._digest(box.installer.read_bytes())
+    assert "is ready" in box.install(installer=box.installer, sha256=digest.upper(), y="")
+    assert box.asked == []
+
+
+def test_a_k3s_that_is_there_is_left_as_it_is(box):
+    (box.folder / "k3s.service").write_text("theirs")
+    (box.folder / "etc").mkdir()
+    shutil.copy(str(box.folder / "kubeconfig"), box.places.kubeconfig)
+    before = tree(box.folder)
+    said = box.install(installer=box.installer, y="")
+    assert "it is left as it is" in said and "v1.33.1+k3s1 is ready" in said and tree(box.folder) == before
+
+
+def test_a_configuration_that_is_there_is_kept(box):
+    (box.root / "config.yaml").write_text("disable: []\n")
+    assert "is yours and stays" in box.install(installer=box.installer, y="")
+    assert (box.root / "config.yaml").read_text() == "disable: []\n"
+
+
+def test_an_installer_that_fails_is_no_success(box):
+    (box.folder / "fail").write_text("")
+    with pytest.raises(b9agent.UnhealthyError, match="Download failed.*k3s-uninstall.sh"):
+        box.install(installer=box.installer, y="")
+    assert "is ready" not in "\n".join(box.said)
+
+
+def test_ready_is_believed_when_a_node_is_ready(box, monkeypatch):
+    box.api.put("/api/v1/nodes/box", {"metadata": {"name": "box"}, "status": {"conditions": []}})
+    steps = []
+
+    def later(text):
+        steps.append(text)
+        if "not Ready" in text:
+            box.api.put("/api/v1/nodes/box", NODE)
+    b9agent.K3sInstall(b9agent.Steps(box.said.append, {}), {"installer": str(box.installer), "y": ""}, (),
+                       box.places).run(lambda question: True, later)
+    assert any("its node is not Ready yet" in step for step in steps) and "is ready" in box.said[-1]
+    monkeypatch.setattr(b9agent, "K3S_READY_LIMIT_S", 0.2)
+    box.api.objects.pop("/api/v1/nodes/box")
+    (box.folder / "k3s.service").write_text("")
+    with pytest.raises(b9agent.UnhealthyError, match="k3s is not ready: it has no node yet"):
+        box.install()
+
+
+needs_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the stand-in is for x86-64")
+
+
+@pytest.fixture
+def usb(box):
+    folder = box.folder / "usb"
+    folder.mkdir()
+    (folder / "k3s").write_bytes(elf())
+    (folder / "k3s-airgap-images-amd64.tar.zst").write_bytes(b"images" * 1000)
+    (folder / "sha256sum-amd64.txt").write_text("not an image")
+    return folder
+
+
+@needs_x86
+def test_without_a_network_three_files_are_enough(box, usb):
+    (usb / "k3s").chmod(0o600)  # a USB stick has no modes
+    said = box.install(installer=box.installer, binary=usb / "k3s", images=usb, y="")
+    assert "it is k3s version v1.33.1+k3s1 (abc)" in said and "is ready" in said
+    assert box.environment() == ["INSTALL_K3S_EXEC=server", "INSTALL_K3S_SKIP_DOWNLOAD=true"]
+    assert (box.root / "bin/k3s").read_bytes() == elf()
+    assert stat.S_IMODE((box.root / "bin/k3s").stat().st_mode) == 0o755
+    assert os.listdir(str(box.root / "images")) == ["k3s-airgap-images-amd64.tar.zst"]
+    assert os.listdir(str(box.root / "bin")) == ["k3s"]
+
+
+@needs_x86
+@pytest.mark.parametrize("content, words", [
+    (b"#!/bin/sh\n", "is no Linux program"), (b"", "is no Linux program"),
+    (elf(machine=183), "another processor than x86_64")])
+def test_a_program_of_another_kind_is_refused_before_anything(box, usb, content, words):
+    (usb / "k3s").write_bytes(content)
+    assert words in box.refused(installer=box.installer, binary=usb / "k3s", images=usb, y="")
+
+
+@needs_x86
+def test_a_program_that_is_no_k3s_is_not_put_in_place(box, usb):
+    (usb / "k3s").write_bytes(elf("hello\n"))
+    with pytest.raises(b9agent.UsageError, match="is no k3s"):
+        box.install(installer=box.installer, binary=usb / "k3s", images=usb, y="")
+    assert os.listdir(str(box.root / "bin")) == [] and not (box.folder / "environment").exists()
+
+
+@needs_x86
+def test_what_is_missing_on_the_stick_is_said(box, usb):
+    options = dict(installer=box.installer, binary=usb / "k3s", y="")
+    assert "three things are needed" in box.refused(binary=usb / "k3s", images=usb)
+    assert "three things are needed" in box.refused(installer=box.installer, images=usb)
+    assert "cannot be read" in box.refused(**dict(options, binary=usb / "nothing"))
+    (usb / "k3s-airgap-images-amd64.tar.zst").write_bytes(b"")
+    assert "is empty" in box.refused(images=usb, **options)
+    (usb / "k3s-airgap-images-amd64.tar.zst").rename(usb / "k3s-airgap-images-arm64.tar.zst")
+    (usb / "k3s-airgap-images-arm64.tar.zst").write_bytes(b"x")
+    assert "not for amd64" in box.refused(images=usb, **options)
+    (usb / "k3s-airgap-images-arm64.tar.zst").unlink()
+    assert "has no images" in box.refused(images=usb, **options)
+
+
+def test_a_port_that_is_taken_is_said_before_anything(box):
+    import socket
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", box.places.port))
+        other.listen()
+        assert "is held by" in box.refused(b9agent.LockedError, installer=box.installer, y="")
+
+
+@pytest.mark.parametrize("code, body, words", [
+    (200, b"<html>log in</html>", "is no shell script"), (404, b"#!/bin/sh\n", "answered 404"),
+    (302, b"", "answered 302")])
+def test_a_portal_is_no_installer(box, code, body, words):
+    with serving(code, body) as port:
+        box.places = box.places._replace(source=b9agent.Endpoint("http", "127.0.0.1", port))
+        assert words in box.refused(y="")
+
+
+def test_the_installer_is_fetched_where_no_file_is_named(box):
+    with serving(200, box.installer.read_bytes()) as port:
+        box.places = box.places._replace(source=b9agent.Endpoint("http", "127.0.0.1", port))
+        said = box.install(y="", release="v1.33.1+k3s1")
+    assert "fetch http://127.0.0.1:%d" % port in said and "is ready" in said
+    assert box.environment() == ["INSTALL_K3S_EXEC=server", "INSTALL_K3S_VERSION=v1.33.1+k3s1"]
+
+
+class serving:
+    """An HTTP server with one answer, as a context manager that gives its port."""
+
+    def __init__(self, code, body):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+        self._server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self._server.server_address[1]
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_the_command_shows_its_steps_to_anybody_and_runs_for_root_alone(home):
+    if any(map(os.path.exists, b9agent.K3sPlaces().traces)):
+        pytest.skip("there is a k3s on this machine")
+    done = k3s(home, "install", None, "--dry-run")
+    assert done.code == 0 and "would fetch https://get.k3s.io" in done.out, done
+    assert "/etc/rancher/k3s/config.yaml" in done.out and done.out.endswith("nothing was changed\n")
+    if os.geteuid() != 0:
+        assert k3s(home, "install", None, "-y").code == 7
