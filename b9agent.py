@@ -10293,6 +10293,11 @@ _KUBE_KINDS = {"ServiceAccount": ("/api/v1", "serviceaccounts"),
                "RoleBinding": (f"/apis/{_RBAC_GROUP}/v1", "rolebindings")}
 
 
+class KubeRefused(KubeError):
+    """It was understood, and is not so."""
+    exit_code = Exit.REQUEST_REFUSED
+
+
 class Right(NamedTuple):
     """One verb on one resource, in one namespace.  names: of these objects alone."""
     group: str
@@ -10376,11 +10381,11 @@ def kube_names(settings: Any, options: Dict[str, str]) -> Tuple[str, str]:
 
 def kube_answer(kube: KubeClient, method: str, path: str,
                 body: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """{} for what is not there.  Raises: KubeError for whatever else is no success."""
+    """{} for what is not there.  Raises: KubeError; KubeRefused for other 4xx."""
     status, answer = kube.request(method, path, body)
     if status >= 300 and status != 404:
-        raise KubeError(f"k3s refused {method} {path}: {status} "
-                        f"{printable(str(answer.get('message')))[:300]}", "b9agent.py k3s check")
+        raise KubeRefused(f"k3s refused {method} {path}: {status} "
+                          f"{printable(str(answer.get('message')))[:300]}", "b9agent.py k3s check")
     return {} if status == 404 else answer
 
 
@@ -10404,12 +10409,12 @@ def apply_object(kube: KubeClient, item: Dict[str, Any]) -> str:
     if live and not replaced:
         kube_answer(kube, "PUT", path, {**live, **item, "metadata": live["metadata"]})
     elif not kube_answer(kube, "POST", folder, item):
-        raise KubeError(f"there is no namespace {item['metadata']['namespace']}",
-                        f"kubectl create namespace {item['metadata']['namespace']}")
+        raise KubeRefused(f"there is no namespace {item['metadata']['namespace']}",
+                          f"kubectl create namespace {item['metadata']['namespace']}")
     live_now = kube_answer(kube, "GET", path)
     if not live_now or not _holds(live_now, item):
-        raise KubeError(f"{item['kind']} {item['metadata']['name']} is not what was written",
-                        "Does something else on this cluster manage it?")
+        raise KubeRefused(f"{item['kind']} {item['metadata']['name']} is not what was written",
+                          "Does something else on this cluster manage it?")
     return "replaced" if replaced else "changed" if live else "created"
 
 
@@ -10421,7 +10426,7 @@ def may(kube: KubeClient, namespace: str, right: Right) -> bool:
     answers = [kube_answer(kube, "POST", f"{_REVIEWS}/selfsubjectaccessreviews", {
         "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": {**asked, "name": name}}}) for name in right.names or ("",)]
-    return all((answer.get("status") or {}).get("allowed") is True for answer in answers)
+    return all(_object(answer, "status").get("allowed") is True for answer in answers)
 
 
 def _texts(value: Any) -> List[str]:
@@ -10434,9 +10439,8 @@ def excess_rights(answer: Dict[str, Any], rights: Sequence[Right]) -> List[str]:
     known = {(right.group, right.resource, right.verb, name) for right in rights
              for name in right.names or ("",)}
     found = []
-    rules = (answer.get("status") or {}).get("resourceRules")
-    for rule in rules if isinstance(rules, list) else []:
-        for group in _texts(rule.get("apiGroups")) if isinstance(rule, dict) else []:
+    for rule in _objects(_object(answer, "status").get("resourceRules")):
+        for group in _texts(rule.get("apiGroups")):
             for resource in _texts(rule.get("resources")):
                 if group.endswith(".k8s.io") and resource.startswith("selfsubject"):
                     continue
@@ -10466,9 +10470,9 @@ def mint_token(kube: KubeClient, namespace: str, account: str,
         {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
          "spec": {"expirationSeconds": life_s}})
     if not answer:
-        raise KubeError(f"there is no service account {account} in {namespace}",
-                        "sudo b9agent.py k3s rbac --apply")
-    status = answer.get("status") if isinstance(answer.get("status"), dict) else {}
+        raise KubeRefused(f"there is no service account {account} in {namespace}",
+                          "sudo b9agent.py k3s rbac --apply")
+    status = _object(answer, "status")
     token, ends_s = str(status.get("token")), parse_kube_time(status.get("expirationTimestamp"))
     if not re.fullmatch("[!-~]{16,16384}", token) or ends_s is None:
         raise KubeError("k3s answered without a token, or without its end", "b9agent.py k3s check")
@@ -10548,7 +10552,10 @@ class TokenKeeper:
     def renew(self) -> float:
         """How long it lasts, in seconds.  Raises: AgentError."""
         token, ends_wall_s = self._mint()
-        life_s = max(0.0, ends_wall_s - time.time())
+        begun_s = token_claims(token).get("iat")  # by the server's clock, as its end is
+        life_s = ends_wall_s - (begun_s if isinstance(begun_s, int) else time.time())
+        if life_s <= 0:
+            raise KubeError("k3s made a token that has ended", "Are its clock and ours right?")
         self._failures, self._worst, self._ends_s = 0, 0, self._clock() + life_s
         self.told = ends_wall_s, ""
         self._take(token)
@@ -13405,21 +13412,20 @@ def admin_kubeconfig(settings: Any) -> KubeConfig:
 # -- check ------------------------------------------------------------------
 
 def node_is_ready(node: Dict[str, Any]) -> bool:
-    conditions = (node.get("status") or {}).get("conditions") or []
-    return any(row.get("type") == "Ready" and row.get("status") == "True" for row in conditions)
+    return any(row.get("type") == "Ready" and row.get("status") == "True"
+               for row in _objects(_object(node, "status").get("conditions")))
 
 
 def judge_nodes(nodes: Sequence[Dict[str, Any]], gpus: int) -> Iterator[Finding]:
     """gpus: of NVIDIA's in this machine."""
-    names = {node["metadata"]["name"]: node_is_ready(node) for node in nodes}
+    names = {str(_object(node, "metadata").get("name")): node_is_ready(node) for node in nodes}
     waiting = [name for name, ready in names.items() if not ready]
     if not names or waiting:
         yield Finding("fail", f"not ready: {', '.join(waiting) or 'there is no node'}",
                       "sudo k3s kubectl describe nodes   # its log: journalctl -u k3s")
     else:
         yield ok(f"ready: {', '.join(names)}")
-    counts = [str((node["status"].get("allocatable") or {}).get("nvidia.com/gpu", "0"))
-              for node in nodes]
+    counts = [str(_object(node, "status", "allocatable").get("nvidia.com/gpu")) for node in nodes]
     there = sum(int(count) for count in counts if re.fullmatch("[0-9]{1,6}", count))
     if there < gpus:
         yield warn(f"{there} of {gpus} GPUs can be given to workers",
@@ -13493,7 +13499,7 @@ class K3sChecks:
 
     def _rights(self, _loaded: Loaded) -> Iterator[Finding]:
         kube, rights = self._gateway()[0], k3s_accounts(self._account)[self._account]
-        yield from self._judge(kube, "the gateway", rights)
+        yield from self._judge(kube, "the gateway", rights, "fail")
         found = excess_rights(read_rights(kube, self._namespace), rights)
         if found:
             yield warn("it may also: " + ", ".join(found[:8]) + (" …" if len(found) > 8 else ""),
@@ -13502,13 +13508,16 @@ class K3sChecks:
                        "the account of `k3s rbac`")
 
     def _own(self, _loaded: Loaded) -> Iterator[Finding]:
-        yield from self._judge(self._client(), "the agent",
-                               k3s_accounts(self._account)[AGENT_ACCOUNT])
+        """Without them the agent shows no pods, or a token ends."""
+        rights = [right for right in k3s_accounts(self._account)[AGENT_ACCOUNT]
+                  if not (right.names and self._settings.k3s_token)]
+        yield from self._judge(self._client(), "the agent", rights, "warn")
 
-    def _judge(self, kube: KubeClient, who: str, rights: Sequence[Right]) -> Iterator[Finding]:
+    def _judge(self, kube: KubeClient, who: str, rights: Sequence[Right],
+               level: str) -> Iterator[Finding]:
         missing = [right for right in rights if not may(kube, self._namespace, right)]
         for right in missing:
-            yield Finding("fail", f"{who} may not {right} in {self._namespace}: {right.why}",
+            yield Finding(level, f"{who} may not {right} in {self._namespace}: {right.why}",
                           "sudo b9agent.py k3s rbac --apply")
         if not missing:
             yield ok(f"{who} may " + ", ".join(map(str, rights)) + f" in {self._namespace}")
@@ -13518,7 +13527,8 @@ class K3sChecks:
         name = str(agent_status(loaded).get("hostname") or self._settings.hostname or "")
         if not name:
             raise NotTried("no agent runs that has a hostname, and machine.hostname is not set")
-        endpoint = self._client().config.endpoint._replace(host=name, port=6443, dial=None)
+        config = with_token(self._client().config, "")  # nobody there is told who we are
+        endpoint = config.endpoint._replace(host=name, port=6443, dial=None)
         try:
             http_request("GET", endpoint, "/version", {}, None, _REQUEST_LIMIT_S)
         except HttpFailure as failure:
@@ -13533,7 +13543,7 @@ class K3sChecks:
     def _nodes(self, _loaded: Loaded) -> Iterator[Finding]:
         try:
             kube = KubeClient(admin_kubeconfig(self._settings))
-            nodes = kube_answer(kube, "GET", "/api/v1/nodes").get("items") or []
+            nodes = _objects(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
         except (UsageError, KubeForbidden):
             yield ok("not looked at: the agent may not see them, and need not; with sudo they are")
             return
@@ -13553,12 +13563,24 @@ def owner_of(path: str) -> Account:
     return Account("", status.st_uid, status.st_gid, "")
 
 
-def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]) -> None:
+def agent_state(loaded: Loaded) -> str:
+    """The agent's state folder: under sudo root's own is nobody's."""
+    user = os.environ.get("SUDO_USER", "root")
+    if os.geteuid() != 0 or user == "root" or loaded.origins["state_dir"] != "default":
+        return loaded.settings.state_dir
+    place = find_place({})
+    return place.state if os.path.isdir(place.state) else os.path.expanduser(f"~{user}/.b9agent")
+
+
+def k3s_apply(loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> None:
     """Apply the manifest, and give the agent a kubeconfig that can do what its account may.
 
     Raises: KubeError, UsageError.
     """
+    settings = loaded.settings._replace(state_dir=agent_state(loaded))
     namespace, account = kube_names(settings, options)
+    if namespace != K3S_NAMESPACE:
+        say(f"warning: gateway and agent know the namespace {K3S_NAMESPACE} alone")
     kube = KubeClient(admin_kubeconfig(settings))
     for item in k3s_objects(namespace, account):
         say(f"{item['kind']} {namespace}/{item['metadata']['name']}: {apply_object(kube, item)}")
@@ -13572,8 +13594,8 @@ def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]
     rights = k3s_accounts(account)[AGENT_ACCOUNT]
     while not all(may(agent, namespace, right) for right in rights):
         if now_s() > until_s:
-            raise KubeError("the agent's new token lacks rights of its Role",
-                            "b9agent.py k3s check")
+            raise KubeRefused("the agent's new token lacks rights of its Role",
+                              "b9agent.py k3s check")
         wake.wait(0.2)
     mint_token(agent, namespace, account, 600)
     say(f"wrote {path} (0600, for user id {owner.uid}); with it a token of {account} was made")
@@ -13704,7 +13726,6 @@ class K3sInstall:
 
     def _install(self, images: List[str], confirm: Callable[[str], bool],
                  show: Callable[[str], None]) -> None:
-        import tempfile
         steps, places = self._steps, self._places
         local = self._options.get("installer")
         what = local or places.source.url
@@ -13724,13 +13745,9 @@ class K3sInstall:
                 **({"tls-san": self._names} if self._names else {})}), 0o600)
         if self._binary:
             steps.do(f"copy {self._binary} to {places.binary}", self._place_binary)
-        with tempfile.TemporaryDirectory(prefix="b9agent-k3s-") as folder:
-            path = os.path.join(folder, "install.sh")
-            with open(path, "xb") as handle:
-                handle.write(script or b"")
-            environment = self._environment()
-            steps.do(f"run sh {what} with {' '.join(environment)}", self._run, path, environment,
-                     show)
+        environment = self._environment()
+        steps.do(f"run sh {what} with {' '.join(environment)}", self._run, script, environment,
+                 show)
 
     def _installer(self, path: Optional[str]) -> bytes:
         if path:
@@ -13772,19 +13789,24 @@ class K3sInstall:
             found += [f"INSTALL_K3S_VERSION={self._options['release']}"]
         return found
 
-    def _run(self, path: str, environment: List[str], show: Callable[[str], None]) -> None:
+    def _run(self, script: bytes, environment: List[str], show: Callable[[str], None]) -> None:
         """The installer keeps what it finds of K3S_*: a K3S_URL would make this another cluster's
         node.  Raises: UnhealthyError."""
+        import tempfile
         drop = [word for name in os.environ if name.startswith(("K3S_", "INSTALL_K3S_"))
                 for word in ("-u", name)]
         results: List[CommandResult] = []
-        thread = threading.Thread(target=lambda: results.append(run_command(
-            ["/usr/bin/env", *drop, *environment, "sh", path], K3S_INSTALL_LIMIT_S)), daemon=True)
-        thread.start()
-        begun_s = now_s()
-        while thread.is_alive():
-            thread.join(0.5)
-            show(f"the installer runs ({now_s() - begun_s:.0f} s)")
+        with tempfile.NamedTemporaryFile(prefix="b9agent-k3s-") as handle:
+            handle.write(script)
+            handle.flush()
+            argv = ["/usr/bin/env", *drop, *environment, "sh", handle.name]
+            thread = threading.Thread(daemon=True, target=lambda: results.append(
+                run_command(argv, K3S_INSTALL_LIMIT_S)))
+            thread.start()
+            begun_s = now_s()
+            while thread.is_alive():
+                thread.join(0.5)
+                show(f"the installer runs ({now_s() - begun_s:.0f} s)")
         for line in results[0].output.splitlines()[-200:]:
             self._steps.say("  " + printable(line)[:300])
         if results[0].exit_code != 0:
@@ -13798,7 +13820,7 @@ class K3sInstall:
             try:
                 text = read_text(self._places.kubeconfig)
                 kube = KubeClient(parse_kubeconfig(text or "{}", self._places.kubeconfig))
-                nodes = kube_answer(kube, "GET", "/api/v1/nodes").get("items") or []
+                nodes = _objects(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
                 if any(map(node_is_ready, nodes)):
                     return printable(str(kube_answer(kube, "GET", "/version").get("gitVersion")))
                 what = "its node is not Ready yet" if nodes else "it has no node yet"
@@ -14807,7 +14829,7 @@ def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
 def command_k3s_rbac(loaded: Loaded, options: Dict[str, str]) -> int:
     """Print the manifest, or apply it."""
     if "apply" in options:
-        k3s_apply(loaded.settings, options, say)
+        k3s_apply(loaded, options, say)
     else:
         say(render_manifest(*kube_names(loaded.settings, options)).rstrip("\n"))
     return Exit.OK

@@ -284,7 +284,7 @@ def test_apply_leaves_a_kubeconfig_that_needs_no_administrator(home, api, admin,
 
 
 @pytest.mark.parametrize("arguments, words, code", [
-    (("--namespace", "nowhere"), "kubectl create namespace nowhere", 5),
+    (("--namespace", "nowhere"), "kubectl create namespace nowhere", 4),
     (("--service-account", "beta9-agent"), "the agent's own account", 2)])
 def test_what_cannot_be_applied_says_what_to_do(home, api, admin, arguments, words, code):
     done = k3s(home, "rbac", admin, "--apply", *arguments)
@@ -392,7 +392,7 @@ def test_a_life_that_the_server_shortens_is_told(home, api, admin):
 @pytest.mark.parametrize("arguments, code, words", [
     (("--hours", "0"), 2, "1 to 168"), (("--hours", "-1"), 2, "1 to 168"), (("--hours", "x"), 2, "hours"),
     (("--hours", "169"), 2, "1 to 168"), (("--write", "/nowhere/at/all"), 2, "/nowhere/at/all"),
-    (("--service-account", "absent"), 5, "sudo b9agent.py k3s rbac --apply")])
+    (("--service-account", "absent"), 4, "sudo b9agent.py k3s rbac --apply")])
 def test_a_token_that_cannot_be_made_is_an_error(home, api, admin, arguments, code, words):
     applied(api)
     done = k3s(home, "token", admin, *arguments)
@@ -570,7 +570,7 @@ def test_once_fails_without_the_token_that_it_was_to_bring(home, state, hostile,
     own_kubeconfig(state, api, TOKEN)
     once = lambda: run_agent(home, "--once", *to(hostile), BETA9_TOKEN=GATEWAY_TOKEN)
     done = once()
-    assert done.code == 5 and "there is no service account beta9-gateway" in done.err
+    assert done.code == 4 and "there is no service account beta9-gateway" in done.err
     assert hostile.requests == []
     applied(api)
     assert once().code == 0 and hostile.requests[0].body["token"] == api.minted[-1]
