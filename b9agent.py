@@ -10480,11 +10480,6 @@ def mint_token(kube: KubeClient, namespace: str, account: str,
     return token, ends_s
 
 
-def _base64(text: str) -> str:
-    import binascii
-    return binascii.b2a_base64(text.encode(), newline=False).decode()
-
-
 def token_claims(token: str) -> Dict[str, Any]:
     """What a service account's token says of itself: `sub`, `iat`, `exp`; {} for any other."""
     import base64
@@ -10503,10 +10498,11 @@ def with_token(config: KubeConfig, token: str) -> KubeConfig:
 
 def render_kubeconfig(config: KubeConfig, token: str) -> str:
     """For the agent: the same server, another user.  JSON, which every reader of YAML reads."""
+    import base64
     endpoint = config.endpoint
     host, port = endpoint.dial or (endpoint.host, endpoint.port)
-    cluster = {"server": f"https://{host_port(host, port)}",
-               "certificate-authority-data": _base64(endpoint.tls.ca_pem)}
+    ca_data = base64.b64encode(endpoint.tls.ca_pem.encode()).decode()
+    cluster = {"server": f"https://{host_port(host, port)}", "certificate-authority-data": ca_data}
     if endpoint.dial:
         cluster["tls-server-name"] = endpoint.host
     return json.dumps({
@@ -10577,8 +10573,8 @@ class TokenKeeper:
         self.told = self.told[0], f"the k3s token is not renewed: {error.what}; {end}"
         wait_s = max(1.0, self._uniform(0.5, 1.0) * min(60.0, 2.0 ** min(self._failures, 10)))
         # Loud when it begins, from time to time, and when it grows worse: minutes left, none left.
-        worse, self._worst = self._worst, sum((left_s or 0.0) <= bound for bound in (600.0, 0.0))
-        loud = self._worst > worse or self._failures & (self._failures - 1) == 0
+        was, self._worst = self._worst, sum((left_s or 0.0) <= bound for bound in (600.0, 0.0))
+        loud = self._worst > was or self._failures & (self._failures - 1) == 0
         self._log("debug" if not loud else "error" if self._worst else "warning", "k3s_token",
                   what=self.told[1], do=error.hint or None, retry_s=round(wait_s, 1))
         return wait_s
@@ -13563,21 +13559,21 @@ def owner_of(path: str) -> Account:
     return Account("", status.st_uid, status.st_gid, "")
 
 
-def agent_state(loaded: Loaded) -> str:
-    """The agent's state folder: under sudo root's own is nobody's."""
+def for_the_agent(loaded: Loaded) -> Loaded:
+    """With the agent's state folder: root's own, under sudo, is nobody's."""
     user = os.environ.get("SUDO_USER", "root")
     if os.geteuid() != 0 or user == "root" or loaded.origins["state_dir"] != "default":
-        return loaded.settings.state_dir
+        return loaded
     place = find_place({})
-    return place.state if os.path.isdir(place.state) else os.path.expanduser(f"~{user}/.b9agent")
+    state = place.state if os.path.isdir(place.state) else os.path.expanduser(f"~{user}/.b9agent")
+    return loaded._replace(settings=loaded.settings._replace(state_dir=state))
 
 
-def k3s_apply(loaded: Loaded, options: Dict[str, str], say: Callable[[str], None]) -> None:
+def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]) -> None:
     """Apply the manifest, and give the agent a kubeconfig that can do what its account may.
 
     Raises: KubeError, UsageError.
     """
-    settings = loaded.settings._replace(state_dir=agent_state(loaded))
     namespace, account = kube_names(settings, options)
     if namespace != K3S_NAMESPACE:
         say(f"warning: gateway and agent know the namespace {K3S_NAMESPACE} alone")
@@ -13650,19 +13646,25 @@ def _copy_atomic(source: str, target: str, mode: int) -> None:
         raise
 
 
-def fetch_installer(source: Endpoint) -> bytes:
-    """Raises: UsageError."""
-    proxy = proxy_for(source.scheme, source.host, None, dict(os.environ))
+def read_installer(path: Optional[str], source: Endpoint) -> bytes:
+    """Of a file, or from the vendor.  Raises: UsageError."""
+    what = path or source.url
     try:
-        reply = http_request("GET", source._replace(proxy=proxy), "/", {"Accept": "*/*"}, None,
-                             60.0, K3S_INSTALLER_BYTES)
-    except HttpFailure as failure:
-        raise UsageError(f"{source.url} cannot be fetched: {failure}", "Without a network: carry "
-                         "it here, and name it with --installer PATH") from failure
-    if reply.status != 200:
-        raise UsageError(f"{source.url} answered {reply.status}",
-                         "Is there a proxy or a portal in between?")
-    return reply.body
+        if path:
+            with open(path, "rb") as handle:
+                script = handle.read(K3S_INSTALLER_BYTES + 1)
+        else:
+            proxy = proxy_for(source.scheme, source.host, None, dict(os.environ))
+            reply = http_request("GET", source._replace(proxy=proxy), "/", {"Accept": "*/*"}, None,
+                                 60.0, K3S_INSTALLER_BYTES)
+            script = reply.body if reply.status == 200 else b""
+    except (OSError, HttpFailure) as error:
+        raise UsageError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}",
+                         "Carry the vendor's installer here: --installer PATH") from error
+    if not script.startswith(b"#!") or len(script) > K3S_INSTALLER_BYTES:
+        raise UsageError(f"{what} is no shell script", "It is to be what https://get.k3s.io "
+                         "answers; is there a proxy or a portal in between?")
+    return script
 
 
 class K3sInstall:
@@ -13683,8 +13685,10 @@ class K3sInstall:
         else:
             images = self._check()
             self._install(images, confirm, show)
+        # One that was there is only looked at.
+        limit_s = 5.0 if trace else K3S_READY_LIMIT_S
         version = steps.do("wait until its API answers and a node is Ready", self._await_ready,
-                           show)
+                           show, limit_s)
         steps.say("nothing was changed" if steps.dry else
                   f"k3s {version} is ready\nnext: sudo b9agent.py k3s rbac --apply")
 
@@ -13714,15 +13718,17 @@ class K3sInstall:
         return self._find_images(_IMAGE_ARCHES[machine]) if self._images else []
 
     def _find_images(self, arch: str) -> List[str]:
-        found = [os.path.join(self._images, name) for name in sorted(list_folder(self._images))
+        found = [name for name in sorted(list_folder(self._images))
                  if re.fullmatch(r"[\w.+-]+\.(tar|tar\.gz|tgz|tar\.zst)", name)]
-        wrong = [path for path in found if not os.path.getsize(path) or re.search(
-            "-(amd64|arm64|arm|s390x)[.-]", path) and f"-{arch}" not in os.path.basename(path)]
-        if not found or wrong:
-            raise UsageError(f"{wrong[0]} is empty, or not for {arch}" if wrong else
-                             f"{self._images} has no images (*.tar, *.tar.gz, *.tar.zst)",
+        paths = [os.path.join(self._images, name) for name in found]
+        for name, path in zip(found, paths):
+            marked = re.search("-(amd64|arm64|arm|s390x)[.-]", name)
+            if marked and marked.group(1) != arch or not os.path.getsize(path):
+                raise UsageError(f"{path} is empty, or not for {arch}", "Fetch it again")
+        if not found:
+            raise UsageError(f"{self._images} has no images (*.tar, *.tar.gz, *.tar.zst)",
                              f"Take k3s-airgap-images-{arch}.tar.zst of the same release")
-        return found
+        return paths
 
     def _install(self, images: List[str], confirm: Callable[[str], bool],
                  show: Callable[[str], None]) -> None:
@@ -13745,26 +13751,19 @@ class K3sInstall:
                 **({"tls-san": self._names} if self._names else {})}), 0o600)
         if self._binary:
             steps.do(f"copy {self._binary} to {places.binary}", self._place_binary)
-        environment = self._environment()
+        environment = ["INSTALL_K3S_EXEC=server"]
+        environment += ["INSTALL_K3S_SKIP_DOWNLOAD=true"] if self._binary else []
+        environment += [f"INSTALL_K3S_VERSION={self._options['release']}"
+                        ] if "release" in self._options else []
         steps.do(f"run sh {what} with {' '.join(environment)}", self._run, script, environment,
                  show)
 
     def _installer(self, path: Optional[str]) -> bytes:
-        if path:
-            try:
-                with open(path, "rb") as handle:
-                    script = handle.read(K3S_INSTALLER_BYTES)
-            except OSError as error:
-                raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        else:
-            script = fetch_installer(self._places.source)
-        if not script.startswith(b"#!"):
-            raise UsageError(f"{path or self._places.source.url} is no shell script",
-                             "It is to be what https://get.k3s.io answers")
-        wanted = self._options.get("sha256", "").lower()
-        if wanted and _digest(script) != wanted:
-            raise UsageError(f"the installer's SHA-256 is {_digest(script)}, not the one that was "
-                             "asked for", "Nothing was run; look at what changed in it")
+        script = read_installer(path, self._places.source)
+        digest, wanted = _digest(script), self._options.get("sha256", "").lower()
+        if wanted and digest != wanted:
+            raise UsageError(f"the installer's SHA-256 is {digest}, not the one that was asked "
+                             "for", "Nothing was run; look at what changed in it")
         return script
 
     def _place_binary(self) -> None:
@@ -13780,14 +13779,6 @@ class K3sInstall:
             os.replace(trial, self._places.binary)
         finally:
             remove_file(trial)
-
-    def _environment(self) -> List[str]:
-        found = ["INSTALL_K3S_EXEC=server"]
-        if self._binary:
-            found += ["INSTALL_K3S_SKIP_DOWNLOAD=true"]
-        if "release" in self._options:
-            found += [f"INSTALL_K3S_VERSION={self._options['release']}"]
-        return found
 
     def _run(self, script: bytes, environment: List[str], show: Callable[[str], None]) -> None:
         """The installer keeps what it finds of K3S_*: a K3S_URL would make this another cluster's
@@ -13813,13 +13804,15 @@ class K3sInstall:
             raise UnhealthyError(f"the installer failed: {said_by(results[0])}", "What it left is "
                                  "removed by: sudo k3s-uninstall.sh")
 
-    def _await_ready(self, show: Callable[[str], None]) -> str:
+    def _await_ready(self, show: Callable[[str], None], limit_s: float) -> str:
         """The version.  Raises: UnhealthyError."""
-        until_s, wake, what = now_s() + K3S_READY_LIMIT_S, Wake(), ""
+        until_s, wake, path = now_s() + limit_s, Wake(), self._places.kubeconfig
         while True:
             try:
-                text = read_text(self._places.kubeconfig)
-                kube = KubeClient(parse_kubeconfig(text or "{}", self._places.kubeconfig))
+                text = read_text(path)
+                if text is None:
+                    raise UsageError(f"there is no {path}")
+                kube = KubeClient(parse_kubeconfig(text, path))
                 nodes = _objects(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
                 if any(map(node_is_ready, nodes)):
                     return printable(str(kube_answer(kube, "GET", "/version").get("gitVersion")))
@@ -14821,6 +14814,7 @@ def command_smoke(loaded: Loaded, options: Dict[str, str]) -> int:
 
 def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
     """Whether k3s has what the gateway needs of it."""
+    loaded = for_the_agent(loaded)
     findings = run_checks(K3sChecks(loaded.settings, options).rows(), loaded, DOCTOR_LIMIT_S)
     return report_findings(findings, "json" in options, "the gateway can start no workers here",
                            "nothing keeps the gateway from starting workers here")
@@ -14829,7 +14823,7 @@ def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
 def command_k3s_rbac(loaded: Loaded, options: Dict[str, str]) -> int:
     """Print the manifest, or apply it."""
     if "apply" in options:
-        k3s_apply(loaded, options, say)
+        k3s_apply(for_the_agent(loaded).settings, options, say)
     else:
         say(render_manifest(*kube_names(loaded.settings, options)).rstrip("\n"))
     return Exit.OK
@@ -14843,7 +14837,8 @@ def command_k3s_token(loaded: Loaded, options: Dict[str, str]) -> int:
         path = parse_path(options["write"]) if "write" in options else ""
     except ValueError as error:
         raise UsageError(f"--hours or --write cannot be used, expected {error}") from error
-    config = read_kubeconfig(loaded.settings) or admin_kubeconfig(loaded.settings)
+    settings = for_the_agent(loaded).settings
+    config = read_kubeconfig(settings) or admin_kubeconfig(settings)
     token, ends_s = mint_token(KubeClient(config), namespace, account, hours * 3600)
     got_hours = (ends_s - time.time()) / 3600
     ends = f"it ends {utc_stamp(ends_s)}" + (

@@ -283,6 +283,20 @@ def test_apply_leaves_a_kubeconfig_that_needs_no_administrator(home, api, admin,
     assert made.code == 0 and made.out.strip() == api.minted[-1]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
+def test_the_kubeconfig_belongs_to_whose_state_folder_it_is(home, api, admin):
+    import pwd
+    import tempfile
+    user = pwd.getpwnam("nobody")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # pytest's own let no other user in
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        done = k3s(home, "rbac", admin, "--apply", "--state-dir", os.path.join(folder, "state"))
+        assert done.code == 0, done
+        made = os.stat(os.path.join(folder, "state", "k3s.kubeconfig"))
+        assert (made.st_uid, stat.S_IMODE(made.st_mode)) == (user.pw_uid, 0o600)
+        assert os.stat(os.path.join(folder, "state")).st_uid == user.pw_uid
+
+
 @pytest.mark.parametrize("arguments, words, code", [
     (("--namespace", "nowhere"), "kubectl create namespace nowhere", 4),
     (("--service-account", "beta9-agent"), "the agent's own account", 2)])
@@ -771,6 +785,12 @@ def test_a_no_changes_nothing(box):
     assert "nothing was changed" in box.refused(installer=box.installer)
 
 
+def test_an_installer_that_is_cut_off_at_our_limit_is_not_run(box):
+    box.installer.write_bytes(box.installer.read_bytes() + b"#" * (1 << 20))
+    assert "is no shell script" in box.refused(installer=box.installer, y="")
+    assert "cannot be read" in box.refused(installer=box.folder / "absent", y="")
+
+
 def test_another_installer_than_the_pinned_one_is_not_run(box):
     assert "not the one that was asked for" in box.refused(installer=box.installer, sha256="0" * 64, y="")
     digest = b9agent._digest(box.installer.read_bytes())
@@ -784,7 +804,7 @@ def test_a_k3s_that_is_there_is_left_as_it_is(box):
     shutil.copy(str(box.folder / "kubeconfig"), box.places.kubeconfig)
     before = tree(box.folder)
     said = box.install(installer=box.installer, y="")
-    assert "it is left as it is" in said and "v1.33.1+k3s1 is ready" in said and tree(box.folder) == before
+    assert "it is left as it is" in said and "the installer" not in said and "v1.33.1+k3s1 is ready" in said and tree(box.folder) == before
 
 
 def test_a_configuration_that_is_there_is_kept(box):
@@ -884,8 +904,8 @@ def test_a_port_that_is_taken_is_said_before_anything(box):
 
 
 @pytest.mark.parametrize("code, body, words", [
-    (200, b"<html>log in</html>", "is no shell script"), (404, b"#!/bin/sh\n", "answered 404"),
-    (302, b"", "answered 302")])
+    (200, b"<html>log in</html>", "is no shell script"), (404, b"#!/bin/sh\n", "is no shell script"),
+    (302, b"", "is no shell script"), (200, b"#!/bin/sh\n" + b"#" * (1 << 20), "cannot be read")])
 def test_a_portal_is_no_installer(box, code, body, words):
     with serving(code, body) as port:
         box.places = box.places._replace(source=b9agent.Endpoint("http", "127.0.0.1", port))
