@@ -121,8 +121,9 @@ EXIT_MEANINGS = (
     (Exit.UNREACHABLE, "gateway unreachable or unwell (`--once`, `doctor`); no agent running "
                        "(`status`, `metrics`)"),
     (Exit.LOCKED, "another instance owns the state folder, or the port"),
-    (Exit.PRIVILEGE, "more rights are needed (`service`): run it with sudo"),
-    (Exit.UNHEALTHY, "installed, but not healthy: the previous version was put back (`service`)"),
+    (Exit.PRIVILEGE, "more rights are needed (`service`, `k3s install`): run it with sudo"),
+    (Exit.UNHEALTHY, "installed, but not healthy (`k3s install`); `service` has put the previous "
+                     "version back"),
     (Exit.NO_SERVICE_MANAGER, "files installed, but no service manager here (`service`)"),
     (Exit.DEFECT, "a defect of ours: please report it"),
 )
@@ -10307,7 +10308,8 @@ class Right(NamedTuple):
     names: Tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join((self.verb, self.resource, *self.names))
+        names = f" of {' and '.join(self.names)}" if self.names else ""
+        return f"{self.verb} {self.resource}{names}"
 
 
 # Source: beta9's pkg/scheduler, pool_external.go (later pool_provider.go) and pool_cleaner.go: all
@@ -13440,7 +13442,7 @@ def judge_token(token: str, minted: bool, now_wall_s: float) -> Finding:
     if not isinstance(ends_s, int):
         return warn(f"{who}: accepted, and it never ends", "sudo b9agent.py k3s rbac --apply   "
                     "# then set k3s.service_account in place of k3s.token")
-    seen = f"{who}: accepted, ends {utc_stamp(min(ends_s, 1 << 33))}"
+    seen = f"{who}: accepted, ends {utc_stamp(max(0, min(ends_s, 1 << 33)))}"
     return warn(f"{seen}, and nobody renews it", "Set k3s.service_account in place of k3s.token"
                 ) if ends_s - now_wall_s < 86400 else ok(seen)
 
@@ -13494,14 +13496,15 @@ class K3sChecks:
                        "it")
 
     def _rights(self, _loaded: Loaded) -> Iterator[Finding]:
-        kube, rights = self._gateway()[0], k3s_accounts(self._account)[self._account]
+        (kube, token), rights = self._gateway(), GATEWAY_RIGHTS
         yield from self._judge(kube, "the gateway", rights, "fail")
         found = excess_rights(read_rights(kube, self._namespace), rights)
         if found:
+            account = str(token_claims(token).get("sub")).rpartition(":")[2]
             yield warn("it may also: " + ", ".join(found[:8]) + (" …" if len(found) > 8 else ""),
-                       f"kubectl get clusterrolebindings,rolebindings -A -o wide | grep "
-                       f"{self._account}   # then delete what binds it; or let the gateway have "
-                       "the account of `k3s rbac`")
+                       "kubectl get clusterrolebindings,rolebindings -A -o wide | grep "
+                       f"{account}   # and delete what binds it so; or let the gateway have the "
+                       "account of `k3s rbac`")
 
     def _own(self, _loaded: Loaded) -> Iterator[Finding]:
         """Without them the agent shows no pods, or a token ends."""
@@ -14094,7 +14097,7 @@ def routes_table() -> Table:
 README_TABLES: Tuple[Tuple[str, Callable[[], Table]], ...] = (
     ("settings", settings_table), ("engines", engines_table), ("routes", routes_table),
     ("k3s-rights", lambda: (("account", "verb", "resource", "why"), (
-        (name, right.verb, " ".join((right.resource, *right.names)), right.why)
+        (name, right.verb, str(right).partition(" ")[2], right.why)
         for name, rights in k3s_accounts(GATEWAY_ACCOUNT).items() for right in rights))),
     ("exit-codes", lambda: (("code", "meaning"), (
         (str(int(code)), text) for code, text in EXIT_MEANINGS))))

@@ -283,6 +283,19 @@ def test_apply_leaves_a_kubeconfig_that_needs_no_administrator(home, api, admin,
     assert made.code == 0 and made.out.strip() == api.minted[-1]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is sudo")
+def test_under_sudo_the_agent_s_state_folder_is_the_user_s(monkeypatch):
+    loaded = b9agent.load_settings({"config": os.devnull}, {})
+    given = b9agent.load_settings({"config": os.devnull, "state_dir": "/x"}, {})
+    monkeypatch.setenv("SUDO_USER", "nobody")
+    place = b9agent.find_place({})
+    assert b9agent.for_the_agent(loaded).settings.state_dir == (
+        place.state if os.path.isdir(place.state) else os.path.expanduser("~nobody/.b9agent"))
+    assert b9agent.for_the_agent(given).settings.state_dir == "/x"
+    monkeypatch.setenv("SUDO_USER", "root")
+    assert b9agent.for_the_agent(loaded) is loaded
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
 def test_the_kubeconfig_belongs_to_whose_state_folder_it_is(home, api, admin):
     import pwd
@@ -640,6 +653,26 @@ def test_cluster_admin_is_a_warning(home, api, admin):
     assert code == 0 and found["rights"][1][:2] == ("warn", "it may also: everything (cluster-admin)")
 
 
+def test_the_predecessors_account_is_named_with_what_it_has_too_much(home, api, admin):
+    applied(api)
+    api.put(ACCOUNTS + "/beta9", {"metadata": {"name": "beta9"}})
+    api.extra["beta9"] = [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]
+    code, found = checked(home, admin, BETA9_K3S_TOKEN=api.token_of("beta9", 30 * 86400))
+    assert code == 0 and "system:serviceaccount:default:beta9: accepted" in found["token"][0][1]
+    assert found["rights"][1][0] == "warn" and "| grep beta9 " in found["rights"][1][2]
+
+
+def test_a_token_alone_is_checked_without_the_rights_of_an_account(home, api, tmp_path):
+    """As with k3s.token and k3s.ca_file, and no kubeconfig."""
+    from kube_api import SERVER_CA
+    applied(api)
+    code, found = checked(home, None, "--k3s-ca-file", SERVER_CA, "--k3s-server", api.url,
+                          BETA9_K3S_TOKEN=api.token_of("beta9-gateway", 30 * 86400))
+    assert [row[0] for row in found["rights"]] == ["ok"] and code == 0
+    assert [row[:2] for row in found["own"]] == [
+        ("warn", "the agent may not watch pods in default: as they change")]
+
+
 @pytest.mark.parametrize("life_s, level, words", [
     (3600, "warn", "nobody renews it"), (30 * 86400, "ok", "accepted, ends 20"), (None, "warn", "never ends")])
 def test_a_fixed_token_is_told_by_its_end(home, api, admin, life_s, level, words):
@@ -679,6 +712,13 @@ def test_the_address_that_is_registered_is_tried(home, api, admin, hostname, wor
     applied(api)
     _, found = checked(home, admin, "--hostname", hostname)
     assert words in found["address"][0][1]
+
+
+@pytest.mark.parametrize("claims", [{"exp": 10 ** 30}, {"exp": -10 ** 30}, {"exp": "soon"}, {"exp": None},
+                                    {"sub": "\x1b[2J"}, {"sub": 7}, {"exp": 1.5}])
+def test_a_token_may_claim_anything(claims):
+    found = b9agent.judge_token(jwt(claims), False, time.time())
+    assert found.level in ("ok", "warn") and "\x1b" not in found.seen
 
 
 @pytest.mark.parametrize("nodes, gpus, levels", [
