@@ -9792,15 +9792,16 @@ def parse_kubeconfig(text: str, path: str) -> KubeConfig:
                                (host, port) if name else None, tls), token, path)
 
 
-def _token_config(settings: Any, ca_file: str) -> Optional[KubeConfig]:
-    """Of k3s.token; None without an authority that could verify whom we tell it to."""
-    ca_pem = read_text(settings.k3s_ca_file or ca_file)
-    if ca_pem is None and settings.k3s_ca_file:
-        raise UsageError(f"k3s.ca_file: {settings.k3s_ca_file} cannot be read",
-                         "Mend the path, or its permissions")
+def _token_config(settings: Any, ca_file: str) -> KubeConfig:
+    """Of k3s.token, with an authority that verifies whom we tell it to.  Raises: UsageError."""
+    ca_pem = read_text(ca_file)
+    if ca_pem is None:
+        raise UsageError(f"k3s.token is set, but {ca_file}, by which {settings.k3s_server} is "
+                         "verified, cannot be read", "Set k3s.ca_file to a copy of "
+                         f"{K3S_CA_FILE} that this user can read")
     host, port = split_server(settings.k3s_server)
-    return None if not ca_pem else KubeConfig(
-        Endpoint("https", host, port, tls=TlsIdentity(ca_pem)), settings.k3s_token, "k3s.token")
+    return KubeConfig(Endpoint("https", host, port, tls=TlsIdentity(ca_pem)), settings.k3s_token,
+                      "k3s.token")
 
 
 def _is_local_k3s(text: str, path: str) -> bool:
@@ -9817,9 +9818,9 @@ def _is_local_k3s(text: str, path: str) -> bool:
 
 def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
                     ca_file: str = K3S_CA_FILE) -> Optional[KubeConfig]:
-    """The first of: k3s.kubeconfig; what `k3s rbac` made; k3s.token, where its server can be
-    verified; k3s's own, where we may read it; the user's, where it is of k3s on this machine.
-    None where there is no k3s.  Raises: UsageError that says what to mend.
+    """The first of: k3s.kubeconfig; what `k3s rbac` made; k3s.token with k3s.ca_file; k3s's own;
+    the user's, where it is of k3s on this machine; k3s.token with k3s's own authority.  None where
+    there is no k3s.  Raises: UsageError that says what to mend.
     """
     ours = os.path.join(settings.state_dir, "k3s.kubeconfig")
     for path in (settings.k3s_kubeconfig, ours):
@@ -9829,17 +9830,15 @@ def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
         if path and (path != ours or os.path.lexists(path)):
             raise UsageError(f"{path} cannot be read", "Mend the path (k3s.kubeconfig), or its "
                              "permissions")
-    config = _token_config(settings, ca_file) if settings.k3s_token else None
-    text = read_text(installed)
-    if config or text is not None:
-        return config or parse_kubeconfig(text, installed)
-    path = os.path.expanduser("~/.kube/config")
-    text = read_text(path)
-    if text is not None and _is_local_k3s(text, path):
-        return parse_kubeconfig(text, path)
+    if settings.k3s_token and settings.k3s_ca_file:
+        return _token_config(settings, settings.k3s_ca_file)
+    users = os.path.expanduser("~/.kube/config")
+    for path in (installed, users):
+        text = read_text(path)
+        if text is not None and (path == installed or _is_local_k3s(text, path)):
+            return parse_kubeconfig(text, path)
     if settings.k3s_token:
-        raise UsageError(f"k3s.token is set, but not by whom {settings.k3s_server} is verified",
-                         "Set k3s.ca_file to a copy of " + ca_file)
+        return _token_config(settings, ca_file)
     if os.path.lexists(installed):
         raise UsageError(f"{installed} is there, and this user cannot read it", _RBAC_HINT)
     return None
@@ -10206,7 +10205,7 @@ class PodWatch:
 
     def _watch(self, client: KubeClient, version: str) -> str:
         """One watch, to its end; the version that it has seen."""
-        before, self._opened_s = version, None
+        self._opened_s = None
         path = self._path(watch="true", allowWatchBookmarks="true", resourceVersion=version,
                           timeoutSeconds=self._pace.watch_s)
         try:
@@ -10217,7 +10216,8 @@ class PodWatch:
             if lasted_s > self._pace.soon_s:
                 self._failures = 0
         if lasted_s <= self._pace.soon_s and not self._stopping:
-            if version == before:
+            self._failures += 1
+            if self._failures > 2:
                 raise KubeUnwell(f"k3s at {client.config.endpoint.url} ends every watch at once",
                                  "It may be starting; its log: journalctl -u k3s")
             self._wake.wait(self._pace.first_s)
