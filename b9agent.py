@@ -9676,8 +9676,9 @@ class Tunnel:
 K3S_KUBECONFIG = "/etc/rancher/k3s/k3s.yaml"
 K3S_CA_FILE = "/var/lib/rancher/k3s/server/tls/server-ca.crt"
 KUBE_LIMIT_S, KUBE_MAX_BYTES, KUBE_LINE_BYTES = 15.0, 32 << 20, 2 << 20
-_K3S_CONTEXT = "rancher-desktop|default|k3s(-.*)?|k3d-.*"  # what k3s, k3d and Rancher Desktop write
-_LOOPBACK = r"127\.[0-9.]+|::1|localhost|0\.0\.0\.0"         # k3d writes 0.0.0.0
+# What k3s, k3d and Rancher Desktop write; k3d has its server at 0.0.0.0.
+_K3S_CONTEXT = r"rancher-desktop|default|k3s|k3d-[\w.-]+"
+_LOOPBACK = r"127\.[0-9.]+|::1|localhost|0\.0\.0\.0"
 _RBAC_HINT = ("sudo b9agent.py k3s rbac --apply makes a kubeconfig that can do what is needed, and "
               "no more")
 
@@ -9805,8 +9806,6 @@ def parse_kubeconfig(text: str, path: str) -> KubeConfig:
     cluster = _kube_entry(tree, "cluster", context.get("cluster"), path)
     try:
         host, port = split_server(_kube_text(cluster, "server", path))
-        name = _kube_text(cluster, "tls-server-name", path) and parse_host(
-            _kube_text(cluster, "tls-server-name", path))
     except ValueError as error:
         raise UsageError(f"{path}: server cannot be used, expected {error}", _RBAC_HINT) from error
     certificate = _kube_pem(user, "client-certificate", path)
@@ -9818,38 +9817,38 @@ def parse_kubeconfig(text: str, path: str) -> KubeConfig:
     REDACTOR.add(token)
     tls = TlsIdentity(_kube_pem(cluster, "certificate-authority", path),
                       key and f"{certificate}\n{key}")
-    return KubeConfig(Endpoint("https", name or host, port, None, None,
-                               (host, port) if name else None, tls), token, path)
+    return KubeConfig(Endpoint("https", host, port, tls=tls), token, path)
 
 
-def _token_config(settings: Any, ca_file: str) -> Optional[KubeConfig]:
-    """Of k3s.token; None without an authority that could verify whom we tell it to."""
-    ca_pem = read_text(settings.k3s_ca_file or ca_file)
-    if ca_pem is None and settings.k3s_ca_file:
-        raise UsageError(f"k3s.ca_file: {settings.k3s_ca_file} cannot be read",
-                         "Mend the path, or its permissions")
+def _token_config(settings: Any, ca_file: str) -> KubeConfig:
+    """Of k3s.token, with an authority that verifies whom we tell it to.  Raises: UsageError."""
+    ca_pem = read_text(ca_file)
+    if ca_pem is None:
+        raise UsageError(f"k3s.token is set, but {ca_file}, by which {settings.k3s_server} is "
+                         "verified, cannot be read", "Set k3s.ca_file to a copy of "
+                         f"{K3S_CA_FILE} that this user can read")
     host, port = split_server(settings.k3s_server)
-    return None if not ca_pem else KubeConfig(
-        Endpoint("https", host, port, tls=TlsIdentity(ca_pem)), settings.k3s_token, "k3s.token")
+    return KubeConfig(Endpoint("https", host, port, tls=TlsIdentity(ca_pem)), settings.k3s_token,
+                      "k3s.token")
 
 
-def _is_local_k3s(text: str, path: str) -> bool:
-    """Whether a user's current context is k3s on this machine, by its name and its server.  Looked
-    up before the file is read as a whole: what it says of other clusters may be beyond us."""
-    found = re.search(r"""(?m)^\s*["']?current-context["']?: *["']?([^"'\s]+)""", text)
-    if not found or not re.fullmatch(_K3S_CONTEXT, found.group(1)):
-        return False
-    tree = _kube_tree(text, path)
-    context = _kube_entry(tree, "context", tree.get("current-context"), path)
-    server = str(_kube_entry(tree, "cluster", context.get("cluster"), path).get("server"))
-    return re.match(rf"https://\[?({_LOOPBACK})\]?[:/]", server + "/") is not None
+def _users_kubeconfig() -> Optional[KubeConfig]:
+    """The user's own, where its current context is k3s on this machine.  Most of them are not, and
+    may hold what we do not read: they are not even parsed."""
+    path = os.path.expanduser("~/.kube/config")
+    text = read_text(path) or ""
+    if not re.search(rf"""(?m)^\s*["']?current-context["']?: *["']?({_K3S_CONTEXT})["',\s]""", text
+                     ) or not re.search(rf"https://\[?({_LOOPBACK})\]?:", text):
+        return None
+    config = parse_kubeconfig(text, path)
+    return config if re.fullmatch(_LOOPBACK, config.endpoint.host) else None
 
 
 def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
                     ca_file: str = K3S_CA_FILE) -> Optional[KubeConfig]:
-    """The first of: k3s.kubeconfig; what `k3s rbac` made; k3s.token, where its server can be
-    verified; k3s's own, where we may read it; the user's, where it is of k3s on this machine.
-    None where there is no k3s.  Raises: UsageError that says what to mend.
+    """The first of: k3s.kubeconfig; what `k3s rbac` made; k3s.token with k3s.ca_file; k3s's own;
+    the user's, where it is of k3s on this machine; k3s.token with k3s's own authority.  None where
+    there is no k3s.  Raises: UsageError that says what to mend.
     """
     ours = os.path.join(settings.state_dir, "k3s.kubeconfig")
     for path in (settings.k3s_kubeconfig, ours):
@@ -9859,20 +9858,15 @@ def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
         if path and (path != ours or os.path.lexists(path)):
             raise UsageError(f"{path} cannot be read", "Mend the path (k3s.kubeconfig), or its "
                              "permissions")
-    config = _token_config(settings, ca_file) if settings.k3s_token else None
+    if settings.k3s_token and settings.k3s_ca_file:
+        return _token_config(settings, settings.k3s_ca_file)
     text = read_text(installed)
-    if config or text is not None:
-        return config or parse_kubeconfig(text, installed)
-    path = os.path.expanduser("~/.kube/config")
-    text = read_text(path)
-    if text is not None and _is_local_k3s(text, path):
-        return parse_kubeconfig(text, path)
-    if settings.k3s_token:
-        raise UsageError(f"k3s.token is set, but not by whom {settings.k3s_server} is verified",
-                         "Set k3s.ca_file to a copy of " + ca_file)
-    if os.path.lexists(installed):
+    config = _users_kubeconfig() if text is None else parse_kubeconfig(text, installed)
+    if config is None and settings.k3s_token:
+        return _token_config(settings, ca_file)
+    if config is None and os.path.lexists(installed):
         raise UsageError(f"{installed} is there, and this user cannot read it", _RBAC_HINT)
-    return None
+    return config
 
 
 class KubeClient:
@@ -9937,7 +9931,7 @@ class KubeClient:
     def _error(self, status: Any, answer: Dict[str, Any]) -> Optional[KubeError]:
         """Of an answer, or of the Status in a watch; None where the caller decides."""
         where, status = self.config.endpoint.url, status if isinstance(status, int) else 500
-        said = printable(REDACTOR.scrub(str(answer.get("message") or "no message")))[:300]
+        said = self._said(answer)
         if status == 410 or status >= 400 and answer.get("reason") in ("Gone", "Expired"):
             return KubeGone(f"k3s at {where} has forgotten that version: {said}")
         if status == 401:
@@ -9951,10 +9945,13 @@ class KubeClient:
                               "It may be starting; its log: journalctl -u k3s")
         return None
 
+    def _said(self, answer: Dict[str, Any]) -> str:
+        return printable(REDACTOR.scrub(str(answer.get("message") or "no message")))[:300]
+
     def _strange(self, answer: Dict[str, Any]) -> KubeUnwell:
-        said = printable(REDACTOR.scrub(str(answer.get("message") or "no message")))[:300]
-        return KubeUnwell(f"{self.config.endpoint.url} does not answer as Kubernetes does: {said}",
-                          f"Is the server in {self.config.source} the right one?")
+        return KubeUnwell(f"{self.config.endpoint.url} does not answer as Kubernetes does: "
+                          f"{self._said(answer)}", f"Is the server in {self.config.source} the "
+                          "right one?")
 
     def _unreachable(self, failure: HttpFailure) -> KubeError:
         if failure.kind in ("too_large", "garbage"):
@@ -10236,7 +10233,7 @@ class PodWatch:
 
     def _watch(self, client: KubeClient, version: str) -> str:
         """One watch, to its end; the version that it has seen."""
-        before, self._opened_s = version, None
+        self._opened_s = None
         path = self._path(watch="true", allowWatchBookmarks="true", resourceVersion=version,
                           timeoutSeconds=self._pace.watch_s)
         try:
@@ -10247,7 +10244,8 @@ class PodWatch:
             if lasted_s > self._pace.soon_s:
                 self._failures = 0
         if lasted_s <= self._pace.soon_s and not self._stopping:
-            if version == before:
+            self._failures += 1
+            if self._failures > 2:
                 raise KubeUnwell(f"k3s at {client.config.endpoint.url} ends every watch at once",
                                  "It may be starting; its log: journalctl -u k3s")
             self._wake.wait(self._pace.first_s)

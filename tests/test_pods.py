@@ -192,20 +192,20 @@ def test_without_any_there_is_none(tmp_path, monkeypatch):
 def test_the_order_in_which_they_are_looked_for(tmp_path, monkeypatch):
     """From the last to the first: each new one is taken instead of those after it."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    ca = tmp_path / "ca.pem"
+    ca.write_text(text_of("k3s-server-ca.pem"))
+    config = read(tmp_path, None, ca, k3s_token=TOKEN, k3s_server="https://localhost:7000")
+    assert (config.source, config.endpoint.url) == ("k3s.token", "https://localhost:7000")
     (tmp_path / ".kube").mkdir()
     (tmp_path / ".kube" / "config").write_text(rancher())
-    assert read(tmp_path).source == str(tmp_path / ".kube" / "config")
+    assert read(tmp_path, None, ca, k3s_token=TOKEN).source == str(tmp_path / ".kube" / "config")
     installed = tmp_path / "k3s.yaml"
     installed.write_text(kubeconfig(6443, certificate=True))
     assert read(tmp_path, installed).source == str(installed)
-    assert read(tmp_path, installed, k3s_token=TOKEN).source == str(installed)
-    ca = tmp_path / "ca.pem"
-    ca.write_text(text_of("k3s-server-ca.pem"))
-    config = read(tmp_path, installed, ca, k3s_token=TOKEN, k3s_server="https://localhost:7000")
-    assert (config.source, config.token, config.endpoint.url) == (
-        "k3s.token", TOKEN, "https://localhost:7000")
+    assert read(tmp_path, installed, ca, k3s_token=TOKEN).source == str(installed)
     config = read(tmp_path, installed, k3s_token=TOKEN, k3s_ca_file=str(ca))
-    assert (config.source, config.endpoint.url) == ("k3s.token", "https://127.0.0.1:6443")
+    assert (config.source, config.token, config.endpoint.url) == (
+        "k3s.token", TOKEN, "https://127.0.0.1:6443")
     (tmp_path / "k3s.kubeconfig").write_text(kubeconfig(6443))
     assert read(tmp_path, installed, ca, k3s_token=TOKEN).source == str(tmp_path / "k3s.kubeconfig")
     chosen = tmp_path / "chosen"
@@ -236,14 +236,29 @@ def test_the_users_own_is_taken_only_where_it_is_of_k3s_on_this_machine(tmp_path
 def test_a_strangers_config_is_not_even_parsed(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".kube").mkdir()
-    (tmp_path / ".kube" / "config").write_text("current-context: prod\nusers: &all\n")
-    assert read(tmp_path) is None
+    for text in ("current-context: prod\nusers: &all\nserver: https://127.0.0.1:6443\n",
+                 "current-context: default\nserver: https://prod.example:6443\nusers: |\n",
+                 "current-context: k3d\nserver: https://127.0.0.1:6443\nusers: |\n"):
+        (tmp_path / ".kube" / "config").write_text(text)
+        assert read(tmp_path) is None
+    (tmp_path / ".kube" / "config").write_text(rancher(cluster=(
+        "cluster: rancher-desktop,", "cluster: production,"), insecure=("insecure-skip-tls-verify", "x")))
+    assert read(tmp_path) is None  # its current one is another's, for all the names
 
 
 def test_a_token_without_an_authority_is_told_with_its_mend(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(b9agent.UsageError, match="Set k3s.ca_file"):
         read(tmp_path, k3s_token=TOKEN)
+    with pytest.raises(b9agent.UsageError, match="/nowhere/ca, by which"):
+        read(tmp_path, k3s_token=TOKEN, k3s_ca_file="/nowhere/ca")
+
+
+def test_a_k3s_that_this_user_may_not_ask_is_told_with_its_mend(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "k3s.yaml").mkdir()  # for root, too, no file that can be read
+    with pytest.raises(b9agent.UsageError, match="cannot read it.*k3s rbac"):
+        read(tmp_path, tmp_path / "k3s.yaml")
 
 
 # -- the client ------------------------------------------------------------
@@ -299,9 +314,6 @@ def test_another_authority_or_name_is_refused_before_anything_is_said(api):
             client_of(named, ca="ca.pem").request("GET", "/version")
         assert named.asked == []
     assert api.asked == []
-    text = kubeconfig(api.port).replace("server:", "tls-server-name: kubernetes\n    server:")
-    config = b9agent.parse_kubeconfig(text, "/t/config")
-    assert KubeClient(config).request("GET", "/version")[0] == 200
 
 
 def test_certificates_that_are_none_are_a_typed_error(api):
@@ -996,7 +1008,7 @@ def test_mutated_watch_bytes_are_events_or_a_typed_error(lines, at, dirt, failur
 
 TREE = {"clusters": [{"name": "c", "cluster": {
     "server": "https://127.0.0.1:6443", "certificate-authority-data": "LS0tLS1CRUdJTiA=",
-    "certificate-authority": "/nowhere", "tls-server-name": "kubernetes", "insecure-skip-tls-verify": False}}],
+    "certificate-authority": "/nowhere", "insecure-skip-tls-verify": False}}],
     "users": [{"name": "u", "user": {"token": "t-1", "tokenFile": "", "exec": None, "client-key-data": "",
                                      "client-certificate": ""}}],
     "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}], "current-context": "x"}
