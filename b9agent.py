@@ -13375,13 +13375,12 @@ def doctor_lines(findings: Sequence[Finding], cannot: str = "this machine cannot
 # flags, as for an upgrade, the installer would drop them.
 
 K3S_INSTALLER_BYTES, K3S_INSTALL_LIMIT_S, K3S_READY_LIMIT_S = 1 << 20, 1200.0, 300.0
-_RANCHER_DESKTOP = ("k3s runs on Linux only", "On macOS Rancher Desktop brings one: "
-                    "https://rancherdesktop.io; then: b9agent.py k3s rbac --apply")
 # A worker's pods have the host's network and folders: what k3s brings for other uses would hold
 # ports 80 and 443 of this machine (traefik, servicelb), or memory.
 _K3S_DISABLED = ["traefik", "servicelb", "metrics-server", "local-storage"]
-_ELF_MACHINES = {"x86_64": 62, "aarch64": 183, "armv7l": 40, "s390x": 22}
-_IMAGE_ARCHES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "s390x": "s390x"}
+# Machine: the number in a program's head (elf(5), e_machine), and its name in k3s's releases.
+_K3S_MACHINES = {"x86_64": (62, "amd64"), "aarch64": (183, "arm64"), "armv7l": (40, "arm"),
+                 "s390x": (22, "s390x")}
 
 K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "state_dir")
 K3S_ACCOUNT_OPTIONS = (
@@ -13437,12 +13436,12 @@ def judge_token(token: str, minted: bool, now_wall_s: float) -> Finding:
     who, ends_s = printable(str(claims.get("sub") or "a user"))[:200], claims.get("exp")
     if minted:
         return ok(f"{who}: one was made, and accepted")
-    if not isinstance(ends_s, int):
-        return warn(f"{who}: accepted, and it never ends", "sudo b9agent.py k3s rbac --apply   "
-                    "# then set k3s.service_account in place of k3s.token")
-    seen = f"{who}: accepted, ends {utc_stamp(max(0, min(ends_s, 1 << 33)))}"
-    return warn(f"{seen}, and nobody renews it", "Set k3s.service_account in place of k3s.token"
-                ) if ends_s - now_wall_s < 86400 else ok(seen)
+    known = isinstance(ends_s, int)
+    seen = f"{who}: accepted, and it " + (
+        f"ends {utc_stamp(max(0, min(ends_s, 1 << 33)))}" if known else "never ends")
+    return ok(seen) if known and ends_s - now_wall_s > 86400 else warn(
+        seen, "sudo b9agent.py k3s rbac --apply   # then k3s.service_account in place of "
+        "k3s.token, and it is renewed")
 
 
 class K3sChecks:
@@ -13554,12 +13553,6 @@ class K3sChecks:
 
 # -- rbac --apply -----------------------------------------------------------
 
-def owner_of(path: str) -> Account:
-    """Who owns a folder, or what exists above it."""
-    status = os.stat(nearest_folder(path))
-    return Account("", status.st_uid, status.st_gid, "")
-
-
 def for_the_agent(loaded: Loaded) -> Loaded:
     """With the agent's state folder: root's own, under sudo, is nobody's."""
     user = os.environ.get("SUDO_USER", "root")
@@ -13583,7 +13576,8 @@ def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]
         say(f"{item['kind']} {namespace}/{item['metadata']['name']}: {apply_object(kube, item)}")
     token, _ = mint_token(kube, namespace, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
     path = os.path.join(settings.state_dir, "k3s.kubeconfig")
-    text, owner = render_kubeconfig(kube.config, token), owner_of(settings.state_dir)
+    above = os.stat(nearest_folder(settings.state_dir))  # whose it is, or will be
+    text, owner = render_kubeconfig(kube.config, token), Account("", above.st_uid, above.st_gid, "")
     as_user(owner, make_private_folder, settings.state_dir)
     as_user(owner, write_atomic, path, text)
     agent = KubeClient(parse_kubeconfig(as_user(owner, read_text, path) or "", path))
@@ -13620,14 +13614,12 @@ def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def elf_problem(head: bytes, machine: str) -> str:
-    """Why a file is no program for this machine, or "".  Source: elf(5), e_machine."""
+def elf_problem(head: bytes, number: int) -> str:
+    """Why a file is no program for a machine, or "".  head: its first bytes."""
     if head[:4] != b"\x7fELF" or len(head) < 20:
         return "is no Linux program"
-    number = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
-    if number != _ELF_MACHINES.get(machine):
-        return f"is a program for another processor than {machine}"
-    return ""
+    found = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+    return "" if found == number else "is a program for another processor than this machine's"
 
 
 def _copy_atomic(source: str, target: str, mode: int) -> None:
@@ -13695,41 +13687,38 @@ class K3sInstall:
 
     def _check(self) -> List[str]:
         """The images to copy.  Raises: UsageError, LockedError."""
-        port = self._places.port
-        holder = port_holder("0.0.0.0", port)
+        holder = port_holder("0.0.0.0", self._places.port)
         if holder:
-            raise LockedError(f"port {port}, which k3s needs, is held by {holder}",
+            raise LockedError(f"port {self._places.port}, which k3s needs, is held by {holder}",
                               "End that first")
-        machine = os.uname().machine
-        if machine not in _ELF_MACHINES:
-            raise UsageError(f"there is no k3s for {machine}", "See https://docs.k3s.io")
-        if (self._binary or self._images) and not (self._binary and "installer" in self._options):
+        number, arch = _K3S_MACHINES.get(os.uname().machine, (0, ""))
+        if not arch:
+            raise UsageError(f"there is no k3s for {os.uname().machine}", "See https://docs.k3s.io")
+        offline = bool(self._binary or self._images)
+        if offline and not (self._binary and "installer" in self._options):
             raise UsageError("without a network three things are needed: the program, the images, "
                              "the installer", "Give --binary PATH --images FOLDER --installer PATH")
-        if not self._binary:
-            return []
         try:
-            with open(self._binary, "rb") as handle:
-                problem = elf_problem(handle.read(20), machine)
+            with open(self._binary or os.devnull, "rb") as handle:
+                problem = elf_problem(handle.read(20), number) if offline else ""
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
         if problem:
             raise UsageError(f"{self._binary} {problem}", "Take the one for this machine from "
                              "https://github.com/k3s-io/k3s/releases")
-        return self._find_images(_IMAGE_ARCHES[machine]) if self._images else []
+        return self._find_images(arch) if self._images else []
 
     def _find_images(self, arch: str) -> List[str]:
-        found = [name for name in sorted(list_folder(self._images))
+        names = [name for name in sorted(list_folder(self._images))
                  if re.fullmatch(r"[\w.+-]+\.(tar|tar\.gz|tgz|tar\.zst)", name)]
-        paths = [os.path.join(self._images, name) for name in found]
-        for name, path in zip(found, paths):
+        for name in names:
             marked = re.search("-(amd64|arm64|arm|s390x)[.-]", name)
-            if marked and marked.group(1) != arch or not os.path.getsize(path):
-                raise UsageError(f"{path} is empty, or not for {arch}", "Fetch it again")
-        if not found:
+            if marked and marked.group(1) != arch or not os.path.getsize(f"{self._images}/{name}"):
+                raise UsageError(f"{name} is empty, or not for {arch}", "Fetch it again")
+        if not names:
             raise UsageError(f"{self._images} has no images (*.tar, *.tar.gz, *.tar.zst)",
                              f"Take k3s-airgap-images-{arch}.tar.zst of the same release")
-        return paths
+        return [os.path.join(self._images, name) for name in names]
 
     def _install(self, images: List[str], confirm: Callable[[str], bool],
                  show: Callable[[str], None]) -> None:
@@ -14857,7 +14846,8 @@ def command_k3s_token(loaded: Loaded, options: Dict[str, str]) -> int:
 
 def command_k3s_install(loaded: Loaded, options: Dict[str, str]) -> int:
     if sys.platform == "darwin":
-        raise UsageError(*_RANCHER_DESKTOP)
+        raise UsageError("k3s runs on Linux only", "Rancher Desktop brings one to macOS: "
+                         "https://rancherdesktop.io; then: b9agent.py k3s rbac --apply")
     if os.geteuid() != 0 and "dry-run" not in options:
         raise PrivilegeError("k3s is root's to install", "Run this with sudo; --dry-run shows "
                              "every step without")
