@@ -603,6 +603,26 @@ def test_once_fails_without_the_token_that_it_was_to_bring(home, state, hostile,
     assert once().code == 0 and hostile.requests[0].body["token"] == api.minted[-1]
 
 
+def test_the_agent_s_kubeconfig_renews_itself_and_costs_no_token_where_it_cannot(home, state, hostile, api):
+    applied(api)
+    now = int(time.time())
+    own = api._mint("beta9-agent", now - 70, now + 30)
+    own_kubeconfig(state, api, own)
+    once = lambda: run_agent(home, "--once", *to(hostile), BETA9_TOKEN=GATEWAY_TOKEN)
+    assert once().code == 0
+    kept = json.loads((state / "k3s.kubeconfig").read_text())["users"][0]["user"]["token"]
+    claims = b9agent.token_claims(kept)
+    assert kept != own and claims["sub"].endswith("beta9-agent") and claims["exp"] > now + 29 * 86400
+    role = api.objects[ROLES + "/beta9-agent"]
+    role["rules"][-1]["resourceNames"].remove("beta9-agent")
+    old = api._mint("beta9-agent", now - 70, now + 30)
+    (state / "k3s.kubeconfig").write_text(kubeconfig(api.port, token=old))
+    done = once()
+    assert done.code == 0 and "k3s_kubeconfig" in done.err and "rbac --apply" in done.err
+    assert hostile.named("register")[-1].body["token"] == api.minted[-1]
+    assert not any(token in done.err for token in api.minted)
+
+
 def test_a_fixed_token_and_an_account_exclude_each_other(home):
     done = run_agent(home, "--once", "--k3s-service-account", "beta9-gateway", BETA9_TOKEN="t" * 20,
                      BETA9_K3S_TOKEN="k" * 20)
