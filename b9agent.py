@@ -13382,7 +13382,8 @@ _K3S_DISABLED = ["traefik", "servicelb", "metrics-server", "local-storage"]
 _K3S_MACHINES = {"x86_64": (62, "amd64"), "aarch64": (183, "arm64"), "armv7l": (40, "arm"),
                  "s390x": (22, "s390x")}
 
-K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "state_dir")
+K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "hostname",
+            "state_dir")
 K3S_ACCOUNT_OPTIONS = (
     Option("--service-account", "NAME", f"the gateway's; default {GATEWAY_ACCOUNT}"),
     Option("--namespace", "NAME", "where workers run; the gateway knows `default` alone"))
