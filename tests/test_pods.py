@@ -15,7 +15,7 @@ import pytest
 import b9agent
 from b9agent import KubeClient, PodPace, PodWatch
 from helpers import run_agent, wait_until
-from kube_api import CLIENT_CA, PODS, TOKEN, KubeApi, data_of, kubeconfig, text_of, worker_pod
+from kube_api import CLIENT_CA, PODS, TLS, TOKEN, KubeApi, data_of, kubeconfig, text_of, worker_pod
 
 FIXTURES = os.environ.get("B9AGENT_FIXTURES") or os.path.join(
     os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "shared", "fixtures")
@@ -314,6 +314,22 @@ def test_another_authority_or_name_is_refused_before_anything_is_said(api):
             client_of(named, ca="ca.pem").request("GET", "/version")
         assert named.asked == []
     assert api.asked == []
+
+
+def test_what_python_3_13_asks_of_certificates_and_k3s_did_not_write_is_no_matter(api, monkeypatch):
+    """There every context of ssl's own asks for key identifiers; kubectl asks for none."""
+    import ssl
+    made = ssl.create_default_context
+
+    def as_in_3_13(*arguments, **more):
+        context = made(*arguments, **more)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+    monkeypatch.setattr(ssl, "create_default_context", as_in_3_13)
+    endpoint = b9agent.Endpoint("https", "127.0.0.1", api.port, os.path.join(TLS, "k3s-server-ca.pem"))
+    with pytest.raises(b9agent.HttpFailure, match="[Ii]dentifier"):
+        b9agent.http_request("GET", endpoint, "/version", {}, None, 10.0)
+    assert client_of(api).request("GET", "/version")[0] == 200
 
 
 def test_certificates_that_are_none_are_a_typed_error(api):
@@ -673,7 +689,7 @@ def test_a_version_that_is_gone_is_listed_again_at_once(api, watched, gone_as):
     api.gone_as = gone_as
     api.put_pod(worker_pod("a"))
     api.put_pod(worker_pod("b"))
-    one = watched(kubeconfig(api.port), first_s=30.0, most_s=60.0)  # a wait would be noticed
+    one = watched(kubeconfig(api.port), first_s=600.0, most_s=600.0)  # a wait would be noticed
     one.wait("watching", state="watching")
     with api._changed:
         api.objects.pop(PODS + "/a")  # while nobody could tell of it
@@ -876,6 +892,7 @@ def test_the_first_keepalive_does_not_wait_for_a_k3s_that_hangs(member, state):
         one = member()
         one.wait(lambda status: status["state"] == "ready", "ready")
         one.wait(lambda status: status["pods"]["state"] == "connecting", "it tries")
+        one.wait(lambda status: "worker_count" not in status["metrics"], "not known is not none")
         begun = time.monotonic()
         assert one.program.stop() == 0 and time.monotonic() - begun < 10
 
