@@ -616,6 +616,14 @@ def test_only_this_machines_workers_are_shown(api, watched):
     one.wait("watched", names={"ours", "old", "ours2"})
 
 
+def test_what_is_no_worker_is_not_shown_whatever_the_api_sends(api, watched):
+    """A recorded stream of somebody's pods, without the labels that were asked for."""
+    api.fault("watch", raw=recording("watch_pods_added-modified-deleted.ndjson").encode())
+    one = watched(kubeconfig(api.port))
+    api.wait_for(lambda: api.count("watch") == 2, "the stream's end")
+    assert one.watch.status()["pods"] == [] and api.asked[-1].query["resourceVersion"] == "760032"
+
+
 def test_long_lists_come_in_pages(api, watched):
     api.page = 40
     for number in range(100):
