@@ -395,6 +395,16 @@ def test_a_recorded_error_inside_a_stream_is_raised(api, name):
         events(api, recording(name).encode())
 
 
+@pytest.mark.parametrize("detail, kind", [
+    ({"reason": "Expired"}, b9agent.KubeGone), ({"code": 410}, b9agent.KubeGone),
+    ({"code": 401}, b9agent.KubeUnauthorized), ({"code": 500, "reason": "Gone"}, b9agent.KubeGone),
+    ({"code": "x"}, b9agent.KubeUnwell), ({"code": 200}, b9agent.KubeUnwell), ({}, b9agent.KubeUnwell)])
+def test_every_error_inside_a_stream_has_a_type(api, detail, kind):
+    with pytest.raises(b9agent.KubeError) as caught:
+        events(api, json.dumps({"type": "ERROR", "object": detail}).encode() + b"\n")
+    assert type(caught.value) is kind
+
+
 @pytest.mark.parametrize("then", ["end", "cut", "hang"])
 def test_a_watch_that_is_cut_ends_and_tells_of_no_half_line(api, then):
     line = json.dumps({"type": "ADDED", "object": worker_pod("a")}).encode()
@@ -769,6 +779,9 @@ def test_without_k3s_nothing_is_said_and_one_that_comes_is_noticed(api, watched)
     one.path.unlink()
     api.stop()
     one.wait("uninstalled", state="off", pods=[], server=None, message="")
+    one.path.write_text("a: |\n")
+    one.wait("another bad one", state="failed", pods=[])
+    assert one.watch.counts() is None  # not those of before
     api.start()
 
 
