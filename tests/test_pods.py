@@ -814,10 +814,10 @@ def test_no_secret_of_a_pod_is_kept(api, watched):
 class Member:
     """An agent of the embedded gateway, with a kubeconfig or without."""
 
-    def __init__(self, agent, home, state, embedded, *arguments, **extra):
+    def __init__(self, agent, home, state, embedded, *arguments, gateway=None, **extra):
         self.home, self.state, self.db = home, state, embedded.db
         self.machine_id, token = embedded.create()
-        self.program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", embedded.port,
+        self.program = agent("run", "--gateway-host", "127.0.0.1", "--gateway-port", gateway or embedded.port,
                              "--machine-id", self.machine_id, "--pool-name", "gpu", "--keepalive-interval", "1",
                              "--control-port", "0", *arguments, BETA9_TOKEN=token, **extra)
         wait_until(lambda: (state / "control.addr").exists(), "the control API")
@@ -914,6 +914,21 @@ def test_the_first_keepalive_does_not_wait_for_a_k3s_that_hangs(member, state):
         one.wait(lambda status: "worker_count" not in status["metrics"], "not known is not none")
         begun = time.monotonic()
         assert one.program.stop() == 0 and time.monotonic() - begun < 10
+
+
+def test_nothing_is_asked_of_k3s_before_the_gateway_was(api, member, state):
+    """A gateway that takes its time."""
+    import socket
+    (state / "k3s.kubeconfig").write_text(kubeconfig(api.port))
+    with socket.socket() as slow:
+        slow.bind(("127.0.0.1", 0))
+        slow.listen(5)
+        one = member(gateway=slow.getsockname()[1])
+        link, _ = slow.accept()
+        for _ in range(30):
+            assert one.status()["pods"]["state"] == "off" and api.asked == []
+        link.close()
+        one.wait(lambda status: status["pods"]["state"] == "watching", "k3s is asked, gateway or not")
 
 
 def test_doctor_asks_the_api_where_it_may(api, home, state):
