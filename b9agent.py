@@ -10102,8 +10102,8 @@ class PodWatch:
     """The gateway's worker pods on this machine's k3s, by the labels that they carry.  start()
     any number of times, stop() once; the rest from any thread.
 
-    The machine's own label is looked at here and not by the API: gateways of before 2025 do not set
-    it, and all workers on a machine's k3s are its own then.
+    The machine's own label is looked at here and not by the API: older gateways do not set it, and
+    all workers on a machine's k3s are its own then.
     """
 
     def __init__(self, settings: Any, machine_id: str, log: Log, pace: PodPace = PodPace(),
@@ -10112,7 +10112,7 @@ class PodWatch:
         self._pace, self._read = pace, read
         self._pods: Optional[Dict[str, Pod]] = None  # replaced whole; None: never listed
         self._told: Tuple[str, str, Optional[str]] = ("off", "", None)  # state, message, server
-        self._failures, self._at_once_s = 0, 0.0
+        self._failures, self._at_once_s = 0, -60.0
         self._stopping, self._wake = False, Wake()
         self._stream: Optional[HttpStream] = None
         self._opened_s: Optional[float] = None  # when the watch was answered
