@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=76ecd8ab4289ff4592feadb211e293b7ee810dabe98eb7adee62f520bfb78d9e
+  sha256=883218e78071d734c47de3bc51f86dc5479dd96b7cae2a9d5a9891b79927ca9b
 }
 
 usage() {

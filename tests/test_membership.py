@@ -43,7 +43,9 @@ class Life:
         self.sent.append((name, self.membership.snapshot.state, self.now_s))
         self.now_s += self.took_s
         answer = next(self.answers[name])
-        if answer is not OK:
+        if callable(answer):
+            answer()
+        elif answer is not OK:
             raise answer
 
     def step(self):
@@ -98,6 +100,34 @@ def test_the_snapshot_says_what_is_known():
     life.now_s += 1
     life.membership.step()
     assert (life.state, life.membership.snapshot.message) == (State.READY, "")
+
+
+def test_a_fact_that_changed_is_registered_and_a_keepalive_follows_at_once():
+    life = Life()
+    life.steps(2)
+    life.membership.register_again()
+    life.membership.step()
+    assert life.names() == ["register", "keepalive", "keepalive", "register", "keepalive"]
+    assert life.sent[-1][2] == life.sent[-2][2] and life.state is State.READY
+    assert life.steps(2) and life.names()[-2:] == ["keepalive", "keepalive"]
+    assert life.membership.snapshot.registrations == 2
+
+
+def test_a_fact_that_changes_during_its_registration_is_registered_too():
+    life = Life(register=[OK, lambda: life.membership.register_again()])
+    life.step()
+    life.membership.register_again()
+    life.steps(3)
+    assert life.names() == ["register", "keepalive"] * 3 + ["keepalive"]
+
+
+def test_a_registration_again_that_fails_costs_no_keepalive_and_is_tried_again():
+    life = Life(register=[OK, UNWELL, UNREACHABLE, OK])
+    life.step()
+    life.membership.register_again()
+    life.steps(3)
+    assert life.names() == ["register", "keepalive"] * 2 + ["register", "register", "keepalive"]
+    assert life.state is State.READY and life.membership.snapshot.registrations == 2
 
 
 # -- intervals -----------------------------------------------------------
@@ -335,6 +365,19 @@ def test_the_loop_keeps_the_interval_and_says_it_lives():
         assert following - at <= within_s
     assert max(loop.waits) <= 5.0
     assert life.state is State.STOPPED
+
+
+def test_a_fact_that_changed_does_not_wait_for_the_interval():
+    life = Life()
+
+    class Changing(Loop):
+        def wait(self, timeout_s):
+            if len(self.waits) == 2:
+                life.membership.register_again()
+            return Loop.wait(self, timeout_s)
+    loop = Changing(life, 4).run()
+    assert life.names() == ["register", "keepalive"] * 2
+    assert life.sent[2][2] == 1000.0 + sum(loop.waits[:3]) and len(loop.waits) == 3
 
 
 def test_a_machine_that_slept_wakes_with_an_immediate_keepalive():
