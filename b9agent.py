@@ -1319,8 +1319,8 @@ SETTINGS = (
             parse_switch, "let the tunnel's server reach this machine's k3s, at its own port 6443",
             default="false"),
     Setting("tailnet_control", "B9AGENT_TAILNET_CONTROL", "tailnet.control", "", parse_switch,
-            "let the control API listen on the tailnet address as well, unless control.host is "
-            "set; it wants its token there too", default="true"),
+            "false keeps the control API off the tailnet address, where it listens as well unless "
+            "control.host is set; it wants its token there too", default="true"),
     Setting("tailnet_socket", "B9AGENT_TAILNET_SOCKET", "tailnet.socket", "PATH",
             parse_path_or_none, "socket of the one tailscaled to ask, where it is in no usual "
             "place; `none` looks for no tailnet"),
@@ -8957,7 +8957,7 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("tunnel_state", "1 for the state of the SSH tunnel, 0 for the others.", lambda view: [
         ({"state": state}, state == view.tunnel_state)
         for state in ("stopped", "starting", "running", "backoff")] if view.tunnel_state else []),
-    ("tailnet_up", "1 where this machine has a tailnet address, 0 where it should.",
+    ("tailnet_up", "1 where this machine has a tailnet address, 0 where Tailscale gives none.",
      lambda view: [({}, view.tailnet_state == "up")] if view.tailnet_state else []),
 
     ("inference_state", "1 for the state of the engine, 0 for the others.", lambda view: [
@@ -9697,17 +9697,14 @@ def tailnet_interface_address() -> str:
     eth0 and pods of Kubernetes as well, and the first is a point-to-point link like ours."""
     import fcntl
     prefix, request = ("utun", 0xC0206921) if sys.platform == "darwin" else ("tailscale", 0x8915)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                record = fcntl.ioctl(probe, request, os.fsencode(name).ljust(40, b"\0")
-                                     ) if name.startswith(prefix) else bytes(40)  # SIOCGIFADDR
-            except OSError:
-                continue  # it has none
-            address = socket.inet_ntoa(record[20:24])
-            if is_tailnet_address(address):
-                return address
-    return ""
+    found, nothing = "", contextlib.suppress(OSError)
+    with nothing, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for name in (name for _, name in socket.if_nameindex() if name.startswith(prefix)):
+            with nothing:  # SIOCGIFADDR; it may have none
+                record = fcntl.ioctl(probe, request, os.fsencode(name).ljust(40, b"\0"))
+                address = socket.inet_ntoa(record[20:24])
+                found = address if is_tailnet_address(address) else found
+    return found
 
 
 def tailnet_trace(wanted: Optional[str]) -> bool:
@@ -9795,9 +9792,12 @@ class Tailnet:
         if self._thread.ident is not None or self._stopping or now_s() < self._trace_s:
             return
         self._trace_s = now_s() + TAILNET_RARELY_S
-        if tailnet_trace(self._wanted):
-            self._boot_until_s = now_s() + TAILNET_BOOT_S
-            self._thread.start()
+        try:
+            if tailnet_trace(self._wanted):
+                self._boot_until_s = now_s() + TAILNET_BOOT_S
+                self._thread.start()
+        except Exception as error:  # no thread is to be had: the caller has more to do than this
+            self._log.defect(error)
 
     def stop(self) -> None:
         """Its listeners are closed then, and none is opened any more."""
@@ -9812,8 +9812,8 @@ class Tailnet:
     @property
     def settled(self) -> bool:
         """Nothing is on its way that would be worth a wait."""
-        return self._thread.ident is None or self._looked and (
-            self.reading.state != "waiting" or now_s() >= self._boot_until_s)
+        return (self._thread.ident is None or now_s() >= self._boot_until_s
+                or self._looked and self.reading.state != "waiting")
 
     def status(self) -> Dict[str, Any]:
         told = self.reading
@@ -10614,7 +10614,7 @@ class Agent:
         # Behind a tunnel the gateway is on no tailnet of ours: it could not dial that address.
         self._offers_tailnet = not settings.hostname and self.tunnel is None
         self._tailnet_control = (settings.tailnet_control
-                                 and loaded.origins["control_host"] == "default")
+                                 and loaded.origins.get("control_host") == "default")
         self._host = make_host()
         self._facts: Optional[HostFacts] = None
         self._gpus = GpuSampler(make_gpu_sources())
