@@ -9828,7 +9828,10 @@ class Tailnet:
                 return
             was, self.reading = self.reading, reading
             self._looked = True
-            if reading != was:
+            if was.source == "socket" and not reading.source:  # tailscaled is restarted, perhaps
+                self._boot_until_s = now_s() + TAILNET_BOOT_S
+            # How a program fails may read otherwise every time.
+            if reading[:4] != was[:4] or reading.source and reading != was:
                 self._log("notice" if reading.state == "up" else "info", "tailnet",
                           **{name: value or None for name, value in self.status().items()})
                 self._on_change(self.status())
@@ -9840,9 +9843,9 @@ class Tailnet:
     def _interval_s(self) -> float:
         if not self.settled:
             return 1.0
-        source = self.reading.source
-        asks = source == "socket" or source == "interface" and not tailscale_program()
-        return TAILNET_EVERY_S if asks else TAILNET_RARELY_S
+        told = self.reading
+        runs = told.source != "socket" and not self._wanted and tailscale_program()
+        return TAILNET_RARELY_S if runs or told.state == "none" else TAILNET_EVERY_S
 
     def _run(self) -> None:
         while not self._stopping:

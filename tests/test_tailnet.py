@@ -417,8 +417,8 @@ def test_how_often_it_asks(bare, tmp_path):
     tailnet._thread = threading.Thread()  # as one that runs
     tailnet._thread.start()
     cases = [(UP._replace(source="socket"), 5.0), (TailnetReading("down", source="socket"), 5.0),
-             (UP._replace(source="interface"), 5.0), (UP._replace(source="cli"), 30.0),
-             (TailnetReading(), 30.0), (TailnetReading("waiting"), 30.0)]
+             (UP._replace(source="interface"), 5.0), (TailnetReading("waiting"), 5.0),
+             (TailnetReading(), 30.0)]
     tailnet._boot_until_s = b9agent.now_s() + 30
     assert tailnet._interval_s() == 1.0 and not tailnet.settled  # not looked yet
     tailnet.reading = TailnetReading("waiting")
@@ -427,9 +427,42 @@ def test_how_often_it_asks(bare, tmp_path):
     tailnet._boot_until_s = b9agent.now_s() - 1
     for tailnet.reading, interval_s in cases:
         assert tailnet._interval_s() == interval_s, tailnet.reading
-    program(tmp_path, "exit 1\n")
-    tailnet.reading = UP._replace(source="interface")
-    assert tailnet._interval_s() == 30.0
+    program(tmp_path, "exit 1\n")  # one that is run each time
+    for tailnet.reading in (UP._replace(source="interface"), UP._replace(source="cli"),
+                            TailnetReading("waiting"), TailnetReading("down")):
+        assert tailnet._interval_s() == 30.0
+    tailnet.reading = UP._replace(source="socket")
+    assert tailnet._interval_s() == 5.0
+
+
+def test_a_tailscaled_that_is_restarted_is_back_soon(bare, tmp_path, tailscaled):
+    """Though there is a program to run, which is otherwise run every 30 s."""
+    program(tmp_path, "date >> %s/runs; exit 1\n" % tmp_path)
+    service = tmp_path / "tailscaled.service"
+    service.write_text("")
+    one = tailscaled()
+    bare.setattr(b9agent, "TAILSCALED_SERVICES", (str(service),))
+    bare.setattr(b9agent, "TAILSCALED_SOCKETS", (one.path,))
+    bare.setattr(b9agent, "TAILNET_EVERY_S", 0.05)
+    with Watched() as watched:
+        watched.tailnet.start()
+        wait_until(lambda: watched.told, "the address")
+        os.rename(one.path, one.path + ".gone")
+        wait_until(lambda: len(watched.told) == 2, "its loss")
+        os.rename(one.path + ".gone", one.path)
+        began = time.monotonic()
+        wait_until(lambda: len(watched.told) == 3, "its return")
+        assert time.monotonic() - began < 10
+    assert [row["state"] for row in watched.told] == ["up", "waiting", "up"]
+
+
+def test_a_program_that_fails_otherwise_every_time_is_told_of_once(bare, tmp_path):
+    program(tmp_path, "echo $$ cannot\n")
+    with Watched() as watched:
+        for _ in range(4):
+            watched.tailnet.look()
+        assert "cannot" in watched.tailnet.status()["message"]
+    assert len(watched.lines()) == len(watched.told) == 1
 
 
 # -- who listens there ----------------------------------------------------------------
