@@ -20,7 +20,7 @@ from hypothesis import given, settings, strategies
 
 import b9agent
 from b9agent import TailnetReading
-from helpers import Program, agent_command, environment, run_agent, wait_until
+from helpers import Program, StallMeter, agent_command, environment, run_agent, wait_until
 from hostile_gateway import TOKEN
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -357,8 +357,6 @@ def test_tailscale_that_is_installed_later_is_found(bare, tmp_path, tailscaled):
         watched.tailnet.start()
         assert len(threads()) == 1
     assert threads() == []
-    watched.tailnet.start()  # a tick that comes late
-    assert threads() == []
 
 
 def test_only_changes_are_told(bare, tailscaled):
@@ -406,10 +404,14 @@ def test_it_stops_at_once_while_it_waits_and_soon_while_tailscaled_hangs(tailsca
             began = time.monotonic()
             watched.tailnet.stop()
             assert time.monotonic() - began < limit_s + 1.0
-        told = len(watched.told)
-        one._ended.set()
+            told = len(watched.told)
+            one._ended.set()
         wait_until(lambda: threads() == [], "the end of the thread")
         assert len(watched.told) == told  # what comes after the stop is not acted upon
+    with Watched(one.path) as watched:
+        watched.tailnet.stop()
+        watched.tailnet.start()  # a tick that comes late
+        assert threads() == []
 
 
 def test_how_often_it_asks(bare, tmp_path):
@@ -447,6 +449,7 @@ def test_a_tailscaled_that_is_restarted_is_back_soon(bare, tmp_path, tailscaled)
     with Watched() as watched:
         watched.tailnet.start()
         wait_until(lambda: watched.told, "the address")
+        watched.tailnet._boot_until_s = 0.0  # long ago
         os.rename(one.path, one.path + ".gone")
         wait_until(lambda: len(watched.told) == 2, "its loss")
         os.rename(one.path + ".gone", one.path)
@@ -606,8 +609,11 @@ def test_what_does_not_pass_by_itself_is_not_waited_for(run, hostile, tailscaled
 def test_one_that_waits_for_its_address_still_ends_when_told(run, hostile, tailscaled):
     program = run("--tailnet-socket", tailscaled(status_json("Starting", None, "")).path)
     program.wait_line("registration waits")
-    began = time.monotonic()
-    assert program.stop() == 0 and time.monotonic() - began < 8
+    with StallMeter() as stalled:
+        began = time.monotonic()
+        assert program.stop() == 0
+        took_s = time.monotonic() - began
+    assert took_s < 1.9 + 3 * stalled.worst_s  # after 2 s the agent gives its thread up
     assert hostile.requests == []
 
 
