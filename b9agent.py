@@ -9684,7 +9684,7 @@ def tailscale_program() -> Optional[str]:
 
 def ask_tailscale(program: str) -> TailnetReading:
     """By its command line, which also knows the ways of the macOS apps."""
-    result = run_command([program, "status", "--json", "--peers=false"], 3.0)
+    result = run_command([program, "status", "--json", "--peers=false"], 5.0)
     text = result.output  # a warning may stand before or after the JSON
     found = parse_tailscale_status(text[text.find("{"):text.rfind("}") + 1].encode("utf-8"))
     said = printable((result.problem or text.strip().partition("\n")[0])[:200])
@@ -9715,7 +9715,7 @@ def tailnet_trace(wanted: Optional[str]) -> bool:
 
 
 def read_tailnet(wanted: Optional[str]) -> TailnetReading:
-    """By tailscaled's socket, else by its program, else by the interface; within some 7 s.
+    """By tailscaled's socket, else by its program, else by the interface; within some 10 s.
     wanted: the one socket to ask instead, or none."""
     if wanted == "none":
         return TailnetReading()
