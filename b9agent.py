@@ -586,13 +586,14 @@ class TlsIdentity:
 
 class Endpoint(NamedTuple):
     """Where an HTTP server is.  proxy: host, port and Proxy-Authorization value, or None.  dial:
-    where to connect instead: the near end of a tunnel to it.  tls: instead of ca_file."""
+    where to connect instead: the near end of a tunnel to it, or the path of a unix socket.  tls:
+    instead of ca_file."""
     scheme: str
     host: str
     port: int
     ca_file: Optional[str] = None
     proxy: Optional[Tuple[str, int, str]] = None
-    dial: Optional[Tuple[str, int]] = None
+    dial: Any = None
     tls: Optional[TlsIdentity] = None
 
     @property
@@ -678,6 +679,17 @@ def _connect(host: str, port: int, until_s: float) -> socket.socket:
     raise problem
 
 
+def _connect_path(path: str, until_s: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(_left_s(until_s))
+        sock.connect(path)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
 def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
     """A line with its end.  Raises: HttpFailure where the peer stops in the middle of it."""
     line = stream.readline(left_bytes)
@@ -735,6 +747,8 @@ def _tls_context(ca_file: Optional[str]) -> Any:
 
 def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
     """A connected socket, through the proxy's CONNECT and under TLS where that is asked for."""
+    if isinstance(endpoint.dial, str):
+        return _connect_path(endpoint.dial, until_s)
     target = endpoint.proxy[:2] if endpoint.proxy else (
         endpoint.dial or (endpoint.host, endpoint.port))
     try:
@@ -1317,6 +1331,10 @@ def parse_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
+def parse_path_or_none(text: str) -> str:
+    return text if text == "none" else parse_path(text)
+
+
 class Setting(NamedTuple):
     """A row.  path: place in the config file, None where a file cannot say it; flat: its key names
     it there as well, as in the predecessors' files.  kind: metavar of the flag, "" for a switch.
@@ -1349,7 +1367,8 @@ SETTINGS = (
     Setting("machine_id", "BETA9_MACHINE_ID", "machine.id", "ID", parse_machine_id,
             "8 hex digits; else the kept one, else made once and kept", flat=True),
     Setting("hostname", "BETA9_HOSTNAME", "machine.hostname", "HOST", parse_host,
-            "what the gateway dials to reach this machine's k3s; default `machine-<machine id>`",
+            "what the gateway dials to reach this machine's k3s; default: the tailnet address, or "
+            "`machine-<machine id>`",
             flat=True),
     Setting("provider_name", "BETA9_PROVIDER_NAME", "machine.provider", "NAME", parse_text,
             "provider the machine belongs to", default="generic", flat=True),
@@ -1378,6 +1397,12 @@ SETTINGS = (
     Setting("tunnel_reverse_k3s", "B9AGENT_TUNNEL_REVERSE_K3S", "tunnel.reverse_k3s", "",
             parse_switch, "let the tunnel's server reach this machine's k3s, at its own port 6443",
             default="false"),
+    Setting("tailnet_control", "B9AGENT_TAILNET_CONTROL", "tailnet.control", "", parse_switch,
+            "false keeps the control API off the tailnet address, where it listens as well unless "
+            "control.host is set; it wants its token there too", default="true"),
+    Setting("tailnet_socket", "B9AGENT_TAILNET_SOCKET", "tailnet.socket", "PATH",
+            parse_path_or_none, "socket of the one tailscaled to ask, where it is in no usual "
+            "place; `none` looks for no tailnet"),
     Setting("k3s_token", "BETA9_K3S_TOKEN", "k3s.token", "TOKEN", parse_secret,
             "bearer token with which the gateway makes worker jobs on our k3s", flat=True,
             secret=True),
@@ -1868,7 +1893,8 @@ def _scrubbed(fields: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class EventRing(Ring):
-    """What happened, for GET /events: (kind, JSON).  Kinds: state, inference, pull, log."""
+    """What happened, for GET /events: (kind, JSON).  Kinds: state, tunnel, tailnet, inference,
+    pull, log."""
 
     def tell(self, kind: str, **fields: Any) -> None:
         record = dict(_scrubbed(fields), time=utc_stamp())
@@ -8907,8 +8933,9 @@ class ProcessFigures(NamedTuple):
 class MetricsView(NamedTuple):
     """All that the metrics are made of.  at_s: the time on now_s().  keepalive_took_s: of the last
     request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
-    where no agent runs, and then nobody knows the agent's counters either.  tunnel_state: "" where
-    none is set.  pods_state: "" where nobody looks; pods: how many of each status."""
+    where no agent runs, and then nobody knows the agent's counters either.  tunnel_state,
+    tailnet_state: "" where there is none.  pods_state: "" where nobody looks; pods: how many of
+    each status."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
     facts: HostFacts = HostFacts()
@@ -8923,6 +8950,7 @@ class MetricsView(NamedTuple):
     version: str = VERSION
     engine: EngineFigures = EngineFigures()
     tunnel_state: str = ""
+    tailnet_state: str = ""
     pods_state: str = ""
     pods: Optional[Dict[str, int]] = None
 
@@ -9088,6 +9116,8 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("tunnel_state", "1 for the state of the SSH tunnel, 0 for the others.", lambda view: [
         ({"state": state}, state == view.tunnel_state)
         for state in ("stopped", "starting", "running", "backoff")] if view.tunnel_state else []),
+    ("tailnet_up", "1 where this machine has a tailnet address, 0 where Tailscale gives none.",
+     lambda view: [({}, view.tailnet_state == "up")] if view.tailnet_state else []),
     ("pods_watch_state", "1 for the state of the watch on worker pods, 0 for the others.",
      lambda view: [({"state": state}, state == view.pods_state)
                    for state in ("off", "connecting", "watching", "failed")]
@@ -9245,7 +9275,7 @@ STATUS_FIELDS = fields_of(
                 "inference_status"),
     ("number!", "uptime_seconds state_seconds"),
     ("integer!", "pid keepalives registrations failures running_jobs total_jobs"),
-    ("object!", "host energy metrics inference pods"), ("array!", "gpus"),
+    ("object!", "host energy metrics inference pods tailnet"), ("array!", "gpus"),
     ("string", "last_keepalive"), ("object", "k3s tunnel"),
     ("number", "cpu_percent memory_percent last_keepalive_seconds_ago clock_offset_seconds"),
     ("integer", "gpu_count network_received_bytes network_sent_bytes inference_port"),
@@ -9388,7 +9418,8 @@ class ControlApi(Api):
                          Field("follow", "boolean", "go on as they come")),
                   produces=("text/plain", "application/x-ndjson")),
             Route("GET", "/events", self._events, False,
-                  "server-sent events: state, inference, pull, log; Last-Event-ID is understood",
+                  "server-sent events: state, tunnel, tailnet, inference, pull, log; Last-Event-ID "
+                  "is understood",
                   query=(Field("since", "integer", "those after this id; 0: all that are kept",
                                minimum=0, maximum=10**18),), produces=("text/event-stream",)),
             Route("GET", "/openapi.json", lambda request: Response(
@@ -9727,6 +9758,267 @@ class Tunnel:
             self._log("notice" if not message else "warning", "tunnel", state=state,
                       server=self._settings.tunnel, what=message or None)
             self._on_change(self.status())
+
+
+# ----------------------------------------------------------------------
+# 15b. Tailnet          asks tailscaled's socket, or the tailscale program
+# ----------------------------------------------------------------------
+# The address under which a gateway on the same tailnet dials this machine:
+# it comes late at boot, changes with the account, and goes with `tailscale
+# down`.  Whoever listens there follows it.  Where there is no trace of
+# Tailscale this costs a look at some files every 30 s, and no thread.
+
+TAILNET_EVERY_S, TAILNET_RARELY_S = 5.0, 30.0  # asking the socket; running the program, or none
+TAILNET_BOOT_S = 30.0                          # how long a registration waits for the address
+TAILNET_LIMIT_S = 2.0
+TAILSCALED_SOCKETS = ("/var/run/tailscale/tailscaled.sock", "/run/tailscale/tailscaled.sock",
+                      "/var/run/tailscaled.socket")  # Linux; macOS
+TAILSCALED_SERVICES = (  # started at boot: systemd, OpenRC, launchd
+    "/etc/systemd/system/multi-user.target.wants/tailscaled.service",
+    "/etc/runlevels/default/tailscale", "/Library/LaunchDaemons/com.tailscale.tailscaled.plist")
+_MAC_APP = "/Applications/Tailscale.app/Contents/MacOS"
+
+# Its ipn.State, what that is to us, and what to say.  What passes by itself is worth a wait.
+_BACKEND_STATES = {
+    "Running": ("up", ""), "Starting": ("waiting", "tailscaled is connecting"),
+    "NoState": ("waiting", "tailscaled is starting"),
+    "Stopped": ("down", "Tailscale is stopped"),
+    "NeedsLogin": ("down", "Tailscale is not logged in"),
+    "NeedsMachineAuth": ("down", "an admin of the tailnet has to approve this machine"),
+    "InUseOtherUser": ("down", "Tailscale is in use by another user of this machine")}
+
+
+class TailnetReading(NamedTuple):
+    """state: none, waiting, up, down.  address: IPv4; name: in the tailnet's DNS; source: socket,
+    cli, interface; "" where unknown.  tun: whether this machine's own sockets can have the address;
+    in userspace networking tailscaled takes connections to it and makes them to loopback."""
+    state: str = "none"
+    address: str = ""
+    name: str = ""
+    source: str = ""
+    message: str = ""
+    tun: bool = True
+
+
+def is_tailnet_address(text: Any) -> bool:
+    """Of 100.64.0.0/10, from which every tailnet has its IPv4 addresses.
+
+    >>> is_tailnet_address("100.127.255.254"), is_tailnet_address("100.128.0.1")
+    (True, False)
+    """
+    try:
+        first, second = socket.inet_pton(socket.AF_INET, text)[:2]
+    except (OSError, TypeError, ValueError):
+        return False
+    return first == 100 and 64 <= second < 128
+
+
+def parse_tailscale_status(body: bytes) -> Optional[TailnetReading]:
+    """From what `tailscale status --json` and the local API say; None for anything else."""
+    found = _json_object(body)
+    state, message = _BACKEND_STATES.get(str(found.get("BackendState")), ("", ""))
+    own = found.get("Self")
+    own = own if isinstance(own, dict) else {}
+    addresses, name = found.get("TailscaleIPs") or own.get("TailscaleIPs"), own.get("DNSName")
+    address = next(filter(is_tailnet_address, addresses if isinstance(addresses, list) else ()), "")
+    if state == "up" and not address:
+        state, message = "down", "Tailscale runs, but gave this machine no IPv4 address"
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,254}", name):
+        name = ""
+    # A stopped one keeps its address in mind, and no packet for it comes here.
+    return TailnetReading(state, address if state == "up" else "", name.rstrip("."),
+                          message=message, tun=found.get("TUN") is not False) if state else None
+
+
+def ask_tailscaled(path: str) -> TailnetReading:
+    """By its local API, which any user may read."""
+    endpoint = Endpoint("http", "local-tailscaled.sock", 80, dial=path)
+    try:
+        reply = http_request("GET", endpoint, "/localapi/v0/status?peers=false",
+                             {"Host": endpoint.host}, None, TAILNET_LIMIT_S)
+        found, problem = parse_tailscale_status(reply.body), "an answer of no use"
+    except HttpFailure as failure:
+        found, problem = None, str(failure)
+    return found._replace(source="socket") if found else TailnetReading(
+        "waiting", message=f"tailscaled does not answer at {path}: {problem}")
+
+
+def tailscale_program() -> Optional[str]:
+    return find_program("tailscale") or find_program("Tailscale", _MAC_APP)
+
+
+def ask_tailscale(program: str) -> TailnetReading:
+    """By its command line, which also knows the ways of the macOS apps."""
+    result = run_command([program, "status", "--json", "--peers=false"], 5.0)
+    text = result.output  # a warning may stand before or after the JSON
+    found = parse_tailscale_status(text[text.find("{"):text.rfind("}") + 1].encode("utf-8"))
+    said = printable((result.problem or text.strip().partition("\n")[0])[:200])
+    return found._replace(source="cli") if found else TailnetReading(
+        "down", message=f"tailscale says: {said or 'nothing'}")
+
+
+def tailnet_interface_address() -> str:
+    """By the name of the interface alone: of this range are a mobile carrier's ppp0, a cloud's
+    eth0 and pods of Kubernetes as well, and the first is a point-to-point link like ours."""
+    import fcntl
+    prefix, request = ("utun", 0xC0206921) if sys.platform == "darwin" else ("tailscale", 0x8915)
+    found, nothing = "", contextlib.suppress(OSError)
+    with nothing, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for name in (name for _, name in socket.if_nameindex() if name.startswith(prefix)):
+            with nothing:  # SIOCGIFADDR; it may have none
+                record = fcntl.ioctl(probe, request, os.fsencode(name).ljust(40, b"\0"))
+                address = socket.inet_ntoa(record[20:24])
+                found = address if is_tailnet_address(address) else found
+    return found
+
+
+def tailnet_trace(wanted: Optional[str]) -> bool:
+    """Whether Tailscale may be here at all."""
+    return wanted != "none" and bool(
+        wanted or any(map(os.path.exists, TAILSCALED_SOCKETS + TAILSCALED_SERVICES))
+        or tailscale_program() or tailnet_interface_address())
+
+
+def read_tailnet(wanted: Optional[str]) -> TailnetReading:
+    """By tailscaled's socket, else by its program, else by the interface; within some 10 s.
+    wanted: the one socket to ask instead, or none."""
+    if wanted == "none":
+        return TailnetReading()
+    found = TailnetReading()
+    for path in [wanted] if wanted else dict.fromkeys(map(os.path.realpath, TAILSCALED_SOCKETS)):
+        found = ask_tailscaled(path) if wanted or os.path.exists(path) else found
+        if wanted or found.source:
+            return found
+    program = tailscale_program()
+    said = ask_tailscale(program) if program else found
+    if said.source:
+        return said
+    address = tailnet_interface_address()
+    if address:
+        return TailnetReading("up", address, source="interface")
+    if found.state == "none" and any(map(os.path.exists, TAILSCALED_SERVICES)):
+        return TailnetReading("waiting", message="tailscaled is started at boot, and is not there")
+    return said if found.state == "none" else found
+
+
+class TailnetListener:
+    """A server on the tailnet address, wherever that goes.  make(host): one with start(), stop()
+    and url.  Of one thread at a time."""
+
+    def __init__(self, name: str, make: Callable[[str], Any], log: Log) -> None:
+        self._name, self._make, self._log = name, make, log
+        self._server: Any = None
+        self._host, self._problem = "", ""
+
+    def follow(self, host: str) -> None:
+        """To this address, or to none; what could not be had is tried again with each call."""
+        if self._server is not None and host != self._host:
+            self._log("info", "not_listening", api=self._name, url=self._server.url)
+            self._server.stop()
+            self._server = None
+        if not host or self._server is not None:
+            return
+        try:
+            server = self._make(host)
+        except OSError as error:
+            problem = f"cannot listen on {host}: {error.strerror or error}"
+            if problem != self._problem:
+                self._log("warning", "no_tailnet", api=self._name, what=problem,
+                          do="It is tried again by itself")
+            self._problem = problem
+            return
+        self._server, self._host, self._problem = server, host, ""
+        server.start()
+        self._log("info", "listening", api=self._name, url=server.url)
+
+
+class Tailnet:
+    """What is known of it, kept up by a thread; start() and stop() from others.
+
+    on_change(status()): from who looks.  _lock is held for what follows a look, and by stop().
+    """
+
+    def __init__(self, wanted: Optional[str], log: Log,
+                 on_change: Callable[[Dict[str, Any]], None]) -> None:
+        self._wanted, self._log, self._on_change = wanted, log, on_change
+        self.reading = TailnetReading()  # replaced whole
+        self._listeners: List[TailnetListener] = []
+        self._lock, self._wake, self._stopping = threading.Lock(), Wake(), False
+        self._looked, self._boot_until_s, self._trace_s = False, 0.0, 0.0
+        self._thread = threading.Thread(target=self._run, name="tailnet", daemon=True)
+
+    def serve(self, name: str, make: Callable[[str], Any]) -> None:
+        """Before start(): listen on the address as well, as TailnetListener has it."""
+        self._listeners.append(TailnetListener(name, make, self._log))
+
+    def start(self) -> None:
+        """Where there is a trace of Tailscale.  To be called again and again: it may be installed
+        at any time."""
+        if self._thread.ident is not None or self._stopping or now_s() < self._trace_s:
+            return
+        self._trace_s = now_s() + TAILNET_RARELY_S
+        try:
+            if tailnet_trace(self._wanted):
+                self._boot_until_s = now_s() + TAILNET_BOOT_S
+                self._thread.start()
+        except Exception as error:  # no thread is to be had: the caller has more to do than this
+            self._log.defect(error)
+
+    def stop(self) -> None:
+        """Its listeners are closed then, and none is opened any more."""
+        with self._lock:
+            self._stopping = True
+            for listener in self._listeners:
+                listener.follow("")
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(1.0)  # it may sit in a look: it is a daemon
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is on its way that would be worth a wait."""
+        return (self._thread.ident is None or now_s() >= self._boot_until_s
+                or self._looked and self.reading.state != "waiting")
+
+    def status(self) -> Dict[str, Any]:
+        told = self.reading
+        return {"state": told.state, "address": told.address or None, "name": told.name or None,
+                "source": told.source or None, "message": told.message}
+
+    def look(self) -> None:
+        """Now, and act on it; a few seconds where Tailscale hangs."""
+        reading = read_tailnet(self._wanted)
+        with self._lock:
+            if self._stopping:
+                return
+            was, self.reading = self.reading, reading
+            self._looked = True
+            if was.source == "socket" and not reading.source:  # tailscaled is restarted, perhaps
+                self._boot_until_s = now_s() + TAILNET_BOOT_S
+            # How a program fails may read otherwise every time.
+            if reading[:4] != was[:4] or reading.source and reading != was:
+                self._log("notice" if reading.state == "up" else "info", "tailnet",
+                          **{name: value or None for name, value in self.status().items()})
+                self._on_change(self.status())
+            for listener in self._listeners:
+                listener.follow(reading.address if reading.tun else "")
+
+    # -- its thread
+
+    def _interval_s(self) -> float:
+        if not self.settled:
+            return 1.0
+        told = self.reading
+        runs = told.source != "socket" and not self._wanted and tailscale_program()
+        return TAILNET_RARELY_S if runs or told.state == "none" else TAILNET_EVERY_S
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self.look()
+            except Exception as error:  # a defect costs one look
+                self._log.defect(error)
+            self._wake.wait(self._interval_s())
 
 
 # ----------------------------------------------------------------------
@@ -12071,6 +12363,11 @@ class Agent:
                              "Keep one: tokens of the account are made and renewed by the agent")
         self.k3s = TokenKeeper(self._mint_k3s_token, lambda token: self.change_identity(
             k3s_token=token), log) if settings.k3s_service_account else None
+        self.tailnet = Tailnet(settings.tailnet_socket, log, self._tell_tailnet)
+        # Behind a tunnel the gateway is on no tailnet of ours: it could not dial that address.
+        self._offers_tailnet = not settings.hostname and self.tunnel is None
+        self._tailnet_control = (settings.tailnet_control
+                                 and loaded.origins.get("control_host") == "default")
         self._host = make_host()
         self._facts: Optional[HostFacts] = None
         self._gpus = GpuSampler(make_gpu_sources())
@@ -12210,6 +12507,16 @@ class Agent:
             self.membership.hurry((State.READY, State.UNREACHABLE))
             self._wake_membership.set()
 
+    def _tell_tailnet(self, status: Dict[str, Any]) -> None:
+        """What has no address now keeps its name: to register again would only set it back."""
+        self._log.events.tell("tailnet", **status)
+        address = status["address"]
+        if address:  # the way to the gateway may be there again
+            self.membership.hurry((State.READY, State.UNREACHABLE))
+        self._wake_membership.set()
+        if address and self._offers_tailnet:
+            self.change_identity(hostname=address)
+
     def _hardware(self) -> Hardware:
         """What an engine may use now."""
         _, offered = self._look_at_gpus(GPU_LIMIT_S)
@@ -12276,6 +12583,7 @@ class Agent:
             self.client.clock_offset_s, self.settings.grid_intensity, self.settings.pue,
             engine=self.inference.figures(),
             tunnel_state=self.tunnel.status()["state"] if self.tunnel else "",
+            tailnet_state=self.tailnet.reading.state.replace("none", ""),
             pods_state=self.pods.state, pods=self.pods.counts())
 
     def metrics_text(self) -> str:
@@ -12314,7 +12622,7 @@ class Agent:
             "inference_port": self.inference.port(), "pods": self.pods.status(),
             "running_jobs": jobs.get("RUNNING", 0), "total_jobs": sum(jobs.values()),
             "inference": inference, "metrics": metrics,
-            "k3s": self._k3s_status(),
+            "k3s": self._k3s_status(), "tailnet": self.tailnet.status(),
             "tunnel": self.tunnel.status() if self.tunnel else None}
 
     # -- its life -------------------------------------------------------
@@ -12325,6 +12633,8 @@ class Agent:
             if self.tunnel:
                 end_leftovers(self.settings.state_dir, self._log)
                 self.tunnel.start()
+            self.tailnet.start()
+            self._await_tailnet()
             if self.k3s:
                 self.k3s.renew()
             self.send_register()
@@ -12333,6 +12643,7 @@ class Agent:
             self.send_keepalive()
             self._log("info", "ready", machine=self.identity.machine_id)
         finally:
+            self.tailnet.stop()
             if self.tunnel:
                 self.tunnel.stop()
 
@@ -12350,6 +12661,7 @@ class Agent:
             self._start_control()
             if self.tunnel:
                 self.tunnel.start()
+            self.tailnet.start()
             if self.k3s:
                 self.k3s.start()
             self._autostart()
@@ -12364,6 +12676,7 @@ class Agent:
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
         finally:
             self.pods.stop()
+            self.tailnet.stop()
             self._stop_inference()
             if self.k3s:
                 self.k3s.stop()
@@ -12392,8 +12705,20 @@ class Agent:
         except AgentError as error:
             self._log.error("inference_left", error)
 
+    def _await_tailnet(self) -> None:
+        """At boot its address may be on its way, and who registers before registers twice."""
+        told = not self._offers_tailnet
+        while self._offers_tailnet and not self.tailnet.settled and not self._stopping:
+            self._tick(KEEPALIVE_LIMIT_S)
+            if not told and self.tailnet.reading.state == "waiting":
+                told = True
+                self._log("info", "tailnet", what="registration waits for the tailnet address, "
+                          f"{TAILNET_BOOT_S:g} s at most")
+            self._wake_membership.wait(0.1)
+
     def _run_membership(self) -> None:
         try:
+            self._await_tailnet()
             self.membership.run(self._wake_membership, lambda: self._stopping, self._tick)
         except AgentError as error:
             self._failure = error
@@ -12402,6 +12727,7 @@ class Agent:
 
     def _tick(self, within_s: float) -> None:
         self._alive_until_s = now_s() + within_s
+        self.tailnet.start()
         if self._sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
         if self.membership.snapshot.state is not State.STARTING:
@@ -12430,12 +12756,13 @@ class Agent:
         remove_file(address_file)
         try:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
-            server = ApiServer(ControlApi(
-                self._log, token, agent_routes(self.status, self.metrics_text)
-                + inference_routes(self.inference)),
-                               settings.control_host, settings.control_port)
+            api = ControlApi(self._log, token, agent_routes(self.status, self.metrics_text)
+                             + inference_routes(self.inference))
+            server = ApiServer(api, settings.control_host, settings.control_port)
             server.start()
             self._control = server
+            if self._tailnet_control:
+                self.tailnet.serve("control", lambda host: ApiServer(api, host, server.port))
             write_atomic(address_file, host_port(server.host, server.port) + "\n")
         except (AgentError, OSError) as error:
             self._stop_control()
@@ -13902,26 +14229,16 @@ def check_k3s(loaded: Loaded) -> Iterator[Finding]:
                     bool(loaded.settings.k3s_token or loaded.settings.k3s_service_account))
 
 
-def read_tailnet_address() -> str:
-    """This machine's tailnet IPv4 address as the tailscale program says it, or ""."""
-    for program in ("tailscale", "/Applications/Tailscale.app/Contents/MacOS/Tailscale"):
-        result = run_command([program, "ip", "-4"], 3.0)
-        match = re.match(r"100\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$", result.output.strip())
-        if result.exit_code == 0 and match:
-            return match.group()
-    return ""
-
-
 def check_tailnet(loaded: Loaded) -> Iterator[Finding]:
-    import shutil
-    address, hostname = read_tailnet_address(), loaded.settings.hostname or ""
-    if not address and shutil.which("tailscale"):
-        yield warn("tailscale is installed, but this machine has no address", "sudo tailscale up")
-    elif address and hostname.startswith("100.") and hostname != address:
-        yield warn(f"{address}, but machine.hostname is {hostname}, which the gateway dials",
-                   f"b9agent.py init --hostname {address} -y")
+    found, hostname = read_tailnet(loaded.settings.tailnet_socket), loaded.settings.hostname or ""
+    if found.state in ("waiting", "down"):
+        yield warn(f"no address: {found.message}", "tailscale status   # then: sudo tailscale up")
+    elif found.address and hostname.startswith("100.") and hostname != found.address:
+        yield warn(f"{found.address}, but machine.hostname is {hostname}, which the gateway dials",
+                   "Take machine.hostname out of the config file: the agent offers the address")
     else:
-        yield ok(address or "none: no tailscale here")
+        yield ok(" ".join(filter(None, (found.address, found.name)))
+                 or "none: no tailscale here")
 
 
 # -- our files, the agent, the service -------------------------------------
@@ -14606,6 +14923,7 @@ def dry_run(loaded: Loaded) -> int:
     settings = loaded.settings
     agent = Agent(loaded._replace(settings=settings._replace(token=settings.token or "-")),
                   make_log(settings), keep=False)
+    agent.tailnet.look()
     register = agent.register_payload()
     register["token"] = mask(register["token"])
     say_json({"gateway": agent.endpoint.url, "token": mask(settings.token) or None,
@@ -14704,7 +15022,8 @@ def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
     if "hostname" not in wanted:
         hostname = ask("Hostname that the gateway can dial", settings.hostname or tailnet or
                        f"machine-{wanted['machine_id']}")
-        wanted["hostname"] = hostname
+        if hostname != tailnet:  # that one the agent offers by itself, and follows
+            wanted["hostname"] = hostname
 
 
 def report_health(loaded: Loaded) -> None:
@@ -14732,11 +15051,10 @@ def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
                          "Give --gateway HOST[:PORT] --token TOKEN --pool POOL, or -y")
     known = {key: item.text for key, item in read_config(settings.config).items()}
     wanted.setdefault("machine_id", known.get("machine_id") or kept_machine_id(settings, False))
-    tailnet = "" if settings.hostname else read_tailnet_address()
+    tailnet = "" if settings.hostname or settings.tunnel else read_tailnet(
+        settings.tailnet_socket).address
     if not silent:
         ask_settings(wanted, settings, tailnet)
-    elif tailnet:
-        wanted.setdefault("hostname", tailnet)
     for key, text in wanted.items():
         _value(SETTING_BY_KEY[key], {key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")})
     make_private_folder(settings.state_dir)
@@ -14746,7 +15064,8 @@ def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
     written = load_settings({"config": settings.config, "state_dir": settings.state_dir}, {})
     say(f"machine {written.settings.machine_id}, pool {written.settings.pool_name}, "
         f"token {mask(written.settings.token) or 'none yet'}"
-        + (f", hostname {written.settings.hostname}" if written.settings.hostname else ""))
+        + (f", hostname {written.settings.hostname}" if written.settings.hostname else
+           f", hostname {tailnet}, of the tailnet" if tailnet else ""))
     report_health(written)
     return Exit.OK
 
@@ -14903,6 +15222,10 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
                   f"{status['uptime_seconds']:.0f} s"),
     ]
     tunnel, inference = status.get("tunnel"), status.get("inference") or {}
+    tailnet = status.get("tailnet") or {}
+    if tailnet.get("state", "none") != "none":
+        rows.insert(3, ("tailnet", ", ".join(filter(None, (
+            tailnet["state"], tailnet["address"], tailnet["name"], tailnet["message"])))))
     if tunnel:
         rows.insert(3, ("tunnel", ", ".join(filter(None, (
             f"{tunnel['state']}, {tunnel['server']}", tunnel["message"])))))
@@ -15095,7 +15418,8 @@ def demo_agent(loaded: Loaded, log: Log, folder: str, server: ApiServer, machine
     defaults = load_settings({"config": os.devnull, "state_dir": folder}, {}).settings
     settings = defaults._replace(
         token=token, machine_id=machine_id, pool_name="demo", gateway_host="127.0.0.1",
-        gateway_port=server.port, control_port=0, keepalive_interval=DEMO_INTERVAL_S)
+        gateway_port=server.port, control_port=0, keepalive_interval=DEMO_INTERVAL_S,
+        tailnet_socket="none")
     return Agent(loaded._replace(settings=settings), log)
 
 
@@ -15562,7 +15886,8 @@ def command_k3s_install(loaded: Loaded, options: Dict[str, str]) -> int:
         if not sys.stdin.isatty():
             raise UsageError("nothing was changed: there is nobody to ask", "Say -y")
         return ask(f"{question} yes or no", "no") == "yes"
-    line, names = ProgressLine(), (loaded.settings.hostname or "", read_tailnet_address())
+    tailnet = read_tailnet(loaded.settings.tailnet_socket)
+    line, names = ProgressLine(), (loaded.settings.hostname or "", tailnet.address, tailnet.name)
     try:
         K3sInstall(Steps(say, options), options, names).run(confirm, lambda text: line.show(
             text.partition(" (")[0], text))

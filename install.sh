@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=883218e78071d734c47de3bc51f86dc5479dd96b7cae2a9d5a9891b79927ca9b
+  sha256=13dd86ceb85757665fe4eda01cb0617137ffd371c0ee9d6d53442dca8cbc061c
 }
 
 usage() {

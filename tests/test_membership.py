@@ -445,3 +445,70 @@ def test_a_wake_counts_once_and_waits_no_longer_than_told():
         assert wake.wait(60.0) is True
     finally:
         wake.close()
+
+
+# -- news for the gateway --------------------------------------------------
+
+def test_news_are_registered_with_the_next_request_and_a_keepalive_follows():
+    life = Life()
+    life.step()
+    life.membership.register_again()
+    assert life.state is State.READY  # until it is sent
+    life.steps(2)
+    assert [(name, state) for name, state, _ in life.sent][2:] == [
+        ("register", State.READY), ("keepalive", State.REGISTERED), ("keepalive", State.READY)]
+    assert life.membership.snapshot.registrations == 2 and life.state is State.READY
+
+
+def test_news_before_the_first_registration_are_part_of_it():
+    life = Life()
+    life.membership.register_again()
+    life.steps(2)
+    assert life.names() == ["register", "keepalive", "keepalive"]
+
+
+@pytest.mark.parametrize("refusal", [UNWELL, TOKEN_REFUSED, POOL_REFUSED])
+def test_news_that_are_refused_cost_no_keepalive_and_come_again(refusal):
+    life = Life(register=[OK, refusal, refusal])
+    life.step()
+    life.membership.register_again()
+    assert life.steps(4) == [INTERVAL_S] * 4
+    assert life.names() == ["register", "keepalive"] + ["register", "keepalive"] * 3 + ["keepalive"]
+    snapshot = life.membership.snapshot
+    assert (snapshot.state, snapshot.keepalives, snapshot.registrations) == (State.READY, 5, 2)
+    assert sum(snapshot.failed_registrations) == 2 and sum(snapshot.failed_keepalives) == 0
+    assert life.stream.getvalue().count("warning not_registered_again") == 2
+
+
+def test_news_for_a_gateway_that_cannot_be_reached_wait_for_it():
+    life = Life(register=[OK, UNREACHABLE, UNREACHABLE])
+    life.step()
+    life.membership.register_again()
+    life.steps(3)
+    assert life.names() == ["register", "keepalive", "register", "register", "register", "keepalive"]
+    assert life.state is State.READY and life.membership.snapshot.failures == 2
+
+
+def test_news_that_come_while_they_are_sent_are_sent_again():
+    life, answer = Life(), None
+
+    def register():
+        answer("register")
+        if life.names().count("register") == 2:
+            life.membership.register_again()
+    answer, life.membership._send_register = life._answer, register
+    life.step()
+    life.membership.register_again()
+    life.steps(3)
+    assert life.names() == ["register", "keepalive"] * 3 + ["keepalive"]
+
+
+def test_news_do_not_wait_for_the_interval():
+    life = Life()
+    class Late(Loop):
+        def wait(self, timeout_s):
+            if len(self.waits) == 2:
+                self.life.membership.register_again()
+            return super().wait(timeout_s)
+    loop = Late(life, 4).run()
+    assert life.names() == ["register", "keepalive"] * 2 and len(loop.waits) == 3
