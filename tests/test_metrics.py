@@ -129,13 +129,13 @@ EXPECTED = {
     "b9agent_tunnel_state": [
         ({"state": state}, int(state == "running"))
         for state in ("stopped", "starting", "running", "backoff")],
+    "b9agent_tailnet_up": [({}, 1)],
     "b9agent_pods_watch_state": [
         ({"state": "off"}, 0), ({"state": "connecting"}, 0), ({"state": "watching"}, 1),
         ({"state": "failed"}, 0)],
     "b9agent_worker_pods": [
         ({"status": "PENDING"}, 0), ({"status": "RUNNING"}, 2), ({"status": "COMPLETED"}, 0),
         ({"status": "FAILED"}, 1)],
-    "b9agent_tailnet_up": [({}, 1)],
     "b9agent_inference_state": [
         ({"state": "stopped"}, 0), ({"state": "starting"}, 0), ({"state": "running"}, 1),
         ({"state": "error"}, 0)],
