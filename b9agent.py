@@ -7564,6 +7564,8 @@ class Inference:
         record: Dict[str, Any] = {
             "status": state, "running": state == "running", "endpoint": None, "models": [],
             "message": self._told, "engine": None,
+            "transfers": [dict(progress_record(progress), layers=len(progress.layers))
+                          for progress in self.transfers.all() if progress.state == "running"],
             **dict.fromkeys(("requests_per_second", "tokens_per_second", "queue"))}
         if up is None:
             return record
@@ -9286,7 +9288,7 @@ INFERENCE_FIELDS = fields_of(
     ("string!", "status message"), ("boolean!", "running"),
     ("string", "endpoint engine version model why log"), ("boolean", "adopted"),
     ("integer", "pid starts queue"),
-    ("number", "uptime_seconds requests_per_second tokens_per_second"),
+    ("number", "uptime_seconds requests_per_second tokens_per_second"), ("array!", "transfers"),
 ) + (Field("models", "array", "names that the engine serves", True),)
 
 
@@ -10378,10 +10380,6 @@ def _object(value: Any, *path: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _objects(value: Any) -> List[Dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
 def _word(value: Any) -> Optional[str]:
     return printable(value)[:253] if isinstance(value, str) and value else None
 
@@ -10394,9 +10392,9 @@ def _count(value: Any) -> Optional[int]:
 def _main_container(thing: Dict[str, Any]) -> Dict[str, Any]:
     """The status of `worker`, else of the first one in the spec: the API sorts them by name."""
     found = {str(one.get("name")): one
-             for one in _objects(_object(thing, "status").get("containerStatuses"))}
+             for one in objects_in(_object(thing, "status").get("containerStatuses"))}
     names = ["worker"] + [str(one.get("name"))
-                          for one in _objects(_object(thing, "spec").get("containers"))]
+                          for one in objects_in(_object(thing, "spec").get("containers"))]
     return next((found[name] for name in names if name in found), {})
 
 
@@ -10406,12 +10404,12 @@ def _pod_reason(thing: Dict[str, Any], state: Dict[str, Any]) -> Optional[str]:
     if "running" in state:
         return "Terminating" if _object(thing, "metadata").get("deletionTimestamp") else None
     said = [status.get("reason"), _object(state, "terminated").get("reason")]
-    for one in _objects(status.get("initContainerStatuses")):
+    for one in objects_in(status.get("initContainerStatuses")):
         waits = _word(_object(one, "state", "waiting").get("reason"))
         said.append(waits and waits != "PodInitializing" and f"Init:{waits}")
         code = _count(_object(one, "state", "terminated").get("exitCode"))
         said.append(code and f"Init:ExitCode:{code}")
-    said += [one.get("reason") for one in _objects(status.get("conditions"))
+    said += [one.get("reason") for one in objects_in(status.get("conditions"))
              if one.get("type") == "PodScheduled" and one.get("status") == "False"]
     said.append(_object(state, "waiting").get("reason"))
     reason = next((word for word in map(_word, said) if word), None)
@@ -10441,7 +10439,7 @@ def parse_pod(thing: Any) -> Optional[Pod]:
                ended or ("PENDING" if waits else "RUNNING"), _word(labels.get(_STUB_LABEL)), reason,
                *times, code, max(0, _count(main.get("restartCount")) or 0),
                sum("running" in _object(one, "state")
-                   for one in _objects(status.get("containerStatuses"))))
+                   for one in objects_in(status.get("containerStatuses"))))
 
 
 def pod_record(pod: Pod, wall_s: float) -> Dict[str, Any]:
@@ -10795,7 +10793,7 @@ def excess_rights(answer: Dict[str, Any], rights: Sequence[Right]) -> List[str]:
     known = {(right.group, right.resource, right.verb, name) for right in rights
              for name in right.names or ("",)}
     found = []
-    for rule in _objects(_object(answer, "status").get("resourceRules")):
+    for rule in objects_in(_object(answer, "status").get("resourceRules")):
         for group in _texts(rule.get("apiGroups")):
             for resource in _texts(rule.get("resources")):
                 if group.endswith(".k8s.io") and resource.startswith("selfsubject"):
@@ -11384,6 +11382,19 @@ def _pods_part(view: View, columns: int, rows: int) -> List[Line]:
     return (lines + (_table(cells, (0, 1, 4, 3, 2), (3,), columns) if cells else []) + rest)[:rows]
 
 
+def _transfer_line(transfer: Dict[str, Any]) -> Line:
+    """A pull or an import, as far as its engine tells how far it is."""
+    done, whole = _amount(transfer.get("completed")), _amount(transfer.get("total"))
+    line: Line = [(f"{_text(transfer.get('kind'))} {_text(transfer.get('model'))} ", "")]
+    if not (done is not None and whole):
+        return line + [(_text(transfer.get("step")), "dim")]
+    rate, left = _amount(transfer.get("rate_bytes_s")), transfer.get("remaining_s")
+    return line + [(f"{_bar(100 * done / whole, 10)} {_shown(100 * done / whole, '%')}", "ok"),
+                   (f" of {show_bytes(whole)}", ""),
+                   (f", {show_bytes(rate)}/s" if rate else "", ""),
+                   (f", {show_duration(left)} left" if _amount(left) else "", "")]
+
+
 def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
     engine = _object(view.status.get("inference"))
     listed, state = engine.get("models"), _state(engine.get("status"))
@@ -11402,7 +11413,9 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
             if unit == "tokens/s" and columns > 95:
                 items[-1].append((_spark(view, "tokens", 24), "dim"))
     items.append(said if said[0][1] == "dim" else [])
-    return [_heading("INFERENCE"), *_flow(items, columns, rows - 1)] if engine else []
+    moving = [_transfer_line(each) for each in objects_in(engine.get("transfers"))]
+    lines = _flow(items, columns, max(1, rows - 1 - len(moving)))
+    return [_heading("INFERENCE"), *lines, *moving][:rows] if engine else []
 
 
 def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
@@ -14431,7 +14444,7 @@ def admin_kubeconfig(settings: Any) -> KubeConfig:
 
 def node_is_ready(node: Dict[str, Any]) -> bool:
     return any(row.get("type") == "Ready" and row.get("status") == "True"
-               for row in _objects(_object(node, "status").get("conditions")))
+               for row in objects_in(_object(node, "status").get("conditions")))
 
 
 def judge_nodes(nodes: Sequence[Dict[str, Any]], gpus: int) -> Iterator[Finding]:
@@ -14562,7 +14575,7 @@ class K3sChecks:
     def _nodes(self, _loaded: Loaded) -> Iterator[Finding]:
         try:
             kube = KubeClient(admin_kubeconfig(self._settings))
-            nodes = _objects(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
+            nodes = objects_in(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
         except (UsageError, KubeForbidden):
             yield ok("not looked at: the agent may not see them, and need not; with sudo they are")
             return
@@ -14826,7 +14839,7 @@ class K3sInstall:
                 if text is None:
                     raise UsageError(f"there is no {path}")
                 kube = KubeClient(parse_kubeconfig(text, path))
-                nodes = _objects(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
+                nodes = objects_in(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
                 if any(map(node_is_ready, nodes)):
                     return printable(str(kube_answer(kube, "GET", "/version").get("gitVersion")))
                 what = "its node is not Ready yet" if nodes else "it has no node yet"

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=13dd86ceb85757665fe4eda01cb0617137ffd371c0ee9d6d53442dca8cbc061c
+  sha256=b0b88e19bfac980fdb4898329f8dded410b5b5390f80302c8a6774cb8c25a7b9
 }
 
 usage() {
