@@ -291,8 +291,11 @@ def test_a_pull_can_be_cancelled(world):
                      environment(here.home, PATH=here.path))
     with puller:
         puller.wait_line('"completed": [1-9]', "out")
+        (seen,) = here.get("/inference/status")["transfers"]
+        assert seen["model"] == "llama3.2:latest" and 0 < seen["completed"] < seen["total"]
         assert here.post("/inference/cancel", {"model": "llama3.2"})[0] == 200
         assert puller.wait() == 1
+    assert here.get("/inference/status")["transfers"] == []
     assert here.post("/inference/cancel", {"model": "llama3.2"})[0] == 404
 
 
