@@ -12720,7 +12720,7 @@ class Agent:
 
     def _await_tailnet(self) -> None:
         """At boot its address may be on its way, and who registers before registers twice."""
-        told = not self._offers_tailnet
+        told = False
         while self._offers_tailnet and not self.tailnet.settled and not self._stopping:
             self._tick(KEEPALIVE_LIMIT_S)
             if not told and self.tailnet.reading.state == "waiting":
@@ -12774,9 +12774,9 @@ class Agent:
             server = ApiServer(api, settings.control_host, settings.control_port)
             server.start()
             self._control = server
+            write_atomic(address_file, host_port(server.host, server.port) + "\n")
             if self._tailnet_control:
                 self.tailnet.serve("control", lambda host: ApiServer(api, host, server.port))
-            write_atomic(address_file, host_port(server.host, server.port) + "\n")
         except (AgentError, OSError) as error:
             self._stop_control()
             self._log("error", "no_control_api", where=host_port(settings.control_host,
