@@ -8,49 +8,60 @@ What it does to this machine, all of it:
 files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
           reads   STATE/config.yaml, a token file if one is set; /proc, /sys, /etc/os-release, and
                   whether the devices of GPUs are there; the heads of model files it is asked
-                  about, all of them to hash them; Ollama's manifests and blobs
+                  about, all of them to hash them; Ollama's manifests and blobs; whether tailscaled
+                  is installed; STATE/k3s.kubeconfig, /etc/rancher/k3s/k3s.yaml, ~/.kube/config and
+                  the files that the one in use names; with k3s.token its authority's certificate
           writes  STATE/config.yaml 0600 (`init`; config.yaml.old 0600 where it had comments),
                   machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
                   journald), energy.json 0600 (energy.json.bad where it was broken),
                   control.token 0600, control.addr; models.json 0600 (models.json.bad);
                   children/engine.json 0600, logs/engine-*.log 0600 (16 MiB each, five), the
-                  same two of tunnel; hub/
-                  (a cache of Hugging Face's where there is none);
+                  same two of tunnel; k3s.kubeconfig 0600 (`k3s rbac --apply`, and to renew its
+                  token); hub/ (a cache of Hugging Face's where there is none);
                   gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
-                  folder (`demo`), removed; `service install`: what its --dry-run prints
-ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`;
-          `doctor` binds the ports it tells of for an instant; the engine, once started, listens on
-          127.0.0.1:11434; the tunnel's ssh on a free one of 127.0.0.1, and with
+                  folder (`demo`), removed; on macOS, for an instant, k3s's client key 0600;
+                  `service install`, `k3s install`: what their --dry-run prints
+ports     127.0.0.1:9999 control API, and 9999 on the tailnet address where there is one, unless
+          control.host is set or tailnet.control is false; 127.0.0.1:1994 only as `gateway`; two
+          free ones as `demo`; `doctor` binds the ports it tells of for an instant; the engine, once
+          started, listens on 127.0.0.1:11434; the tunnel's ssh on a free one of 127.0.0.1, and with
           tunnel.reverse_k3s the server's sshd on 6443 there
-hosts     the gateway that is configured, or the proxy set for it; `doctor` also k3s, on
-          127.0.0.1:6443 and without a token; the engine; the server of the tunnel, where one is
-          set, and then the gateway through it alone; nobody else.  The machine token goes to
-          the gateway and nowhere else, and no redirect is followed.  Ollama itself fetches models
-          from its registries; the others are told to stay offline with files that are here
+hosts     the gateway that is configured, or the proxy set for it; the engine; tailscaled, over its
+          socket; k3s's API, as its kubeconfig or k3s.server has it; the server of the tunnel, where
+          one is set, and then the gateway through it alone; `top --host` the agent that it names;
+          `k3s install` get.k3s.io, and what the vendor's installer fetches; nobody else.  The
+          machine token goes to the gateway and nowhere else, and no redirect is followed.  Ollama
+          itself fetches models from its registries; the others are told to stay offline with files
+          that are here
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
 programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi where the kernel's
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
-          python3 with Metal; `init` and `doctor` ask tailscale; `service` runs systemctl, loginctl,
-          useradd, launchctl or rc-service, and `doctor` asks them, ps and lsof on macOS; the engine
-          that is started: ollama, vllm, sglang, llama-server or mlx_lm.server; mlx_lm.convert;
-          with --tunnel ssh, which reads its keys and ~/.ssh/known_hosts and writes neither
+          python3 with Metal; tailscale where it is installed and tailscaled's socket does not
+          answer; `service` runs systemctl, loginctl, useradd, launchctl or rc-service, and `doctor`
+          asks them, ps and lsof on macOS; the engine that is started: ollama, vllm, sglang,
+          llama-server or mlx_lm.server; mlx_lm.convert; with --tunnel ssh, which reads its keys and
+          ~/.ssh/known_hosts and writes neither; `k3s install` sh with the vendor's installer, and
+          k3s --version
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
-          vendor's driver, and ends), control or gateway (accepts), and one for each connection to
-          those, 64 or 256 at most; child-engine and child-engine-output, the same two of the
-          tunnel's ssh, and tunnel (starts it again); first-token, inference
-          (looks at the engine), pull, import or convert NAME (4 at most), provenance (hashes
-          files); check-NAME (`doctor`)
+          vendor's driver, and ends), control or gateway (accepts; another for the tailnet's
+          address), and one for each connection to those, 64 or 256 at most; child-engine and
+          child-engine-output, the same two of the tunnel's ssh, and tunnel (starts it again);
+          first-token, inference (looks at the engine), pull, import or convert NAME (4 at most),
+          provenance (hashes files); tailnet (asks tailscaled, where there is a trace of it); pods
+          (watches worker pods, looks for a kubeconfig once a minute); k3s-token (renews, with
+          k3s.service_account); check-NAME (`doctor`)
 
 To read it: sections stand in order, and each uses only names from above it.
 
-   1 errors, exit codes, redaction, clock      9b engines, 9c models, 9d inference
-   2 doors: files, programs, the network       12 HTTP server core, 12b metrics
-   3 settings: one table, YAML subset, flags   14 control API, 15 neighbours
-   4 log, events and snapshot                  17 embedded gateway
-   5 host metrics                              18 client: from b9agent import inference
-   6 GPUs, energy and carbon                   19 agent: the composition
-   7 gateway client and membership             20 service installation, 20b doctor
-   8 child processes, 9a model files           21 commands, main
+   1 errors, exit codes, redaction, clock      12 HTTP server core, 12b metrics
+   2 doors: files, programs, the network       14 control API
+   3 settings: one table, YAML subset, flags   15a tunnel, 15b tailnet, 15c pods, 15d k3s
+   4 log, events and snapshot                  16a dashboard: frame, 16b terminal
+   5 host metrics                              17 embedded gateway
+   6 GPUs, energy and carbon                   18 client: from b9agent import inference
+   7 gateway client and membership             19 agent: the composition
+   8 child processes, 9a model files           20 service, 20b doctor, 20c k3s
+   9b engines, 9c models, 9d inference         21 commands, main
 """
 import sys
 
@@ -12984,7 +12995,7 @@ _UNIT = """\
 [Unit]
 Description=b9agent compute worker
 !Wants=network-online.target
-!After=network-online.target nvidia-persistenced.service
+!After=network-online.target nvidia-persistenced.service tailscaled.service
 StartLimitIntervalSec=0
 
 [Service]

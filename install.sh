@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=b0b88e19bfac980fdb4898329f8dded410b5b5390f80302c8a6774cb8c25a7b9
+  sha256=6c07a64c76618450aec75837b60e64daae85096587fa358463ff92f7c2df269b
 }
 
 usage() {
