@@ -8,49 +8,60 @@ What it does to this machine, all of it:
 files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
           reads   STATE/config.yaml, a token file if one is set; /proc, /sys, /etc/os-release, and
                   whether the devices of GPUs are there; the heads of model files it is asked
-                  about, all of them to hash them; Ollama's manifests and blobs
+                  about, all of them to hash them; Ollama's manifests and blobs; whether tailscaled
+                  is installed; STATE/k3s.kubeconfig, /etc/rancher/k3s/k3s.yaml, ~/.kube/config and
+                  the files that the one in use names; with k3s.token its authority's certificate
           writes  STATE/config.yaml 0600 (`init`; config.yaml.old 0600 where it had comments),
                   machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
                   journald), energy.json 0600 (energy.json.bad where it was broken),
                   control.token 0600, control.addr; models.json 0600 (models.json.bad);
                   children/engine.json 0600, logs/engine-*.log 0600 (16 MiB each, five), the
-                  same two of tunnel; hub/
-                  (a cache of Hugging Face's where there is none);
+                  same two of tunnel; k3s.kubeconfig 0600 (`k3s rbac --apply`, and to renew its
+                  token); hub/ (a cache of Hugging Face's where there is none);
                   gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
-                  folder (`demo`), removed; `service install`: what its --dry-run prints
-ports     127.0.0.1:9999 control API; 127.0.0.1:1994 only as `gateway`; two free ones as `demo`;
-          `doctor` binds the ports it tells of for an instant; the engine, once started, listens on
-          127.0.0.1:11434; the tunnel's ssh on a free one of 127.0.0.1, and with
+                  folder (`demo`), removed; on macOS, for an instant, k3s's client key 0600;
+                  `service install`, `k3s install`: what their --dry-run prints
+ports     127.0.0.1:9999 control API, and 9999 on the tailnet address where there is one, unless
+          control.host is set or tailnet.control is false; 127.0.0.1:1994 only as `gateway`; two
+          free ones as `demo`; `doctor` binds the ports it tells of for an instant; the engine, once
+          started, listens on 127.0.0.1:11434; the tunnel's ssh on a free one of 127.0.0.1, and with
           tunnel.reverse_k3s the server's sshd on 6443 there
-hosts     the gateway that is configured, or the proxy set for it; `doctor` also k3s, on
-          127.0.0.1:6443 and without a token; the engine; the server of the tunnel, where one is
-          set, and then the gateway through it alone; nobody else.  The machine token goes to
-          the gateway and nowhere else, and no redirect is followed.  Ollama itself fetches models
-          from its registries; the others are told to stay offline with files that are here
+hosts     the gateway that is configured, or the proxy set for it; the engine; tailscaled, over its
+          socket; k3s's API, as its kubeconfig or k3s.server has it; the server of the tunnel, where
+          one is set, and then the gateway through it alone; `top --host` the agent that it names;
+          `k3s install` get.k3s.io, and what the vendor's installer fetches; nobody else.  The
+          machine token goes to the gateway and nowhere else, and no redirect is followed.  Ollama
+          itself fetches models from its registries; the others are told to stay offline with files
+          that are here
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
 programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi where the kernel's
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
-          python3 with Metal; `init` and `doctor` ask tailscale; `service` runs systemctl, loginctl,
-          useradd, launchctl or rc-service, and `doctor` asks them, ps and lsof on macOS; the engine
-          that is started: ollama, vllm, sglang, llama-server or mlx_lm.server; mlx_lm.convert;
-          with --tunnel ssh, which reads its keys and ~/.ssh/known_hosts and writes neither
+          python3 with Metal; tailscale where it is installed and tailscaled's socket does not
+          answer; `service` runs systemctl, loginctl, useradd, launchctl or rc-service, and `doctor`
+          asks them, ps and lsof on macOS; the engine that is started: ollama, vllm, sglang,
+          llama-server or mlx_lm.server; mlx_lm.convert; with --tunnel ssh, which reads its keys and
+          ~/.ssh/known_hosts and writes neither; `k3s install` sh with the vendor's installer, and
+          k3s --version
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
-          vendor's driver, and ends), control or gateway (accepts), and one for each connection to
-          those, 64 or 256 at most; child-engine and child-engine-output, the same two of the
-          tunnel's ssh, and tunnel (starts it again); first-token, inference
-          (looks at the engine), pull, import or convert NAME (4 at most), provenance (hashes
-          files); check-NAME (`doctor`)
+          vendor's driver, and ends), control or gateway (accepts; another for the tailnet's
+          address), and one for each connection to those, 64 or 256 at most; child-engine and
+          child-engine-output, the same two of the tunnel's ssh, and tunnel (starts it again);
+          first-token, inference (looks at the engine), pull, import or convert NAME (4 at most),
+          provenance (hashes files); tailnet (asks tailscaled, where there is a trace of it); pods
+          (watches worker pods, looks for a kubeconfig once a minute); k3s-token (renews, with
+          k3s.service_account); check-NAME (`doctor`)
 
 To read it: sections stand in order, and each uses only names from above it.
 
-   1 errors, exit codes, redaction, clock      9b engines, 9c models, 9d inference
-   2 doors: files, programs, the network       12 HTTP server core, 12b metrics
-   3 settings: one table, YAML subset, flags   14 control API, 15 neighbours
-   4 log, events and snapshot                  17 embedded gateway
-   5 host metrics                              18 client: from b9agent import inference
-   6 GPUs, energy and carbon                   19 agent: the composition
-   7 gateway client and membership             20 service installation, 20b doctor
-   8 child processes, 9a model files           21 commands, main
+   1 errors, exit codes, redaction, clock      12 HTTP server core, 12b metrics
+   2 doors: files, programs, the network       14 control API
+   3 settings: one table, YAML subset, flags   15a tunnel, 15b tailnet, 15c pods, 15d k3s
+   4 log, events and snapshot                  16a dashboard: frame, 16b terminal
+   5 host metrics                              17 embedded gateway
+   6 GPUs, energy and carbon                   18 client: from b9agent import inference
+   7 gateway client and membership             19 agent: the composition
+   8 child processes, 9a model files           20 service, 20b doctor, 20c k3s
+   9b engines, 9c models, 9d inference         21 commands, main
 """
 import sys
 
@@ -121,8 +132,9 @@ EXIT_MEANINGS = (
     (Exit.UNREACHABLE, "gateway unreachable or unwell (`--once`, `doctor`); no agent running "
                        "(`status`, `metrics`)"),
     (Exit.LOCKED, "another instance owns the state folder, or the port"),
-    (Exit.PRIVILEGE, "more rights are needed (`service`): run it with sudo"),
-    (Exit.UNHEALTHY, "installed, but not healthy: the previous version was put back (`service`)"),
+    (Exit.PRIVILEGE, "more rights are needed (`service`, `k3s install`): run it with sudo"),
+    (Exit.UNHEALTHY, "installed, but not healthy (`k3s install`); `service` has put the previous "
+                     "version back"),
     (Exit.NO_SERVICE_MANAGER, "files installed, but no service manager here (`service`)"),
     (Exit.DEFECT, "a defect of ours: please report it"),
 )
@@ -542,15 +554,62 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+@contextlib.contextmanager
+def _private_path(text: str) -> Iterator[str]:
+    """Where a library can read a secret: in memory; without that (macOS), in a file that only we
+    can read and that is gone at once."""
+    try:
+        descriptor, kept = os.memfd_create("b9agent"), ""
+    except (AttributeError, OSError):
+        import tempfile
+        descriptor, kept = tempfile.mkstemp(prefix="b9agent-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            yield kept or f"/proc/self/fd/{descriptor}"
+    finally:
+        if kept:
+            remove_file(kept)
+
+
+class TlsIdentity:
+    """A server's authority, "" for the system's, and a client's certificate with its key, "" for
+    none, both as PEM.  No NamedTuple, so that printing one shows no key."""
+
+    def __init__(self, ca_pem: str, client_pem: str = "") -> None:
+        self.ca_pem, self._client_pem = ca_pem, client_pem
+        self._context: Any = None
+
+    def context(self) -> Any:
+        """Raises: HttpFailure."""
+        if self._context is None:
+            import ssl
+            try:
+                context = ssl.create_default_context(cadata=self.ca_pem or None)
+                # Since 3.13 Python asks for extensions that k3s's authorities did not always have.
+                context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+                if self._client_pem:
+                    with _private_path(self._client_pem) as path:
+                        context.load_cert_chain(path, password="")  # "": nobody is asked for one
+                self._context = context
+            except (OSError, ValueError, TypeError) as error:  # SSLError; no ASCII
+                raise HttpFailure("tls", "the certificates for it cannot be used: "
+                                  f"{getattr(error, 'reason', None) or error}") from error
+        return self._context
+
+
 class Endpoint(NamedTuple):
     """Where an HTTP server is.  proxy: host, port and Proxy-Authorization value, or None.  dial:
-    where to connect instead: the near end of a tunnel to it."""
+    where to connect instead: the near end of a tunnel to it, or the path of a unix socket.  tls:
+    instead of ca_file."""
     scheme: str
     host: str
     port: int
     ca_file: Optional[str] = None
     proxy: Optional[Tuple[str, int, str]] = None
-    dial: Optional[Tuple[str, int]] = None
+    dial: Any = None
+    tls: Optional[TlsIdentity] = None
 
     @property
     def url(self) -> str:
@@ -635,6 +694,17 @@ def _connect(host: str, port: int, until_s: float) -> socket.socket:
     raise problem
 
 
+def _connect_path(path: str, until_s: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(_left_s(until_s))
+        sock.connect(path)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
 def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
     """A line with its end.  Raises: HttpFailure where the peer stops in the middle of it."""
     line = stream.readline(left_bytes)
@@ -692,6 +762,8 @@ def _tls_context(ca_file: Optional[str]) -> Any:
 
 def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
     """A connected socket, through the proxy's CONNECT and under TLS where that is asked for."""
+    if isinstance(endpoint.dial, str):
+        return _connect_path(endpoint.dial, until_s)
     target = endpoint.proxy[:2] if endpoint.proxy else (
         endpoint.dial or (endpoint.host, endpoint.port))
     try:
@@ -706,7 +778,7 @@ def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
             return sock
         if endpoint.proxy:
             _tunnel(sock, endpoint, until_s)
-        context = _tls_context(endpoint.ca_file)
+        context = endpoint.tls.context() if endpoint.tls else _tls_context(endpoint.ca_file)
         sock.settimeout(_left_s(until_s))
         return context.wrap_socket(sock, server_hostname=endpoint.host)
     except BaseException:
@@ -977,6 +1049,15 @@ class _YamlLine:
                              "`name: value`, with a blank after the colon")
         return name
 
+    def begins_mapping(self) -> bool:
+        """In a list: whether what is left is the first line of a mapping."""
+        pattern = "|".join((_YAML_NAME, *_YAML_QUOTED.values()))
+        return re.match(f"({pattern}) *:( |$)", self.text[self._at:]) is not None
+
+    def rest(self) -> "_YamlLine":
+        """What is left, as a line that begins where it stands."""
+        return _YamlLine(self.number, self.indent + self._at, self.text[self._at:])
+
     def value(self, depth: int, closing: str = "") -> Node:
         """A scalar, [a, b] or {a: b}.  closing: the bracket that ends what it stands in."""
         char = self.next_char()
@@ -1082,7 +1163,10 @@ def _yaml_block(lines: List[_YamlLine], depth: int) -> Node:
             raise line.error(f"`{printable(name)}` is given twice, first in line "
                              f"{found[name].line}", "each name once")
         node, below = Node("", line.number, True), lines[-1]
-        if line.next_char() not in ("", "#"):
+        if first.is_item and line.begins_mapping():
+            lines.append(line.rest())
+            node = _yaml_block(lines, depth + 1)
+        elif line.next_char() not in ("", "#"):
             node = line.value(depth + 1)
             if line.take("( +#.*)?$") is None:
                 raise line.error("something after the end of the value",
@@ -1180,6 +1264,9 @@ parse_port = number_within("a port", 1, 65535, int)
 parse_listen_port = number_within("a port, or 0 for a free one", 0, 65535, int)
 parse_switch = matching("(?ai)true|yes|on|1|false|no|off|0", "true or false",
                         lambda text: text.lower() in ("true", "yes", "on", "1"))
+parse_kube_name = matching("[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "lower-case letters, digits and "
+                           "dashes, 63 at most")
+parse_token_hours = number_within("hours", 1, 168, int)
 parse_proxy = matching(r"none|http://([^\s@/]+@)?(\[[0-9a-fA-F:.]+\]|[\w.-]+):[0-9]{1,5}/?",
                        "http://HOST:PORT of a proxy, or none")
 _GPU_ID = r"\s*((nvidia|amd|intel|apple):)?[0-9]{1,3}\s*"
@@ -1207,6 +1294,22 @@ def split_tunnel(text: str) -> Tuple[str, str, int]:
     if not match:
         raise ValueError("USER@HOST or USER@HOST:PORT, an IPv6 address in brackets")
     return match.group(1), parse_host(match.group(2)), parse_port(match.group(3) or "22")
+
+
+def split_server(text: str) -> Tuple[str, int]:
+    """
+    >>> split_server("https://127.0.0.1:6443"), split_server("https://[::1]/")
+    (('127.0.0.1', 6443), ('::1', 443))
+    """
+    match = re.fullmatch(r"https://(\[[^\]]*\]|[^:/\[\]]+)(?::([0-9]{1,5}))?/?", text)
+    if not match:
+        raise ValueError("https://HOST or https://HOST:PORT, without a path")
+    return parse_host(match.group(1)), parse_port(match.group(2) or "443")
+
+
+def parse_server(text: str) -> str:
+    split_server(text)
+    return text
 
 
 def parse_tunnel(text: str) -> str:
@@ -1243,6 +1346,10 @@ def parse_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
+def parse_path_or_none(text: str) -> str:
+    return text if text == "none" else parse_path(text)
+
+
 class Setting(NamedTuple):
     """A row.  path: place in the config file, None where a file cannot say it; flat: its key names
     it there as well, as in the predecessors' files.  kind: metavar of the flag, "" for a switch.
@@ -1275,7 +1382,8 @@ SETTINGS = (
     Setting("machine_id", "BETA9_MACHINE_ID", "machine.id", "ID", parse_machine_id,
             "8 hex digits; else the kept one, else made once and kept", flat=True),
     Setting("hostname", "BETA9_HOSTNAME", "machine.hostname", "HOST", parse_host,
-            "what the gateway dials to reach this machine's k3s; default `machine-<machine id>`",
+            "what the gateway dials to reach this machine's k3s; default: the tailnet address, or "
+            "`machine-<machine id>`",
             flat=True),
     Setting("provider_name", "BETA9_PROVIDER_NAME", "machine.provider", "NAME", parse_text,
             "provider the machine belongs to", default="generic", flat=True),
@@ -1304,9 +1412,27 @@ SETTINGS = (
     Setting("tunnel_reverse_k3s", "B9AGENT_TUNNEL_REVERSE_K3S", "tunnel.reverse_k3s", "",
             parse_switch, "let the tunnel's server reach this machine's k3s, at its own port 6443",
             default="false"),
+    Setting("tailnet_control", "B9AGENT_TAILNET_CONTROL", "tailnet.control", "", parse_switch,
+            "false keeps the control API off the tailnet address, where it listens as well unless "
+            "control.host is set; it wants its token there too", default="true"),
+    Setting("tailnet_socket", "B9AGENT_TAILNET_SOCKET", "tailnet.socket", "PATH",
+            parse_path_or_none, "socket of the one tailscaled to ask, where it is in no usual "
+            "place; `none` looks for no tailnet"),
     Setting("k3s_token", "BETA9_K3S_TOKEN", "k3s.token", "TOKEN", parse_secret,
             "bearer token with which the gateway makes worker jobs on our k3s", flat=True,
             secret=True),
+    Setting("k3s_service_account", "B9AGENT_K3S_SERVICE_ACCOUNT", "k3s.service_account", "NAME",
+            parse_kube_name, "in place of k3s.token: the agent makes the gateway's tokens of this "
+            "account, and renews them before they end; see `k3s rbac`"),
+    Setting("k3s_token_hours", "B9AGENT_K3S_TOKEN_HOURS", "k3s.token_hours", "HOURS",
+            parse_token_hours, "life of the tokens of k3s.service_account", default="24"),
+    Setting("k3s_kubeconfig", "B9AGENT_K3S_KUBECONFIG", "k3s.kubeconfig", "PATH", parse_path,
+            "kubeconfig with which worker pods are watched; default: the one that `k3s rbac` "
+            "makes, k3s's own, or ~/.kube/config where it is of k3s on this machine"),
+    Setting("k3s_server", "B9AGENT_K3S_SERVER", "k3s.server", "URL", parse_server,
+            "where k3s.token is used to watch worker pods", default="https://127.0.0.1:6443"),
+    Setting("k3s_ca_file", "B9AGENT_K3S_CA_FILE", "k3s.ca_file", "PATH", parse_path,
+            "PEM file of the authority of k3s.server; default: k3s's own, where it can be read"),
     Setting("keepalive_interval", "BETA9_KEEPALIVE_INTERVAL", "keepalive_interval", "SECONDS",
             parse_interval, "seconds between keepalives, 1 to 150", default="60"),
     Setting("max_cpu", "B9AGENT_MAX_CPU", "limits.cpu", "CORES", parse_cpu,
@@ -1782,8 +1908,8 @@ def _scrubbed(fields: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class EventRing(Ring):
-    """What happened, for GET /events: (kind, JSON).  Kinds: state, inference, pull, log, tunnel.
-    on_add: called after each, by the thread that adds it."""
+    """What happened, for GET /events: (kind, JSON).  Kinds: state, tunnel, tailnet, inference,
+    pull, log.  on_add: called after each, by the thread that adds it."""
 
     on_add: Callable[[], None] = staticmethod(lambda: None)
 
@@ -4759,11 +4885,17 @@ class Membership:
         self._failures_in_row = 0
         self._refused_since_s: Optional[float] = None
         self._hurried: Tuple[State, ...] = ()
+        self._outdated = False
         self.snapshot = Snapshot(since_s=clock())
 
     def hurry(self, states: Tuple[State, ...] = (State.READY,)) -> None:
         """From any thread: there is news; send the next request soon, in one of these states."""
         self._hurried = states
+
+    def register_again(self) -> None:
+        """From any thread: what the gateway was told at registration is not so any more."""
+        self._outdated = True
+        self.hurry((State.READY, State.UNREACHABLE))
 
     def _enter(self, state: State, **changes: Any) -> None:
         old = self.snapshot
@@ -4778,17 +4910,31 @@ class Membership:
         """
         started_s, only_keepalive = self._clock(), not self._must_register
         try:
-            if self._must_register:
-                if self.snapshot.state in (State.STARTING, State.EXPIRED):
-                    self._enter(State.REGISTERING)
-                self._send_register()
-                self._must_register = False
-                self._enter(State.REGISTERED, registrations=self.snapshot.registrations + 1)
-                self._log("info", "registered")
+            if self._must_register or self._outdated:
+                self._register()
             self._send_keepalive()
         except GatewayError as error:
             return self._failed(error, only_keepalive)
         return self._succeeded(started_s)
+
+    def _register(self) -> None:
+        """One that only brings news may be refused: the machine is alive without it, and the next
+        keepalive brings it again."""
+        if self.snapshot.state in (State.STARTING, State.EXPIRED):
+            self._enter(State.REGISTERING)
+        self._outdated = False  # before it is sent: what changes from now on is news again
+        try:
+            self._send_register()
+        except GatewayError as error:
+            self._outdated = True
+            if self._must_register or isinstance(error, GatewayUnreachable):
+                raise
+            self._count_failure(error, "failed_registrations")
+            self._log.error("not_registered_again", error, "warning")
+            return
+        self._must_register = False
+        self._enter(State.REGISTERED, registrations=self.snapshot.registrations + 1)
+        self._log("info", "registered")
 
     def _succeeded(self, started_s: float) -> float:
         was, failures = self.snapshot.state, self._failures_in_row
@@ -4803,8 +4949,7 @@ class Membership:
         took_s = self._clock() - started_s
         return max(0.0, self._interval_s * self._uniform(0.9, 1.1) - took_s)
 
-    def _count_failure(self, error: GatewayError) -> None:
-        name = "failed_registrations" if self._must_register else "failed_keepalives"
+    def _count_failure(self, error: GatewayError, name: str) -> None:
         outcome = ("refused" if isinstance(error, (TokenRefused, RequestRefused)) else
                    "expired" if isinstance(error, MachineNotFound) else
                    "unwell" if isinstance(error, GatewayUnwell) else "unreachable")
@@ -4813,7 +4958,8 @@ class Membership:
         self.snapshot = self.snapshot._replace(**{name: counts})
 
     def _failed(self, error: GatewayError, only_keepalive: bool) -> float:
-        self._count_failure(error)
+        self._count_failure(error, "failed_registrations" if self._must_register
+                            else "failed_keepalives")
         refused = isinstance(error, (TokenRefused, RequestRefused))
         if refused and self.snapshot.keepalives == 0:
             self._enter(State.REFUSED, message=str(error))
@@ -4919,7 +5065,7 @@ class Probe(NamedTuple):
 class ChildSpec(NamedTuple):
     """What to run.  environment: added to clean_environment().  probe: may block, two seconds at
     most.  still_held: "" once what it used (GPU memory) is free again, else what is not; it may
-    neither block nor raise."""
+    neither block nor raise.  is_told: whether its starts and ends are news, or for --debug."""
     name: str
     argv: Sequence[str]
     environment: Dict[str, str]
@@ -4929,6 +5075,7 @@ class ChildSpec(NamedTuple):
     ready_limit_s: float = 3600.0
     stop_grace_s: float = 10.0
     still_held: Callable[[], str] = lambda: ""
+    is_told: bool = True
 
 
 class ChildSnapshot(NamedTuple):
@@ -5253,8 +5400,9 @@ class Child:
 
     def _tell(self, level: str) -> None:
         now = self.snapshot
-        self._log(level, "child", name=self.spec.name, state=now.state.value, pid=now.pid,
-                  what=now.message or None, log=now.log_path or None)
+        self._log(level if self.spec.is_told else "debug", "child", name=self.spec.name,
+                  state=now.state.value, pid=now.pid, what=now.message or None,
+                  log=now.log_path or None)
         self._on_change()
 
     def _live(self) -> None:
@@ -6190,7 +6338,7 @@ def _sglang_command(launch: Launch) -> List[str]:
     return [launch.program, "serve"] + _flags(
         model_path=launch.model, served_model_name=launch.name, host=launch.host,
         port=launch.port, tp_size=max(1, launch.gpus), context_length=launch.context_tokens,
-        device=None if launch.gpus else "cpu")
+        device=None if launch.gpus else "cpu") + ["--enable-metrics"]
 
 
 def _llama_command(launch: Launch) -> List[str]:
@@ -6223,7 +6371,8 @@ class Engine(NamedTuple):
     """A row.  install: the command that brings it.  alive: a GET that is 200 once the server
     answers.  many: serves every model of a store, and starts without one.  formats: what it loads;
     vendors: the GPUs it computes on, "" for the CPU.  never: paths that nobody but the machine's
-    owner may reach."""
+    owner may reach.  counts: what its GET /metrics calls the counter of finished requests, the
+    counter of tokens made, and the requests that wait; "" for what it does not tell."""
     name: str
     title: str
     program: str
@@ -6236,6 +6385,7 @@ class Engine(NamedTuple):
     vendors: Tuple[str, ...]
     stop_grace_s: float
     never: Tuple[str, ...]
+    counts: Tuple[str, str, str] = ("", "", "")
 
 
 ENGINES = (
@@ -6245,16 +6395,21 @@ ENGINES = (
            ("/api/me", "/api/signout", "/api/user", "/api/push", "/api/experimental")),
     Engine("vllm", "vLLM", "vllm", "pip install vllm", _vllm_command, _vllm_environment,
            "/health", False, ("safetensors", "hub"), ("nvidia", "amd", "intel", ""), 15.0,
-           ("/sleep", "/wake_up", "/is_sleeping", "/tokenize", "/pooling", "/invocations")),
+           ("/sleep", "/wake_up", "/is_sleeping", "/tokenize", "/pooling", "/invocations"),
+           ("vllm:request_success_total", "vllm:generation_tokens_total",
+            "vllm:num_requests_waiting")),
     Engine("sglang", "SGLang", "sglang", 'pip install "sglang[all]"', _sglang_command,
            lambda _launch: {}, "/ready", False, ("safetensors", "hub", "gguf"),
            ("nvidia", "amd", "intel", ""), 30.0,
-           ("/flush_cache", "/update_weights", "/release_memory_occupation", "/server_info")),
+           ("/flush_cache", "/update_weights", "/release_memory_occupation", "/server_info"),
+           ("sglang:num_requests_total", "sglang:generation_tokens_total",
+            "sglang:num_queue_reqs")),
     Engine("llama-server", "llama.cpp", "llama-server",
            "apt install llama.cpp   # or: brew install llama.cpp", _llama_command,
            lambda _launch: {}, "/health", False, ("gguf",),
            ("nvidia", "amd", "intel", "apple", ""), 10.0,
-           ("/slots", "/props", "/models/load", "/models/unload")),
+           ("/slots", "/props", "/models/load", "/models/unload"),
+           ("", "llamacpp:tokens_predicted_total", "llamacpp:requests_deferred")),
     Engine("mlx", "MLX", "mlx_lm.server", "pip install mlx-lm", _mlx_command, _mlx_environment,
            "/health", False, ("mlx", "safetensors", "hub"), ("apple", ""), 10.0, ()),
 )
@@ -6388,6 +6543,53 @@ def generate_one_token(endpoint: Endpoint, name: str, limit_s: float) -> None:
         said = said.get("message") if isinstance(said, dict) else said
         raise EngineRefused(f"{name} did not answer a one-token request: {reply.status} "
                             f"{printable(str(said)[:300])}")
+
+
+def metric_sums(text: str, names: Sequence[str]) -> List[Optional[float]]:
+    """Each metric, summed over its labels; None where it is not told.
+
+    >>> metric_sums('a{n="1 2"} 1\\na 2.5\\nab 9\\n# a 3', ["a", "b"])
+    [3.5, None]
+    """
+    found: Dict[str, float] = {}
+    for line in text.splitlines():
+        name, value = re.split("[{ ]", line, maxsplit=1)[0], line.rpartition(" ")[2]
+        if name and name in names and re.fullmatch("[0-9.eE+-]{1,30}", value):
+            with contextlib.suppress(ValueError):
+                found[name] = found.get(name, 0.0) + min(float(value), 1e15)
+    return [found.get(name) for name in names]
+
+
+class EngineLoad(NamedTuple):
+    """Of a moment, on the time of now_s(): what an engine has counted since it started, and what
+    that makes in a second.  Unknown: None."""
+    at_s: float
+    requests: Optional[float] = None
+    tokens: Optional[float] = None
+    queue: Optional[float] = None
+    requests_per_s: Optional[float] = None
+    tokens_per_s: Optional[float] = None
+
+
+def read_engine_load(engine: Engine, endpoint: Endpoint,
+                     before: Optional[EngineLoad]) -> EngineLoad:
+    """before: the look that the rates are counted from."""
+    load = EngineLoad(now_s())
+    if not any(engine.counts):
+        return load
+    try:
+        reply = http_request("GET", endpoint, "/metrics", {}, None, 2.0, 4 << 20)
+    except HttpFailure:
+        return load
+    load = load._make([load.at_s, *metric_sums(reply.body.decode("utf-8", "replace"),
+                                               engine.counts), None, None])
+
+    def rate(now: Optional[float], then: Optional[float]) -> Optional[float]:
+        known = now is not None and then is not None and now >= then  # less: it has been restarted
+        return (now - then) / max(load.at_s - before.at_s, 0.1) if known else None
+    return load if before is None else load._replace(
+        requests_per_s=rate(load.requests, before.requests),
+        tokens_per_s=rate(load.tokens, before.tokens))
 
 
 class TokenProbe:
@@ -7368,6 +7570,7 @@ class Inference:
         self._ending = self._closed = False
         self._models: Tuple[str, ...] = ()
         self._silent = 0  # checks in a row that it did not answer
+        self._load: Optional[EngineLoad] = None  # at the last check
         self._told = self._version = ""
         self._watch_wake = Wake()
         self._watch_thread: Any = None
@@ -7401,7 +7604,10 @@ class Inference:
         up, state = self._up, self.state()
         record: Dict[str, Any] = {
             "status": state, "running": state == "running", "endpoint": None, "models": [],
-            "message": self._told, "engine": None}
+            "message": self._told, "engine": None,
+            "transfers": [dict(progress_record(progress), layers=len(progress.layers))
+                          for progress in self.transfers.all() if progress.state == "running"],
+            **dict.fromkeys(("requests_per_second", "tokens_per_second", "queue"))}
         if up is None:
             return record
         child = up.child.snapshot if up.child else None
@@ -7413,6 +7619,11 @@ class Inference:
             model=up.name or None, why=up.why, pid=child and child.pid,
             starts=child and child.starts, uptime_seconds=round(now_s() - up.since_s, 1),
             log=child and child.log_path)
+        load = self._load
+        if load is not None and state == "running":
+            record.update(rounded({"requests_per_second": load.requests_per_s,
+                                   "tokens_per_second": load.tokens_per_s}),
+                          queue=load.queue if load.queue is None else int(load.queue))
         return record
 
     def port(self) -> Optional[int]:
@@ -7522,6 +7733,7 @@ class Inference:
             if self._up is not before or self._ending:
                 return None
             self._up, self._models, self._silent, self._told = up, (), 0, ""
+            self._load = None
             self._place = up.endpoint
             if up.child is not None:
                 up.child.start()  # here, so that a stop finds it started; its thread does the rest
@@ -7662,6 +7874,7 @@ class Inference:
         self._refresh(up)
         state = self.state()
         if state == "running":
+            self._load = read_engine_load(up.engine, up.endpoint, self._load)
             self._beat(self._models)
         if state != before:
             self._log("notice", "inference", state=state, what=self._message(up))
@@ -8763,8 +8976,9 @@ class ProcessFigures(NamedTuple):
 class MetricsView(NamedTuple):
     """All that the metrics are made of.  at_s: the time on now_s().  keepalive_took_s: of the last
     request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
-    where no agent runs, and then nobody knows the agent's counters either.  tunnel_state: "" where
-    none is set."""
+    where no agent runs, and then nobody knows the agent's counters either.  tunnel_state,
+    tailnet_state: "" where there is none.  pods_state: "" where nobody looks; pods: how many of
+    each status."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
     facts: HostFacts = HostFacts()
@@ -8779,6 +8993,9 @@ class MetricsView(NamedTuple):
     version: str = VERSION
     engine: EngineFigures = EngineFigures()
     tunnel_state: str = ""
+    tailnet_state: str = ""
+    pods_state: str = ""
+    pods: Optional[Dict[str, int]] = None
 
 
 Samples = List[Tuple[Dict[str, Any], Any]]  # (labels, value); a value of None is left out
@@ -8942,6 +9159,15 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("tunnel_state", "1 for the state of the SSH tunnel, 0 for the others.", lambda view: [
         ({"state": state}, state == view.tunnel_state)
         for state in ("stopped", "starting", "running", "backoff")] if view.tunnel_state else []),
+    ("tailnet_up", "1 where this machine has a tailnet address, 0 where Tailscale gives none.",
+     lambda view: [({}, view.tailnet_state == "up")] if view.tailnet_state else []),
+    ("pods_watch_state", "1 for the state of the watch on worker pods, 0 for the others.",
+     lambda view: [({"state": state}, state == view.pods_state)
+                   for state in ("off", "connecting", "watching", "failed")]
+     if view.pods_state else []),
+    ("worker_pods", "Pods on this machine's k3s in which the gateway's work is done, by status.",
+     lambda view: [({"status": status}, view.pods.get(status, 0)) for status in
+                   ("PENDING", "RUNNING", "COMPLETED", "FAILED")] if view.pods is not None else []),
 
     ("inference_state", "1 for the state of the engine, 0 for the others.", lambda view: [
         ({"state": state}, state == view.engine.state)
@@ -9092,8 +9318,8 @@ STATUS_FIELDS = fields_of(
                 "inference_status"),
     ("number!", "uptime_seconds state_seconds"),
     ("integer!", "pid keepalives registrations failures running_jobs total_jobs"),
-    ("object!", "host energy metrics inference"), ("array!", "gpus"),
-    ("string", "last_keepalive"), ("object", "tunnel"),
+    ("object!", "host energy metrics inference pods tailnet"), ("array!", "gpus"),
+    ("string", "last_keepalive"), ("object", "k3s tunnel"),
     ("number", "cpu_percent memory_percent last_keepalive_seconds_ago clock_offset_seconds"),
     ("integer", "gpu_count network_received_bytes network_sent_bytes inference_port"),
 ) + (Field("gpu_problems", "array", "of GPUs and their drivers", True),)
@@ -9102,7 +9328,8 @@ STATUS_FIELDS = fields_of(
 INFERENCE_FIELDS = fields_of(
     ("string!", "status message"), ("boolean!", "running"),
     ("string", "endpoint engine version model why log"), ("boolean", "adopted"),
-    ("integer", "pid starts"), ("number", "uptime_seconds"),
+    ("integer", "pid starts queue"),
+    ("number", "uptime_seconds requests_per_second tokens_per_second"), ("array!", "transfers"),
 ) + (Field("models", "array", "names that the engine serves", True),)
 
 
@@ -9236,7 +9463,8 @@ class ControlApi(Api):
                          Field("follow", "boolean", "go on as they come")),
                   produces=("text/plain", "application/x-ndjson")),
             Route("GET", "/events", self._events, False,
-                  "server-sent events: state, inference, pull, log; Last-Event-ID is understood",
+                  "server-sent events: state, tunnel, tailnet, inference, pull, log; Last-Event-ID "
+                  "is understood",
                   query=(Field("since", "integer", "those after this id; 0: all that are kept",
                                minimum=0, maximum=10**18),), produces=("text/event-stream",)),
             Route("GET", "/openapi.json", lambda request: Response(
@@ -9406,7 +9634,7 @@ def read_agent_metrics(state_dir: str) -> bytes:
 
 
 # ----------------------------------------------------------------------
-# 15. Tunnel                      runs ssh; the port of its end on loopback
+# 15a. Tunnel                      runs ssh; the port of its end on loopback
 # ----------------------------------------------------------------------
 # `ssh -N` through a server from which the gateway can be reached, kept up.
 # ssh reads no config file (-F none): what it does stands here, whole, and
@@ -9503,12 +9731,10 @@ class Tunnel:
         self._failures, self._again_s = 0, 0.0
         self._stopping, self._wake = False, Wake()
         self._thread = threading.Thread(target=self._run, name="tunnel", daemon=True)
-        quiet = lambda level, event, **fields: log(  # each try is for --debug
-            "debug" if event == "child" else level, event, **fields)
         self._child = Child(ChildSpec(
             "tunnel", ssh_command(program, settings, self._port), {}, (("127.0.0.1", self._port),),
-            self._probe, stall_limit_s=15.0, ready_limit_s=30.0, stop_grace_s=2.0),
-            settings.state_dir, quiet, pace=TUNNEL_PACE)
+            self._probe, stall_limit_s=15.0, ready_limit_s=30.0, stop_grace_s=2.0, is_told=False),
+            settings.state_dir, log, pace=TUNNEL_PACE)
 
     def _probe(self) -> Probe:
         """Our ssh listens, and takes a connection."""
@@ -9553,9 +9779,9 @@ class Tunnel:
             try:
                 self._look()
             except Exception as error:  # a defect costs one look, not the tunnel
-                self._log("error", "defect", what=f"{type(error).__name__}: {error}",
-                          where=defect_place(error))
-            self._wake.wait(WATCH_S)
+                self._log.defect(error)
+            is_up = self._child.snapshot.state is ChildState.RUNNING
+            self._wake.wait(5 * WATCH_S if is_up else WATCH_S)
 
     def _look(self) -> None:
         child = self._child.snapshot
@@ -9583,6 +9809,1201 @@ class Tunnel:
             self._log("notice" if not message else "warning", "tunnel", state=state,
                       server=self._settings.tunnel, what=message or None)
             self._on_change(self.status())
+
+
+# ----------------------------------------------------------------------
+# 15b. Tailnet          asks tailscaled's socket, or the tailscale program
+# ----------------------------------------------------------------------
+# The address under which a gateway on the same tailnet dials this machine:
+# it comes late at boot, changes with the account, and goes with `tailscale
+# down`.  Whoever listens there follows it.  Where there is no trace of
+# Tailscale this costs a look at some files every 30 s, and no thread.
+
+TAILNET_EVERY_S, TAILNET_RARELY_S = 5.0, 30.0  # asking the socket; running the program, or none
+TAILNET_BOOT_S = 30.0                          # how long a registration waits for the address
+TAILNET_LIMIT_S = 2.0
+TAILSCALED_SOCKETS = ("/var/run/tailscale/tailscaled.sock", "/run/tailscale/tailscaled.sock",
+                      "/var/run/tailscaled.socket")  # Linux; macOS
+TAILSCALED_SERVICES = (  # started at boot: systemd, OpenRC, launchd
+    "/etc/systemd/system/multi-user.target.wants/tailscaled.service",
+    "/etc/runlevels/default/tailscale", "/Library/LaunchDaemons/com.tailscale.tailscaled.plist")
+_MAC_APP = "/Applications/Tailscale.app/Contents/MacOS"
+
+# Its ipn.State, what that is to us, and what to say.  What passes by itself is worth a wait.
+_BACKEND_STATES = {
+    "Running": ("up", ""), "Starting": ("waiting", "tailscaled is connecting"),
+    "NoState": ("waiting", "tailscaled is starting"),
+    "Stopped": ("down", "Tailscale is stopped"),
+    "NeedsLogin": ("down", "Tailscale is not logged in"),
+    "NeedsMachineAuth": ("down", "an admin of the tailnet has to approve this machine"),
+    "InUseOtherUser": ("down", "Tailscale is in use by another user of this machine")}
+
+
+class TailnetReading(NamedTuple):
+    """state: none, waiting, up, down.  address: IPv4; name: in the tailnet's DNS; source: socket,
+    cli, interface; "" where unknown.  tun: whether this machine's own sockets can have the address;
+    in userspace networking tailscaled takes connections to it and makes them to loopback."""
+    state: str = "none"
+    address: str = ""
+    name: str = ""
+    source: str = ""
+    message: str = ""
+    tun: bool = True
+
+
+def is_tailnet_address(text: Any) -> bool:
+    """Of 100.64.0.0/10, from which every tailnet has its IPv4 addresses.
+
+    >>> is_tailnet_address("100.127.255.254"), is_tailnet_address("100.128.0.1")
+    (True, False)
+    """
+    try:
+        first, second = socket.inet_pton(socket.AF_INET, text)[:2]
+    except (OSError, TypeError, ValueError):
+        return False
+    return first == 100 and 64 <= second < 128
+
+
+def parse_tailscale_status(body: bytes) -> Optional[TailnetReading]:
+    """From what `tailscale status --json` and the local API say; None for anything else."""
+    found = _json_object(body)
+    state, message = _BACKEND_STATES.get(str(found.get("BackendState")), ("", ""))
+    own = found.get("Self")
+    own = own if isinstance(own, dict) else {}
+    addresses, name = found.get("TailscaleIPs") or own.get("TailscaleIPs"), own.get("DNSName")
+    address = next(filter(is_tailnet_address, addresses if isinstance(addresses, list) else ()), "")
+    if state == "up" and not address:
+        state, message = "down", "Tailscale runs, but gave this machine no IPv4 address"
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,254}", name):
+        name = ""
+    # A stopped one keeps its address in mind, and no packet for it comes here.
+    return TailnetReading(state, address if state == "up" else "", name.rstrip("."),
+                          message=message, tun=found.get("TUN") is not False) if state else None
+
+
+def ask_tailscaled(path: str) -> TailnetReading:
+    """By its local API, which any user may read."""
+    endpoint = Endpoint("http", "local-tailscaled.sock", 80, dial=path)
+    try:
+        reply = http_request("GET", endpoint, "/localapi/v0/status?peers=false",
+                             {"Host": endpoint.host}, None, TAILNET_LIMIT_S)
+        found, problem = parse_tailscale_status(reply.body), "an answer of no use"
+    except HttpFailure as failure:
+        found, problem = None, str(failure)
+    return found._replace(source="socket") if found else TailnetReading(
+        "waiting", message=f"tailscaled does not answer at {path}: {problem}")
+
+
+def tailscale_program() -> Optional[str]:
+    return find_program("tailscale") or find_program("Tailscale", _MAC_APP)
+
+
+def ask_tailscale(program: str) -> TailnetReading:
+    """By its command line, which also knows the ways of the macOS apps."""
+    result = run_command([program, "status", "--json", "--peers=false"], 5.0)
+    text = result.output  # a warning may stand before or after the JSON
+    found = parse_tailscale_status(text[text.find("{"):text.rfind("}") + 1].encode("utf-8"))
+    said = printable((result.problem or text.strip().partition("\n")[0])[:200])
+    return found._replace(source="cli") if found else TailnetReading(
+        "down", message=f"tailscale says: {said or 'nothing'}")
+
+
+def tailnet_interface_address() -> str:
+    """By the name of the interface alone: of this range are a mobile carrier's ppp0, a cloud's
+    eth0 and pods of Kubernetes as well, and the first is a point-to-point link like ours."""
+    import fcntl
+    prefix, request = ("utun", 0xC0206921) if sys.platform == "darwin" else ("tailscale", 0x8915)
+    found, nothing = "", contextlib.suppress(OSError)
+    with nothing, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for name in (name for _, name in socket.if_nameindex() if name.startswith(prefix)):
+            with nothing:  # SIOCGIFADDR; it may have none
+                record = fcntl.ioctl(probe, request, os.fsencode(name).ljust(40, b"\0"))
+                address = socket.inet_ntoa(record[20:24])
+                found = address if is_tailnet_address(address) else found
+    return found
+
+
+def tailnet_trace(wanted: Optional[str]) -> bool:
+    """Whether Tailscale may be here at all."""
+    return wanted != "none" and bool(
+        wanted or any(map(os.path.exists, TAILSCALED_SOCKETS + TAILSCALED_SERVICES))
+        or tailscale_program() or tailnet_interface_address())
+
+
+def read_tailnet(wanted: Optional[str]) -> TailnetReading:
+    """By tailscaled's socket, else by its program, else by the interface; within some 10 s.
+    wanted: the one socket to ask instead, or none."""
+    if wanted == "none":
+        return TailnetReading()
+    found = TailnetReading()
+    for path in [wanted] if wanted else dict.fromkeys(map(os.path.realpath, TAILSCALED_SOCKETS)):
+        found = ask_tailscaled(path) if wanted or os.path.exists(path) else found
+        if wanted or found.source:
+            return found
+    program = tailscale_program()
+    said = ask_tailscale(program) if program else found
+    if said.source:
+        return said
+    address = tailnet_interface_address()
+    if address:
+        return TailnetReading("up", address, source="interface")
+    if found.state == "none" and any(map(os.path.exists, TAILSCALED_SERVICES)):
+        return TailnetReading("waiting", message="tailscaled is started at boot, and is not there")
+    return said if found.state == "none" else found
+
+
+class TailnetListener:
+    """A server on the tailnet address, wherever that goes.  make(host): one with start(), stop()
+    and url.  Of one thread at a time."""
+
+    def __init__(self, name: str, make: Callable[[str], Any], log: Log) -> None:
+        self._name, self._make, self._log = name, make, log
+        self._server: Any = None
+        self._host, self._problem = "", ""
+
+    def follow(self, host: str) -> None:
+        """To this address, or to none; what could not be had is tried again with each call."""
+        if self._server is not None and host != self._host:
+            self._log("info", "not_listening", api=self._name, url=self._server.url)
+            self._server.stop()
+            self._server = None
+        if not host or self._server is not None:
+            return
+        try:
+            server = self._make(host)
+        except OSError as error:
+            problem = f"cannot listen on {host}: {error.strerror or error}"
+            if problem != self._problem:
+                self._log("warning", "no_tailnet", api=self._name, what=problem,
+                          do="It is tried again by itself")
+            self._problem = problem
+            return
+        self._server, self._host, self._problem = server, host, ""
+        server.start()
+        self._log("info", "listening", api=self._name, url=server.url)
+
+
+class Tailnet:
+    """What is known of it, kept up by a thread; start() and stop() from others.
+
+    on_change(status()): from who looks.  _lock is held for what follows a look, and by stop().
+    """
+
+    def __init__(self, wanted: Optional[str], log: Log,
+                 on_change: Callable[[Dict[str, Any]], None]) -> None:
+        self._wanted, self._log, self._on_change = wanted, log, on_change
+        self.reading = TailnetReading()  # replaced whole
+        self._listeners: List[TailnetListener] = []
+        self._lock, self._wake, self._stopping = threading.Lock(), Wake(), False
+        self._looked, self._boot_until_s, self._trace_s = False, 0.0, 0.0
+        self._thread = threading.Thread(target=self._run, name="tailnet", daemon=True)
+
+    def serve(self, name: str, make: Callable[[str], Any]) -> None:
+        """Before start(): listen on the address as well, as TailnetListener has it."""
+        self._listeners.append(TailnetListener(name, make, self._log))
+
+    def start(self) -> None:
+        """Where there is a trace of Tailscale.  To be called again and again: it may be installed
+        at any time."""
+        if self._thread.ident is not None or self._stopping or now_s() < self._trace_s:
+            return
+        self._trace_s = now_s() + TAILNET_RARELY_S
+        try:
+            if tailnet_trace(self._wanted):
+                self._boot_until_s = now_s() + TAILNET_BOOT_S
+                self._thread.start()
+        except Exception as error:  # no thread is to be had: the caller has more to do than this
+            self._log.defect(error)
+
+    def stop(self) -> None:
+        """Its listeners are closed then, and none is opened any more."""
+        with self._lock:
+            self._stopping = True
+            for listener in self._listeners:
+                listener.follow("")
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(1.0)  # it may sit in a look: it is a daemon
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is on its way that would be worth a wait."""
+        return (self._thread.ident is None or now_s() >= self._boot_until_s
+                or self._looked and self.reading.state != "waiting")
+
+    def status(self) -> Dict[str, Any]:
+        told = self.reading
+        return {"state": told.state, "address": told.address or None, "name": told.name or None,
+                "source": told.source or None, "message": told.message}
+
+    def look(self) -> None:
+        """Now, and act on it; a few seconds where Tailscale hangs."""
+        reading = read_tailnet(self._wanted)
+        with self._lock:
+            if self._stopping:
+                return
+            was, self.reading = self.reading, reading
+            self._looked = True
+            if was.source == "socket" and not reading.source:  # tailscaled is restarted, perhaps
+                self._boot_until_s = now_s() + TAILNET_BOOT_S
+            # How a program fails may read otherwise every time.
+            if reading[:4] != was[:4] or reading.source and reading != was:
+                self._log("notice" if reading.state == "up" else "info", "tailnet",
+                          **{name: value or None for name, value in self.status().items()})
+                self._on_change(self.status())
+            for listener in self._listeners:
+                listener.follow(reading.address if reading.tun else "")
+
+    # -- its thread
+
+    def _interval_s(self) -> float:
+        if not self.settled:
+            return 1.0
+        told = self.reading
+        runs = told.source != "socket" and not self._wanted and tailscale_program()
+        return TAILNET_RARELY_S if runs or told.state == "none" else TAILNET_EVERY_S
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self.look()
+            except Exception as error:  # a defect costs one look
+                self._log.defect(error)
+            self._wake.wait(self._interval_s())
+
+
+# ----------------------------------------------------------------------
+# 15c. Kubernetes and worker pods      k3s's API; reads kubeconfigs; a thread
+# ----------------------------------------------------------------------
+# The Jobs that the gateway makes on this machine's k3s, seen through its API:
+# without kubectl, and with the authority that the kubeconfig names, always.
+# Whose cluster it is, is decided by where the configuration was found: a
+# cluster that somebody works with elsewhere is none of our business.
+
+K3S_KUBECONFIG = "/etc/rancher/k3s/k3s.yaml"
+K3S_CA_FILE = "/var/lib/rancher/k3s/server/tls/server-ca.crt"
+KUBE_LIMIT_S, KUBE_MAX_BYTES, KUBE_LINE_BYTES = 15.0, 32 << 20, 2 << 20
+# What k3s, k3d and Rancher Desktop write; k3d has its server at 0.0.0.0.
+_K3S_CONTEXT = r"rancher-desktop|default|k3s|k3d-[\w.-]+"
+_LOOPBACK = r"127\.[0-9.]+|::1|localhost|0\.0\.0\.0"
+_RBAC_HINT = ("sudo b9agent.py k3s rbac --apply makes a kubeconfig that can do what is needed, and "
+              "no more")
+
+# What a kubeconfig may hold, and is not done: why.
+_KUBE_REFUSED = (
+    ("cluster", "insecure-skip-tls-verify", "a server that is not verified could be anybody, and "
+     "would be told the token"),
+    ("cluster", "proxy-url", "k3s runs on this machine"),
+    ("user", "exec", "no program is run for a token"),
+    ("user", "auth-provider", "no program is run for a token"),
+    ("user", "username", "k3s takes no password any more since 1.19"),
+    ("user", "password", "k3s takes no password any more since 1.19"))
+
+
+class KubeError(AgentError):
+    """What a request to the Kubernetes API came to."""
+    exit_code = Exit.UNREACHABLE
+
+
+class KubeUnreachable(KubeError):
+    """No answer: connection, TLS, time limit."""
+
+
+class KubeUnauthorized(KubeError):
+    """401: the token or certificate is unknown, or has run out."""
+    exit_code = Exit.TOKEN_REFUSED
+
+
+class KubeForbidden(KubeError):
+    """403: known, and without the right to do this."""
+    exit_code = Exit.REQUEST_REFUSED
+
+
+class KubeGone(KubeError):
+    """410: what a list or watch refers to is too old; list again."""
+
+
+class KubeUnwell(KubeError):
+    """5xx, 429, or no answer of Kubernetes.  retry_after_s: what it asks for."""
+    retry_after_s: Optional[float] = None
+
+
+class KubeConfig(NamedTuple):
+    """endpoint: with its authority and the client's certificate.  token: "" for none.  source: the
+    file or setting, for people."""
+    endpoint: Endpoint
+    token: str
+    source: str
+
+
+def _bare(node: Node) -> Any:
+    if isinstance(node.value, dict):
+        return {name: _bare(child) for name, child in node.value.items()}
+    return [_bare(child) for child in node.value] if isinstance(node.value, list) else node.value
+
+
+def _kube_tree(text: str, path: str) -> Any:
+    """A kubeconfig, which is YAML or JSON, as JSON has it.  Raises: UsageError."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("{") else _bare(parse_yaml(text))
+    except YamlError as error:
+        raise UsageError(f"{path}:{error.line}: {error}", "`kubectl config view --raw --minify` "
+                         "writes it in a form that is understood") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON, which it begins like", "Make it anew") from error
+
+
+def _kube_entry(tree: Any, kind: str, name: Any, path: str) -> Dict[str, Any]:
+    """The cluster, context or user of a name.  Raises: UsageError."""
+    entries = tree.get(kind + "s") if isinstance(tree, dict) else None
+    entries = entries if isinstance(entries, list) else []
+    found = next((entry.get(kind) or {} for entry in entries
+                  if isinstance(entry, dict) and entry.get("name") == name), None)
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: {kind}s has none named `{printable(str(name))[:60]}`",
+                         "It is cut, or no kubeconfig: make it anew")
+    for part, key, why in _KUBE_REFUSED:
+        if part == kind and found.get(key) not in (None, "", "null", "false", False):
+            raise UsageError(f"{path}: {kind}s[{printable(str(name))[:60]}].{key} is not "
+                             f"supported: {why}", _RBAC_HINT)
+    return found
+
+
+def _kube_text(entry: Dict[str, Any], key: str, path: str) -> str:
+    value = entry.get(key)
+    if value is None or value == "null":
+        return ""
+    if not isinstance(value, str):
+        raise UsageError(f"{path}: {key} is no text", "It is cut, or made by hand: make it anew")
+    return value
+
+
+def _kube_file(entry: Dict[str, Any], key: str, path: str) -> str:
+    """The text of a file that a kubeconfig names, relative to itself; "" where it names none."""
+    name = _kube_text(entry, key, path)
+    if not name:
+        return ""
+    usable = printable(name) == name  # with a NUL in it, open() would not be the one to refuse it
+    text = read_text(os.path.join(os.path.dirname(path), name)) if usable else None
+    if text is None:
+        raise UsageError(f"{path}: {key}: {printable(name)[:200]} cannot be read", "Mend the path "
+                         "or its permissions, or run as the user whose file it is")
+    return text
+
+
+def _kube_pem(entry: Dict[str, Any], key: str, path: str) -> str:
+    """What a kubeconfig holds as KEY-data, or in the file KEY."""
+    import binascii
+    data = _kube_text(entry, key + "-data", path)
+    try:
+        text = binascii.a2b_base64(data).decode("ascii") if data else _kube_file(entry, key, path)
+    except ValueError:
+        text = "none"
+    if text and "-----BEGIN " not in text or not re.fullmatch(r"[A-Za-z0-9+/\s]*=*\s*", data):
+        raise UsageError(f"{path}: {key} is no PEM", "It is cut, or made by hand: make it anew")
+    return text
+
+
+def parse_kubeconfig(text: str, path: str) -> KubeConfig:
+    """Of the current context; the files that it names are read.  Raises: UsageError."""
+    tree = _kube_tree(text, path)
+    current = tree.get("current-context") if isinstance(tree, dict) else None
+    context = _kube_entry(tree, "context", current, path)
+    user = _kube_entry(tree, "user", context.get("user"), path) if context.get("user") else {}
+    cluster = _kube_entry(tree, "cluster", context.get("cluster"), path)
+    try:
+        host, port = split_server(_kube_text(cluster, "server", path))
+    except ValueError as error:
+        raise UsageError(f"{path}: server cannot be used, expected {error}", _RBAC_HINT) from error
+    certificate = _kube_pem(user, "client-certificate", path)
+    key = _kube_pem(user, "client-key", path)
+    token = _kube_text(user, "token", path) or _kube_file(user, "tokenFile", path).strip()
+    if bool(certificate) != bool(key) or re.search("[^!-~]", token):
+        raise UsageError(f"{path}: the user's token is no word, or its certificate lacks its key",
+                         "Make it anew")
+    REDACTOR.add(token)
+    tls = TlsIdentity(_kube_pem(cluster, "certificate-authority", path),
+                      key and f"{certificate}\n{key}")
+    return KubeConfig(Endpoint("https", host, port, tls=tls), token, path)
+
+
+def _token_config(settings: Any, ca_file: str) -> KubeConfig:
+    """Of k3s.token, with an authority that verifies whom we tell it to.  Raises: UsageError."""
+    ca_pem = read_text(ca_file)
+    if ca_pem is None:
+        raise UsageError(f"k3s.token is set, but {ca_file}, by which {settings.k3s_server} is "
+                         "verified, cannot be read", "Set k3s.ca_file to a copy of "
+                         f"{K3S_CA_FILE} that this user can read")
+    host, port = split_server(settings.k3s_server)
+    return KubeConfig(Endpoint("https", host, port, tls=TlsIdentity(ca_pem)), settings.k3s_token,
+                      "k3s.token")
+
+
+def _users_kubeconfig() -> Optional[KubeConfig]:
+    """The user's own, where its current context is k3s on this machine.  Most of them are not, and
+    may hold what we do not read: they are not even parsed."""
+    path = os.path.expanduser("~/.kube/config")
+    text = read_text(path) or ""
+    if not re.search(rf"""(?m)^\s*["']?current-context["']?: *["']?({_K3S_CONTEXT})["',\s]""", text
+                     ) or not re.search(rf"https://\[?({_LOOPBACK})\]?:", text):
+        return None
+    config = parse_kubeconfig(text, path)
+    return config if re.fullmatch(_LOOPBACK, config.endpoint.host) else None
+
+
+def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
+                    ca_file: str = K3S_CA_FILE) -> Optional[KubeConfig]:
+    """The first of: k3s.kubeconfig; what `k3s rbac` made; k3s.token with k3s.ca_file; k3s's own;
+    the user's, where it is of k3s on this machine; k3s.token with k3s's own authority.  None where
+    there is no k3s.  Raises: UsageError that says what to mend.
+    """
+    ours = os.path.join(settings.state_dir, "k3s.kubeconfig")
+    for path in (settings.k3s_kubeconfig, ours):
+        text = read_text(path) if path else None
+        if text is not None:
+            return parse_kubeconfig(text, path)
+        if path and (path != ours or os.path.lexists(path)):
+            raise UsageError(f"{path} cannot be read", "Mend the path (k3s.kubeconfig), or its "
+                             "permissions")
+    if settings.k3s_token and settings.k3s_ca_file:
+        return _token_config(settings, settings.k3s_ca_file)
+    text = read_text(installed)
+    config = _users_kubeconfig() if text is None else parse_kubeconfig(text, installed)
+    if config is None and settings.k3s_token:
+        return _token_config(settings, ca_file)
+    if config is None and os.path.lexists(installed):
+        raise UsageError(f"{installed} is there, and this user cannot read it", _RBAC_HINT)
+    return config
+
+
+class KubeClient:
+    """The API of one cluster.  From any thread; each request has a connection of its own."""
+
+    def __init__(self, config: KubeConfig) -> None:
+        self.config = config
+
+    def request(self, method: str, path: str, body: Optional[Dict[str, Any]] = None,
+                content_type: str = "application/json") -> Tuple[int, Dict[str, Any]]:
+        """(status, answer): 2xx, and those 4xx that the caller knows best.  Raises: KubeError."""
+        sent = None if body is None else json.dumps(body).encode()
+        with self._open(method, path, sent, content_type, None) as stream:
+            return stream.status, self._answer(stream)
+
+    def watch(self, path: str, idle_limit_s: float,
+              opened: Callable[[HttpStream], None] = lambda stream: None
+              ) -> Iterator[Dict[str, Any]]:
+        """Events as they come, until the server or the network ends them; of a line that was cut
+        nothing is told.  opened(stream): its cut() ends the watch from another thread.
+        Raises: KubeError, for an event of type ERROR as well."""
+        with self._open("GET", path, None, "", idle_limit_s) as stream:
+            if stream.status != 200:
+                raise self._strange(self._answer(stream))
+            opened(stream)
+            try:
+                for line in stream.lines(KUBE_LINE_BYTES):
+                    event = _json_object(line)
+                    detail = event.get("object")
+                    if not isinstance(detail, dict):
+                        return  # the beginning of a line, where the answer's end is its only mark
+                    if event.get("type") == "ERROR":
+                        raise self._error(detail.get("code"), detail) or self._strange(detail)
+                    yield event
+            except HttpFailure as failure:
+                if failure.kind in ("too_large", "garbage"):
+                    raise self._strange({"message": str(failure)}) from failure
+
+    def _open(self, method: str, path: str, body: Optional[bytes], content_type: str,
+              idle_limit_s: Optional[float]) -> HttpStream:
+        headers = {"Authorization": f"Bearer {self.config.token}"} if self.config.token else {}
+        if body is not None:
+            headers["Content-Type"] = content_type
+        try:
+            return http_stream(method, self.config.endpoint, path, headers, body, KUBE_LIMIT_S,
+                               idle_limit_s)
+        except HttpFailure as failure:
+            raise self._unreachable(failure) from failure
+
+    def _answer(self, stream: HttpStream) -> Dict[str, Any]:
+        try:
+            answer = _json_object(stream.read(KUBE_MAX_BYTES))
+        except HttpFailure as failure:
+            raise self._unreachable(failure) from failure
+        error = self._error(stream.status, answer)
+        if isinstance(error, KubeUnwell):
+            error.retry_after_s = _retry_after_s(stream.headers.get("retry-after", ""))
+        if error or not answer:
+            raise error or self._strange(answer)
+        return answer
+
+    def _error(self, status: Any, answer: Dict[str, Any]) -> Optional[KubeError]:
+        """Of an answer, or of the Status in a watch; None where the caller decides."""
+        where, status = self.config.endpoint.url, status if isinstance(status, int) else 500
+        said = self._said(answer)
+        if status == 410 or status >= 400 and answer.get("reason") in ("Gone", "Expired"):
+            return KubeGone(f"k3s at {where} has forgotten that version: {said}")
+        if status == 401:
+            return KubeUnauthorized(f"k3s at {where} does not accept who we are, as "
+                                    f"{self.config.source} has it", "It has run out, or k3s was "
+                                    f"made anew. {_RBAC_HINT}")
+        if status == 403:
+            return KubeForbidden(f"k3s at {where} refuses: {said}", _RBAC_HINT)
+        if status == 429 or status >= 500 or 300 <= status < 400:
+            return KubeUnwell(f"k3s at {where} is unwell: it answered {status}, {said}",
+                              "It may be starting; its log: journalctl -u k3s")
+        return None
+
+    def _said(self, answer: Dict[str, Any]) -> str:
+        return printable(REDACTOR.scrub(str(answer.get("message") or "no message")))[:300]
+
+    def _strange(self, answer: Dict[str, Any]) -> KubeUnwell:
+        return KubeUnwell(f"{self.config.endpoint.url} does not answer as Kubernetes does: "
+                          f"{self._said(answer)}", f"Is the server in {self.config.source} the "
+                          "right one?")
+
+    def _unreachable(self, failure: HttpFailure) -> KubeError:
+        if failure.kind in ("too_large", "garbage"):
+            return self._strange({"message": str(failure)})
+        hint = (f"The authority in {self.config.source} is another server's, or of before k3s was "
+                f"made anew. {_RBAC_HINT}" if failure.kind == "tls" else
+                "Does it run? sudo systemctl status k3s; on macOS start Rancher Desktop")
+        return KubeUnreachable(f"k3s at {self.config.endpoint.url} is not reached: {failure}", hint)
+
+
+# -- worker pods -------------------------------------------------------
+
+PODS_PATH = "/api/v1/namespaces/default/pods"  # where the gateway makes its Jobs, on every k3s
+PODS_KEPT, PODS_TOLD, POD_PAGES = 1000, 100, 20
+_POD_LABEL = "run.beam.cloud/"
+# Worker pods carry no function's name: one worker runs containers of many.  A gateway that makes a
+# pod for one stub says so in this label, which the predecessor looked for.
+_STUB_LABEL = "beta9.io/stub-id"
+
+
+class PodPace(NamedTuple):
+    """Seconds.  look_s: between looks for a kubeconfig; idle_s: longest silence of a watch, which
+    hears a bookmark a minute; watch_s: what a watch lasts; soon_s: a shorter one is no good."""
+    first_s: float = 1.0
+    most_s: float = 30.0
+    look_s: float = 60.0
+    idle_s: float = 100.0
+    watch_s: int = 270
+    soon_s: float = 1.0
+
+
+class Pod(NamedTuple):
+    """status: PENDING, RUNNING, COMPLETED or FAILED.  created, started, finished: as the API writes
+    times.  containers: those that run."""
+    name: str
+    worker_id: Optional[str]
+    status: str
+    function: Optional[str]
+    reason: Optional[str]
+    created: Optional[str]
+    started: Optional[str]
+    finished: Optional[str]
+    exit_code: Optional[int]
+    restarts: int
+    containers: int
+
+
+def parse_kube_time(stamp: Any) -> Optional[float]:
+    """
+    >>> parse_kube_time("1970-01-02T00:00:00Z"), parse_kube_time("2026-13-01T00:00:00Z")
+    (86400.0, None)
+    """
+    match = re.fullmatch(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})"
+                         r"(?:\.[0-9]{1,9})?Z", stamp if isinstance(stamp, str) else "")
+    if not match:
+        return None
+    import calendar
+    try:
+        return float(calendar.timegm(tuple(map(int, match.groups()))))
+    except (ValueError, OverflowError):
+        return None
+
+
+def _object(value: Any, *path: str) -> Dict[str, Any]:
+    """The object at a path of keys, or {}."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _word(value: Any) -> Optional[str]:
+    return printable(value)[:253] if isinstance(value, str) and value else None
+
+
+def _count(value: Any) -> Optional[int]:
+    """An int32."""
+    return value if type(value) is int and abs(value) < 1 << 31 else None
+
+
+def _main_container(thing: Dict[str, Any]) -> Dict[str, Any]:
+    """The status of `worker`, else of the first one in the spec: the API sorts them by name."""
+    found = {str(one.get("name")): one
+             for one in objects_in(_object(thing, "status").get("containerStatuses"))}
+    names = ["worker"] + [str(one.get("name"))
+                          for one in objects_in(_object(thing, "spec").get("containers"))]
+    return next((found[name] for name in names if name in found), {})
+
+
+def _pod_reason(thing: Dict[str, Any], state: Dict[str, Any]) -> Optional[str]:
+    """Why it is not simply running, or done: as `kubectl get pods` says it."""
+    status = _object(thing, "status")
+    if "running" in state:
+        return "Terminating" if _object(thing, "metadata").get("deletionTimestamp") else None
+    said = [status.get("reason"), _object(state, "terminated").get("reason")]
+    for one in objects_in(status.get("initContainerStatuses")):
+        waits = _word(_object(one, "state", "waiting").get("reason"))
+        said.append(waits and waits != "PodInitializing" and f"Init:{waits}")
+        code = _count(_object(one, "state", "terminated").get("exitCode"))
+        said.append(code and f"Init:ExitCode:{code}")
+    said += [one.get("reason") for one in objects_in(status.get("conditions"))
+             if one.get("type") == "PodScheduled" and one.get("status") == "False"]
+    said.append(_object(state, "waiting").get("reason"))
+    reason = next((word for word in map(_word, said) if word), None)
+    return None if reason == "Completed" else reason
+
+
+def parse_pod(thing: Any) -> Optional[Pod]:
+    """A pod of the API; None for what is none.  What is not said is None."""
+    metadata, status = _object(thing, "metadata"), _object(thing, "status")
+    name, phase, main = _word(metadata.get("name")), status.get("phase"), {}
+    if name is None:
+        return None
+    main = _main_container(thing)
+    state, labels = _object(main, "state"), _object(metadata, "labels")
+    reason, runs = _pod_reason(thing, state), _object(state, "running")
+    crashed = reason is not None and reason.endswith("CrashLoopBackOff")
+    done = _object(state, "terminated") or (_object(main, "lastState", "terminated")
+                                            if crashed else {})
+    code = _count(done.get("exitCode"))
+    ended = ("COMPLETED" if phase == "Succeeded" else "FAILED" if phase == "Failed" or crashed
+             else "COMPLETED" if code == 0 else "FAILED" if done else "")
+    waits = "running" not in state and (state or phase != "Running")
+    times = [stamp if parse_kube_time(stamp) is not None else None for stamp in (
+        metadata.get("creationTimestamp"), runs.get("startedAt") or done.get("startedAt"),
+        done.get("finishedAt"))]
+    return Pod(name, _word(labels.get(_POD_LABEL + "worker-id")),
+               ended or ("PENDING" if waits else "RUNNING"), _word(labels.get(_STUB_LABEL)), reason,
+               *times, code, max(0, _count(main.get("restartCount")) or 0),
+               sum("running" in _object(one, "state")
+                   for one in objects_in(status.get("containerStatuses"))))
+
+
+def pod_record(pod: Pod, wall_s: float) -> Dict[str, Any]:
+    """As GET /status has it.  A clock that was set back makes no negative duration."""
+    record = pod._asdict()
+    started_s, finished_s = parse_kube_time(pod.started), parse_kube_time(record.pop("finished"))
+    until_s = wall_s if pod.status == "RUNNING" else finished_s
+    record["duration_seconds"] = None if started_s is None or until_s is None else round(
+        max(0.0, until_s - started_s), 1)
+    return record
+
+
+class PodWatch:
+    """The gateway's worker pods on this machine's k3s, by the labels that they carry.  start()
+    any number of times, stop() once; the rest from any thread.
+
+    The machine's own label is looked at here and not by the API: older gateways do not set it, and
+    all workers on a machine's k3s are its own then.
+    """
+
+    def __init__(self, settings: Any, machine_id: str, log: Log, pace: PodPace = PodPace(),
+                 read: Callable[[Any], Optional[KubeConfig]] = read_kubeconfig) -> None:
+        self._settings, self._machine_id, self._log = settings, machine_id, log
+        self._pace, self._read = pace, read
+        self._pods: Optional[Dict[str, Pod]] = None  # replaced whole; None: never listed
+        self._told: Tuple[str, str, Optional[str]] = ("off", "", None)  # state, message, server
+        self._failures, self._at_once_s = 0, -60.0
+        self._stopping, self._wake = False, Wake()
+        self._stream: Optional[HttpStream] = None
+        self._opened_s: Optional[float] = None  # when the watch was answered
+        self._thread = threading.Thread(target=self._run, name="pods", daemon=True)
+
+    def start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        stream = self._stream
+        if stream is not None:
+            stream.cut()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)  # it may sit in a request: it is a daemon and changes nothing
+
+    def pods(self) -> Optional[List[Pod]]:
+        """The newest first; None where they are not known."""
+        pods = {} if self._told[0] == "off" else self._pods
+        return pods if pods is None else sorted(pods.values(), key=lambda pod: pod.created or "",
+                                                reverse=True)
+
+    def counts(self) -> Optional[Dict[str, int]]:
+        """{status: number of pods}."""
+        pods = self.pods()
+        return None if pods is None else dict(collections.Counter(pod.status for pod in pods))
+
+    @property
+    def state(self) -> str:
+        return self._told[0]
+
+    def status(self) -> Dict[str, Any]:
+        state, message, server = self._told
+        wall_s = time.time()
+        return {"state": state, "server": server, "message": message,
+                "pods": [pod_record(pod, wall_s) for pod in (self.pods() or [])[:PODS_TOLD]]}
+
+    # -- its thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                wait_s = self._follow()
+            except AgentError as error:
+                wait_s = self._failed(error)
+            except Exception as error:  # a defect costs the pods, not the agent
+                self._log.defect(error)
+                wait_s = self._pace.look_s
+            self._wake.wait(wait_s)
+
+    def _follow(self) -> float:
+        """As long as all is well; how long to wait where there is no k3s.  Raises: AgentError."""
+        config = self._read(self._settings)
+        if config is None:
+            self._pods = None
+            self._tell("off", "", None)
+            return self._pace.look_s
+        if self._told[2] != config.endpoint.url:
+            self._tell("connecting", "", config.endpoint.url)
+        client = KubeClient(config)
+        version = self._list(client)
+        while not self._stopping:
+            version = self._watch(client, version)
+        return 0.0
+
+    def _failed(self, error: AgentError) -> float:
+        """Seconds to wait.  A list that is too old, or a token that was renewed, needs none: once,
+        that is."""
+        if self._stopping:
+            return 0.0
+        if isinstance(error, (KubeGone, KubeUnauthorized)) and now_s() - self._at_once_s > 10.0:
+            self._at_once_s = now_s()
+            return 0.0
+        server = self._told[2] if isinstance(error, KubeError) else None
+        self._tell("failed", printable(REDACTOR.scrub(str(error))), server)
+        if isinstance(error, UsageError):
+            return self._pace.look_s
+        self._failures += 1
+        wait_s = min(self._pace.most_s, self._pace.first_s * 2.0 ** min(self._failures - 1, 10))
+        asked_s = getattr(error, "retry_after_s", None) or 0.0
+        return max(random_between(wait_s / 2, wait_s), min(asked_s, 60.0))
+
+    def _path(self, **query: Any) -> str:
+        from urllib.parse import urlencode
+        query["labelSelector"] = _POD_LABEL + "role=worker"
+        return f"{PODS_PATH}?{urlencode(query)}"
+
+    def _list(self, client: KubeClient) -> str:
+        """All of them, page by page; the version that they are of."""
+        found: Dict[str, Pod] = {}
+        query: Dict[str, Any] = {"limit": 100}
+        for _ in range(POD_PAGES):
+            status, answer = client.request("GET", self._path(**query))
+            if status != 200 or not isinstance(answer.get("items"), list):
+                raise KubeUnwell(f"{client.config.endpoint.url} lists no pods, but answers "
+                                 f"{status}", "Is it a Kubernetes API?")
+            for thing in answer["items"]:
+                self._take(found, thing)
+            metadata = _object(answer, "metadata")
+            query["continue"] = metadata.get("continue")
+            if not isinstance(query["continue"], str) or not 0 < len(query["continue"]) < 4096:
+                break
+        self._pods = found
+        return _word(metadata.get("resourceVersion")) or ""
+
+    def _take(self, pods: Dict[str, Pod], thing: Any, deleted: bool = False) -> None:
+        pod, labels = parse_pod(thing), _object(thing, "metadata", "labels")
+        ours = labels.get(_POD_LABEL + "role") == "worker" and labels.get(
+            _POD_LABEL + "machine-id", self._machine_id) == self._machine_id
+        if pod is None:
+            return
+        if deleted or not ours:
+            pods.pop(pod.name, None)
+        elif pod.name in pods or len(pods) < PODS_KEPT:
+            pods[pod.name] = pod
+
+    def _watch(self, client: KubeClient, version: str) -> str:
+        """One watch, to its end; the version that it has seen."""
+        self._opened_s = None
+        path = self._path(watch="true", allowWatchBookmarks="true", resourceVersion=version,
+                          timeoutSeconds=self._pace.watch_s)
+        try:
+            for event in client.watch(path, self._pace.idle_s, self._opened):
+                version = self._heed(event) or version
+        finally:
+            lasted_s = 0.0 if self._opened_s is None else now_s() - self._opened_s
+            if lasted_s > self._pace.soon_s:
+                self._failures = 0
+        if lasted_s <= self._pace.soon_s and not self._stopping:
+            self._failures += 1
+            if self._failures > 2:
+                raise KubeUnwell(f"k3s at {client.config.endpoint.url} ends every watch at once",
+                                 "It may be starting; its log: journalctl -u k3s")
+            self._wake.wait(self._pace.first_s)
+        return version
+
+    def _heed(self, event: Dict[str, Any]) -> Optional[str]:
+        """The version that an event moves us to."""
+        if event.get("type") != "BOOKMARK":
+            pods = dict(self._pods or {})
+            self._take(pods, event["object"], event.get("type") == "DELETED")
+            self._pods = pods
+        return _word(_object(event, "object", "metadata").get("resourceVersion"))
+
+    def _opened(self, stream: HttpStream) -> None:
+        self._stream, self._opened_s = stream, now_s()
+        if self._stopping:
+            stream.cut()
+        self._tell("watching", "", self._told[2])
+
+    def _tell(self, state: str, message: str, server: Optional[str]) -> None:
+        if (state, message, server) != self._told:
+            self._told = (state, message, server)
+            level = {"failed": "warning", "watching": "info"}.get(state, "debug")
+            self._log(level, "pods", state=state, server=server, what=message or None)
+
+
+# ----------------------------------------------------------------------
+# 15d. k3s: rights and tokens          the Kubernetes API; STATE/k3s.kubeconfig
+# ----------------------------------------------------------------------
+# What the gateway may do on this machine's k3s, and the tokens with which it
+# does that.  One table: a row for every call that the gateway's source makes
+# with the token of the registration.  Manifest, `k3s check` and README come
+# out of it.  Whoever may make Jobs may make a privileged one, as workers are,
+# and so owns the machine: no Role can narrow that.  But a token that ends by
+# itself is worth little to who finds it, and this one asks for no Secret.
+
+K3S_NAMESPACE = "default"  # the gateway's own constant for machines that register
+GATEWAY_ACCOUNT, AGENT_ACCOUNT = "beta9-gateway", "beta9-agent"
+OWN_TOKEN_HOURS = 30 * 24  # of the agent's own token, in STATE/k3s.kubeconfig
+_RBAC_GROUP = "rbac.authorization.k8s.io"
+_REVIEWS = "/apis/authorization.k8s.io/v1"
+_KUBE_KINDS = {"ServiceAccount": ("/api/v1", "serviceaccounts"),
+               "Role": (f"/apis/{_RBAC_GROUP}/v1", "roles"),
+               "RoleBinding": (f"/apis/{_RBAC_GROUP}/v1", "rolebindings")}
+
+
+class KubeRefused(KubeError):
+    """It was understood, and is not so."""
+    exit_code = Exit.REQUEST_REFUSED
+
+
+class Right(NamedTuple):
+    """One verb on one resource, in one namespace.  names: of these objects alone."""
+    group: str
+    resource: str
+    verb: str
+    why: str
+    names: Tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        names = f" of {' and '.join(self.names)}" if self.names else ""
+        return f"{self.verb} {self.resource}{names}"
+
+
+# Source: beta9's pkg/scheduler, pool_external.go (later pool_provider.go) and pool_cleaner.go: all
+# that is done with the client of getProxiedClient().
+GATEWAY_RIGHTS = (
+    Right("batch", "jobs", "create", "a worker starts as a Job (createWorkerOnMachine)"),
+    Right("batch", "jobs", "list", "which workers there are, by label (Clean)"),
+    Right("batch", "jobs", "delete", "a worker that hangs or is forgotten, and with it its pods "
+                                     "(deleteWorkerResources)"),
+    Right("", "pods", "list", "how the pods of each of these Jobs are (Clean)"),
+)
+
+
+def k3s_accounts(gateway: str) -> Dict[str, Tuple[Right, ...]]:
+    """{service account: its rights}.  gateway: the name of the gateway's."""
+    return {gateway: GATEWAY_RIGHTS, AGENT_ACCOUNT: (
+        Right("", "pods", "list", "the dashboard's worker pods"),
+        Right("", "pods", "watch", "as they change"),
+        Right("", "serviceaccounts/token", "create", "renews the gateway's token, and its own",
+              (gateway, AGENT_ACCOUNT)))}
+
+
+def k3s_objects(namespace: str, gateway: str) -> List[Dict[str, Any]]:
+    """Both accounts, a Role and a RoleBinding for each; nothing of the cluster's."""
+    objects: List[Dict[str, Any]] = []
+    for name, rights in k3s_accounts(gateway).items():
+        named = {"metadata": {"name": name, "namespace": namespace}}
+        rules = [dict({"apiGroups": [right.group], "resources": [right.resource],
+                       "verbs": [right.verb]},
+                      **({"resourceNames": list(right.names)} if right.names else {}))
+                 for right in rights]
+        objects += [
+            {"apiVersion": "v1", "kind": "ServiceAccount", **named,
+             "automountServiceAccountToken": False},
+            {"apiVersion": f"{_RBAC_GROUP}/v1", "kind": "Role", **named, "rules": rules},
+            {"apiVersion": f"{_RBAC_GROUP}/v1", "kind": "RoleBinding", **named,
+             "roleRef": {"apiGroup": _RBAC_GROUP, "kind": "Role", "name": name},
+             "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]}]
+    return objects
+
+
+def render_manifest(namespace: str, gateway: str) -> str:
+    """For `kubectl apply -f -`.  A value of JSON is one of YAML, and no reader takes it for
+    anything else; each rule says why it is there."""
+    accounts, documents = k3s_accounts(gateway), []
+    for item in k3s_objects(namespace, gateway):
+        lines = [f"{name}: {json.dumps(value)}" for name, value in item.items() if name != "rules"]
+        if "rules" in item:
+            rights = accounts[item["metadata"]["name"]]
+            lines += ["rules:"] + [f"  - {json.dumps(rule)}  # {right.why}"
+                                   for rule, right in zip(item["rules"], rights)]
+        documents.append("\n".join(lines))
+    return "\n---\n".join(documents) + "\n"
+
+
+def kube_names(settings: Any, options: Dict[str, str]) -> Tuple[str, str]:
+    """(namespace, the gateway's service account).  Raises: UsageError."""
+    names = (options.get("namespace") or K3S_NAMESPACE,
+             options.get("service-account") or settings.k3s_service_account or GATEWAY_ACCOUNT)
+    for flag, name in zip(("--namespace", "--service-account"), names):
+        try:
+            parse_kube_name(name)
+        except ValueError as error:
+            raise UsageError(f"{flag}: `{printable(name[:60])}` cannot be used, expected "
+                             f"{error}") from error
+    if names[1] == AGENT_ACCOUNT:
+        raise UsageError(f"{AGENT_ACCOUNT} is the agent's own account", "The gateway's must be "
+                         "another: what it may do is another thing")
+    return names
+
+
+def kube_answer(kube: KubeClient, method: str, path: str,
+                body: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """{} for what is not there.  Raises: KubeError; KubeRefused for other 4xx."""
+    status, answer = kube.request(method, path, body)
+    if status >= 300 and status != 404:
+        raise KubeRefused(f"k3s refused {method} {path}: {status} "
+                          f"{printable(str(answer.get('message')))[:300]}", "b9agent.py k3s check")
+    return {} if status == 404 else answer
+
+
+def _holds(live: Dict[str, Any], item: Dict[str, Any]) -> bool:
+    """Whether an object of the server's says what ours does; it may say more of itself."""
+    return all(live.get(name) == value for name, value in item.items()
+               if name not in ("apiVersion", "kind", "metadata"))
+
+
+def apply_object(kube: KubeClient, item: Dict[str, Any]) -> str:
+    """Make it so, see that it is, and say what was done.  Raises: KubeError."""
+    group, plural = _KUBE_KINDS[item["kind"]]
+    folder = f"{group}/namespaces/{item['metadata']['namespace']}/{plural}"
+    path = f"{folder}/{item['metadata']['name']}"
+    live = kube_answer(kube, "GET", path)
+    if live and _holds(live, item):
+        return "unchanged"
+    replaced = live and live.get("roleRef") != item.get("roleRef")
+    if replaced:  # what role a binding is of, it keeps for ever
+        kube_answer(kube, "DELETE", path)
+    if live and not replaced:
+        kube_answer(kube, "PUT", path, {**live, **item, "metadata": live["metadata"]})
+    elif not kube_answer(kube, "POST", folder, item):
+        raise KubeRefused(f"there is no namespace {item['metadata']['namespace']}",
+                          f"kubectl create namespace {item['metadata']['namespace']}")
+    live_now = kube_answer(kube, "GET", path)
+    if not live_now or not _holds(live_now, item):
+        raise KubeRefused(f"{item['kind']} {item['metadata']['name']} is not what was written",
+                          "Does something else on this cluster manage it?")
+    return "replaced" if replaced else "changed" if live else "created"
+
+
+def may(kube: KubeClient, namespace: str, right: Right) -> bool:
+    """Whether the client has a right; of several names, on each.  Raises: KubeError."""
+    resource, _, below = right.resource.partition("/")
+    asked = {"namespace": namespace, "group": right.group, "resource": resource,
+             "subresource": below, "verb": right.verb}
+    answers = [kube_answer(kube, "POST", f"{_REVIEWS}/selfsubjectaccessreviews", {
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": {**asked, "name": name}}}) for name in right.names or ("",)]
+    return all(_object(answer, "status").get("allowed") is True for answer in answers)
+
+
+def _texts(value: Any) -> List[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def excess_rights(answer: Dict[str, Any], rights: Sequence[Right]) -> List[str]:
+    """What a SelfSubjectRulesReview tells beyond the table and beyond what everybody may ask about
+    himself, such as `get secrets`."""
+    known = {(right.group, right.resource, right.verb, name) for right in rights
+             for name in right.names or ("",)}
+    found = []
+    for rule in objects_in(_object(answer, "status").get("resourceRules")):
+        for group in _texts(rule.get("apiGroups")):
+            for resource in _texts(rule.get("resources")):
+                if group.endswith(".k8s.io") and resource.startswith("selfsubject"):
+                    continue
+                found += [f"{verb} {resource}{' of ' + group if group else ''}".replace(
+                              "* * of *", "everything (cluster-admin)")
+                          for verb in _texts(rule.get("verbs"))
+                          for name in _texts(rule.get("resourceNames")) or ("",)
+                          if (group, resource, verb, name) not in known]
+    return sorted(set(found))
+
+
+def read_rights(kube: KubeClient, namespace: str) -> Dict[str, Any]:
+    """All that the client may do there.  Raises: KubeError."""
+    return kube_answer(kube, "POST", f"{_REVIEWS}/selfsubjectrulesreviews", {
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": namespace}})
+
+
+def mint_token(kube: KubeClient, namespace: str, account: str,
+               life_s: int) -> Tuple[str, float]:
+    """(token, when it ends, in seconds since 1970), which may be sooner than was asked for.
+
+    Raises: KubeError.
+    """
+    answer = kube_answer(
+        kube, "POST", f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token",
+        {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+         "spec": {"expirationSeconds": life_s}})
+    if not answer:
+        raise KubeRefused(f"there is no service account {account} in {namespace}",
+                          "sudo b9agent.py k3s rbac --apply")
+    status = _object(answer, "status")
+    token, ends_s = str(status.get("token")), parse_kube_time(status.get("expirationTimestamp"))
+    if not re.fullmatch("[!-~]{16,16384}", token) or ends_s is None:
+        raise KubeError("k3s answered without a token, or without its end", "b9agent.py k3s check")
+    REDACTOR.add(token)
+    return token, ends_s
+
+
+def token_claims(token: str) -> Dict[str, Any]:
+    """What a service account's token says of itself: `sub`, `iat`, `exp`; {} for any other."""
+    import base64
+    body = (token.split(".") + [""])[1]
+    try:
+        return _json_object(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+    except ValueError:
+        return {}
+
+
+def with_token(config: KubeConfig, token: str) -> KubeConfig:
+    """The same server, as whom the token is; without a certificate of ours."""
+    tls = TlsIdentity(config.endpoint.tls.ca_pem)
+    return KubeConfig(config.endpoint._replace(tls=tls), token, "the gateway's token")
+
+
+def render_kubeconfig(config: KubeConfig, token: str) -> str:
+    """For the agent: the same server, another user.  JSON, which every reader of YAML reads."""
+    import base64
+    endpoint = config.endpoint
+    host, port = endpoint.dial or (endpoint.host, endpoint.port)
+    ca_data = base64.b64encode(endpoint.tls.ca_pem.encode()).decode()
+    cluster = {"server": f"https://{host_port(host, port)}", "certificate-authority-data": ca_data}
+    if endpoint.dial:
+        cluster["tls-server-name"] = endpoint.host
+    return json.dumps({
+        "apiVersion": "v1", "kind": "Config", "current-context": AGENT_ACCOUNT,
+        "clusters": [{"name": "k3s", "cluster": cluster}],
+        "users": [{"name": AGENT_ACCOUNT, "user": {"token": token}}],
+        "contexts": [{"name": AGENT_ACCOUNT,
+                      "context": {"cluster": "k3s", "user": AGENT_ACCOUNT}}]}) + "\n"
+
+
+def renew_own_token(config: KubeConfig, path: str) -> None:
+    """In the agent's kubeconfig, where two thirds of its life are over.  Raises: KubeError."""
+    claims = token_claims(config.token)
+    begun_s, ends_s = claims.get("iat"), claims.get("exp")
+    if (config.source != path or not isinstance(begun_s, int) or not isinstance(ends_s, int)
+            or time.time() < begun_s + (ends_s - begun_s) * 2 / 3):
+        return
+    token, _ = mint_token(KubeClient(config), K3S_NAMESPACE, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
+    try:
+        write_atomic(path, render_kubeconfig(config, token))
+    except OSError as error:
+        raise KubeError(f"cannot write {path}: {error.strerror}", "Is the disk full?") from error
+
+
+class TokenKeeper:
+    """Keeps the gateway's token alive.  mint() makes one, as mint_token(); take(token) hands it on.
+    step() does what is due and says how long to wait; its thread calls it until stop().
+
+    Renewed at two thirds of its life, which leaves a third for an API that is away.
+    """
+
+    def __init__(self, mint: Callable[[], Tuple[str, float]], take: Callable[[str], None],
+                 log: Log, clock: Callable[[], float] = now_s,
+                 uniform: Callable[[float, float], float] = random_between) -> None:
+        self._mint, self._take, self._log = mint, take, log
+        self._clock, self._uniform = clock, uniform
+        self._failures, self._worst = 0, 0
+        self._ends_s: Optional[float] = None  # on the steady clock
+        self.told: Tuple[Optional[float], str] = (None, "")  # its end since 1970, message; at once
+        self._stopping, self._wake, self._due_s = False, Wake(), 0.0
+        self._thread = threading.Thread(target=self._run, name="k3s-token", daemon=True)
+
+    def renew(self) -> float:
+        """How long it lasts, in seconds.  Raises: AgentError."""
+        token, ends_wall_s = self._mint()
+        begun_s = token_claims(token).get("iat")  # by the server's clock, as its end is
+        life_s = ends_wall_s - (begun_s if isinstance(begun_s, int) else time.time())
+        if life_s <= 0:
+            raise KubeError("k3s made a token that has ended", "Are its clock and ours right?")
+        self._failures, self._worst, self._ends_s = 0, 0, self._clock() + life_s
+        self.told = ends_wall_s, ""
+        self._take(token)
+        self._log("info", "k3s_token", ends=utc_stamp(ends_wall_s))
+        return life_s
+
+    def step(self) -> float:
+        try:
+            return max(1.0, self.renew() * self._uniform(0.62, 0.7))
+        except AgentError as error:
+            return self._failed(error)
+
+    def _failed(self, error: AgentError) -> float:
+        self._failures += 1
+        left_s = None if self._ends_s is None else self._ends_s - self._clock()
+        end = ("and the gateway has none" if left_s is None else
+               "and it has ended: the gateway starts no workers here" if left_s <= 0 else
+               f"it ends in {left_s:.0f} s")
+        self.told = self.told[0], f"the k3s token is not renewed: {error.what}; {end}"
+        wait_s = max(1.0, self._uniform(0.5, 1.0) * min(60.0, 2.0 ** min(self._failures, 10)))
+        # Loud when it begins, from time to time, and when it grows worse: minutes left, none left.
+        was, self._worst = self._worst, sum((left_s or 0.0) <= bound for bound in (600.0, 0.0))
+        loud = self._worst > was or self._failures & (self._failures - 1) == 0
+        self._log("debug" if not loud else "error" if self._worst else "warning", "k3s_token",
+                  what=self.told[1], do=error.hint or None, retry_s=round(wait_s, 1))
+        return wait_s
+
+    def start(self) -> None:
+        """One step here and now, so that the first registration has a token."""
+        self._due_s = self._clock() + self.step()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)  # it may sit in a request: it is a daemon
+
+    def _run(self) -> None:
+        while not self._stopping:
+            left_s = self._due_s - self._clock()
+            if left_s > 0:
+                self._wake.wait(min(left_s, 30.0))  # a machine that slept finds it overdue
+                continue
+            try:
+                self._due_s = self._clock() + self.step()
+            except Exception as error:  # a defect costs a minute, not the token
+                self._log.defect(error)
+                self._due_s = self._clock() + 60.0
 
 
 # ----------------------------------------------------------------------
@@ -9702,7 +11123,7 @@ def clean(text: str) -> str:
                    or any(map(_cells, cleaned[max(0, at - 2):at])))
 
 
-def _number(value: Any) -> Optional[float]:
+def _amount(value: Any) -> Optional[float]:
     """None for what is no number, or none that a figure of a machine can be."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if number and -1e15 < value < 1e15 else None
@@ -9711,20 +11132,16 @@ def _number(value: Any) -> Optional[float]:
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return clean(value[:1000])
-    number = _number(value)
+    number = _amount(value)
     return "" if number is None else f"{number:.15g}"
 
 
-def _object(value: Any) -> Dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _figure(value: Any, unit: str = "", form: str = ".0f") -> str:
+def _shown(value: Any, unit: str = "", form: str = ".0f") -> str:
     """
-    >>> _figure(28.13, "%"), _figure(None, " W"), _figure(0.5, " Wh", ".1f")
+    >>> _shown(28.13, "%"), _shown(None, " W"), _shown(0.5, " Wh", ".1f")
     ('28%', '–', '0.5 Wh')
     """
-    number = _number(value)
+    number = _amount(value)
     return "–" if number is None else f"{number:{form}}{unit}"
 
 
@@ -9734,9 +11151,9 @@ def show_duration(seconds: Any) -> str:
     ['25s', '3m12s', '2h03m', '5d05h', '–']
     """
     for size, part, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-        if (_number(seconds) or 0) >= size:
+        if (_amount(seconds) or 0) >= size:
             return f"{seconds // size:.0f}{names[0]}{seconds % size // part:02.0f}{names[1]}"
-    return _figure(seconds, "s")
+    return _shown(seconds, "s")
 
 
 def _used(record: Dict[str, Any]) -> str:
@@ -9744,8 +11161,8 @@ def _used(record: Dict[str, Any]) -> str:
     >>> _used({"memory_used_bytes": 3 << 29, "memory_total_bytes": 24 << 30}), _used({})
     ('1.5/24.0 GiB', '–')
     """
-    used, total = (_number(record.get(f"memory_{name}_bytes")) for name in ("used", "total"))
-    shown = "/".join(_figure(value and value / 2**30, "", ".1f") for value in (used, total))
+    used, total = (_amount(record.get(f"memory_{name}_bytes")) for name in ("used", "total"))
+    shown = "/".join(_shown(value and value / 2**30, "", ".1f") for value in (used, total))
     return "–" if used is None and total is None else shown + " GiB"
 
 
@@ -9846,14 +11263,14 @@ def _bar(pct: Optional[float], cells: int) -> str:
 def _spark(view: View, name: str, cells: int, most: float = 0.0) -> str:
     """A space and the newest values of a history, as high as they are of `most`, or of their
     greatest; "" without any."""
-    values = [_number(value) or 0.0 for value in view.history.get(name, ())[-cells:]]
+    values = [_amount(value) or 0.0 for value in view.history.get(name, ())[-cells:]]
     most = most or max(values, default=0.0) or 1.0
     drawn = ["▁▂▃▄▅▆▇█"[int(min(7.0, max(0.0, value / most * 8)))] for value in values]
     return "".join([" "] * bool(drawn) + drawn)
 
 
 def _level(value: Any, warn_at: float, bad_at: float) -> str:
-    number = _number(value) or 0.0
+    number = _amount(value) or 0.0
     return "bad" if number >= bad_at else "warn" if number >= warn_at else ""
 
 
@@ -9894,13 +11311,13 @@ def _status_part(view: View, columns: int, rows: int) -> List[Line]:
         return [[("Status: ", ""), ("waiting for the agent", "warn")]]
     word, style = _state(status.get("status"))
     aged = "" if view.age_s is None else f", as of {show_duration(view.age_s)} ago"
-    ago = _number(status.get("last_keepalive_seconds_ago"))
+    ago = _amount(status.get("last_keepalive_seconds_ago"))
     beat = "never" if ago is None else f"{show_duration(ago)} ago"
     return _flow((
         [("Status: ", ""), (word.upper(), style), (aged, "warn")],
         [(f"Heartbeat {beat}", _level(ago, 120.0, 300.0))],
         _named("Gateway", status.get("gateway")), _named("Pool", status.get("pool")),
-        [] if status.get("gpus") else [(f"GPUs: {_figure(status.get('gpu_count'))}", "")],
+        [] if status.get("gpus") else [(f"GPUs: {_shown(status.get('gpu_count'))}", "")],
         [(f"Up {show_duration(status.get('uptime_seconds'))}", "")]), columns, rows)
 
 
@@ -9916,20 +11333,20 @@ def _message_part(view: View, columns: int, rows: int) -> List[Line]:
 def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
     """Percent, with a bar, a history and more as far as there is room."""
     name = label.lower()
-    pct = _number(view.status.get(f"{name}_percent"))
+    pct = _amount(view.status.get(f"{name}_percent"))
     style = _level(pct, 85.0, 95.0) if name == "memory" else ""
     room = columns - len(label) - 6
     tail = f" {tail}" if tail and room - len(tail) > 6 else ""
     spark = _spark(view, name, (room - len(tail)) // 2, 100.0) if columns > 45 else ""
     cells = min(30, room - len(tail) - len(spark))
-    drawn = [(f" {_bar(pct, cells)} {_figure(pct, '%'):>4}", style or "ok")] if cells > 2 else [
-        (" " + _figure(pct, "%"), style)]
+    drawn = [(f" {_bar(pct, cells)} {_shown(pct, '%'):>4}", style or "ok")] if cells > 2 else [
+        (" " + _shown(pct, "%"), style)]
     return [(label if columns > 12 else label[:3], ""), *drawn, (spark, "dim"), (tail, "")]
 
 
 def _host_part(view: View, columns: int, rows: int) -> List[Line]:
     host = _object(view.status.get("host"))
-    threads = _figure(host.get("cpu_threads"))
+    threads = _shown(host.get("cpu_threads"))
     tails = {"CPU": "" if threads == "–" else f"of {threads} threads", "Memory": _used(host)}
     both = columns >= 60 or rows < 2
     width = (columns - 3) // 2 if both else columns
@@ -9951,7 +11368,7 @@ def _links_part(view: View, columns: int, rows: int) -> List[Line]:
 
 
 def _gpu_cells(view: View, number: int, gpu: Dict[str, Any], wide: bool) -> Line:
-    pct, degrees = _number(gpu.get("utilization_pct")), gpu.get("temperature_c")
+    pct, degrees = _amount(gpu.get("utilization_pct")), gpu.get("temperature_c")
     vendor, name = _text(gpu.get("vendor")), _text(gpu.get("name")) or "unknown model"
     if name.lower().startswith(vendor.lower() + " "):
         name = name[len(vendor) + 1:]
@@ -9959,19 +11376,19 @@ def _gpu_cells(view: View, number: int, gpu: Dict[str, Any], wide: bool) -> Line
         ("problem", "unwell", "bad"), ("stale", "stale", "warn"), ("asleep", "asleep", "dim"),
         ("free", "free", "ok"), ("offered", "in use", "")) if gpu.get(row[0])),
         ("not offered", "dim"))
-    return [(_figure(gpu.get("index")), ""), (name, ""), (_bar(pct, 10), ""),
-            (_figure(pct, "%"), ""),
+    return [(_shown(gpu.get("index")), ""), (name, ""), (_bar(pct, 10), ""),
+            (_shown(pct, "%"), ""),
             (_spark(view, f"gpu{number}", 16, 100.0)[1:] if wide else "", "dim"),
             (_used(gpu), ""),
             ("shared" if gpu.get("integrated") or vendor == "apple" else "", ""),
-            (_figure(degrees, "°C"), _level(degrees, 85.0, 95.0)),
-            (_figure(gpu.get("power_w"), " W"), ""), state]
+            (_shown(degrees, "°C"), _level(degrees, 85.0, 95.0)),
+            (_shown(gpu.get("power_w"), " W"), ""), state]
 
 
 def _gpus_part(view: View, columns: int, rows: int) -> List[Line]:
     """A row each, then what is wrong with them."""
     gpus, listed = objects_in(view.status.get("gpus")), view.status.get("gpu_problems")
-    problems = [f"{_text(gpu.get('vendor'))} {_figure(gpu.get('index'))}: {text}"
+    problems = [f"{_text(gpu.get('vendor'))} {_shown(gpu.get('index'))}: {text}"
                 for gpu in gpus for text in [_text(gpu.get("problem"))] if text]
     problems += filter(None, map(_text, listed)) if isinstance(listed, list) else []
     if not gpus and not problems:
@@ -9988,7 +11405,7 @@ def _gpus_part(view: View, columns: int, rows: int) -> List[Line]:
 
 
 def _pod_cells(pod: Dict[str, Any]) -> Line:
-    code, restarts = _number(pod.get("exit_code")), _number(pod.get("restarts"))
+    code, restarts = _amount(pod.get("exit_code")), _amount(pod.get("restarts"))
     ending = ("" if code is None else f"exit {code:.0f}", clip(_text(pod.get("reason")), 24),
               f"{restarts:.0f} restarts" if restarts else "")
     return [(_text(pod.get("name")) or "–", ""), _state(pod.get("status")),
@@ -10014,6 +11431,19 @@ def _pods_part(view: View, columns: int, rows: int) -> List[Line]:
     return (lines + (_table(cells, (0, 1, 4, 3, 2), (3,), columns) if cells else []) + rest)[:rows]
 
 
+def _transfer_line(transfer: Dict[str, Any]) -> Line:
+    """A pull or an import, as far as its engine tells how far it is."""
+    done, whole = _amount(transfer.get("completed")), _amount(transfer.get("total"))
+    line: Line = [(f"{_text(transfer.get('kind'))} {_text(transfer.get('model'))} ", "")]
+    if not (done is not None and whole):
+        return line + [(_text(transfer.get("step")), "dim")]
+    rate, left = _amount(transfer.get("rate_bytes_s")), transfer.get("remaining_s")
+    return line + [(f"{_bar(100 * done / whole, 10)} {_shown(100 * done / whole, '%')}", "ok"),
+                   (f" of {show_bytes(whole)}", ""),
+                   (f", {show_bytes(rate)}/s" if rate else "", ""),
+                   (f", {show_duration(left)} left" if _amount(left) else "", "")]
+
+
 def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
     engine = _object(view.status.get("inference"))
     listed, state = engine.get("models"), _state(engine.get("status"))
@@ -10027,25 +11457,27 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
              _named("Endpoint", engine.get("endpoint")), _named("Engine", " ".join(named))]
     for name, unit, form in (("requests_per_second", "requests/s", ".1f"),
                              ("tokens_per_second", "tokens/s", ".1f"), ("queue", "waiting", ".0f")):
-        if _number(engine.get(name)) is not None:
-            items.append([(_figure(engine[name], f" {unit}", form), "")])
+        if _amount(engine.get(name)) is not None:
+            items.append([(_shown(engine[name], f" {unit}", form), "")])
             if unit == "tokens/s" and columns > 95:
                 items[-1].append((_spark(view, "tokens", 24), "dim"))
     items.append(said if said[0][1] == "dim" else [])
-    return [_heading("INFERENCE"), *_flow(items, columns, rows - 1)] if engine else []
+    moving = [_transfer_line(each) for each in objects_in(engine.get("transfers"))]
+    lines = _flow(items, columns, max(1, rows - 1 - len(moving)))
+    return [_heading("INFERENCE"), *lines, *moving][:rows] if engine else []
 
 
 def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
     """Each figure with its basis: what was measured is never added to what was estimated."""
     energy = _object(view.status.get("energy"))
     total, kinds = _object(energy.get("total")), (("gpu", "GPUs"), ("cpu", "CPUs"))
-    now = [f"{label} {_figure(energy[part + '_w'], ' W')} {_text(energy.get(part + '_basis'))}"
-           for part, label in kinds if _number(energy.get(part + "_w")) is not None]
-    used = [f"{label} {_figure(total[f'{part}_{basis}_wh'], ' Wh', '.1f')} {basis}"
+    now = [f"{label} {_shown(energy[part + '_w'], ' W')} {_text(energy.get(part + '_basis'))}"
+           for part, label in kinds if _amount(energy.get(part + "_w")) is not None]
+    used = [f"{label} {_shown(total[f'{part}_{basis}_wh'], ' Wh', '.1f')} {basis}"
             for part, label in kinds for basis in ("measured", "estimated")
-            if _number(total.get(f"{part}_{basis}_wh"))]
-    carbon = [] if _number(total.get("co2e_g")) is None else [
-        f"{_figure(total['co2e_g'], ' gCO2e', '.1f')} {_text(total.get('co2e_basis'))}"]
+            if _amount(total.get(f"{part}_{basis}_wh"))]
+    carbon = [] if _amount(total.get("co2e_g")) is None else [
+        f"{_shown(total['co2e_g'], ' gCO2e', '.1f')} {_text(total.get('co2e_basis'))}"]
     if not now + used + carbon:
         return []
     items = [_named("Now", ", ".join(now)), [(", ".join(used), "")],
@@ -10206,7 +11638,7 @@ def _only_line(view: View, columns: int) -> Line:
     """All that a terminal without room for a frame shows."""
     if view.prompt is not None or view.note:
         return _last_line(view, columns)
-    cpu, memory, gpus = (_figure(view.status.get(name)) for name in (
+    cpu, memory, gpus = (_shown(view.status.get(name)) for name in (
         "cpu_percent", "memory_percent", "gpu_count"))
     return [("no answer, was " if view.problem else "", "bad"), _state(view.status.get("status")),
             (f" CPU {cpu}% Mem {memory}% GPUs {gpus}", "")]
@@ -11604,9 +13036,20 @@ class Agent:
         self.identity = Identity(machine_id, settings.pool_name, settings.provider_name,
                                  settings.hostname or f"machine-{machine_id}",
                                  settings.k3s_token or "")
+        self._identifying = threading.Lock()  # who replaces identity; it is read without
         self.tunnel = Tunnel(settings, log, self._is_ready, self._tell_tunnel
                              ) if settings.tunnel else None
         self.endpoint = self.tunnel.endpoint if self.tunnel else gateway_endpoint(settings)
+        if settings.k3s_service_account and settings.k3s_token:
+            raise UsageError("k3s.token and k3s.service_account are both set",
+                             "Keep one: tokens of the account are made and renewed by the agent")
+        self.k3s = TokenKeeper(self._mint_k3s_token, lambda token: self.change_identity(
+            k3s_token=token), log) if settings.k3s_service_account else None
+        self.tailnet = Tailnet(settings.tailnet_socket, log, self._tell_tailnet)
+        # Behind a tunnel the gateway is on no tailnet of ours: it could not dial that address.
+        self._offers_tailnet = not settings.hostname and self.tunnel is None
+        self._tailnet_control = (settings.tailnet_control
+                                 and loaded.origins.get("control_host") == "default")
         self._host = make_host()
         self._facts: Optional[HostFacts] = None
         self._gpus = GpuSampler(make_gpu_sources())
@@ -11645,6 +13088,7 @@ class Agent:
         self._private_ip, self._beat_after_s = "", 0.0
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
+        self.pods = PodWatch(settings, machine_id, log)
 
     # -- what is said of this machine ----------------------------------
 
@@ -11726,6 +13170,36 @@ class Agent:
         return register_payload(self.identity, cpu_millicores, memory_bytes, len(offered or ()),
                                 self._private_ip)
 
+    def change_identity(self, **facts: str) -> None:
+        """From any thread: the gateway is to know what is another now, such as hostname=NAME."""
+        with self._identifying:
+            changed = self.identity._replace(**facts)
+            if changed == self.identity:
+                return
+            self.identity = changed
+        self.membership.register_again()
+        self._wake_membership.set()
+
+    def _mint_k3s_token(self) -> Tuple[str, float]:
+        """For the gateway.  Raises: AgentError."""
+        settings, config = self.settings, read_kubeconfig(self.settings)
+        if config is None:
+            raise UsageError("there is no k3s here", "sudo b9agent.py k3s install")
+        try:
+            renew_own_token(config, os.path.join(settings.state_dir, "k3s.kubeconfig"))
+        except KubeError as error:
+            self._log.error("k3s_kubeconfig", error, "warning")
+        return mint_token(KubeClient(config), K3S_NAMESPACE, settings.k3s_service_account,
+                          settings.k3s_token_hours * 3600)
+
+    def _k3s_status(self) -> Optional[Dict[str, Any]]:
+        if self.k3s is None:
+            return None
+        ends_s, message = self.k3s.told
+        return {"service_account": self.settings.k3s_service_account,
+                "token_expires": None if ends_s is None else utc_stamp(ends_s),
+                "message": message}
+
     def _is_ready(self) -> bool:
         return self.membership.snapshot.state is State.READY
 
@@ -11735,6 +13209,16 @@ class Agent:
         if status["state"] == "running":
             self.membership.hurry((State.READY, State.UNREACHABLE))
             self._wake_membership.set()
+
+    def _tell_tailnet(self, status: Dict[str, Any]) -> None:
+        """What has no address now keeps its name: to register again would only set it back."""
+        self._log.events.tell("tailnet", **status)
+        address = status["address"]
+        if address:  # the way to the gateway may be there again
+            self.membership.hurry((State.READY, State.UNREACHABLE))
+        self._wake_membership.set()
+        if address and self._offers_tailnet:
+            self.change_identity(hostname=address)
 
     def _hardware(self) -> Hardware:
         """What an engine may use now."""
@@ -11770,6 +13254,8 @@ class Agent:
         look = self.look()
         sample, offered = look.host, look.offered
         cpu_millicores, memory_bytes = self._capacity
+        pods = self.pods.pods()
+        running = None if pods is None else [pod for pod in pods if pod.status == "RUNNING"]
         self._metrics = {
             "total_cpu_available": cpu_millicores,
             "total_memory_available": None if memory_bytes is None else memory_bytes >> 20,
@@ -11777,9 +13263,11 @@ class Agent:
             "total_disk_free_bytes": sample.disk_free_bytes,
             "cpu_utilization_pct": sample.cpu_pct, "memory_utilization_pct": sample.memory_pct,
             "free_gpu_count": None if offered is None else sum(map(is_free, offered)),
-            # This agent starts no workers and has no cache of its own: true zeros.
-            "worker_count": 0, "container_count": 0, "cache_usage_pct": 0.0, "cache_capacity": 0,
-            "cache_memory_usage": 0, "cache_cpu_usage": 0.0}
+            "worker_count": None if running is None else len(running),
+            "container_count": None if running is None else sum(pod.containers for pod in running),
+            # This agent has no cache of its own: true zeros.
+            "cache_usage_pct": 0.0, "cache_capacity": 0, "cache_memory_usage": 0,
+            "cache_cpu_usage": 0.0}
         return keepalive_payload(self.identity, self._metrics,
                                  self.inference.wire(self._private_ip))
 
@@ -11797,7 +13285,9 @@ class Agent:
             self.identity, read_process(self._started_wall_s), now_s(), self._keepalive_took_s,
             self.client.clock_offset_s, self.settings.grid_intensity, self.settings.pue,
             engine=self.inference.figures(),
-            tunnel_state=self.tunnel.status()["state"] if self.tunnel else "")
+            tunnel_state=self.tunnel.status()["state"] if self.tunnel else "",
+            tailnet_state=self.tailnet.reading.state.replace("none", ""),
+            pods_state=self.pods.state, pods=self.pods.counts())
 
     def metrics_text(self) -> str:
         return render_metrics(self.metrics_view())
@@ -11810,7 +13300,7 @@ class Agent:
         sample = self._look_live() if fresh else self._sample
         host, offered = (sample.host, sample.offered) if sample else (None, None)
         machine, offset_s = host_record(self.facts(), host), self.client.clock_offset_s
-        inference = self.inference.status()
+        inference, jobs = self.inference.status(), self.pods.counts() or {}
         ago_s = None if snapshot.last_ready_s is None else round(now_s() - snapshot.last_ready_s, 1)
         return {
             "status": snapshot.state.value, "machine_id": self.identity.machine_id,
@@ -11833,8 +13323,10 @@ class Agent:
             "gpu_problems": sample.gpus.problems if sample else [],
             "energy": energy_payload(sample and sample.energy, self.settings),
             "inference_status": inference["status"],
-            "inference_port": self.inference.port(), "running_jobs": 0, "total_jobs": 0,
+            "inference_port": self.inference.port(), "pods": self.pods.status(),
+            "running_jobs": jobs.get("RUNNING", 0), "total_jobs": sum(jobs.values()),
             "inference": inference, "metrics": metrics,
+            "k3s": self._k3s_status(), "tailnet": self.tailnet.status(),
             "tunnel": self.tunnel.status() if self.tunnel else None}
 
     # -- its life -------------------------------------------------------
@@ -11845,12 +13337,17 @@ class Agent:
             if self.tunnel:
                 end_leftovers(self.settings.state_dir, self._log)
                 self.tunnel.start()
+            self.tailnet.start()
+            self._await_tailnet()
+            if self.k3s:
+                self.k3s.renew()
             self.send_register()
             self._log("info", "registered", machine=self.identity.machine_id,
                       pool=self.identity.pool_name, gateway=self.endpoint.url)
             self.send_keepalive()
             self._log("info", "ready", machine=self.identity.machine_id)
         finally:
+            self.tailnet.stop()
             if self.tunnel:
                 self.tunnel.stop()
 
@@ -11868,6 +13365,9 @@ class Agent:
             self._start_control()
             if self.tunnel:
                 self.tunnel.start()
+            self.tailnet.start()
+            if self.k3s:
+                self.k3s.start()
             self._autostart()
             thread = threading.Thread(target=self._run_membership, name="membership", daemon=True)
             sd_notify("READY=1\nSTATUS=starting")
@@ -11879,7 +13379,11 @@ class Agent:
             sd_notify("STOPPING=1")
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
         finally:
+            self.pods.stop()
+            self.tailnet.stop()
             self._stop_inference()
+            if self.k3s:
+                self.k3s.stop()
             if self.tunnel:
                 self.tunnel.stop()
             self._stop_control()
@@ -11905,8 +13409,20 @@ class Agent:
         except AgentError as error:
             self._log.error("inference_left", error)
 
+    def _await_tailnet(self) -> None:
+        """At boot its address may be on its way, and who registers before registers twice."""
+        told = False
+        while self._offers_tailnet and not self.tailnet.settled and not self._stopping:
+            self._tick(KEEPALIVE_LIMIT_S)
+            if not told and self.tailnet.reading.state == "waiting":
+                told = True
+                self._log("info", "tailnet", what="registration waits for the tailnet address, "
+                          f"{TAILNET_BOOT_S:g} s at most")
+            self._wake_membership.wait(0.1)
+
     def _run_membership(self) -> None:
         try:
+            self._await_tailnet()
             self.membership.run(self._wake_membership, lambda: self._stopping, self._tick)
         except AgentError as error:
             self._failure = error
@@ -11915,8 +13431,11 @@ class Agent:
 
     def _tick(self, within_s: float) -> None:
         self._alive_until_s = now_s() + within_s
+        self.tailnet.start()
         if self._sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
+        if self.membership.snapshot.state is not State.STARTING:
+            self.pods.start()  # after the first keepalive, which is not to wait for it
         if self.membership.snapshot.state is not self._told:
             self.wake_main.set()
 
@@ -11941,13 +13460,14 @@ class Agent:
         remove_file(address_file)
         try:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
-            server = ApiServer(ControlApi(
-                self._log, token, agent_routes(self.status, self.metrics_text)
-                + inference_routes(self.inference)),
-                               settings.control_host, settings.control_port)
+            api = ControlApi(self._log, token, agent_routes(self.status, self.metrics_text)
+                             + inference_routes(self.inference))
+            server = ApiServer(api, settings.control_host, settings.control_port)
             server.start()
             self._control = server
             write_atomic(address_file, host_port(server.host, server.port) + "\n")
+            if self._tailnet_control:
+                self.tailnet.serve("control", lambda host: ApiServer(api, host, server.port))
         except (AgentError, OSError) as error:
             self._stop_control()
             self._log("error", "no_control_api", where=host_port(settings.control_host,
@@ -12155,7 +13675,7 @@ _UNIT = """\
 [Unit]
 Description=b9agent compute worker
 !Wants=network-online.target
-!After=network-online.target nvidia-persistenced.service
+!After=network-online.target nvidia-persistenced.service tailscaled.service
 StartLimitIntervalSec=0
 
 [Service]
@@ -12993,7 +14513,8 @@ _CLOCK_EARLIEST_S = 1704067200.0  # 2024: a machine that lost its clock's batter
 _STATE_LOW_BYTES, _STATE_LEAST_BYTES = 1 << 30, 16 << 20
 _MODELS_LOW_BYTES = 20 << 30      # one model of 30 billion parameters, quantised
 _PRIVATE_FILES = ("config.yaml", "config.yaml.old", "control.token", "agent.log", "agent.log.1",
-                  "agent.lock", "gateway.db", "models.json", "energy.json", "logs")
+                  "agent.lock", "k3s.kubeconfig", "gateway.db", "models.json", "energy.json",
+                  "logs")
 _K3S = Endpoint("https", "127.0.0.1", 6443)
 
 
@@ -13385,40 +14906,43 @@ def judge_k3s(installed: bool, answers: bool, token: bool) -> Finding:
     where = host_port(_K3S.host, _K3S.port)
     if answers and not token:
         return warn(f"answers on {where}; without k3s.token the gateway starts no workers on it",
-                    "Set k3s.token (BETA9_K3S_TOKEN) to one that may make jobs in `default`")
+                    "sudo b9agent.py k3s rbac --apply   # then set k3s.service_account")
     if not answers and (installed or token):
-        why = "installed" if installed else "k3s.token is set"
+        why = "installed" if installed else "a k3s token is set"
         return warn(f"{why}, but nothing answers on {where}", "sudo systemctl start k3s"
-                    if installed else "Install k3s (https://docs.k3s.io), or unset k3s.token")
+                    if installed else "sudo b9agent.py k3s install   # or unset the token")
     return ok(f"answers on {where}; its token is set" if answers else
               "none: this machine runs models, not the gateway's workers")
 
 
+def check_pods(settings: Any) -> Iterator[Finding]:
+    """Whether worker pods can be watched, where there is a configuration for it."""
+    try:
+        config = read_kubeconfig(settings)
+        if config is not None:
+            KubeClient(config).request("GET", PODS_PATH + "?limit=1")
+            yield ok(f"worker pods can be watched, with {config.source}")
+    except (KubeError, UsageError) as error:
+        yield warn(f"worker pods cannot be watched: {error.what}", error.hint)
+
+
 def check_k3s(loaded: Loaded) -> Iterator[Finding]:
+    yield from check_pods(loaded.settings)
     yield judge_k3s(os.path.exists("/etc/rancher/k3s/k3s.yaml"),
-                    k3s_answers(_K3S, _REQUEST_LIMIT_S), bool(loaded.settings.k3s_token))
-
-
-def read_tailnet_address() -> str:
-    """This machine's tailnet IPv4 address as the tailscale program says it, or ""."""
-    for program in ("tailscale", "/Applications/Tailscale.app/Contents/MacOS/Tailscale"):
-        result = run_command([program, "ip", "-4"], 3.0)
-        match = re.match(r"100\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$", result.output.strip())
-        if result.exit_code == 0 and match:
-            return match.group()
-    return ""
+                    k3s_answers(_K3S, _REQUEST_LIMIT_S),
+                    bool(loaded.settings.k3s_token or loaded.settings.k3s_service_account))
 
 
 def check_tailnet(loaded: Loaded) -> Iterator[Finding]:
-    import shutil
-    address, hostname = read_tailnet_address(), loaded.settings.hostname or ""
-    if not address and shutil.which("tailscale"):
-        yield warn("tailscale is installed, but this machine has no address", "sudo tailscale up")
-    elif address and hostname.startswith("100.") and hostname != address:
-        yield warn(f"{address}, but machine.hostname is {hostname}, which the gateway dials",
-                   f"b9agent.py init --hostname {address} -y")
+    found, hostname = read_tailnet(loaded.settings.tailnet_socket), loaded.settings.hostname or ""
+    if found.state in ("waiting", "down"):
+        yield warn(f"no address: {found.message}", "tailscale status   # then: sudo tailscale up")
+    elif found.address and hostname.startswith("100.") and hostname != found.address:
+        yield warn(f"{found.address}, but machine.hostname is {hostname}, which the gateway dials",
+                   "Take machine.hostname out of the config file: the agent offers the address")
     else:
-        yield ok(address or "none: no tailscale here")
+        yield ok(" ".join(filter(None, (found.address, found.name)))
+                 or "none: no tailscale here")
 
 
 # -- our files, the agent, the service -------------------------------------
@@ -13553,17 +15077,470 @@ def doctor_exit(findings: Sequence[Finding]) -> Exit:
     return Exit.OK if not codes else Exit.USAGE if Exit.USAGE in codes else Exit.UNREACHABLE
 
 
-def doctor_lines(findings: Sequence[Finding]) -> List[str]:
+def doctor_lines(findings: Sequence[Finding], cannot: str = "this machine cannot be ready",
+                 can: str = "nothing keeps this machine from ready") -> List[str]:
+    """cannot, can: what to say where something fails, and where nothing does."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.level:<5} {finding.name:<8} {finding.seen}")
         if finding.mend:
             lines.append(f"{'':<14} mend: {finding.mend}")
     levels = [finding.level for finding in findings]
-    cannot = "this machine cannot be ready" if "fail" in levels else (
-        "nothing keeps this machine from ready")
-    return lines + ["", f"{cannot}: {len(findings)} findings, {levels.count('warn')} warn, "
+    verdict = cannot if "fail" in levels else can
+    return lines + ["", f"{verdict}: {len(findings)} findings, {levels.count('warn')} warn, "
                         f"{levels.count('fail')} fail"]
+
+
+# ----------------------------------------------------------------------
+# 20c. k3s: check and install         reads; k3s's own files, as --dry-run says
+# ----------------------------------------------------------------------
+# `k3s check` asks as the gateway would, with a token of its kind.  `k3s
+# install` runs the vendor's installer once, on a machine that has no k3s, and
+# believes in it when the API answers and a node is Ready.  What k3s is to do
+# stands in its config.yaml and not in the installer's flags: run again without
+# flags, as for an upgrade, the installer would drop them.
+
+K3S_INSTALLER_BYTES, K3S_INSTALL_LIMIT_S, K3S_READY_LIMIT_S = 1 << 20, 1200.0, 300.0
+# A worker's pods have the host's network and folders: what k3s brings for other uses would hold
+# ports 80 and 443 of this machine (traefik, servicelb), or memory.
+_K3S_DISABLED = ["traefik", "servicelb", "metrics-server", "local-storage"]
+# Machine: the number in a program's head (elf(5), e_machine), and its name in k3s's releases.
+_K3S_MACHINES = {"x86_64": (62, "amd64"), "aarch64": (183, "arm64"), "armv7l": (40, "arm"),
+                 "s390x": (22, "s390x")}
+
+K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "hostname",
+            "state_dir")
+K3S_ACCOUNT_OPTIONS = (
+    Option("--service-account", "NAME", f"the gateway's; default {GATEWAY_ACCOUNT}"),
+    Option("--namespace", "NAME", "where workers run; the gateway knows `default` alone"))
+K3S_INSTALL_OPTIONS = (
+    Option("--dry-run", "", "print every step, change nothing"),
+    Option("-y", "", "do not ask before the installer runs"),
+    Option("--sha256", "HEX", "run no installer but the one with this SHA-256"),
+    Option("--release", "VERSION", "such as v1.30.4+k3s1; default: the vendor's stable one"),
+    Option("--installer", "PATH", "the vendor's installer, from https://get.k3s.io, as a file"),
+    Option("--binary", "PATH", "without a network: the program k3s; wants --installer as well"),
+    Option("--images", "FOLDER", "without a network: the folder of k3s-airgap-images-*"))
+
+
+def admin_kubeconfig(settings: Any) -> KubeConfig:
+    """One with all rights: named, k3s's own, or the user's.  Raises: UsageError."""
+    config = read_kubeconfig(settings._replace(state_dir=os.devnull, k3s_token=None))
+    if config is None:
+        raise UsageError("there is no k3s here", "sudo b9agent.py k3s install")
+    return config
+
+
+# -- check ------------------------------------------------------------------
+
+def node_is_ready(node: Dict[str, Any]) -> bool:
+    return any(row.get("type") == "Ready" and row.get("status") == "True"
+               for row in objects_in(_object(node, "status").get("conditions")))
+
+
+def judge_nodes(nodes: Sequence[Dict[str, Any]], gpus: int) -> Iterator[Finding]:
+    """gpus: of NVIDIA's in this machine."""
+    names = {str(_object(node, "metadata").get("name")): node_is_ready(node) for node in nodes}
+    waiting = [name for name, ready in names.items() if not ready]
+    if not names or waiting:
+        yield Finding("fail", f"not ready: {', '.join(waiting) or 'there is no node'}",
+                      "sudo k3s kubectl describe nodes   # its log: journalctl -u k3s")
+    else:
+        yield ok(f"ready: {', '.join(names)}")
+    counts = [str(_object(node, "status", "allocatable").get("nvidia.com/gpu")) for node in nodes]
+    there = sum(int(count) for count in counts if re.fullmatch("[0-9]{1,6}", count))
+    if there < gpus:
+        yield warn(f"{there} of {gpus} GPUs can be given to workers",
+                   "Install nvidia-container-toolkit, restart k3s, then NVIDIA's device plugin: "
+                   "https://docs.k3s.io/advanced#nvidia-container-runtime")
+    elif gpus:
+        yield ok(f"{there} GPUs can be given to workers")
+
+
+def judge_token(token: str, minted: bool, now_wall_s: float) -> Finding:
+    """What a token that was accepted says of its end."""
+    claims = token_claims(token)
+    who, ends_s = printable(str(claims.get("sub") or "a user"))[:200], claims.get("exp")
+    if minted:
+        return ok(f"{who}: one was made, and accepted")
+    known = isinstance(ends_s, int)
+    seen = f"{who}: accepted, and it " + (
+        f"ends {utc_stamp(max(0, min(ends_s, 1 << 33)))}" if known else "never ends")
+    return ok(seen) if known and ends_s - now_wall_s > 86400 else warn(
+        seen, "sudo b9agent.py k3s rbac --apply   # then k3s.service_account in place of "
+        "k3s.token, and it is renewed")
+
+
+class K3sChecks:
+    """The rows of `k3s check`."""
+
+    def __init__(self, settings: Any, options: Dict[str, str]) -> None:
+        self._settings = settings
+        self._namespace, self._account = kube_names(settings, options)
+
+    def rows(self) -> Tuple[Check, ...]:
+        return (Check("api", self._api, Exit.UNREACHABLE), Check("token", self._token),
+                Check("rights", self._rights), Check("own", self._own),
+                Check("address", self._address), Check("nodes", self._nodes))
+
+    def _client(self) -> KubeClient:
+        config = read_kubeconfig(self._settings)
+        return KubeClient(config or admin_kubeconfig(self._settings))
+
+    def _gateway(self) -> Tuple[KubeClient, str]:
+        """(a client as the gateway is one, its token)."""
+        kube, token = self._client(), self._settings.k3s_token
+        if not token:
+            token, _ = mint_token(kube, self._namespace, self._account, 600)
+        return KubeClient(with_token(kube.config, token)), token
+
+    def _api(self, _loaded: Loaded) -> Iterator[Finding]:
+        kube = self._client()
+        version = kube_answer(kube, "GET", "/version").get("gitVersion")
+        yield ok(f"{printable(str(version))[:60]} at {kube.config.endpoint.url}, verified; asked "
+                 f"with {kube.config.source}")
+        mode = shared_mode(K3S_KUBECONFIG)
+        if mode:
+            yield warn(f"{K3S_KUBECONFIG} has mode {mode:04o}: who reads it owns the cluster",
+                       f"sudo chmod 600 {K3S_KUBECONFIG}   # and write-kubeconfig-mode in its "
+                       "config.yaml")
+
+    def _token(self, loaded: Loaded) -> Iterator[Finding]:
+        kube, token = self._gateway()
+        read_rights(kube, self._namespace)
+        yield judge_token(token, not self._settings.k3s_token, time.time())
+        running = agent_status(loaded).get("k3s")
+        if running:
+            yield (warn(str(running.get("message")), "b9agent.py k3s check   # the rows above")
+                   if running.get("message") else
+                   ok(f"the agent's ends {running.get('token_expires')}, and is renewed before"))
+        elif not self._settings.k3s_token and not self._settings.k3s_service_account:
+            yield warn("the agent has none: k3s.service_account is not set",
+                       f"b9agent.py init --k3s-service-account {self._account} -y   # then restart "
+                       "it")
+
+    def _rights(self, _loaded: Loaded) -> Iterator[Finding]:
+        (kube, token), rights = self._gateway(), GATEWAY_RIGHTS
+        yield from self._judge(kube, "the gateway", rights, "fail")
+        found = excess_rights(read_rights(kube, self._namespace), rights)
+        if found:
+            account = str(token_claims(token).get("sub")).rpartition(":")[2]
+            yield warn("it may also: " + ", ".join(found[:8]) + (" …" if len(found) > 8 else ""),
+                       "kubectl get clusterrolebindings,rolebindings -A -o wide | grep "
+                       f"{account}   # and delete what binds it so; or let the gateway have the "
+                       "account of `k3s rbac`")
+
+    def _own(self, _loaded: Loaded) -> Iterator[Finding]:
+        """Without them the agent shows no pods, or a token ends."""
+        rights = [right for right in k3s_accounts(self._account)[AGENT_ACCOUNT]
+                  if not (right.names and self._settings.k3s_token)]
+        yield from self._judge(self._client(), "the agent", rights, "warn")
+
+    def _judge(self, kube: KubeClient, who: str, rights: Sequence[Right],
+               level: str) -> Iterator[Finding]:
+        missing = [right for right in rights if not may(kube, self._namespace, right)]
+        for right in missing:
+            yield Finding(level, f"{who} may not {right} in {self._namespace}: {right.why}",
+                          "sudo b9agent.py k3s rbac --apply")
+        if not missing:
+            yield ok(f"{who} may " + ", ".join(map(str, rights)) + f" in {self._namespace}")
+
+    def _address(self, loaded: Loaded) -> Iterator[Finding]:
+        """HOSTNAME:6443, as it is registered, from here."""
+        name = str(agent_status(loaded).get("hostname") or self._settings.hostname or "")
+        if not name:
+            raise NotTried("no agent runs that has a hostname, and machine.hostname is not set")
+        config = with_token(self._client().config, "")  # nobody there is told who we are
+        endpoint = config.endpoint._replace(host=name, port=6443, dial=None)
+        try:
+            http_request("GET", endpoint, "/version", {}, None, _REQUEST_LIMIT_S)
+        except HttpFailure as failure:
+            if failure.kind != "tls":  # the gateway does not verify it
+                yield warn(f"{host_port(name, 6443)} is not reached from here: {failure}"
+                           + ("; the gateway adds its tailnet's name" if failure.kind == "dns"
+                              else ""), "b9agent.py init --hostname $(tailscale ip -4) -y   # or "
+                           "the name by which the gateway reaches this machine")
+                return
+        yield ok(f"{host_port(name, 6443)} is reached from here")
+
+    def _nodes(self, _loaded: Loaded) -> Iterator[Finding]:
+        try:
+            kube = KubeClient(admin_kubeconfig(self._settings))
+            nodes = objects_in(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
+        except (UsageError, KubeForbidden):
+            yield ok("not looked at: the agent may not see them, and need not; with sudo they are")
+            return
+        gpus = GpuSampler(make_gpu_sources()).sample(_DRIVER_LIMIT_S).gpus
+        count = sum(gpu.vendor == "nvidia" for gpu in gpus)
+        yield from judge_nodes(nodes, count)
+        if count and not kube_answer(kube, "GET", "/apis/node.k8s.io/v1/runtimeclasses/nvidia"):
+            yield warn("there is no runtime class nvidia, which pools for GPUs often name",
+                       "Install nvidia-container-toolkit, then: sudo systemctl restart k3s")
+
+
+# -- rbac --apply -----------------------------------------------------------
+
+def for_the_agent(loaded: Loaded) -> Loaded:
+    """With the agent's state folder: root's own, under sudo, is nobody's."""
+    user = os.environ.get("SUDO_USER", "root")
+    if os.geteuid() != 0 or user == "root" or loaded.origins["state_dir"] != "default":
+        return loaded
+    place = find_place({})
+    state = place.state if os.path.isdir(place.state) else os.path.expanduser(f"~{user}/.b9agent")
+    return loaded._replace(settings=loaded.settings._replace(state_dir=state))
+
+
+def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]) -> None:
+    """Apply the manifest, and give the agent a kubeconfig that can do what its account may.
+
+    Raises: KubeError, UsageError.
+    """
+    namespace, account = kube_names(settings, options)
+    if namespace != K3S_NAMESPACE:
+        say(f"warning: gateway and agent know the namespace {K3S_NAMESPACE} alone")
+    kube = KubeClient(admin_kubeconfig(settings))
+    for item in k3s_objects(namespace, account):
+        say(f"{item['kind']} {namespace}/{item['metadata']['name']}: {apply_object(kube, item)}")
+    token, _ = mint_token(kube, namespace, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
+    path = os.path.join(settings.state_dir, "k3s.kubeconfig")
+    above = os.stat(nearest_folder(settings.state_dir))  # whose it is, or will be
+    text, owner = render_kubeconfig(kube.config, token), Account("", above.st_uid, above.st_gid, "")
+    as_user(owner, make_private_folder, settings.state_dir)
+    as_user(owner, write_atomic, path, text)
+    agent = KubeClient(parse_kubeconfig(as_user(owner, read_text, path) or "", path))
+    until_s, wake = now_s() + 10.0, Wake()  # a new Role counts once the server has seen it
+    rights = k3s_accounts(account)[AGENT_ACCOUNT]
+    while not all(may(agent, namespace, right) for right in rights):
+        if now_s() > until_s:
+            raise KubeRefused("the agent's new token lacks rights of its Role",
+                              "b9agent.py k3s check")
+        wake.wait(0.2)
+    mint_token(agent, namespace, account, 600)
+    say(f"wrote {path} (0600, for user id {owner.uid}); with it a token of {account} was made")
+    if settings.k3s_service_account != account:
+        say(f"next: b9agent.py init --k3s-service-account {account} -y, and restart the agent")
+
+
+# -- install ----------------------------------------------------------------
+
+class K3sPlaces(NamedTuple):
+    """Where k3s has its files, what shows that it is there, where the installer comes from."""
+    binary: str = "/usr/local/bin/k3s"
+    images: str = "/var/lib/rancher/k3s/agent/images"
+    config: str = "/etc/rancher/k3s/config.yaml"
+    kubeconfig: str = K3S_KUBECONFIG
+    traces: Tuple[str, ...] = (
+        "/etc/systemd/system/k3s.service", "/etc/systemd/system/k3s-agent.service",
+        "/etc/init.d/k3s", "/etc/init.d/k3s-agent", "/var/lib/rancher/k3s/server")
+    source: Endpoint = Endpoint("https", "get.k3s.io", 443)
+    port: int = 6443
+
+
+def _digest(text: bytes) -> str:
+    import hashlib
+    return hashlib.sha256(text).hexdigest()
+
+
+def elf_problem(head: bytes, number: int) -> str:
+    """Why a file is no program for a machine, or "".  head: its first bytes."""
+    if head[:4] != b"\x7fELF" or len(head) < 20:
+        return "is no Linux program"
+    found = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+    return "" if found == number else "is a program for another processor than this machine's"
+
+
+def _copy_atomic(source: str, target: str, mode: int) -> None:
+    """A file of any size, whole or not at all."""
+    import shutil
+    make_public_folder(os.path.dirname(target))
+    draft = f"{target}.{os.getpid()}.tmp"
+    try:
+        with open(source, "rb") as reader, open(draft, "xb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            os.fchmod(writer.fileno(), mode)
+            writer.flush()
+            os.fsync(writer.fileno())
+        os.replace(draft, target)
+    except BaseException:
+        remove_file(draft)
+        raise
+
+
+def read_installer(path: Optional[str], source: Endpoint) -> bytes:
+    """Of a file, or from the vendor.  Raises: UsageError."""
+    what = path or source.url
+    try:
+        if path:
+            with open(path, "rb") as handle:
+                script = handle.read(K3S_INSTALLER_BYTES + 1)
+        else:
+            proxy = proxy_for(source.scheme, source.host, None, dict(os.environ))
+            reply = http_request("GET", source._replace(proxy=proxy), "/", {"Accept": "*/*"}, None,
+                                 60.0, K3S_INSTALLER_BYTES)
+            script = reply.body if reply.status == 200 else b""
+    except (OSError, HttpFailure) as error:
+        raise UsageError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}",
+                         "Carry the vendor's installer here: --installer PATH") from error
+    if not script.startswith(b"#!") or len(script) > K3S_INSTALLER_BYTES:
+        raise UsageError(f"{what} is no shell script", "It is to be what https://get.k3s.io "
+                         "answers; is there a proxy or a portal in between?")
+    return script
+
+
+class K3sInstall:
+    """One run of `k3s install`.  confirm(question): whether the user wants it; show(text): how far
+    it is."""
+
+    def __init__(self, steps: Steps, options: Dict[str, str], names: Sequence[str],
+                 places: K3sPlaces = K3sPlaces()) -> None:
+        self._steps, self._options, self._places = steps, options, places
+        self._names = [name for name in names if name]
+        self._binary, self._images = options.get("binary", ""), options.get("images", "")
+
+    def run(self, confirm: Callable[[str], bool], show: Callable[[str], None]) -> None:
+        """Raises: AgentError.  Where there is a k3s already it is looked at, and left alone."""
+        steps, trace = self._steps, next(filter(os.path.exists, self._places.traces), "")
+        if trace:
+            steps.say(f"k3s is here ({trace}): it is left as it is")
+        else:
+            images = self._check()
+            self._install(images, confirm, show)
+        # One that was there is only looked at.
+        limit_s = 5.0 if trace else K3S_READY_LIMIT_S
+        version = steps.do("wait until its API answers and a node is Ready", self._await_ready,
+                           show, limit_s)
+        steps.say("nothing was changed" if steps.dry else
+                  f"k3s {version} is ready\nnext: sudo b9agent.py k3s rbac --apply")
+
+    def _check(self) -> List[str]:
+        """The images to copy.  Raises: UsageError, LockedError."""
+        holder = port_holder("0.0.0.0", self._places.port)
+        if holder:
+            raise LockedError(f"port {self._places.port}, which k3s needs, is held by {holder}",
+                              "End that first")
+        number, arch = _K3S_MACHINES.get(os.uname().machine, (0, ""))
+        if not arch:
+            raise UsageError(f"there is no k3s for {os.uname().machine}", "See https://docs.k3s.io")
+        offline = bool(self._binary or self._images)
+        if offline and not (self._binary and "installer" in self._options):
+            raise UsageError("without a network three things are needed: the program, the images, "
+                             "the installer", "Give --binary PATH --images FOLDER --installer PATH")
+        try:
+            with open(self._binary or os.devnull, "rb") as handle:
+                problem = elf_problem(handle.read(20), number) if offline else ""
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        if problem:
+            raise UsageError(f"{self._binary} {problem}", "Take the one for this machine from "
+                             "https://github.com/k3s-io/k3s/releases")
+        return self._find_images(arch) if self._images else []
+
+    def _find_images(self, arch: str) -> List[str]:
+        names = [name for name in sorted(list_folder(self._images))
+                 if re.fullmatch(r"[\w.+-]+\.(tar|tar\.gz|tgz|tar\.zst)", name)]
+        for name in names:
+            marked = re.search("-(amd64|arm64|arm|s390x)[.-]", name)
+            if marked and marked.group(1) != arch or not os.path.getsize(f"{self._images}/{name}"):
+                raise UsageError(f"{name} is empty, or not for {arch}", "Fetch it again")
+        if not names:
+            raise UsageError(f"{self._images} has no images (*.tar, *.tar.gz, *.tar.zst)",
+                             f"Take k3s-airgap-images-{arch}.tar.zst of the same release")
+        return [os.path.join(self._images, name) for name in names]
+
+    def _install(self, images: List[str], confirm: Callable[[str], bool],
+                 show: Callable[[str], None]) -> None:
+        steps, places = self._steps, self._places
+        local = self._options.get("installer")
+        what = local or places.source.url
+        script = steps.do(f"read {local}" if local else f"fetch {what}", self._installer, local)
+        if script is not None:
+            steps.say(f"its SHA-256 is {_digest(script)}")
+            if "y" not in self._options and not confirm(f"Run {what} as root?"):
+                raise UsageError("nothing was changed", "Say yes, or -y")
+        for path in images:
+            steps.do(f"copy {path} to {places.images}", _copy_atomic, path,
+                     os.path.join(places.images, os.path.basename(path)), 0o644)
+        if os.path.exists(places.config):
+            steps.say(f"note: {places.config} is yours and stays as it is")
+        else:
+            steps.write(places.config, render_yaml({
+                "write-kubeconfig-mode": "0600", "disable": _K3S_DISABLED,
+                **({"tls-san": self._names} if self._names else {})}), 0o600)
+        if self._binary:
+            steps.do(f"copy {self._binary} to {places.binary}", self._place_binary)
+        environment = ["INSTALL_K3S_EXEC=server"]
+        environment += ["INSTALL_K3S_SKIP_DOWNLOAD=true"] if self._binary else []
+        environment += [f"INSTALL_K3S_VERSION={self._options['release']}"
+                        ] if "release" in self._options else []
+        steps.do(f"run sh {what} with {' '.join(environment)}", self._run, script, environment,
+                 show)
+
+    def _installer(self, path: Optional[str]) -> bytes:
+        script = read_installer(path, self._places.source)
+        digest, wanted = _digest(script), self._options.get("sha256", "").lower()
+        if wanted and digest != wanted:
+            raise UsageError(f"the installer's SHA-256 is {digest}, not the one that was asked "
+                             "for", "Nothing was run; look at what changed in it")
+        return script
+
+    def _place_binary(self) -> None:
+        """Tried before it is in place.  Raises: UsageError."""
+        trial = self._places.binary + ".b9agent-trial"
+        try:
+            _copy_atomic(self._binary, trial, 0o755)
+            result = run_command([trial, "--version"], 30.0)
+            if result.exit_code != 0 or not result.output.startswith("k3s version "):
+                raise UsageError(f"{self._binary} does not run here, or is no k3s: "
+                                 f"{said_by(result)}", "Take it anew from the releases of k3s")
+            self._steps.say("it is " + printable(result.output.splitlines()[0])[:80])
+            os.replace(trial, self._places.binary)
+        finally:
+            remove_file(trial)
+
+    def _run(self, script: bytes, environment: List[str], show: Callable[[str], None]) -> None:
+        """The installer keeps what it finds of K3S_*: a K3S_URL would make this another cluster's
+        node.  Raises: UnhealthyError."""
+        import tempfile
+        drop = [word for name in os.environ if name.startswith(("K3S_", "INSTALL_K3S_"))
+                for word in ("-u", name)]
+        results: List[CommandResult] = []
+        with tempfile.NamedTemporaryFile(prefix="b9agent-k3s-") as handle:
+            handle.write(script)
+            handle.flush()
+            argv = ["/usr/bin/env", *drop, *environment, "sh", handle.name]
+            thread = threading.Thread(daemon=True, target=lambda: results.append(
+                run_command(argv, K3S_INSTALL_LIMIT_S)))
+            thread.start()
+            begun_s = now_s()
+            while thread.is_alive():
+                thread.join(0.5)
+                show(f"the installer runs ({now_s() - begun_s:.0f} s)")
+        for line in results[0].output.splitlines()[-200:]:
+            self._steps.say("  " + printable(line)[:300])
+        if results[0].exit_code != 0:
+            raise UnhealthyError(f"the installer failed: {said_by(results[0])}", "What it left is "
+                                 "removed by: sudo k3s-uninstall.sh")
+
+    def _await_ready(self, show: Callable[[str], None], limit_s: float) -> str:
+        """The version.  Raises: UnhealthyError."""
+        until_s, wake, path = now_s() + limit_s, Wake(), self._places.kubeconfig
+        while True:
+            try:
+                text = read_text(path)
+                if text is None:
+                    raise UsageError(f"there is no {path}")
+                kube = KubeClient(parse_kubeconfig(text, path))
+                nodes = objects_in(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
+                if any(map(node_is_ready, nodes)):
+                    return printable(str(kube_answer(kube, "GET", "/version").get("gitVersion")))
+                what = "its node is not Ready yet" if nodes else "it has no node yet"
+            except AgentError as error:
+                what = error.what
+            if now_s() > until_s:
+                raise UnhealthyError(f"k3s is not ready: {what}",
+                                     "Its log: journalctl -u k3s -n 50")
+            show(f"{what} ({until_s - now_s():.0f} s left)")
+            wake.wait(1.0)
 
 
 # ----------------------------------------------------------------------
@@ -13650,6 +15627,7 @@ def dry_run(loaded: Loaded) -> int:
     settings = loaded.settings
     agent = Agent(loaded._replace(settings=settings._replace(token=settings.token or "-")),
                   make_log(settings), keep=False)
+    agent.tailnet.look()
     register = agent.register_payload()
     register["token"] = mask(register["token"])
     say_json({"gateway": agent.endpoint.url, "token": mask(settings.token) or None,
@@ -13758,7 +15736,8 @@ def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
     if "hostname" not in wanted:
         hostname = ask("Hostname that the gateway can dial", settings.hostname or tailnet or
                        f"machine-{wanted['machine_id']}")
-        wanted["hostname"] = hostname
+        if hostname != tailnet:  # that one the agent offers by itself, and follows
+            wanted["hostname"] = hostname
 
 
 def report_health(loaded: Loaded) -> None:
@@ -13786,11 +15765,10 @@ def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
                          "Give --gateway HOST[:PORT] --token TOKEN --pool POOL, or -y")
     known = {key: item.text for key, item in read_config(settings.config).items()}
     wanted.setdefault("machine_id", known.get("machine_id") or kept_machine_id(settings, False))
-    tailnet = "" if settings.hostname else read_tailnet_address()
+    tailnet = "" if settings.hostname or settings.tunnel else read_tailnet(
+        settings.tailnet_socket).address
     if not silent:
         ask_settings(wanted, settings, tailnet)
-    elif tailnet:
-        wanted.setdefault("hostname", tailnet)
     for key, text in wanted.items():
         _value(SETTING_BY_KEY[key], {key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")})
     make_private_folder(settings.state_dir)
@@ -13800,7 +15778,8 @@ def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
     written = load_settings({"config": settings.config, "state_dir": settings.state_dir}, {})
     say(f"machine {written.settings.machine_id}, pool {written.settings.pool_name}, "
         f"token {mask(written.settings.token) or 'none yet'}"
-        + (f", hostname {written.settings.hostname}" if written.settings.hostname else ""))
+        + (f", hostname {written.settings.hostname}" if written.settings.hostname else
+           f", hostname {tailnet}, of the tailnet" if tailnet else ""))
     report_health(written)
     return Exit.OK
 
@@ -13843,6 +15822,9 @@ def routes_table() -> Table:
 
 README_TABLES: Tuple[Tuple[str, Callable[[], Table]], ...] = (
     ("settings", settings_table), ("engines", engines_table), ("routes", routes_table),
+    ("k3s-rights", lambda: (("account", "verb", "resource", "why"), (
+        (name, right.verb, str(right).partition(" ")[2], right.why)
+        for name, rights in k3s_accounts(GATEWAY_ACCOUNT).items() for right in rights))),
     ("exit-codes", lambda: (("code", "meaning"), (
         (str(int(code)), text) for code, text in EXIT_MEANINGS))))
 
@@ -13910,6 +15892,26 @@ def energy_line(energy: Dict[str, Any]) -> str:
         f"; now {', '.join(now)}" if parts and now else "")
 
 
+def pod_row(pod: Dict[str, Any]) -> Tuple[str, str]:
+    words = [pod["status"].lower(), pod["reason"], pod["function"]]
+    if pod["exit_code"] is not None:
+        words.append(f"exit code {pod['exit_code']}")
+    if pod["duration_seconds"] is not None:
+        words.append(f"{pod['duration_seconds']:.0f} s")
+    return "worker pod", f"{pod['name']} {', '.join(filter(None, words))}"
+
+
+def pod_rows(pods: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """Nothing where there is no k3s; else the newest ten."""
+    if not pods or pods["state"] == "off":
+        return []
+    counts = collections.Counter(pod["status"].lower() for pod in pods["pods"])
+    seen = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    return [("worker pods", "; ".join(filter(None, (
+        pods["state"], pods["server"], seen or "none", pods["message"]))))
+            ] + [pod_row(pod) for pod in pods["pods"][:10]]
+
+
 def status_lines(status: Dict[str, Any]) -> List[str]:
     def shown(value: Any, unit: str) -> str:
         return "unknown" if value is None else f"{value}{unit}"
@@ -13934,14 +15936,21 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
                   f"{status['uptime_seconds']:.0f} s"),
     ]
     tunnel, inference = status.get("tunnel"), status.get("inference") or {}
+    tailnet = status.get("tailnet") or {}
+    if tailnet.get("state", "none") != "none":
+        rows.insert(3, ("tailnet", ", ".join(filter(None, (
+            tailnet["state"], tailnet["address"], tailnet["name"], tailnet["message"])))))
     if tunnel:
         rows.insert(3, ("tunnel", ", ".join(filter(None, (
             f"{tunnel['state']}, {tunnel['server']}", tunnel["message"])))))
+    k3s = status.get("k3s") or {}
+    rows += [("k3s", k3s["message"] or f"token ends {k3s['token_expires']}")] if k3s else []
     if inference.get("engine"):
         rows.append(("inference", ", ".join(filter(None, (
             f"{inference['engine']} {inference['status']}", inference.get("endpoint"),
             "models " + (" ".join(inference["models"]) or "none yet"),
             inference["message"].partition("\n")[0])))))
+    rows += pod_rows(status.get("pods") or {})
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))
     rows += [(f"{gpu['vendor']} {gpu['index']}", gpu_line(gpu)) for gpu in status.get("gpus") or ()]
@@ -14000,18 +16009,21 @@ def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
 
 # -- doctor -------------------------------------------------------------
 
-def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
-    """What keeps this machine from `ready`, and what mends it."""
-    findings = run_checks(CHECKS, loaded, DOCTOR_LIMIT_S)
-    if "json" in options:
+def report_findings(findings: Sequence[Finding], as_json: bool, *verdicts: str) -> int:
+    if as_json:
         levels = [finding.level for finding in findings]
         say_json({"version": VERSION, "exit_code": doctor_exit(findings),
                   "overall": next((level for level in ("fail", "warn") if level in levels), "ok"),
                   "checks": [{"name": finding.name, "level": finding.level, "seen": finding.seen,
                               "mend": finding.mend} for finding in findings]})
     else:
-        say("\n".join(doctor_lines(findings)))
+        say("\n".join(doctor_lines(findings, *verdicts)))
     return doctor_exit(findings)
+
+
+def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
+    """What keeps this machine from `ready`, and what mends it."""
+    return report_findings(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S), "json" in options)
 
 
 # -- top --------------------------------------------------------------------
@@ -14179,7 +16191,8 @@ def demo_agent(loaded: Loaded, log: Log, folder: str, server: ApiServer, machine
     defaults = load_settings({"config": os.devnull, "state_dir": folder}, {}).settings
     settings = defaults._replace(
         token=token, machine_id=machine_id, pool_name="demo", gateway_host="127.0.0.1",
-        gateway_port=server.port, control_port=0, keepalive_interval=DEMO_INTERVAL_S)
+        gateway_port=server.port, control_port=0, keepalive_interval=DEMO_INTERVAL_S,
+        tailnet_socket="none")
     return Agent(loaded._replace(settings=settings), log)
 
 
@@ -14558,6 +16571,72 @@ def command_smoke(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
+# -- k3s -----------------------------------------------------------------
+
+def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Whether k3s has what the gateway needs of it."""
+    loaded = for_the_agent(loaded)
+    findings = run_checks(K3sChecks(loaded.settings, options).rows(), loaded, DOCTOR_LIMIT_S)
+    return report_findings(findings, "json" in options, "the gateway can start no workers here",
+                           "nothing keeps the gateway from starting workers here")
+
+
+def command_k3s_rbac(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Print the manifest, or apply it."""
+    if "apply" in options:
+        k3s_apply(for_the_agent(loaded).settings, options, say)
+    else:
+        say(render_manifest(*kube_names(loaded.settings, options)).rstrip("\n"))
+    return Exit.OK
+
+
+def command_k3s_token(loaded: Loaded, options: Dict[str, str]) -> int:
+    """A token of the gateway's account: to stdout and nowhere else, or into a file."""
+    namespace, account = kube_names(loaded.settings, options)
+    try:
+        hours = parse_token_hours(options.get("hours") or str(loaded.settings.k3s_token_hours))
+        path = parse_path(options["write"]) if "write" in options else ""
+    except ValueError as error:
+        raise UsageError(f"--hours or --write cannot be used, expected {error}") from error
+    settings = for_the_agent(loaded).settings
+    config = read_kubeconfig(settings) or admin_kubeconfig(settings)
+    token, ends_s = mint_token(KubeClient(config), namespace, account, hours * 3600)
+    got_hours = (ends_s - time.time()) / 3600
+    ends = f"it ends {utc_stamp(ends_s)}" + (
+        f": k3s gave {got_hours:.1f} of {hours} hours" if got_hours < hours * 0.99 else "")
+    if path:
+        write_atomic(path, token + "\n")
+        say(f"wrote {path} (0600); {ends}")
+        return Exit.OK
+    if sys.stdout.isatty():
+        end_with("warning: a terminal keeps what it shows; --write PATH keeps it private", Exit.OK)
+    sys.stdout.write(token + "\n")  # not say(), which would mask it
+    sys.stdout.flush()
+    return end_with(ends, Exit.OK)
+
+
+def command_k3s_install(loaded: Loaded, options: Dict[str, str]) -> int:
+    if sys.platform == "darwin":
+        raise UsageError("k3s runs on Linux only", "Rancher Desktop brings one to macOS: "
+                         "https://rancherdesktop.io; then: b9agent.py k3s rbac --apply")
+    if os.geteuid() != 0 and "dry-run" not in options:
+        raise PrivilegeError("k3s is root's to install", "Run this with sudo; --dry-run shows "
+                             "every step without")
+
+    def confirm(question: str) -> bool:
+        if not sys.stdin.isatty():
+            raise UsageError("nothing was changed: there is nobody to ask", "Say -y")
+        return ask(f"{question} yes or no", "no") == "yes"
+    tailnet = read_tailnet(loaded.settings.tailnet_socket)
+    line, names = ProgressLine(), (loaded.settings.hostname or "", tailnet.address, tailnet.name)
+    try:
+        K3sInstall(Steps(say, options), options, names).run(confirm, lambda text: line.show(
+            text.partition(" (")[0], text))
+    finally:
+        line.end()
+    return Exit.OK
+
+
 # -- the table and main --------------------------------------------------
 
 def command_version(_loaded: Loaded, _options: Dict[str, str]) -> int:
@@ -14650,6 +16729,18 @@ COMMANDS = (
             ("debug",), "stop and remove the service; configuration and state stay"),
     Command("service status", service_command(service_status), SERVICE_STATUS_OPTIONS, ("debug",),
             "the service, as its manager and the agent see it"),
+    Command("k3s check", command_k3s_check, (_JSON, *K3S_ACCOUNT_OPTIONS), K3S_KEYS,
+            "whether k3s has what the gateway needs, and no more; changes nothing"),
+    Command("k3s rbac", command_k3s_rbac, (
+        Option("--apply", "", "apply it, and make the agent's own kubeconfig; with sudo"),
+        *K3S_ACCOUNT_OPTIONS), K3S_KEYS,
+        "the accounts and rights that gateway and agent use, for `kubectl apply -f -`"),
+    Command("k3s token", command_k3s_token, (
+        Option("--hours", "HOURS", "its life, 1 to 168"),
+        Option("--write", "PATH", "into this file, 0600, and not to the output"),
+        *K3S_ACCOUNT_OPTIONS), K3S_KEYS, "make a token with which the gateway starts workers"),
+    Command("k3s install", command_k3s_install, K3S_INSTALL_OPTIONS, ("hostname", "state_dir"),
+            "install k3s by its vendor's installer, with or without a network"),
     Command("version", command_version, (), ("state_dir",), "print the version"),
 )
 COMMAND_BY_WORDS = {command.words: command for command in COMMANDS}

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=22b4cbb11e9dab17cf415642222550a273446f7a63a23fa0adbfe4aaf182582e
+  sha256=6c07a64c76618450aec75837b60e64daae85096587fa358463ff92f7c2df269b
 }
 
 usage() {

@@ -647,11 +647,16 @@ def test_k3s_answers_with_a_certificate_of_its_own():
     assert not b9agent.k3s_answers(at(free_port()), 10.0)
 
 
+UP = "echo '%s'" % json.dumps({"BackendState": "Running", "TailscaleIPs": ["100.64.1.2"]})
+
+
 @pytest.mark.parametrize("says, arguments, level, seen", [
-    ("echo 100.64.1.2", [], "ok", "100.64.1.2"),
-    ("echo 100.64.1.2", ["--hostname", "100.64.9.9"], "warn", "machine.hostname is 100.64.9.9"),
-    ("echo stopped; exit 1", [], "warn", "no address"),
-    ("exec /bin/sleep 600", [], "warn", "no address"), (None, [], "ok", "none")])
+    (UP, [], "ok", "100.64.1.2"), (UP, ["--hostname", "100.64.1.2"], "ok", "100.64.1.2"),
+    (UP, ["--hostname", "100.64.9.9"], "warn", "machine.hostname is 100.64.9.9"),
+    ("echo stopped; exit 1", [], "warn", "no address: tailscale says: stopped"),
+    ("exec /bin/sleep 600", [], "warn", "no address: tailscale says: "), (None, [], "ok", "none"),
+    (None, ["--tailnet-socket", "/nowhere/s"], "warn", "tailscaled does not answer at /nowhere/s"),
+    (UP, ["--tailnet-socket", "none"], "ok", "none")])
 def test_the_tailnet(doctor, hostile, tmp_path, says, arguments, level, seen):
     if says:
         program(tmp_path, "tailscale", says + "\n")

@@ -122,6 +122,11 @@ VIEWS = {
                           last_keepalive_seconds_ago=None), LOG[:2]),
     "ready": View(READY, LOG, HISTORY),
     "busy": View(BUSY, LOG * 3, HISTORY, note="inference started"),
+    "pulling": View(dict(READY, inference=dict(BUSY["inference"], models=[], transfers=[
+        {"model": "llama3.2:3b", "kind": "pull", "status": "running", "step": "pulling dde5aa3fc5ff",
+         "completed": 1200 << 20, "total": 1920 << 20, "rate_bytes_s": 44e6, "remaining_s": 17.2},
+        {"model": "tiny:latest", "kind": "import", "status": "running", "step": "hashing", "completed": 0,
+         "total": 0, "rate_bytes_s": None, "remaining_s": None}])), LOG),
     "unreachable": View(dict(READY, status="unreachable", message=UNREACHABLE, last_keepalive_seconds_ago=400.0,
                              pods=dict(BUSY["pods"], state="failed", message="401 Unauthorized", pods=[])), LOG),
     "refused": View(dict(READY, status="refused", message="the gateway refuses the token"), LOG, age_s=12.0,
@@ -149,6 +154,7 @@ SCREENS += [("hostile", (80, 24), ASCII), ("refused", (80, 24), COLOR), ("crowd"
 SCREENS += [(name, size, UTF8) for name in ("logs", "logs-back", "filtered", "doctor", "help", "prompt")
             for size in ((80, 24), (40, 12))]
 SCREENS += [("logs", (80, 24), COLOR), ("doctor", (80, 24), COLOR)]
+SCREENS += [("pulling", (80, 24), UTF8), ("pulling", (40, 12), UTF8)]
 
 
 def screen_name(name, size, look):

@@ -1,6 +1,7 @@
 """From a POST to a token: engines that are started, adopted, killed, missing and in the way, by HTTP,
 by the command line and by the Python client; real ones where they are installed."""
 import http.client
+import http.server
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -289,8 +291,11 @@ def test_a_pull_can_be_cancelled(world):
                      environment(here.home, PATH=here.path))
     with puller:
         puller.wait_line('"completed": [1-9]', "out")
+        (seen,) = here.get("/inference/status")["transfers"]
+        assert seen["model"] == "llama3.2:latest" and 0 < seen["completed"] < seen["total"]
         assert here.post("/inference/cancel", {"model": "llama3.2"})[0] == 200
         assert puller.wait() == 1
+    assert here.get("/inference/status")["transfers"] == []
     assert here.post("/inference/cancel", {"model": "llama3.2"})[0] == 404
 
 
@@ -497,6 +502,60 @@ def test_every_command_binds_where_it_is_told_and_names_its_model():
         assert words[words.index("--port") + 1] == "4711" and "/models/m" in words
 
 
+class Counts:
+    """An engine's GET /metrics, with what `text` holds."""
+
+    def __init__(self):
+        self.status, self.text = 200, ""
+
+    def __enter__(self):
+        counts = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = counts.text.encode()
+                self.send_response(counts.status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        return b9agent.Endpoint("http", "127.0.0.1", self.server.server_port)
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+def test_the_load_of_an_engine_comes_from_its_own_counters():
+    vllm, counts = b9agent.ENGINE_BY_NAME["vllm"], Counts()
+    counts.text = ('# HELP vllm:generation_tokens_total made\n'
+                   'vllm:generation_tokens_total{engine="0",model_name="a b"} 100.0\n'
+                   'vllm:request_success_total{finished_reason="stop"} 3\n'
+                   'vllm:request_success_total{finished_reason="length"} 1.0\n'
+                   'vllm:num_requests_waiting{engine="0"} 2.0\nvllm:num_requests_waiting_x 9\n')
+    with counts as place:
+        first = b9agent.read_engine_load(vllm, place, None)
+        assert first[1:] == (4.0, 100.0, 2.0, None, None)
+        counts.text = counts.text.replace("100.0", "1.5e2").replace(" 3\n", " 13\n")
+        then = first._replace(at_s=first.at_s - 10)
+        second = b9agent.read_engine_load(vllm, place, then)
+        assert abs(second.tokens_per_s - 5.0) < 1 and abs(second.requests_per_s - 1.0) < 0.2
+        counts.text = "vllm:generation_tokens_total 7\n"
+        assert b9agent.read_engine_load(vllm, place, second)[1:] == (None, 7.0, None, None, None)
+        counts.text = "vllm:generation_tokens_total NaN\nvllm:num_requests_waiting 1e999\n\x00{} {"
+        assert b9agent.read_engine_load(vllm, place, second).tokens is None
+        ollama = b9agent.read_engine_load(b9agent.ENGINE_BY_NAME["ollama"], place, None)
+        assert ollama[1:] == (None,) * 5
+    gone = b9agent.read_engine_load(vllm, place, second)
+    assert gone[1:] == (None,) * 5
+
+
 # -- the other engines' stand-ins, and real engines -----------------------------
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
@@ -544,6 +603,12 @@ def test_a_real_engine_starts_gives_a_token_and_is_gone(real_world, name):
                        max_retries=0) as official:
         assert official.chat.completions.create(model=served, max_tokens=4, messages=[
             {"role": "user", "content": "hello"}]).usage.completion_tokens >= 1
+    if any(b9agent.ENGINE_BY_NAME[name].counts):
+        place = b9agent.Endpoint("http", "127.0.0.1", here.port)
+        assert b9agent.read_engine_load(b9agent.ENGINE_BY_NAME[name], place, None).tokens >= 8
+        said = wait_until(lambda: here.get("/inference/status")["tokens_per_second"] is not None
+                          and here.get("/inference/status"), "two looks at its load", 60)
+        assert said["tokens_per_second"] >= 0 and said["queue"] == 0
     wait_until(lambda: here.get("/models")["models"][0].get("files"), "its files are hashed")
     (row,) = here.get("/models")["models"]
     assert row["loaded"] and all(len(kept["sha256"]) == 64 for kept in row["files"])

@@ -43,7 +43,9 @@ class Life:
         self.sent.append((name, self.membership.snapshot.state, self.now_s))
         self.now_s += self.took_s
         answer = next(self.answers[name])
-        if answer is not OK:
+        if callable(answer):
+            answer()
+        elif answer is not OK:
             raise answer
 
     def step(self):
@@ -98,6 +100,34 @@ def test_the_snapshot_says_what_is_known():
     life.now_s += 1
     life.membership.step()
     assert (life.state, life.membership.snapshot.message) == (State.READY, "")
+
+
+def test_a_fact_that_changed_is_registered_and_a_keepalive_follows_at_once():
+    life = Life()
+    life.steps(2)
+    life.membership.register_again()
+    life.membership.step()
+    assert life.names() == ["register", "keepalive", "keepalive", "register", "keepalive"]
+    assert life.sent[-1][2] == life.sent[-2][2] and life.state is State.READY
+    assert life.steps(2) and life.names()[-2:] == ["keepalive", "keepalive"]
+    assert life.membership.snapshot.registrations == 2
+
+
+def test_a_fact_that_changes_during_its_registration_is_registered_too():
+    life = Life(register=[OK, lambda: life.membership.register_again()])
+    life.step()
+    life.membership.register_again()
+    life.steps(3)
+    assert life.names() == ["register", "keepalive"] * 3 + ["keepalive"]
+
+
+def test_a_registration_again_that_fails_costs_no_keepalive_and_is_tried_again():
+    life = Life(register=[OK, UNWELL, UNREACHABLE, OK])
+    life.step()
+    life.membership.register_again()
+    life.steps(3)
+    assert life.names() == ["register", "keepalive"] * 2 + ["register", "register", "keepalive"]
+    assert life.state is State.READY and life.membership.snapshot.registrations == 2
 
 
 # -- intervals -----------------------------------------------------------
@@ -337,6 +367,19 @@ def test_the_loop_keeps_the_interval_and_says_it_lives():
     assert life.state is State.STOPPED
 
 
+def test_a_fact_that_changed_does_not_wait_for_the_interval():
+    life = Life()
+
+    class Changing(Loop):
+        def wait(self, timeout_s):
+            if len(self.waits) == 2:
+                life.membership.register_again()
+            return Loop.wait(self, timeout_s)
+    loop = Changing(life, 4).run()
+    assert life.names() == ["register", "keepalive"] * 2
+    assert life.sent[2][2] == 1000.0 + sum(loop.waits[:3]) and len(loop.waits) == 3
+
+
 def test_a_machine_that_slept_wakes_with_an_immediate_keepalive():
     life = Life()
     loop = Loop(life, 4, sleeps={3: 8 * 3600.0}).run()
@@ -402,3 +445,70 @@ def test_a_wake_counts_once_and_waits_no_longer_than_told():
         assert wake.wait(60.0) is True
     finally:
         wake.close()
+
+
+# -- news for the gateway --------------------------------------------------
+
+def test_news_are_registered_with_the_next_request_and_a_keepalive_follows():
+    life = Life()
+    life.step()
+    life.membership.register_again()
+    assert life.state is State.READY  # until it is sent
+    life.steps(2)
+    assert [(name, state) for name, state, _ in life.sent][2:] == [
+        ("register", State.READY), ("keepalive", State.REGISTERED), ("keepalive", State.READY)]
+    assert life.membership.snapshot.registrations == 2 and life.state is State.READY
+
+
+def test_news_before_the_first_registration_are_part_of_it():
+    life = Life()
+    life.membership.register_again()
+    life.steps(2)
+    assert life.names() == ["register", "keepalive", "keepalive"]
+
+
+@pytest.mark.parametrize("refusal", [UNWELL, TOKEN_REFUSED, POOL_REFUSED])
+def test_news_that_are_refused_cost_no_keepalive_and_come_again(refusal):
+    life = Life(register=[OK, refusal, refusal])
+    life.step()
+    life.membership.register_again()
+    assert life.steps(4) == [INTERVAL_S] * 4
+    assert life.names() == ["register", "keepalive"] + ["register", "keepalive"] * 3 + ["keepalive"]
+    snapshot = life.membership.snapshot
+    assert (snapshot.state, snapshot.keepalives, snapshot.registrations) == (State.READY, 5, 2)
+    assert sum(snapshot.failed_registrations) == 2 and sum(snapshot.failed_keepalives) == 0
+    assert life.stream.getvalue().count("warning not_registered_again") == 2
+
+
+def test_news_for_a_gateway_that_cannot_be_reached_wait_for_it():
+    life = Life(register=[OK, UNREACHABLE, UNREACHABLE])
+    life.step()
+    life.membership.register_again()
+    life.steps(3)
+    assert life.names() == ["register", "keepalive", "register", "register", "register", "keepalive"]
+    assert life.state is State.READY and life.membership.snapshot.failures == 2
+
+
+def test_news_that_come_while_they_are_sent_are_sent_again():
+    life, answer = Life(), None
+
+    def register():
+        answer("register")
+        if life.names().count("register") == 2:
+            life.membership.register_again()
+    answer, life.membership._send_register = life._answer, register
+    life.step()
+    life.membership.register_again()
+    life.steps(3)
+    assert life.names() == ["register", "keepalive"] * 3 + ["keepalive"]
+
+
+def test_news_do_not_wait_for_the_interval():
+    life = Life()
+    class Late(Loop):
+        def wait(self, timeout_s):
+            if len(self.waits) == 2:
+                self.life.membership.register_again()
+            return super().wait(timeout_s)
+    loop = Late(life, 4).run()
+    assert life.names() == ["register", "keepalive"] * 2 and len(loop.waits) == 3

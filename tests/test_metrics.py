@@ -100,7 +100,8 @@ FULL = MetricsView(
     HostFacts("Debian 12", "6.1.0", "x86_64", "AMD EPYC 9354", 32, 64, "docker", True),
     Capacity(63500, 4096), Identity("0badcafe", "gpu", "generic", "box", ""),
     ProcessFigures(1.25, 1700000000.5, 20480, 9, 4), 100.0, 0.125, -0.75, 380.0, 1.25, "9.8.7",
-    b9agent.EngineFigures("ollama", "running", 3, 77.5, 2), "running")
+    b9agent.EngineFigures("ollama", "running", 3, 77.5, 2), "running", "up", "watching",
+    {"RUNNING": 2, "FAILED": 1})
 NOTHING = MetricsView(Snapshot())
 N, A = {"vendor": "nvidia", "index": "0"}, {"vendor": "amd", "index": "0"}
 MIG_0, MIG_1 = dict(N, mig="0"), dict(N, mig="1")
@@ -128,6 +129,13 @@ EXPECTED = {
     "b9agent_tunnel_state": [
         ({"state": state}, int(state == "running"))
         for state in ("stopped", "starting", "running", "backoff")],
+    "b9agent_tailnet_up": [({}, 1)],
+    "b9agent_pods_watch_state": [
+        ({"state": "off"}, 0), ({"state": "connecting"}, 0), ({"state": "watching"}, 1),
+        ({"state": "failed"}, 0)],
+    "b9agent_worker_pods": [
+        ({"status": "PENDING"}, 0), ({"status": "RUNNING"}, 2), ({"status": "COMPLETED"}, 0),
+        ({"status": "FAILED"}, 1)],
     "b9agent_inference_state": [
         ({"state": "stopped"}, 0), ({"state": "starting"}, 0), ({"state": "running"}, 1),
         ({"state": "error"}, 0)],
@@ -230,8 +238,8 @@ WITHOUT_UNIT = {  # counts of things, and yes or no
     "membership_state", "keepalives", "registrations", "capacity_cpu_cores", "host_cpu_cores",
     "host_cpu_threads", "host_load1", "host_load5", "host_load15", "gpus_known", "gpus", "gpus_omitted",
     "gpu_problems", "gpu_healthy", "gpu_offered", "gpu_free", "gpu_stale", "gpu_asleep",
-    "gpu_ecc_errors", "gpu_processes", "gpu_mig_enabled", "tunnel_state", "inference_state", "inference_starts",
-    "inference_models"}
+    "gpu_ecc_errors", "gpu_processes", "gpu_mig_enabled", "tunnel_state", "tailnet_up",
+    "inference_state", "inference_starts", "inference_models", "pods_watch_state", "worker_pods"}
 OF_PROMETHEUS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds",
                  "process_threads", "process_start_time_seconds"}
 

@@ -32,7 +32,14 @@ VALUES = {
     "tunnel_local_port": (("0", 0), ("19940", 19940)),
     "tunnel_identity_file": (("/nowhere/key", "/nowhere/key"), ("/x/a b", "/x/a b")),
     "tunnel_reverse_k3s": (("true", True), ("off", False)),
+    "tailnet_control": (("true", True), ("no", False)),
+    "tailnet_socket": (("none", "none"), ("/x/tailscaled.sock", "/x/tailscaled.sock")),
     "k3s_token": ((K3S, K3S), ("other-k3s-secret-1", "other-k3s-secret-1")),
+    "k3s_service_account": (("beta9-gateway", "beta9-gateway"), ("g", "g")),
+    "k3s_token_hours": (("1", 1), ("168", 168)),
+    "k3s_kubeconfig": (("/nowhere/k3s.yaml", "/nowhere/k3s.yaml"), ("/x/a b", "/x/a b")),
+    "k3s_server": (("https://localhost:7443",) * 2, ("https://[::1]/", "https://[::1]/")),
+    "k3s_ca_file": (("/nowhere/ca.crt", "/nowhere/ca.crt"), ("/x/y", "/x/y")),
     "keepalive_interval": (("1", 1.0), ("12.5s", 12.5)),
     "max_cpu": (("0.5", 500), ("3500m", 3500)),
     "max_memory": (("16Gi", 16 << 30), ("1.5Gi", 3 << 29)),
@@ -192,7 +199,12 @@ BAD_VALUES = [
     ("tunnel", "gw.example"), ("tunnel", "-oProxyCommand=x@gw"), ("tunnel", "me@-oProxyCommand=x"),
     ("tunnel", "me@gw:0"), ("tunnel", "me@gw:65536"), ("tunnel", "me@gw:22:23"), ("tunnel", "me@"),
     ("tunnel", "me@gw\n"), ("tunnel", "me@g w"), ("tunnel", "a b@gw"), ("tunnel", "me@[::1"),
+    ("k3s_service_account", "Beta9"), ("k3s_service_account", "-a"), ("k3s_service_account", "a/b"),
+    ("k3s_service_account", "a" * 64), ("k3s_token_hours", "0"), ("k3s_token_hours", "169"),
+    ("k3s_token_hours", "1.5"), ("k3s_server", "http://127.0.0.1:6443"), ("k3s_server", "https://127.0.0.1:0"),
+    ("k3s_server", "https://a/b"), ("k3s_server", "https://u@a"), ("k3s_server", "https://"),
     ("tunnel_local_port", "65536"), ("tunnel_reverse_k3s", "perhaps"),
+    ("tailnet_socket", "~nobody-of-that-name/s"), ("tailnet_control", "100.64.0.1"),
     ("gateway_proxy", "socks5://h:1"), ("gateway_proxy", "squid.lan"), ("gateway_proxy", "http://h:1\n"),
     ("keepalive_interval", "0"), ("keepalive_interval", "0.9"), ("keepalive_interval", "151"),
     ("keepalive_interval", "nan"), ("keepalive_interval", "inf"), ("keepalive_interval", "1e1"),
@@ -712,21 +724,22 @@ def test_init_can_make_the_file_that_it_is_told_to_write(home, tmp_path):
     assert mode(tmp_path / "new.yaml") == 0o600
 
 
-def fake_tailscale(folder, answer="100.99.88.77\n", code=0):
+def fake_tailscale(folder, address="100.99.88.77", code=0):
     folder.mkdir(exist_ok=True)
     program = folder / "tailscale"
-    program.write_text("#!/bin/sh\nprintf '%s'\nexit %d\n" % (answer.replace("\n", "\\n"), code))
+    program.write_text('''#!/bin/sh\necho '{"BackendState": "Running", "TailscaleIPs": ["%s"]}'\n'''
+                       "exit %d\n" % (address, code))
     program.chmod(0o755)
     return "%s:%s" % (folder, os.environ["PATH"])
 
 
-@pytest.mark.parametrize("answer, code, offered", [
-    ("100.99.88.77\n", 0, "100.99.88.77"), ("", 1, None), ("not running\n", 0, None),
-    ("192.168.1.2\n", 0, None)])
-def test_init_offers_the_tailnet_address_as_hostname(answer, code, offered, home, state, tmp_path):
-    path = fake_tailscale(tmp_path / "bin", answer, code)
-    assert run_agent(home, "init", "-y", *NO_GATEWAY, PATH=path).code == 0
-    assert written(state / "config.yaml").get("hostname") == offered
+@pytest.mark.parametrize("address", ["100.99.88.77", "", "192.168.1.2"])
+def test_init_leaves_the_tailnet_address_to_the_agent_which_follows_it(address, home, state, tmp_path):
+    path = fake_tailscale(tmp_path / "bin", address)
+    done = run_agent(home, "init", "-y", *NO_GATEWAY, PATH=path)
+    assert done.code == 0 and ("hostname 100.99.88.77, of the tailnet" in done.out) == (
+        address == "100.99.88.77")
+    assert "hostname" not in written(state / "config.yaml")
     assert run_agent(home, "init", "-y", *NO_GATEWAY, "--hostname", "mine", PATH=path).code == 0
     assert written(state / "config.yaml")["hostname"] == "mine"
 
@@ -810,7 +823,7 @@ def test_init_on_a_terminal_takes_what_stands_in_brackets_for_enter(home, state,
             terminal.answer(question, "")
         assert terminal.end() == 0, terminal.seen
     assert written(path) == {"gateway_host": "127.0.0.1", "gateway_port": "1", "pool_name": "old",
-                             "machine_id": "0badcafe", "token": TOKEN, "hostname": "100.99.88.77"}
+                             "machine_id": "0badcafe", "token": TOKEN}
 
 
 def test_init_that_is_interrupted_writes_nothing(home):

@@ -96,6 +96,8 @@ mapping_lines = st.lists(st.one_of(
     st.builds("{}{}: {}".format, _indents, _names, _words),
     st.builds("{}{}:".format, _indents, _names),
     st.builds("{}- {}".format, _indents, _words),
+    st.builds("{}-{} {}: {}".format, _indents, _indents, _names, _words),
+    st.builds("{}- {}:".format, _indents, _names),
     st.sampled_from(["", "# c", "  # c", "---", "...", "-", "  -"]),
 ), max_size=7).map("\n".join)
 
@@ -143,7 +145,8 @@ _TOKENS = ["a", " ", ":", ",", "#", "-", "?", "[", "]", "{", "}", "'", '"', "\\"
 
 
 @pytest.mark.parametrize("before, after", [
-    ("a: ", ""), ("a:", ""), ("", ": a"), ("a:\n- ", ""), ("a: [", "]"), ("a: {", "}"),
+    ("a: ", ""), ("a:", ""), ("", ": a"), ("a:\n- ", ""), ("a:\n- b: ", "\n  c: d"),
+    ("a: [", "]"), ("a: {", "}"),
     ("a: [b, ", "]"), ("a: {b: ", "}"), ("a: {b: c, ", "}"), ("a: '", "'"), ('a: "', '"'), ("a: [", ""),
     ("a: {", ""), ("a: {b: [", "]}"), ("a: b", "")], ids=repr)
 def test_every_short_value_is_read_as_pyyaml_reads_it_or_refused(before, after):
@@ -169,6 +172,31 @@ limits:
   more: [2, 'x, y', "\\u00e9"]
 log:
 """
+
+
+OF_MAPPINGS = """\
+users:
+- name: a
+  user:
+    token: x
+-   name: "b"
+    args:
+    - c
+    - 'd e' : f
+      g: [h]
+    -
+      i: j
+other:
+  - k:
+    l: m
+"""
+
+
+def test_lists_of_mappings_are_read():
+    assert check(OF_MAPPINGS) == {
+        "users": [{"name": "a", "user": {"token": "x"}},
+                  {"name": "b", "args": ["c", {"d e": "f", "g": ["h"]}, {"i": "j"}]}],
+        "other": [{"k": "", "l": "m"}]}
 
 
 def test_a_document_of_the_subset_is_accepted_and_not_only_refused():
