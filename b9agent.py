@@ -33,6 +33,8 @@ hosts     the gateway that is configured, or the proxy set for it; the engine; t
           machine token goes to the gateway and nowhere else, and no redirect is followed.  Ollama
           itself fetches models from its registries; the others are told to stay offline with files
           that are here
+terminal  `run` on one, and `top`: its alternate screen, and keys without echo, given back at every
+          end but SIGKILL
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
 programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi where the kernel's
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
@@ -49,7 +51,9 @@ threads   main (signals, systemd), membership (the requests to the gateway), gpu
           first-token, inference (looks at the engine), pull, import or convert NAME (4 at most),
           provenance (hashes files); tailnet (asks tailscaled, where there is a trace of it); pods
           (watches worker pods, looks for a kubeconfig once a minute); k3s-token (renews, with
-          k3s.service_account); check-NAME (`doctor`)
+          k3s.service_account); dashboard (the terminal), dashboard-facts, dashboard-log,
+          dashboard-start, -stop, -pull, -cancel or -doctor (what a key asks for, one of each);
+          check-NAME (`doctor`)
 
 To read it: sections stand in order, and each uses only names from above it.
 
@@ -5041,7 +5045,7 @@ LOG_BYTES, LOGS_KEPT = 16 << 20, 5
 WATCH_S = 0.1  # how often a child is looked after
 KILL_LIMIT_S = 5.0  # after SIGKILL: what is stuck in a driver does not go even then
 LEFTOVER_GRACE_S = 5.0
-Table = Dict[int, "ProcessRow"]
+ProcessTable = Dict[int, "ProcessRow"]
 
 
 class ChildState(enum.Enum):
@@ -5215,7 +5219,7 @@ def parse_proc_stat(text: str) -> Optional[ProcessRow]:
     return ProcessRow(numbers[0], numbers[1], numbers[3], words[0] in "ZX", cpu_s, words[19], name)
 
 
-def read_proc(mark: str) -> Optional[Table]:
+def read_proc(mark: str) -> Optional[ProcessTable]:
     table = {}
     for name in filter(str.isdigit, list_folder("/proc")):
         row = parse_proc_stat(read_text(f"/proc/{name}/stat", 4096) or "")
@@ -5225,7 +5229,7 @@ def read_proc(mark: str) -> Optional[Table]:
     return table or None
 
 
-def parse_ps(text: str) -> Table:
+def parse_ps(text: str) -> ProcessTable:
     """`ps -o pid=,ppid=,pgid=,stat=,time=,lstart=,command=`"""
     table = {}
     for line in text.splitlines():
@@ -5241,13 +5245,13 @@ def parse_ps(text: str) -> Table:
     return table
 
 
-def read_ps(_mark: str = "") -> Optional[Table]:
+def read_ps(_mark: str = "") -> Optional[ProcessTable]:
     result = run_command(["ps", "-axww", "-o", "pid=,ppid=,pgid=,stat=,time=,lstart=,command="],
                          10.0, 8 << 20)
     return parse_ps(result.output) if result.exit_code == 0 else None
 
 
-def read_processes(mark: str) -> Optional[Table]:
+def read_processes(mark: str) -> Optional[ProcessTable]:
     """All processes, None where they cannot be read.  mark: NAME=value in an environment."""
     return read_ps() if sys.platform == "darwin" else read_proc(mark)
 
@@ -5258,7 +5262,7 @@ def read_command(row: ProcessRow) -> str:
     return text.replace("\0", " ").strip()[:500]
 
 
-def family_of(table: Table, known: Dict[int, str], group: int) -> Table:
+def family_of(table: ProcessTable, known: Dict[int, str], group: int) -> ProcessTable:
     """Those of one child: marked, known by pid and start, of its group, and whatever descends from
     these.  Zombies have ended.  group: 0 where it may be somebody else's by now."""
     found = {pid: row for pid, row in table.items()
@@ -5275,11 +5279,11 @@ class ProcessFamily:
     parent.  known: {pid: start}; group: the pid of the first, or 0 as in family_of()."""
 
     def __init__(self, mark: str, group: int, known: Dict[int, str],
-                 processes: Callable[[str], Optional[Table]]) -> None:
+                 processes: Callable[[str], Optional[ProcessTable]]) -> None:
         self._processes = processes
         self.mark, self.group, self.known = mark, group, known
 
-    def look(self) -> Optional[Table]:
+    def look(self) -> Optional[ProcessTable]:
         """Those that live; None where that cannot be read."""
         table = self._processes(self.mark)
         if table is None:
@@ -5337,7 +5341,7 @@ class Child:
 
     def __init__(self, spec: ChildSpec, state_dir: str, log: Log,
                  on_change: Callable[[], None] = lambda: None, pace: Pace = Pace(),
-                 processes: Callable[[str], Optional[Table]] = read_processes) -> None:
+                 processes: Callable[[str], Optional[ProcessTable]] = read_processes) -> None:
         self.spec, self._log, self._on_change, self._pace = spec, log, on_change, pace
         self._processes = processes
         self._logs = os.path.join(state_dir, "logs")
@@ -5492,7 +5496,7 @@ class Child:
         self._enter(ChildState.STARTING, pid=pid, message="", log_path=log_path)
         return ""
 
-    def _remember(self) -> Table:
+    def _remember(self) -> ProcessTable:
         """Its processes, written down for the next agent: a program may hide its mark, for it may
         write its title there."""
         found = self._family.look() or {}
@@ -5583,7 +5587,8 @@ def parse_pidfile(text: str) -> Optional[Leftover]:
     return Leftover(pid if type(pid) is int else 0, mark, known)
 
 
-def leftover_family(left: Leftover, processes: Callable[[str], Optional[Table]]) -> ProcessFamily:
+def leftover_family(left: Leftover, processes: Callable[[str], Optional[ProcessTable]]
+                    ) -> ProcessFamily:
     """A pid is believed only with its start and its command, or the mark; a group only with one of
     these in it."""
     known = {}
@@ -5597,7 +5602,7 @@ def leftover_family(left: Leftover, processes: Callable[[str], Optional[Table]])
 
 
 def end_leftovers(state_dir: str, log: Log,
-                  processes: Callable[[str], Optional[Table]] = read_processes) -> int:
+                  processes: Callable[[str], Optional[ProcessTable]] = read_processes) -> int:
     """End what a killed agent has left running; how many processes.  Its pidfile goes when they
     have gone.  To be called by the one who holds the state folder, before the first Child."""
     folder, count = os.path.join(state_dir, "children"), 0

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=6c07a64c76618450aec75837b60e64daae85096587fa358463ff92f7c2df269b
+  sha256=b7fabe0a1419f6857e4bbe24190ec02dee5c927311baa93bd96a9fbe7f11144c
 }
 
 usage() {

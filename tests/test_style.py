@@ -80,6 +80,8 @@ def test_a_reader_never_has_to_look_down():
 
 def test_no_name_is_defined_twice():
     names = [node.name for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    names += [target.id for node in TREE.body if isinstance(node, ast.Assign)
+              for target in node.targets if isinstance(target, ast.Name)]
     assert [name for name, count in collections.Counter(names).items() if count > 1] == []
 
 
