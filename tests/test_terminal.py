@@ -469,7 +469,8 @@ def test_models_are_pulled_and_the_engine_started_and_stopped_by_keys(where, tmu
     one.resize(140, 30)
     flags = agent_flags(hostile.port)
     if where == "top":
-        agent("run", *flags, **given).wait_line("notice ready")
+        watched = agent("run", *flags, **given)
+        watched.wait_line("notice ready")
     one.run(*agent_command(*(("top",) if where == "top" else ("run",) + flags)))
     one.shows("Status: READY")
     whole = agent_pid(state)
@@ -509,10 +510,10 @@ def test_models_are_pulled_and_the_engine_started_and_stopped_by_keys(where, tmu
     assert len(children) > 1
     one.keys("q")
     one.shows("shell[$]")
-    if where == "run":
-        wait_until(lambda: not any(map(alive, children)), "agent and engine gone")
-    else:
+    if where == "top":
         assert alive(whole)
+        assert watched.stop() == 0
+    wait_until(lambda: not any(map(alive, children)), "agent and engine gone")
 
 
 def test_what_is_pasted_is_no_key(shown):
