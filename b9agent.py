@@ -10000,7 +10000,8 @@ class Tailnet:
         self.reading = TailnetReading()  # replaced whole
         self._listeners: List[TailnetListener] = []
         self._lock, self._wake, self._stopping = threading.Lock(), Wake(), False
-        self._looked, self._boot_until_s, self._trace_s = False, 0.0, 0.0
+        self._heeded = "waiting"  # the state that on_change has been told of
+        self._boot_until_s, self._trace_s = 0.0, 0.0
         self._thread = threading.Thread(target=self._run, name="tailnet", daemon=True)
 
     def serve(self, name: str, make: Callable[[str], Any]) -> None:
@@ -10034,7 +10035,7 @@ class Tailnet:
     def settled(self) -> bool:
         """Nothing is on its way that would be worth a wait."""
         return (self._thread.ident is None or now_s() >= self._boot_until_s
-                or self._looked and self.reading.state != "waiting")
+                or self._heeded != "waiting")
 
     def status(self) -> Dict[str, Any]:
         told = self.reading
@@ -10048,7 +10049,6 @@ class Tailnet:
             if self._stopping:
                 return
             was, self.reading = self.reading, reading
-            self._looked = True
             if was.source == "socket" and not reading.source:  # tailscaled is restarted, perhaps
                 self._boot_until_s = now_s() + TAILNET_BOOT_S
             # How a program fails may read otherwise every time.
@@ -10056,6 +10056,7 @@ class Tailnet:
                 self._log("notice" if reading.state == "up" else "info", "tailnet",
                           **{name: value or None for name, value in self.status().items()})
                 self._on_change(self.status())
+            self._heeded = reading.state
             for listener in self._listeners:
                 listener.follow(reading.address if reading.tun else "")
 

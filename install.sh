@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=b7fabe0a1419f6857e4bbe24190ec02dee5c927311baa93bd96a9fbe7f11144c
+  sha256=fadc5e2af2a5bd70432adf69ee5fc1bf5130015648602349e5831d6c22f21f0a
 }
 
 usage() {

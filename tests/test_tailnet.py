@@ -414,6 +414,18 @@ def test_it_stops_at_once_while_it_waits_and_soon_while_tailscaled_hangs(tailsca
         assert threads() == []
 
 
+def test_who_waits_for_it_goes_on_only_once_its_news_are_told(tailscaled, monkeypatch):
+    with Watched(str(tailscaled().path)) as watched:
+        tailnet, seen = watched.tailnet, []
+        monkeypatch.setattr(tailnet, "_thread", threading.current_thread())  # as one that runs
+        monkeypatch.setattr(tailnet, "_boot_until_s", b9agent.now_s() + 60)
+        monkeypatch.setattr(tailnet, "_on_change", lambda status: seen.append(
+            (status["state"], tailnet.settled)))
+        tailnet.look()
+        assert seen == [("up", False)] and tailnet.settled
+        monkeypatch.undo()
+
+
 def test_how_often_it_asks(bare, tmp_path):
     tailnet = Watched().tailnet
     tailnet._thread = threading.Thread()  # as one that runs
@@ -424,7 +436,7 @@ def test_how_often_it_asks(bare, tmp_path):
     tailnet._boot_until_s = b9agent.now_s() + 30
     assert tailnet._interval_s() == 1.0 and not tailnet.settled  # not looked yet
     tailnet.reading = TailnetReading("waiting")
-    tailnet._looked = True
+    tailnet._heeded = "waiting"
     assert tailnet._interval_s() == 1.0 and not tailnet.settled
     tailnet._boot_until_s = b9agent.now_s() - 1
     for tailnet.reading, interval_s in cases:
