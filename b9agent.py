@@ -506,23 +506,25 @@ def process_name(pid: int) -> str:
     return f"{name}, pid {pid}" if name else f"pid {pid}"
 
 
-def parse_listeners(text: str) -> Dict[int, str]:
-    """{port: inode of the socket} of /proc/net/tcp or tcp6.  Source: proc(5); state 0A listens."""
+def parse_listeners(text: str, port: int) -> List[str]:
+    """Inodes of the sockets that listen on a port, of all addresses, in /proc/net/tcp or tcp6.
+    Source: proc(5); state 0A listens."""
     rows = re.findall(r"(?m)^ *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) \S+ 0A(?: +\S+){5} +([0-9]+)", text)
-    return {int(port, 16): inode for port, inode in rows}
+    return [inode for number, inode in rows if int(number, 16) == port]
 
 
-def _listener(port: int) -> str:
-    """Who listens on a port, as far as this user may see it: root all, others their own."""
+def _listener(port: int, pid: Optional[int] = None) -> str:
+    """Who listens on a port, as far as this user may see it: root all, others their own.  pid: ""
+    unless that process does."""
     if sys.platform == "darwin":
-        shown = run_command(["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"], 10.0).output
+        shown = run_command(["lsof", "-nP", "-a", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"]
+                            + (["-p", str(pid)] if pid else []), 10.0).output
         match = re.search("(?m)^p([0-9]+)\nc(.+)$", shown)
         return printable(f"{match.group(2)}, pid {match.group(1)}") if match else ""
     import glob
-    inodes = [parse_listeners(read_text(f"/proc/net/{name}") or "").get(port)
-              for name in ("tcp", "tcp6")]
-    sockets = {f"socket:[{inode}]" for inode in inodes if inode}
-    paths = glob.iglob("/proc/[0-9]*/fd/*") if sockets else ()
+    sockets = {f"socket:[{inode}]" for name in ("tcp", "tcp6")
+               for inode in parse_listeners(read_text(f"/proc/net/{name}") or "", port)}
+    paths = glob.iglob(f"/proc/{pid or '[0-9]*'}/fd/*") if sockets else ()
     return next((process_name(int(path.split("/")[2])) for path in paths
                  if read_link(path) in sockets), "")
 
@@ -606,7 +608,7 @@ class TlsIdentity:
 class Endpoint(NamedTuple):
     """Where an HTTP server is.  proxy: host, port and Proxy-Authorization value, or None.  dial:
     where to connect instead: the near end of a tunnel to it, or the path of a unix socket.  tls:
-    instead of ca_file."""
+    instead of ca_file.  check: called once it is connected; raises where nothing is to be sent."""
     scheme: str
     host: str
     port: int
@@ -614,6 +616,7 @@ class Endpoint(NamedTuple):
     proxy: Optional[Tuple[str, int, str]] = None
     dial: Any = None
     tls: Optional[TlsIdentity] = None
+    check: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
@@ -778,6 +781,7 @@ def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
         raise HttpFailure("proxy", f"the proxy {host_port(*target)} cannot be reached: "
                           f"{getattr(error, 'strerror', None) or error}") from error
     try:
+        endpoint.check()
         if endpoint.scheme == "http":
             return sock
         if endpoint.proxy:
@@ -9713,10 +9717,19 @@ def tunnel_port() -> int:
     return next(port for port in ports if port_holder("127.0.0.1", port) is None)
 
 
-def tunnel_endpoint(settings: Any, local_port: int) -> Endpoint:
-    """The gateway by its own name, for TLS as well, and the way to it."""
+def tunnel_endpoint(settings: Any, local_port: int, ssh_pid: Callable[[], Optional[int]]
+                    ) -> Endpoint:
+    """The gateway by its own name, for TLS as well, and the way to it.
+
+    Looked at when the connection is made: our ssh may have ended since we last looked, and who has
+    taken its port would read the token.
+    """
+    def check() -> None:
+        pid = ssh_pid()
+        if not pid or not _listener(local_port, pid):
+            raise HttpFailure("refused", "the tunnel's ssh has ended")
     return Endpoint(settings.gateway_scheme, settings.gateway_host, settings.gateway_port,
-                    settings.gateway_ca_file, None, ("127.0.0.1", local_port))
+                    settings.gateway_ca_file, None, ("127.0.0.1", local_port), check=check)
 
 
 class Tunnel:
@@ -9731,7 +9744,7 @@ class Tunnel:
         self._settings, self._log = settings, log
         self._is_ready, self._on_change = is_ready, on_change
         self._port = settings.tunnel_local_port or tunnel_port()
-        self.endpoint = tunnel_endpoint(settings, self._port)
+        self.endpoint = tunnel_endpoint(settings, self._port, lambda: self._child.snapshot.pid)
         self._told = ("starting", "")  # state and message, replaced whole
         self._failures, self._again_s = 0, 0.0
         self._stopping, self._wake = False, Wake()
@@ -9747,7 +9760,7 @@ class Tunnel:
             socket.create_connection(("127.0.0.1", self._port), 1.0).close()
         except OSError:
             return Probe(False)
-        return Probe(_listener(self._port).endswith(f"pid {self._child.snapshot.pid}"))
+        return Probe(_listener(self._port, self._child.snapshot.pid) != "")
 
     def status(self) -> Dict[str, Any]:
         child, (state, message) = self._child.snapshot, self._told
@@ -14618,7 +14631,7 @@ def doctor_endpoint(loaded: Loaded) -> Endpoint:
     if tunnel.get("state") != "running":
         raise GatewayUnreachable(f"the tunnel is {tunnel.get('state')}: {tunnel.get('message')}",
                                  "b9agent.py status   # tells more")
-    return tunnel_endpoint(loaded.settings, tunnel["local_port"])
+    return tunnel_endpoint(loaded.settings, tunnel["local_port"], lambda: tunnel["pid"])
 
 
 def doctor_client(loaded: Loaded) -> GatewayClient:
