@@ -4894,6 +4894,7 @@ class Membership:
         self._refused_since_s: Optional[float] = None
         self._hurried: Tuple[State, ...] = ()
         self._outdated = False
+        self._not_told = ""  # why, the last time
         self.snapshot = Snapshot(since_s=clock())
 
     def hurry(self, states: Tuple[State, ...] = (State.READY,)) -> None:
@@ -4933,12 +4934,14 @@ class Membership:
         self._outdated = False  # before it is sent: what changes from now on is news again
         try:
             self._send_register()
-        except GatewayError as error:
+        except Exception as error:
             self._outdated = True
-            if self._must_register or isinstance(error, GatewayUnreachable):
+            if self._must_register or not isinstance(error, GatewayError):
                 raise
             self._count_failure(error, "failed_registrations")
-            self._log.error("not_registered_again", error, "warning")
+            self._log.error("not_registered_again", error,
+                            "debug" if str(error) == self._not_told else "warning")
+            self._not_told = str(error)
             return
         self._must_register = False
         self._enter(State.REGISTERED, registrations=self.snapshot.registrations + 1)
@@ -6561,11 +6564,11 @@ def metric_sums(text: str, names: Sequence[str]) -> List[Optional[float]]:
     [3.5, None]
     """
     found: Dict[str, float] = {}
-    for line in text.splitlines():
-        name, value = re.split("[{ ]", line, maxsplit=1)[0], line.rpartition(" ")[2]
-        if name and name in names and re.fullmatch("[0-9.eE+-]{1,30}", value):
-            with contextlib.suppress(ValueError):
-                found[name] = found.get(name, 0.0) + min(float(value), 1e15)
+    wanted = "|".join(map(re.escape, filter(None, names)))  # one search: a hostile text has many lines
+    for match in re.finditer(rf"(?m)^({wanted})(?:\{{.*)? ([0-9.eE+-]{{1,30}})$", text):
+        with contextlib.suppress(ValueError):
+            value = max(0.0, min(float(match.group(2)), 1e15))
+            found[match.group(1)] = found.get(match.group(1), 0.0) + value
     return [found.get(name) for name in names]
 
 
@@ -6587,7 +6590,7 @@ def read_engine_load(engine: Engine, endpoint: Endpoint,
     if not any(engine.counts):
         return load
     try:
-        reply = http_request("GET", endpoint, "/metrics", {}, None, 2.0, 4 << 20)
+        reply = http_request("GET", endpoint, "/metrics", {}, None, 2.0)
     except HttpFailure:
         return load
     load = load._make([load.at_s, *metric_sums(reply.body.decode("utf-8", "replace"),
@@ -10061,7 +10064,6 @@ class Tailnet:
             if self._stopping:
                 return
             was, self.reading = self.reading, reading
-            self._looked = True
             if was.source == "socket" and not reading.source:  # tailscaled is restarted, perhaps
                 self._boot_until_s = now_s() + TAILNET_BOOT_S
             # How a program fails may read otherwise every time.
@@ -10069,6 +10071,7 @@ class Tailnet:
                 self._log("notice" if reading.state == "up" else "info", "tailnet",
                           **{name: value or None for name, value in self.status().items()})
                 self._on_change(self.status())
+            self._looked = True  # after that: who waits for it takes what was told
             for listener in self._listeners:
                 listener.follow(reading.address if reading.tun else "")
 
@@ -13224,7 +13227,7 @@ class Agent:
     def _tell_tunnel(self, status: Dict[str, Any]) -> None:
         """What waits for the gateway need not wait any longer once the tunnel is there."""
         self._log.events.tell("tunnel", **status)
-        if status["state"] == "running":
+        if status["state"] == "running" and not status["message"]:
             self.membership.hurry((State.READY, State.UNREACHABLE))
             self._wake_membership.set()
 

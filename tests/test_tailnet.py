@@ -377,6 +377,16 @@ def test_only_changes_are_told(bare, tailscaled):
         'info tailnet state=down name=box.tail1.ts.net source=socket message="Tailscale is stopped"']
 
 
+def test_who_waits_for_the_address_goes_on_when_it_has_been_told(bare, tailscaled):
+    """Or a machine could register under its other name first, and then again."""
+    settled = []
+    with Watched(tailscaled().path) as watched:
+        watched.tailnet._on_change = lambda status: settled.append(watched.tailnet.settled)
+        watched.tailnet.start()
+        wait_until(lambda: watched.tailnet.settled, "a look")
+    assert settled == [False]
+
+
 def test_a_defect_costs_one_look(bare, tailscaled):
     bare.setattr(b9agent, "TAILNET_RARELY_S", 0.01)
     answers = iter([ZeroDivisionError("ours")])
