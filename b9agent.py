@@ -5374,11 +5374,16 @@ class Child:
                 raise UsageError(f"{self.spec.name} is being stopped", "Start it when it has ended")
             if self._living:
                 return
-            self._living, self._stopping = True, False
-            self.snapshot = self.snapshot._replace(state=ChildState.STARTING, message="", said="")
-            self._thread = threading.Thread(target=self._live, name=f"child-{self.spec.name}",
-                                            daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._live, name=f"child-{self.spec.name}",
+                                      daemon=True)
+            before, self._stopping = self.snapshot, False
+            self.snapshot = before._replace(state=ChildState.STARTING, message="", said="")
+            try:
+                thread.start()
+            except BaseException:  # none is to be had: as if it had not been asked for
+                self.snapshot = before
+                raise
+            self._thread, self._living = thread, True  # it sees the lock before it ends
 
     def stop(self) -> str:
         """Returns when it has ended: "", or what is left of it."""
@@ -6564,7 +6569,8 @@ def metric_sums(text: str, names: Sequence[str]) -> List[Optional[float]]:
     [3.5, None]
     """
     found: Dict[str, float] = {}
-    wanted = "|".join(map(re.escape, filter(None, names)))  # one search: a hostile text has many lines
+    wanted = "|".join(map(re.escape, filter(None, names)))
+    # One search, for a hostile text has many lines.
     for match in re.finditer(rf"(?m)^({wanted})(?:\{{.*)? ([0-9.eE+-]{{1,30}})$", text):
         with contextlib.suppress(ValueError):
             value = max(0.0, min(float(match.group(2)), 1e15))
@@ -10000,7 +10006,12 @@ class TailnetListener:
             self._problem = problem
             return
         self._server, self._host, self._problem = server, host, ""
-        server.start()
+        try:
+            server.start()
+        except BaseException:  # no thread is to be had: the next call finds nothing here
+            self._server = None
+            server.stop()
+            raise
         self._log("info", "listening", api=self._name, url=server.url)
 
 

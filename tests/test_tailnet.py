@@ -534,6 +534,29 @@ def test_a_listener_follows_the_address():
 
 
 @needs_loopback_net
+def test_two_hundred_changes_and_as_many_failures_leave_no_descriptor_and_no_thread(bare):
+    class NoThread(b9agent.ApiServer):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    def left():
+        return (len(os.listdir("/dev/fd")), threading.active_count())
+    listener = b9agent.TailnetListener("hello", lambda host: (NoThread if host == "127.0.0.9" else
+                                                              b9agent.ApiServer)(Hello(), host, 0),
+                                       b9agent.Log(stream=io.StringIO()))
+    before = left()
+    for number in range(200):
+        listener.follow("127.0.0.%d" % (2 + number % 2))
+        for _ in range(2):  # it is tried again
+            with pytest.raises(RuntimeError):
+                listener.follow("127.0.0.9")
+    listener.follow("127.0.0.2")
+    assert listener._server is not None
+    listener.follow("")
+    assert left() == before
+
+
+@needs_loopback_net
 def test_in_userspace_networking_no_address_is_bound(bare, tailscaled):
     one, hosts = tailscaled(status_json(TUN=False)), []
     with Watched(one.path) as watched:
