@@ -457,7 +457,7 @@ _RUNNING: List[Any] = []  # the children of run_command() now
 def end_programs() -> None:
     """End what threads that nobody waits for have started, so that nothing outlives us."""
     for child in _RUNNING[:]:
-        if child.poll() is None:
+        if child.returncode is None:  # nobody has reaped it: its group is its own, if it ended too
             _kill(child)
 
 
@@ -9693,7 +9693,8 @@ def ssh_command(program: str, settings: Any, local_port: int) -> List[str]:
     """The whole command line; nothing in it is secret."""
     user, host, port = split_tunnel(settings.tunnel)
     target = host_port(settings.gateway_host, settings.gateway_port)
-    options = (*_SSH_OPTIONS, f'UserKnownHostsFile="{os.path.expanduser(KNOWN_HOSTS)}"')
+    known = os.path.expanduser(KNOWN_HOSTS).replace("%", "%%").replace('"', '\\"')
+    options = (*_SSH_OPTIONS, f'UserKnownHostsFile="{known}"')
     command = [program, "-F", "none", "-N", "-T", "-p", str(port), "-l", user]
     command += [word for option in options for word in ("-o", option)]
     if settings.tunnel_identity_file:

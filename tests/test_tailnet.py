@@ -700,6 +700,27 @@ def test_once_and_a_dry_run_offer_it_too(home, hostile, tailscaled):
     assert time.monotonic() - began < 15
 
 
+def test_what_a_tailscale_program_left_ends_with_the_agent(run, hostile, home, tmp_path):
+    """It has ended itself, and holds the agent's pipe by what it started."""
+    (tmp_path / "bin").mkdir()
+    path, pid = program(tmp_path, "sleep 600 &\necho $! > %s\n" % (tmp_path / "pid")), tmp_path / "pid"
+    started = run("--hostname", "mine", PATH="%s:%s" % (os.path.dirname(path), os.environ["PATH"]))
+    wait_until(lambda: pid.exists() and pid.read_text().endswith("\n"), "the program")
+    assert started.stop() == 0
+
+    def lives():
+        with contextlib.suppress(OSError):
+            os.kill(int(pid.read_text()), 0)
+            state = b9agent.read_text("/proc/%s/stat" % pid.read_text().strip()) or ""
+            return not re.search(r"\) Z", state)
+        return False
+    try:
+        wait_until(lambda: not lives(), "its end", 5)
+    finally:
+        if lives():
+            os.kill(int(pid.read_text()), 9)
+
+
 def test_a_tailscaled_that_hangs_costs_no_keepalive(run, hostile, tailscaled):
     program = run("--hostname", "mine", "--keepalive-interval", "1", "--tailnet-socket",
                   tailscaled(hang).path)

@@ -411,6 +411,17 @@ def test_an_ssh_config_is_not_read(sshd, tunnelled, home, tmp_path):
         assert {name: shown[name] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize("name", ["a b", 'a"b', "a'b", "50%o", "é"])
+def test_a_home_of_any_name_has_its_known_hosts(name, monkeypatch):
+    if not shutil.which("ssh"):
+        pytest.skip("needs ssh")
+    monkeypatch.setenv("HOME", "/nowhere/" + name)
+    settings = b9agent.load_settings({"config": os.devnull, "tunnel": "x@h"}, {}).settings
+    command = b9agent.ssh_command("ssh", settings, 20001)
+    shown = subprocess.run([command[0], "-G", *command[1:]], stdout=subprocess.PIPE, check=True).stdout
+    assert "userknownhostsfile /nowhere/%s/.ssh/known_hosts\n" % name in shown.decode().replace("%%", "%")
+
+
 def test_https_is_verified_under_the_gateways_own_name():
     settings = b9agent.load_settings({"config": os.devnull, "tunnel": "me@h", "gateway_host": "gw.lan",
                                       "gateway_scheme": "https"}, {}).settings
