@@ -457,7 +457,7 @@ _RUNNING: List[Any] = []  # the children of run_command() now
 def end_programs() -> None:
     """End what threads that nobody waits for have started, so that nothing outlives us."""
     for child in _RUNNING[:]:
-        if child.poll() is None:
+        if child.returncode is None:  # nobody has reaped it: its group is its own, if it ended too
             _kill(child)
 
 
@@ -506,23 +506,25 @@ def process_name(pid: int) -> str:
     return f"{name}, pid {pid}" if name else f"pid {pid}"
 
 
-def parse_listeners(text: str) -> Dict[int, str]:
-    """{port: inode of the socket} of /proc/net/tcp or tcp6.  Source: proc(5); state 0A listens."""
+def parse_listeners(text: str, port: int) -> List[str]:
+    """Inodes of the sockets that listen on a port, of all addresses, in /proc/net/tcp or tcp6.
+    Source: proc(5); state 0A listens."""
     rows = re.findall(r"(?m)^ *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) \S+ 0A(?: +\S+){5} +([0-9]+)", text)
-    return {int(port, 16): inode for port, inode in rows}
+    return [inode for number, inode in rows if int(number, 16) == port]
 
 
-def _listener(port: int) -> str:
-    """Who listens on a port, as far as this user may see it: root all, others their own."""
+def _listener(port: int, pid: Optional[int] = None) -> str:
+    """Who listens on a port, as far as this user may see it: root all, others their own.  pid: ""
+    unless that process does."""
     if sys.platform == "darwin":
-        shown = run_command(["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"], 10.0).output
+        shown = run_command(["lsof", "-nP", "-a", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"]
+                            + (["-p", str(pid)] if pid else []), 10.0).output
         match = re.search("(?m)^p([0-9]+)\nc(.+)$", shown)
         return printable(f"{match.group(2)}, pid {match.group(1)}") if match else ""
     import glob
-    inodes = [parse_listeners(read_text(f"/proc/net/{name}") or "").get(port)
-              for name in ("tcp", "tcp6")]
-    sockets = {f"socket:[{inode}]" for inode in inodes if inode}
-    paths = glob.iglob("/proc/[0-9]*/fd/*") if sockets else ()
+    sockets = {f"socket:[{inode}]" for name in ("tcp", "tcp6")
+               for inode in parse_listeners(read_text(f"/proc/net/{name}") or "", port)}
+    paths = glob.iglob(f"/proc/{pid or '[0-9]*'}/fd/*") if sockets else ()
     return next((process_name(int(path.split("/")[2])) for path in paths
                  if read_link(path) in sockets), "")
 
@@ -606,7 +608,7 @@ class TlsIdentity:
 class Endpoint(NamedTuple):
     """Where an HTTP server is.  proxy: host, port and Proxy-Authorization value, or None.  dial:
     where to connect instead: the near end of a tunnel to it, or the path of a unix socket.  tls:
-    instead of ca_file."""
+    instead of ca_file.  check: called once it is connected; raises where nothing is to be sent."""
     scheme: str
     host: str
     port: int
@@ -614,6 +616,7 @@ class Endpoint(NamedTuple):
     proxy: Optional[Tuple[str, int, str]] = None
     dial: Any = None
     tls: Optional[TlsIdentity] = None
+    check: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
@@ -778,6 +781,7 @@ def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
         raise HttpFailure("proxy", f"the proxy {host_port(*target)} cannot be reached: "
                           f"{getattr(error, 'strerror', None) or error}") from error
     try:
+        endpoint.check()
         if endpoint.scheme == "http":
             return sock
         if endpoint.proxy:
@@ -4890,6 +4894,7 @@ class Membership:
         self._refused_since_s: Optional[float] = None
         self._hurried: Tuple[State, ...] = ()
         self._outdated = False
+        self._not_told = ""  # why, the last time
         self.snapshot = Snapshot(since_s=clock())
 
     def hurry(self, states: Tuple[State, ...] = (State.READY,)) -> None:
@@ -4929,12 +4934,14 @@ class Membership:
         self._outdated = False  # before it is sent: what changes from now on is news again
         try:
             self._send_register()
-        except GatewayError as error:
+        except Exception as error:
             self._outdated = True
-            if self._must_register or isinstance(error, GatewayUnreachable):
+            if self._must_register or not isinstance(error, GatewayError):
                 raise
             self._count_failure(error, "failed_registrations")
-            self._log.error("not_registered_again", error, "warning")
+            self._log.error("not_registered_again", error,
+                            "debug" if str(error) == self._not_told else "warning")
+            self._not_told = str(error)
             return
         self._must_register = False
         self._enter(State.REGISTERED, registrations=self.snapshot.registrations + 1)
@@ -5367,11 +5374,16 @@ class Child:
                 raise UsageError(f"{self.spec.name} is being stopped", "Start it when it has ended")
             if self._living:
                 return
-            self._living, self._stopping = True, False
-            self.snapshot = self.snapshot._replace(state=ChildState.STARTING, message="", said="")
-            self._thread = threading.Thread(target=self._live, name=f"child-{self.spec.name}",
-                                            daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._live, name=f"child-{self.spec.name}",
+                                      daemon=True)
+            before, self._stopping = self.snapshot, False
+            self.snapshot = before._replace(state=ChildState.STARTING, message="", said="")
+            try:
+                thread.start()
+            except BaseException:  # none is to be had: as if it had not been asked for
+                self.snapshot = before
+                raise
+            self._thread, self._living = thread, True  # it sees the lock before it ends
 
     def stop(self) -> str:
         """Returns when it has ended: "", or what is left of it."""
@@ -6557,11 +6569,12 @@ def metric_sums(text: str, names: Sequence[str]) -> List[Optional[float]]:
     [3.5, None]
     """
     found: Dict[str, float] = {}
-    for line in text.splitlines():
-        name, value = re.split("[{ ]", line, maxsplit=1)[0], line.rpartition(" ")[2]
-        if name and name in names and re.fullmatch("[0-9.eE+-]{1,30}", value):
-            with contextlib.suppress(ValueError):
-                found[name] = found.get(name, 0.0) + min(float(value), 1e15)
+    wanted = "|".join(map(re.escape, filter(None, names)))
+    # One search, for a hostile text has many lines.
+    for match in re.finditer(rf"(?m)^({wanted})(?:\{{.*)? ([0-9.eE+-]{{1,30}})$", text):
+        with contextlib.suppress(ValueError):
+            value = max(0.0, min(float(match.group(2)), 1e15))
+            found[match.group(1)] = found.get(match.group(1), 0.0) + value
     return [found.get(name) for name in names]
 
 
@@ -6583,7 +6596,7 @@ def read_engine_load(engine: Engine, endpoint: Endpoint,
     if not any(engine.counts):
         return load
     try:
-        reply = http_request("GET", endpoint, "/metrics", {}, None, 2.0, 4 << 20)
+        reply = http_request("GET", endpoint, "/metrics", {}, None, 2.0)
     except HttpFailure:
         return load
     load = load._make([load.at_s, *metric_sums(reply.body.decode("utf-8", "replace"),
@@ -9680,7 +9693,8 @@ def ssh_command(program: str, settings: Any, local_port: int) -> List[str]:
     """The whole command line; nothing in it is secret."""
     user, host, port = split_tunnel(settings.tunnel)
     target = host_port(settings.gateway_host, settings.gateway_port)
-    options = (*_SSH_OPTIONS, f'UserKnownHostsFile="{os.path.expanduser(KNOWN_HOSTS)}"')
+    known = os.path.expanduser(KNOWN_HOSTS).replace("%", "%%").replace('"', '\\"')
+    options = (*_SSH_OPTIONS, f'UserKnownHostsFile="{known}"')
     command = [program, "-F", "none", "-N", "-T", "-p", str(port), "-l", user]
     command += [word for option in options for word in ("-o", option)]
     if settings.tunnel_identity_file:
@@ -9713,10 +9727,19 @@ def tunnel_port() -> int:
     return next(port for port in ports if port_holder("127.0.0.1", port) is None)
 
 
-def tunnel_endpoint(settings: Any, local_port: int) -> Endpoint:
-    """The gateway by its own name, for TLS as well, and the way to it."""
+def tunnel_endpoint(settings: Any, local_port: int, ssh_pid: Callable[[], Optional[int]]
+                    ) -> Endpoint:
+    """The gateway by its own name, for TLS as well, and the way to it.
+
+    Looked at when the connection is made: our ssh may have ended since we last looked, and who has
+    taken its port would read the token.
+    """
+    def check() -> None:
+        pid = ssh_pid()
+        if not pid or not _listener(local_port, pid):
+            raise HttpFailure("refused", "the tunnel's ssh has ended")
     return Endpoint(settings.gateway_scheme, settings.gateway_host, settings.gateway_port,
-                    settings.gateway_ca_file, None, ("127.0.0.1", local_port))
+                    settings.gateway_ca_file, None, ("127.0.0.1", local_port), check=check)
 
 
 class Tunnel:
@@ -9731,7 +9754,7 @@ class Tunnel:
         self._settings, self._log = settings, log
         self._is_ready, self._on_change = is_ready, on_change
         self._port = settings.tunnel_local_port or tunnel_port()
-        self.endpoint = tunnel_endpoint(settings, self._port)
+        self.endpoint = tunnel_endpoint(settings, self._port, lambda: self._child.snapshot.pid)
         self._told = ("starting", "")  # state and message, replaced whole
         self._failures, self._again_s = 0, 0.0
         self._stopping, self._wake = False, Wake()
@@ -9747,7 +9770,7 @@ class Tunnel:
             socket.create_connection(("127.0.0.1", self._port), 1.0).close()
         except OSError:
             return Probe(False)
-        return Probe(_listener(self._port).endswith(f"pid {self._child.snapshot.pid}"))
+        return Probe(_listener(self._port, self._child.snapshot.pid) != "")
 
     def status(self) -> Dict[str, Any]:
         child, (state, message) = self._child.snapshot, self._told
@@ -9984,7 +10007,12 @@ class TailnetListener:
             self._problem = problem
             return
         self._server, self._host, self._problem = server, host, ""
-        server.start()
+        try:
+            server.start()
+        except BaseException:  # no thread is to be had: the next call finds nothing here
+            self._server = None
+            server.stop()
+            raise
         self._log("info", "listening", api=self._name, url=server.url)
 
 
@@ -13212,7 +13240,7 @@ class Agent:
     def _tell_tunnel(self, status: Dict[str, Any]) -> None:
         """What waits for the gateway need not wait any longer once the tunnel is there."""
         self._log.events.tell("tunnel", **status)
-        if status["state"] == "running":
+        if status["state"] == "running" and not status["message"]:
             self.membership.hurry((State.READY, State.UNREACHABLE))
             self._wake_membership.set()
 
@@ -14619,7 +14647,7 @@ def doctor_endpoint(loaded: Loaded) -> Endpoint:
     if tunnel.get("state") != "running":
         raise GatewayUnreachable(f"the tunnel is {tunnel.get('state')}: {tunnel.get('message')}",
                                  "b9agent.py status   # tells more")
-    return tunnel_endpoint(loaded.settings, tunnel["local_port"])
+    return tunnel_endpoint(loaded.settings, tunnel["local_port"], lambda: tunnel["pid"])
 
 
 def doctor_client(loaded: Loaded) -> GatewayClient:

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=fadc5e2af2a5bd70432adf69ee5fc1bf5130015648602349e5831d6c22f21f0a
+  sha256=2a24d9155838a07169b2740fc88f8a55cf6afde0467c8e4cd23b4587075fe2ae
 }
 
 usage() {

@@ -196,6 +196,18 @@ def test_a_probe_that_has_failed_ends_the_start(make):
     assert "will not be ready: it has no completions" in ended.message
 
 
+def test_without_a_thread_to_be_had_it_is_as_it_was_and_starts_later(make, monkeypatch):
+    child = make(LIVE_ON)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: {}["can't start new thread"])
+        with pytest.raises(KeyError):
+            child.start()
+    assert child.snapshot == b9agent.ChildSnapshot() and child.stop() == ""
+    child.start()
+    assert child.wait((ChildState.RUNNING,) + ENDED, 40).state is ChildState.RUNNING
+    assert child.stop() == ""
+
+
 def test_a_hundred_lives_leak_no_descriptor_and_no_thread(make):
     child = make.running("print('up')", pace=SOON._replace(exits=1000, most_s=1e-6))
     counts = lambda: (len(os.listdir("/dev/fd")), threading.active_count())

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -550,6 +551,11 @@ def test_the_load_of_an_engine_comes_from_its_own_counters():
         assert b9agent.read_engine_load(vllm, place, second)[1:] == (None, 7.0, None, None, None)
         counts.text = "vllm:generation_tokens_total NaN\nvllm:num_requests_waiting 1e999\n\x00{} {"
         assert b9agent.read_engine_load(vllm, place, second).tokens is None
+        counts.text = "vllm:num_requests_waiting -1e999\nvllm:generation_tokens_total -9e99\n"
+        assert b9agent.read_engine_load(vllm, place, second)[2:4] == (0.0, 0.0)  # as integers in JSON
+        counts.text, began = "\n" * 1000000, time.process_time()
+        assert b9agent.read_engine_load(vllm, place, second)[1:4] == (None, None, None)
+        assert time.process_time() - began < 0.2  # the agent's other threads wait meanwhile
         ollama = b9agent.read_engine_load(b9agent.ENGINE_BY_NAME["ollama"], place, None)
         assert ollama[1:] == (None,) * 5
     gone = b9agent.read_engine_load(vllm, place, second)

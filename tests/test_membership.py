@@ -102,34 +102,6 @@ def test_the_snapshot_says_what_is_known():
     assert (life.state, life.membership.snapshot.message) == (State.READY, "")
 
 
-def test_a_fact_that_changed_is_registered_and_a_keepalive_follows_at_once():
-    life = Life()
-    life.steps(2)
-    life.membership.register_again()
-    life.membership.step()
-    assert life.names() == ["register", "keepalive", "keepalive", "register", "keepalive"]
-    assert life.sent[-1][2] == life.sent[-2][2] and life.state is State.READY
-    assert life.steps(2) and life.names()[-2:] == ["keepalive", "keepalive"]
-    assert life.membership.snapshot.registrations == 2
-
-
-def test_a_fact_that_changes_during_its_registration_is_registered_too():
-    life = Life(register=[OK, lambda: life.membership.register_again()])
-    life.step()
-    life.membership.register_again()
-    life.steps(3)
-    assert life.names() == ["register", "keepalive"] * 3 + ["keepalive"]
-
-
-def test_a_registration_again_that_fails_costs_no_keepalive_and_is_tried_again():
-    life = Life(register=[OK, UNWELL, UNREACHABLE, OK])
-    life.step()
-    life.membership.register_again()
-    life.steps(3)
-    assert life.names() == ["register", "keepalive"] * 2 + ["register", "register", "keepalive"]
-    assert life.state is State.READY and life.membership.snapshot.registrations == 2
-
-
 # -- intervals -----------------------------------------------------------
 
 def test_the_interval_has_ten_percent_of_jitter_and_no_more():
@@ -467,7 +439,7 @@ def test_news_before_the_first_registration_are_part_of_it():
     assert life.names() == ["register", "keepalive", "keepalive"]
 
 
-@pytest.mark.parametrize("refusal", [UNWELL, TOKEN_REFUSED, POOL_REFUSED])
+@pytest.mark.parametrize("refusal", [UNWELL, TOKEN_REFUSED, POOL_REFUSED, NOT_FOUND, UNREACHABLE])
 def test_news_that_are_refused_cost_no_keepalive_and_come_again(refusal):
     life = Life(register=[OK, refusal, refusal])
     life.step()
@@ -477,16 +449,35 @@ def test_news_that_are_refused_cost_no_keepalive_and_come_again(refusal):
     snapshot = life.membership.snapshot
     assert (snapshot.state, snapshot.keepalives, snapshot.registrations) == (State.READY, 5, 2)
     assert sum(snapshot.failed_registrations) == 2 and sum(snapshot.failed_keepalives) == 0
-    assert life.stream.getvalue().count("warning not_registered_again") == 2
+    assert life.stream.getvalue().count("warning not_registered_again") == 1  # no flood
+
+
+def test_a_route_to_register_that_hangs_costs_no_machine_that_is_ready():
+    """Which is forgotten after 300 s without a keepalive, whatever its news come to."""
+    life = Life(register=[OK] + [UNREACHABLE] * 20)
+    life.step()
+    life.membership.register_again()
+    life.steps(10)
+    assert life.names().count("keepalive") == 11 and life.state is State.READY
 
 
 def test_news_for_a_gateway_that_cannot_be_reached_wait_for_it():
-    life = Life(register=[OK, UNREACHABLE, UNREACHABLE])
+    life = Life(register=[OK, UNREACHABLE, UNREACHABLE], keepalive=[OK, UNREACHABLE, UNREACHABLE])
     life.step()
     life.membership.register_again()
     life.steps(3)
-    assert life.names() == ["register", "keepalive", "register", "register", "register", "keepalive"]
+    assert life.names() == ["register", "keepalive"] * 4
     assert life.state is State.READY and life.membership.snapshot.failures == 2
+
+
+def test_a_defect_of_ours_loses_no_news():
+    life = Life(register=[OK, ZeroDivisionError("ours")])
+    life.step()
+    life.membership.register_again()
+    with pytest.raises(ZeroDivisionError):
+        life.step()
+    life.steps(2)
+    assert life.names()[2:] == ["register", "register", "keepalive", "keepalive"]
 
 
 def test_news_that_come_while_they_are_sent_are_sent_again():

@@ -377,6 +377,16 @@ def test_only_changes_are_told(bare, tailscaled):
         'info tailnet state=down name=box.tail1.ts.net source=socket message="Tailscale is stopped"']
 
 
+def test_who_waits_for_the_address_goes_on_when_it_has_been_told(bare, tailscaled):
+    """Or a machine could register under its other name first, and then again."""
+    settled = []
+    with Watched(tailscaled().path) as watched:
+        watched.tailnet._on_change = lambda status: settled.append(watched.tailnet.settled)
+        watched.tailnet.start()
+        wait_until(lambda: watched.tailnet.settled, "a look")
+    assert settled == [False]
+
+
 def test_a_defect_costs_one_look(bare, tailscaled):
     bare.setattr(b9agent, "TAILNET_RARELY_S", 0.01)
     answers = iter([ZeroDivisionError("ours")])
@@ -536,6 +546,29 @@ def test_a_listener_follows_the_address():
 
 
 @needs_loopback_net
+def test_two_hundred_changes_and_as_many_failures_leave_no_descriptor_and_no_thread(bare):
+    class NoThread(b9agent.ApiServer):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    def left():
+        return (len(os.listdir("/dev/fd")), threading.active_count())
+    listener = b9agent.TailnetListener("hello", lambda host: (NoThread if host == "127.0.0.9" else
+                                                              b9agent.ApiServer)(Hello(), host, 0),
+                                       b9agent.Log(stream=io.StringIO()))
+    before = left()
+    for number in range(200):
+        listener.follow("127.0.0.%d" % (2 + number % 2))
+        for _ in range(2):  # it is tried again
+            with pytest.raises(RuntimeError):
+                listener.follow("127.0.0.9")
+    listener.follow("127.0.0.2")
+    assert listener._server is not None
+    listener.follow("")
+    assert left() == before
+
+
+@needs_loopback_net
 def test_in_userspace_networking_no_address_is_bound(bare, tailscaled):
     one, hosts = tailscaled(status_json(TUN=False)), []
     with Watched(one.path) as watched:
@@ -677,6 +710,27 @@ def test_once_and_a_dry_run_offer_it_too(home, hostile, tailscaled):
     done = run_agent(home, "--dry-run", *to, BETA9_TOKEN=TOKEN)
     assert json.loads(done.out)["register"]["hostname"].startswith("machine-")
     assert time.monotonic() - began < 15
+
+
+def test_what_a_tailscale_program_left_ends_with_the_agent(run, hostile, home, tmp_path):
+    """It has ended itself, and holds the agent's pipe by what it started."""
+    (tmp_path / "bin").mkdir()
+    path, pid = program(tmp_path, "sleep 600 &\necho $! > %s\n" % (tmp_path / "pid")), tmp_path / "pid"
+    started = run("--hostname", "mine", PATH="%s:%s" % (os.path.dirname(path), os.environ["PATH"]))
+    wait_until(lambda: pid.exists() and pid.read_text().endswith("\n"), "the program")
+    assert started.stop() == 0
+
+    def lives():
+        with contextlib.suppress(OSError):
+            os.kill(int(pid.read_text()), 0)
+            state = b9agent.read_text("/proc/%s/stat" % pid.read_text().strip()) or ""
+            return not re.search(r"\) Z", state)
+        return False
+    try:
+        wait_until(lambda: not lives(), "its end", 5)
+    finally:
+        if lives():
+            os.kill(int(pid.read_text()), 9)
 
 
 def test_a_tailscaled_that_hangs_costs_no_keepalive(run, hostile, tailscaled):

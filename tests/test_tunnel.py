@@ -1,6 +1,7 @@
 """Section 15: the SSH tunnel, against a real sshd that is stopped, hangs, or has another key."""
 import getpass
 import http.client
+import io
 import json
 import os
 import shutil
@@ -360,6 +361,39 @@ def test_a_port_that_another_program_took_gets_no_token(sshd, tunnelled):
     one.stop()
 
 
+@pytest.mark.parametrize("lives", [True, False], ids=["another-process", "ended"])
+def test_who_listens_there_and_is_not_our_ssh_is_sent_nothing(lives):
+    """It was when we last looked, a tenth of a second ago, and its port has been taken since."""
+    settings = b9agent.load_settings({"config": os.devnull, "tunnel": "me@h"}, {}).settings
+    ours = subprocess.Popen(["sleep", "60"])
+    try:
+        with socket.socket() as thief:
+            thief.bind(("127.0.0.1", 0))
+            thief.listen()
+            port, pid = thief.getsockname()[1], ours.pid if lives else None
+            client = b9agent.GatewayClient(b9agent.tunnel_endpoint(settings, port, lambda: pid), "secret",
+                                           "gpu", b9agent.Log(stream=io.StringIO()))
+            with pytest.raises(b9agent.GatewayUnreachable, match="ssh has ended"):
+                client.keepalive({})
+            with thief.accept()[0] as link:
+                assert link.recv(65536) == b""
+    finally:
+        ours.kill()
+        ours.wait()
+
+
+def test_a_listener_of_another_address_on_its_port_is_in_nobodys_way(sshd, tunnelled):
+    sshd.start()
+    for host in ("127.0.0.2", "::1"):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as other:
+            port = free_port()
+            other.bind((host, port))
+            other.listen()
+            one = tunnelled("--tunnel-local-port", port).start()
+            one.wait_ready()
+            one.stop()
+
+
 def test_an_ssh_config_is_not_read(sshd, tunnelled, home, tmp_path):
     (home / ".ssh" / "config").write_text("Host *\n  StrictHostKeyChecking no\n")
     settings = b9agent.load_settings({"config": os.devnull, "tunnel": "x@h"}, {}).settings
@@ -377,9 +411,20 @@ def test_an_ssh_config_is_not_read(sshd, tunnelled, home, tmp_path):
         assert {name: shown[name] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize("name", ["a b", 'a"b', "a'b", "50%o", "é"])
+def test_a_home_of_any_name_has_its_known_hosts(name, monkeypatch):
+    if not shutil.which("ssh"):
+        pytest.skip("needs ssh")
+    monkeypatch.setenv("HOME", "/nowhere/" + name)
+    settings = b9agent.load_settings({"config": os.devnull, "tunnel": "x@h"}, {}).settings
+    command = b9agent.ssh_command("ssh", settings, 20001)
+    shown = subprocess.run([command[0], "-G", *command[1:]], stdout=subprocess.PIPE, check=True).stdout
+    assert "userknownhostsfile /nowhere/%s/.ssh/known_hosts\n" % name in shown.decode().replace("%%", "%")
+
+
 def test_https_is_verified_under_the_gateways_own_name():
     settings = b9agent.load_settings({"config": os.devnull, "tunnel": "me@h", "gateway_host": "gw.lan",
                                       "gateway_scheme": "https"}, {}).settings
-    endpoint = b9agent.tunnel_endpoint(settings, 20001)
+    endpoint = b9agent.tunnel_endpoint(settings, 20001, lambda: None)
     assert (endpoint.url, endpoint.dial, endpoint.proxy) == (
         "https://gw.lan:1994", ("127.0.0.1", 20001), None)
