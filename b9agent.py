@@ -10103,6 +10103,7 @@ _KUBE_REFUSED = (
     ("user", "auth-provider", "no program is run for a token"),
     ("user", "username", "k3s takes no password any more since 1.19"),
     ("user", "password", "k3s takes no password any more since 1.19"))
+_KUBE_FILES = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
 
 
 class KubeError(AgentError):
@@ -10209,13 +10210,18 @@ def _kube_pem(entry: Dict[str, Any], key: str, path: str) -> str:
     return text
 
 
-def parse_kubeconfig(text: str, path: str) -> KubeConfig:
-    """Of the current context; the files that it names are read.  Raises: UsageError."""
+def parse_kubeconfig(text: str, path: str, alone: bool = False) -> KubeConfig:
+    """Of the current context; the files that it names are read.  alone: it may name none.
+    Raises: UsageError."""
     tree = _kube_tree(text, path)
     current = tree.get("current-context") if isinstance(tree, dict) else None
     context = _kube_entry(tree, "context", current, path)
     user = _kube_entry(tree, "user", context.get("user"), path) if context.get("user") else {}
     cluster = _kube_entry(tree, "cluster", context.get("cluster"), path)
+    named = [key for key in _KUBE_FILES if alone and (user.get(key) or cluster.get(key))]
+    if named:
+        raise UsageError(f"{path} is another user's: root reads no {named[0]} for it",
+                         f"sudo chown root {path}, or have it hold what it names")
     try:
         host, port = split_server(_kube_text(cluster, "server", path))
     except ValueError as error:
@@ -10244,6 +10250,18 @@ def _token_config(settings: Any, ca_file: str) -> KubeConfig:
                       "k3s.token")
 
 
+def kubeconfig_at(path: str) -> Optional[KubeConfig]:
+    """None where there is no file to read.  Another user's may not make root read for it what it
+    names, least of all as a token for a server that it names as well.  Raises: UsageError."""
+    try:
+        with open(path, "rb") as handle:
+            text = handle.read(1 << 20).decode("utf-8", "replace")
+            alone = os.geteuid() == 0 != os.fstat(handle.fileno()).st_uid
+    except OSError:
+        return None
+    return parse_kubeconfig(text, path, alone)
+
+
 def _users_kubeconfig() -> Optional[KubeConfig]:
     """The user's own, where its current context is k3s on this machine.  Most of them are not, and
     may hold what we do not read: they are not even parsed."""
@@ -10252,8 +10270,8 @@ def _users_kubeconfig() -> Optional[KubeConfig]:
     if not re.search(rf"""(?m)^\s*["']?current-context["']?: *["']?({_K3S_CONTEXT})["',\s]""", text
                      ) or not re.search(rf"https://\[?({_LOOPBACK})\]?:", text):
         return None
-    config = parse_kubeconfig(text, path)
-    return config if re.fullmatch(_LOOPBACK, config.endpoint.host) else None
+    config = kubeconfig_at(path)
+    return config if config and re.fullmatch(_LOOPBACK, config.endpoint.host) else None
 
 
 def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
@@ -10264,16 +10282,15 @@ def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
     """
     ours = os.path.join(settings.state_dir, "k3s.kubeconfig")
     for path in (settings.k3s_kubeconfig, ours):
-        text = read_text(path) if path else None
-        if text is not None:
-            return parse_kubeconfig(text, path)
+        config = kubeconfig_at(path) if path else None
+        if config is not None:
+            return config
         if path and (path != ours or os.path.lexists(path)):
             raise UsageError(f"{path} cannot be read", "Mend the path (k3s.kubeconfig), or its "
                              "permissions")
     if settings.k3s_token and settings.k3s_ca_file:
         return _token_config(settings, settings.k3s_ca_file)
-    text = read_text(installed)
-    config = _users_kubeconfig() if text is None else parse_kubeconfig(text, installed)
+    config = kubeconfig_at(installed) or _users_kubeconfig()
     if config is None and settings.k3s_token:
         return _token_config(settings, ca_file)
     if config is None and os.path.lexists(installed):
@@ -10907,12 +10924,8 @@ def with_token(config: KubeConfig, token: str) -> KubeConfig:
 def render_kubeconfig(config: KubeConfig, token: str) -> str:
     """For the agent: the same server, another user.  JSON, which every reader of YAML reads."""
     import base64
-    endpoint = config.endpoint
-    host, port = endpoint.dial or (endpoint.host, endpoint.port)
-    ca_data = base64.b64encode(endpoint.tls.ca_pem.encode()).decode()
-    cluster = {"server": f"https://{host_port(host, port)}", "certificate-authority-data": ca_data}
-    if endpoint.dial:
-        cluster["tls-server-name"] = endpoint.host
+    ca_data = base64.b64encode(config.endpoint.tls.ca_pem.encode()).decode()
+    cluster = {"server": config.endpoint.url, "certificate-authority-data": ca_data}
     return json.dumps({
         "apiVersion": "v1", "kind": "Config", "current-context": AGENT_ACCOUNT,
         "clusters": [{"name": "k3s", "cluster": cluster}],
@@ -15115,6 +15128,7 @@ _K3S_MACHINES = {"x86_64": (62, "amd64"), "aarch64": (183, "arm64"), "armv7l": (
 
 K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "hostname",
             "state_dir")
+_AGENTS_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "hostname")
 K3S_ACCOUNT_OPTIONS = (
     Option("--service-account", "NAME", f"the gateway's; default {GATEWAY_ACCOUNT}"),
     Option("--namespace", "NAME", "where workers run; the gateway knows `default` alone"))
@@ -15177,10 +15191,10 @@ def judge_token(token: str, minted: bool, now_wall_s: float) -> Finding:
 
 
 class K3sChecks:
-    """The rows of `k3s check`."""
+    """The rows of `k3s check`.  running: the status of the agent, or {}."""
 
-    def __init__(self, settings: Any, options: Dict[str, str]) -> None:
-        self._settings = settings
+    def __init__(self, settings: Any, options: Dict[str, str], running: Dict[str, Any]) -> None:
+        self._settings, self._running = settings, running
         self._namespace, self._account = kube_names(settings, options)
 
     def rows(self) -> Tuple[Check, ...]:
@@ -15210,11 +15224,11 @@ class K3sChecks:
                        f"sudo chmod 600 {K3S_KUBECONFIG}   # and write-kubeconfig-mode in its "
                        "config.yaml")
 
-    def _token(self, loaded: Loaded) -> Iterator[Finding]:
+    def _token(self, _loaded: Loaded) -> Iterator[Finding]:
         kube, token = self._gateway()
         read_rights(kube, self._namespace)
         yield judge_token(token, not self._settings.k3s_token, time.time())
-        running = agent_status(loaded).get("k3s")
+        running = self._running.get("k3s")
         if running:
             yield (warn(str(running.get("message")), "b9agent.py k3s check   # the rows above")
                    if running.get("message") else
@@ -15250,13 +15264,13 @@ class K3sChecks:
         if not missing:
             yield ok(f"{who} may " + ", ".join(map(str, rights)) + f" in {self._namespace}")
 
-    def _address(self, loaded: Loaded) -> Iterator[Finding]:
+    def _address(self, _loaded: Loaded) -> Iterator[Finding]:
         """HOSTNAME:6443, as it is registered, from here."""
-        name = str(agent_status(loaded).get("hostname") or self._settings.hostname or "")
+        name = str(self._running.get("hostname") or self._settings.hostname or "")
         if not name:
             raise NotTried("no agent runs that has a hostname, and machine.hostname is not set")
         config = with_token(self._client().config, "")  # nobody there is told who we are
-        endpoint = config.endpoint._replace(host=name, port=6443, dial=None)
+        endpoint = config.endpoint._replace(host=name, port=6443)
         try:
             http_request("GET", endpoint, "/version", {}, None, _REQUEST_LIMIT_S)
         except HttpFailure as failure:
@@ -15285,14 +15299,27 @@ class K3sChecks:
 
 # -- rbac --apply -----------------------------------------------------------
 
+def folder_owner(folder: str) -> Account:
+    """Whose a folder is, or will be.  A user's link leads no further than that user could go."""
+    folder = nearest_folder(folder)
+    found = os.lstat(folder)
+    found = found if found.st_uid else os.stat(folder)
+    return Account("", found.st_uid, found.st_gid, "")
+
+
 def for_the_agent(loaded: Loaded) -> Loaded:
-    """With the agent's state folder: root's own, under sudo, is nobody's."""
+    """For root: with the state folder of the agent's service, or of who called sudo, and with what
+    is configured there of the gateway's token.  No path: root would read it for another user."""
     user = os.environ.get("SUDO_USER", "root")
-    if os.geteuid() != 0 or user == "root" or loaded.origins["state_dir"] != "default":
+    if os.geteuid() != 0 or loaded.origins["state_dir"] != "default":
         return loaded
     place = find_place({})
     state = place.state if os.path.isdir(place.state) else os.path.expanduser(f"~{user}/.b9agent")
-    return loaded._replace(settings=loaded.settings._replace(state_dir=state))
+    if user == "root" and state != place.state:
+        return loaded
+    theirs = as_user(folder_owner(state), load_settings, {"state_dir": state}, {}).settings
+    known = {key: getattr(theirs, key) for key in _AGENTS_KEYS if loaded.origins[key] == "default"}
+    return loaded._replace(settings=loaded.settings._replace(state_dir=state, **known))
 
 
 def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]) -> None:
@@ -15308,11 +15335,10 @@ def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]
         say(f"{item['kind']} {namespace}/{item['metadata']['name']}: {apply_object(kube, item)}")
     token, _ = mint_token(kube, namespace, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
     path = os.path.join(settings.state_dir, "k3s.kubeconfig")
-    above = os.stat(nearest_folder(settings.state_dir))  # whose it is, or will be
-    text, owner = render_kubeconfig(kube.config, token), Account("", above.st_uid, above.st_gid, "")
+    text, owner = render_kubeconfig(kube.config, token), folder_owner(settings.state_dir)
     as_user(owner, make_private_folder, settings.state_dir)
     as_user(owner, write_atomic, path, text)
-    agent = KubeClient(parse_kubeconfig(as_user(owner, read_text, path) or "", path))
+    agent = KubeClient(as_user(owner, kubeconfig_at, path))
     until_s, wake = now_s() + 10.0, Wake()  # a new Role counts once the server has seen it
     rights = k3s_accounts(account)[AGENT_ACCOUNT]
     while not all(may(agent, namespace, right) for right in rights):
@@ -15531,10 +15557,10 @@ class K3sInstall:
         until_s, wake, path = now_s() + limit_s, Wake(), self._places.kubeconfig
         while True:
             try:
-                text = read_text(path)
-                if text is None:
+                config = kubeconfig_at(path)
+                if config is None:
                     raise UsageError(f"there is no {path}")
-                kube = KubeClient(parse_kubeconfig(text, path))
+                kube = KubeClient(config)
                 nodes = objects_in(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
                 if any(map(node_is_ready, nodes)):
                     return printable(str(kube_answer(kube, "GET", "/version").get("gitVersion")))
@@ -16580,8 +16606,11 @@ def command_smoke(loaded: Loaded, options: Dict[str, str]) -> int:
 
 def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
     """Whether k3s has what the gateway needs of it."""
-    loaded = for_the_agent(loaded)
-    findings = run_checks(K3sChecks(loaded.settings, options).rows(), loaded, DOCTOR_LIMIT_S)
+    import fcntl  # agent_status() needs it, and as another user may not reach root's own Python
+    loaded, _ = for_the_agent(loaded), fcntl
+    running = as_user(folder_owner(loaded.settings.state_dir), agent_status, loaded)
+    findings = run_checks(K3sChecks(loaded.settings, options, running).rows(), loaded,
+                          DOCTOR_LIMIT_S)
     return report_findings(findings, "json" in options, "the gateway can start no workers here",
                            "nothing keeps the gateway from starting workers here")
 
@@ -16591,19 +16620,19 @@ def command_k3s_rbac(loaded: Loaded, options: Dict[str, str]) -> int:
     if "apply" in options:
         k3s_apply(for_the_agent(loaded).settings, options, say)
     else:
-        say(render_manifest(*kube_names(loaded.settings, options)).rstrip("\n"))
+        say(render_manifest(*kube_names(for_the_agent(loaded).settings, options)).rstrip("\n"))
     return Exit.OK
 
 
 def command_k3s_token(loaded: Loaded, options: Dict[str, str]) -> int:
     """A token of the gateway's account: to stdout and nowhere else, or into a file."""
-    namespace, account = kube_names(loaded.settings, options)
+    settings = for_the_agent(loaded).settings
+    namespace, account = kube_names(settings, options)
     try:
-        hours = parse_token_hours(options.get("hours") or str(loaded.settings.k3s_token_hours))
+        hours = parse_token_hours(options.get("hours") or str(settings.k3s_token_hours))
         path = parse_path(options["write"]) if "write" in options else ""
     except ValueError as error:
         raise UsageError(f"--hours or --write cannot be used, expected {error}") from error
-    settings = for_the_agent(loaded).settings
     config = read_kubeconfig(settings) or admin_kubeconfig(settings)
     token, ends_s = mint_token(KubeClient(config), namespace, account, hours * 3600)
     got_hours = (ends_s - time.time()) / 3600

@@ -296,18 +296,76 @@ def test_under_sudo_the_agent_s_state_folder_is_the_user_s(monkeypatch):
     assert b9agent.for_the_agent(loaded) is loaded
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
-def test_the_kubeconfig_belongs_to_whose_state_folder_it_is(home, api, admin):
+@pytest.fixture
+def users_folder():
+    """A folder of `nobody`, who can go there."""
     import pwd
     import tempfile
     user = pwd.getpwnam("nobody")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # pytest's own let no other user in
         os.chown(folder, user.pw_uid, user.pw_gid)
-        done = k3s(home, "rbac", admin, "--apply", "--state-dir", os.path.join(folder, "state"))
-        assert done.code == 0, done
-        made = os.stat(os.path.join(folder, "state", "k3s.kubeconfig"))
-        assert (made.st_uid, stat.S_IMODE(made.st_mode)) == (user.pw_uid, 0o600)
-        assert os.stat(os.path.join(folder, "state")).st_uid == user.pw_uid
+        yield folder, user
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root looks into others' folders")
+@pytest.mark.parametrize("caller", ["nobody", "root"])
+def test_root_takes_from_the_service_s_configuration_what_its_token_is_of_and_no_path(
+        users_folder, monkeypatch, caller):
+    folder, user = users_folder
+    config = os.path.join(folder, "config.yaml")
+    with open(config, "w") as handle:
+        handle.write("k3s:\n  service_account: gw-2\n  token_hours: 9\n  kubeconfig: /evil\n")
+    os.chown(config, user.pw_uid, user.pw_gid)
+    monkeypatch.setattr(b9agent, "SYSTEM_STATE", folder)
+    monkeypatch.setenv("SUDO_USER", caller)
+    loaded = b9agent.for_the_agent(b9agent.load_settings({"config": os.devnull}, {})).settings
+    assert (loaded.state_dir, loaded.k3s_service_account, loaded.k3s_token_hours, loaded.k3s_kubeconfig) == (
+        folder, "gw-2", 9, None)
+    flag = b9agent.load_settings({"config": os.devnull, "k3s_service_account": "mine"}, {})
+    assert b9agent.for_the_agent(flag).settings.k3s_service_account == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root reads for others")
+def test_root_reads_for_another_user_no_file_that_his_kubeconfig_names(home, api, users_folder, tmp_path):
+    folder, user = users_folder
+    (tmp_path / "secret").write_text("only-for-the-eyes-of-root\n")
+    for name, text in (("k3s.kubeconfig", kubeconfig(api.port).replace(
+            "token: " + TOKEN, "tokenFile: %s/secret" % tmp_path)), ("whole", kubeconfig(api.port))):
+        with open(os.path.join(folder, name), "w") as handle:
+            handle.write(text)
+        os.chown(handle.name, user.pw_uid, user.pw_gid)
+    for command in ("check", "token"):
+        done = k3s(home, command, None, "--state-dir", folder)
+        assert done.code == 2 and "is another user's: root reads no tokenFile" in done.out + done.err
+    assert api.asked == []
+    assert b9agent.kubeconfig_at(os.path.join(folder, "whole")).token == TOKEN
+    os.chown(os.path.join(folder, "k3s.kubeconfig"), 0, 0)
+    assert b9agent.kubeconfig_at(os.path.join(folder, "k3s.kubeconfig")).token == "only-for-the-eyes-of-root"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
+def test_a_user_s_link_leads_root_nowhere(home, api, admin, users_folder):
+    folder, user = users_folder
+    os.mkdir(os.path.join(folder, "root-s"), 0o755)
+    link = os.path.join(folder, "state")
+    os.symlink(os.path.join(folder, "root-s"), link)
+    os.lchown(link, user.pw_uid, user.pw_gid)
+    done = k3s(home, "rbac", admin, "--apply", "--state-dir", link)
+    assert done.code == 2 and os.listdir(os.path.join(folder, "root-s")) == [], done
+    os.lchown(link, 0, 0)
+    assert b9agent.folder_owner(link).uid == 0
+    os.chown(os.path.join(folder, "root-s"), user.pw_uid, user.pw_gid)
+    assert b9agent.folder_owner(link).uid == user.pw_uid
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
+def test_the_kubeconfig_belongs_to_whose_state_folder_it_is(home, api, admin, users_folder):
+    folder, user = users_folder
+    done = k3s(home, "rbac", admin, "--apply", "--state-dir", os.path.join(folder, "state"))
+    assert done.code == 0, done
+    made = os.stat(os.path.join(folder, "state", "k3s.kubeconfig"))
+    assert (made.st_uid, stat.S_IMODE(made.st_mode)) == (user.pw_uid, 0o600)
+    assert os.stat(os.path.join(folder, "state")).st_uid == user.pw_uid
 
 
 @pytest.mark.parametrize("arguments, words, code", [
