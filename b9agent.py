@@ -10906,13 +10906,16 @@ def mint_token(kube: KubeClient, namespace: str, account: str,
 
 
 def token_claims(token: str) -> Dict[str, Any]:
-    """What a service account's token says of itself: `sub`, `iat`, `exp`; {} for any other."""
+    """What a service account's token says of itself: `sub`, and `iat` and `exp` where they are
+    times; {} for any other."""
     import base64
     body = (token.split(".") + [""])[1]
     try:
-        return _json_object(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        claims = _json_object(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
     except ValueError:
         return {}
+    return {name: value for name, value in claims.items()
+            if name == "sub" or type(value) is int and 0 < value < 1 << 33}
 
 
 def with_token(config: KubeConfig, token: str) -> KubeConfig:
@@ -10938,7 +10941,7 @@ def renew_own_token(config: KubeConfig, path: str) -> None:
     """In the agent's kubeconfig, where two thirds of its life are over.  Raises: KubeError."""
     claims = token_claims(config.token)
     begun_s, ends_s = claims.get("iat"), claims.get("exp")
-    if (config.source != path or not isinstance(begun_s, int) or not isinstance(ends_s, int)
+    if (config.source != path or begun_s is None or ends_s is None
             or time.time() < begun_s + (ends_s - begun_s) * 2 / 3):
         return
     token, _ = mint_token(KubeClient(config), K3S_NAMESPACE, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
@@ -10963,14 +10966,14 @@ class TokenKeeper:
         self._failures, self._worst = 0, 0
         self._ends_s: Optional[float] = None  # on the steady clock
         self.told: Tuple[Optional[float], str] = (None, "")  # its end since 1970, message; at once
-        self._stopping, self._wake, self._due_s = False, Wake(), 0.0
+        self._stopping, self._wake, self._due_s, self._wall_ahead_s = False, Wake(), 0.0, 0.0
         self._thread = threading.Thread(target=self._run, name="k3s-token", daemon=True)
 
     def renew(self) -> float:
         """How long it lasts, in seconds.  Raises: AgentError."""
         token, ends_wall_s = self._mint()
-        begun_s = token_claims(token).get("iat")  # by the server's clock, as its end is
-        life_s = ends_wall_s - (begun_s if isinstance(begun_s, int) else time.time())
+        # By the server's clock, as its end is.
+        life_s = ends_wall_s - token_claims(token).get("iat", time.time())
         if life_s <= 0:
             raise KubeError("k3s made a token that has ended", "Are its clock and ours right?")
         self._failures, self._worst, self._ends_s = 0, 0, self._clock() + life_s
@@ -11002,8 +11005,16 @@ class TokenKeeper:
 
     def start(self) -> None:
         """One step here and now, so that the first registration has a token."""
-        self._due_s = self._clock() + self.step()
+        self._safe_step()
         self._thread.start()
+
+    def _safe_step(self) -> None:
+        try:
+            wait_s = self.step()
+        except Exception as error:  # a defect costs a minute, not the token, nor the agent
+            self._log.defect(error)
+            wait_s = 60.0
+        self._due_s, self._wall_ahead_s = self._clock() + wait_s, time.time() - self._clock()
 
     def stop(self) -> None:
         self._stopping = True
@@ -11014,14 +11025,12 @@ class TokenKeeper:
     def _run(self) -> None:
         while not self._stopping:
             left_s = self._due_s - self._clock()
-            if left_s > 0:
+            # k3s is on this machine: where its clock was set, as at boot, a token of before has
+            # ended, or is not valid yet.
+            if left_s > 0 and abs(time.time() - self._clock() - self._wall_ahead_s) < 60.0:
                 self._wake.wait(min(left_s, 30.0))  # a machine that slept finds it overdue
-                continue
-            try:
-                self._due_s = self._clock() + self.step()
-            except Exception as error:  # a defect costs a minute, not the token
-                self._log.defect(error)
-                self._due_s = self._clock() + 60.0
+            else:
+                self._safe_step()
 
 
 # ----------------------------------------------------------------------
@@ -15182,10 +15191,8 @@ def judge_token(token: str, minted: bool, now_wall_s: float) -> Finding:
     who, ends_s = printable(str(claims.get("sub") or "a user"))[:200], claims.get("exp")
     if minted:
         return ok(f"{who}: one was made, and accepted")
-    known = isinstance(ends_s, int)
-    seen = f"{who}: accepted, and it " + (
-        f"ends {utc_stamp(max(0, min(ends_s, 1 << 33)))}" if known else "never ends")
-    return ok(seen) if known and ends_s - now_wall_s > 86400 else warn(
+    seen = f"{who}: accepted, and it " + (f"ends {utc_stamp(ends_s)}" if ends_s else "never ends")
+    return ok(seen) if ends_s and ends_s - now_wall_s > 86400 else warn(
         seen, "sudo b9agent.py k3s rbac --apply   # then k3s.service_account in place of "
         "k3s.token, and it is renewed")
 

@@ -17,7 +17,7 @@ import yaml
 
 import b9agent
 from b9agent import GATEWAY_RIGHTS, KubeClient, Right
-from helpers import PATIENCE_S, environment, files_with, quiet_port, run_agent, tree
+from helpers import PATIENCE_S, environment, files_with, quiet_port, run_agent, tree, wait_until
 from hostile_gateway import TOKEN as GATEWAY_TOKEN
 from kube_api import TOKEN, KubeApi, kubeconfig, status
 
@@ -560,6 +560,42 @@ def test_without_a_first_token_the_gateway_is_said_to_have_none():
                                       "and the gateway has none")
     life.step()
     assert life.keeper.told[1] == "" and life.taken == ["token-0"]
+
+
+@pytest.mark.parametrize("jump_s", [7200.0, -7200.0])
+def test_a_clock_that_was_set_renews_at_once(jump_s):
+    """To the keeper: the steady clock is another distance from the wall's."""
+    ahead_s, taken = [0.0], []
+    keeper = b9agent.TokenKeeper(lambda: ("t" * 20, time.time() + 86400), taken.append, b9agent.Log(
+        stream=io.StringIO()), lambda: b9agent.now_s() + ahead_s[0])
+    keeper.start()
+    try:
+        keeper._wake.set()  # only looks again
+        ahead_s[0] = -jump_s
+        keeper._wake.set()
+        wait_until(lambda: len(taken) == 2, "a new token")
+        keeper._wake.set()
+    finally:
+        keeper.stop()
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("begun_s", [10 ** 4000, -10 ** 4000, True, 1e308, "1", None])
+def test_whatever_an_api_answers_the_agent_starts(begun_s):
+    token, taken = jwt({"iat": begun_s, "exp": begun_s}), []
+    keeper = b9agent.TokenKeeper(lambda: (token, time.time() + 900), taken.append,
+                                 b9agent.Log(stream=io.StringIO()))
+    keeper.start()
+    keeper.stop()
+    assert taken == [token] and 500 < keeper._due_s - b9agent.now_s() < 700
+
+
+def test_a_defect_of_the_first_token_does_not_end_the_agent():
+    stream = io.StringIO()
+    keeper = b9agent.TokenKeeper(lambda: 1 / 0, lambda token: None, b9agent.Log(stream=stream))
+    keeper.start()
+    keeper.stop()
+    assert "ZeroDivisionError" in stream.getvalue() and keeper._due_s > b9agent.now_s() + 50
 
 
 def test_the_agent_renews_its_own_token_in_time_too(api, tmp_path):
