@@ -756,10 +756,12 @@ def _tls_context(ca_file: Optional[str]) -> Any:
     import ssl
     try:
         key = (ca_file, ca_file and os.stat(ca_file).st_mtime_ns)
-        if key not in _TLS_CONTEXTS:
-            _TLS_CONTEXTS.clear()
-            _TLS_CONTEXTS[key] = ssl.create_default_context(cafile=ca_file)
-        return _TLS_CONTEXTS[key]
+        context = _TLS_CONTEXTS.get(key)
+        if context is None:
+            context = ssl.create_default_context(cafile=ca_file)
+            _TLS_CONTEXTS.clear()  # and another thread may do so now
+            _TLS_CONTEXTS[key] = context
+        return context
     except (OSError, ssl.SSLError) as error:
         raise HttpFailure("tls", f"cannot use {ca_file}: {error}") from error
 
@@ -884,14 +886,18 @@ class HttpStream:
 
     def lines(self, max_bytes: int = 1 << 20) -> Iterator[bytes]:
         """Lines without their ends; the last one may lack one.  Raises: HttpFailure."""
-        rest = b""
+        rest = bytearray()  # added to, not made anew: a peer may send a long line in small bits
         for piece in self.pieces():
-            *whole, rest = (rest + piece).split(b"\n")
+            *whole, last = piece.split(b"\n")
+            if whole:
+                yield bytes(rest) + whole[0]
+                yield from whole[1:]
+                rest = bytearray()
+            rest += last
             if len(rest) > max_bytes:
                 raise HttpFailure("too_large", f"a line of more than {max_bytes} bytes")
-            yield from whole
         if rest:
-            yield rest
+            yield bytes(rest)
 
     def read(self, max_bytes: int = 1 << 20) -> bytes:
         """The rest of the body.  Raises: HttpFailure."""
@@ -10087,7 +10093,8 @@ class Tailnet:
 
 K3S_KUBECONFIG = "/etc/rancher/k3s/k3s.yaml"
 K3S_CA_FILE = "/var/lib/rancher/k3s/server/tls/server-ca.crt"
-KUBE_LIMIT_S, KUBE_MAX_BYTES, KUBE_LINE_BYTES = 15.0, 32 << 20, 2 << 20
+# A hundred pods are 2 MB; of 8 MiB of JSON Python can make 180 MiB of objects.
+KUBE_LIMIT_S, KUBE_MAX_BYTES, KUBE_LINE_BYTES = 15.0, 8 << 20, 2 << 20
 # What k3s, k3d and Rancher Desktop write; k3d has its server at 0.0.0.0.
 _K3S_CONTEXT = r"rancher-desktop|default|k3s|k3d-[\w.-]+"
 _LOOPBACK = r"127\.[0-9.]+|::1|localhost|0\.0\.0\.0"
@@ -10360,7 +10367,7 @@ class KubeClient:
     def _error(self, status: Any, answer: Dict[str, Any]) -> Optional[KubeError]:
         """Of an answer, or of the Status in a watch; None where the caller decides."""
         where, status = self.config.endpoint.url, status if isinstance(status, int) else 500
-        said = self._said(answer)
+        said = self.said(answer)
         if status == 410 or status >= 400 and answer.get("reason") in ("Gone", "Expired"):
             return KubeGone(f"k3s at {where} has forgotten that version: {said}")
         if status == 401:
@@ -10374,12 +10381,12 @@ class KubeClient:
                               "It may be starting; its log: journalctl -u k3s")
         return None
 
-    def _said(self, answer: Dict[str, Any]) -> str:
+    def said(self, answer: Dict[str, Any]) -> str:
         return printable(REDACTOR.scrub(str(answer.get("message") or "no message")))[:300]
 
     def _strange(self, answer: Dict[str, Any]) -> KubeUnwell:
         return KubeUnwell(f"{self.config.endpoint.url} does not answer as Kubernetes does: "
-                          f"{self._said(answer)}", f"Is the server in {self.config.source} the "
+                          f"{self.said(answer)}", f"Is the server in {self.config.source} the "
                           "right one?")
 
     def _unreachable(self, failure: HttpFailure) -> KubeError:
@@ -10640,7 +10647,7 @@ class PodWatch:
                 self._take(found, thing)
             metadata = _object(answer, "metadata")
             query["continue"] = metadata.get("continue")
-            if not isinstance(query["continue"], str) or not 0 < len(query["continue"]) < 4096:
+            if not re.fullmatch("[!-~]{1,4096}", str(query["continue"] or "")):
                 break
         self._pods = found
         return _word(metadata.get("resourceVersion")) or ""
@@ -10809,8 +10816,8 @@ def kube_answer(kube: KubeClient, method: str, path: str,
     """{} for what is not there.  Raises: KubeError; KubeRefused for other 4xx."""
     status, answer = kube.request(method, path, body)
     if status >= 300 and status != 404:
-        raise KubeRefused(f"k3s refused {method} {path}: {status} "
-                          f"{printable(str(answer.get('message')))[:300]}", "b9agent.py k3s check")
+        raise KubeRefused(f"k3s refused {method} {path}: {status}, {kube.said(answer)}",
+                          "b9agent.py k3s check")
     return {} if status == 404 else answer
 
 
