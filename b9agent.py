@@ -15482,7 +15482,8 @@ class K3sInstall:
 
     def _find_images(self, arch: str) -> List[str]:
         names = [name for name in sorted(list_folder(self._images))
-                 if re.fullmatch(r"[\w.+-]+\.(tar|tar\.gz|tgz|tar\.zst)", name)]
+                 if re.fullmatch(r"[\w.+-]+\.(tar|tar\.gz|tgz|tar\.zst)", name)
+                 and os.path.isfile(os.path.join(self._images, name))]
         for name in names:
             marked = re.search("-(amd64|arm64|arm|s390x)[.-]", name)
             if marked and marked.group(1) != arch or not os.path.getsize(f"{self._images}/{name}"):
@@ -15505,12 +15506,12 @@ class K3sInstall:
         for path in images:
             steps.do(f"copy {path} to {places.images}", _copy_atomic, path,
                      os.path.join(places.images, os.path.basename(path)), 0o644)
-        if os.path.exists(places.config):
-            steps.say(f"note: {places.config} is yours and stays as it is")
+        config = render_yaml({"write-kubeconfig-mode": "0600", "disable": _K3S_DISABLED,
+                              **({"tls-san": self._names} if self._names else {})})
+        if read_text(places.config) in (None, config):
+            steps.write(places.config, config, 0o600)
         else:
-            steps.write(places.config, render_yaml({
-                "write-kubeconfig-mode": "0600", "disable": _K3S_DISABLED,
-                **({"tls-san": self._names} if self._names else {})}), 0o600)
+            steps.say(f"note: {places.config} is there already and stays as it is")
         if self._binary:
             steps.do(f"copy {self._binary} to {places.binary}", self._place_binary)
         environment = ["INSTALL_K3S_EXEC=server"]
@@ -15563,12 +15564,13 @@ class K3sInstall:
         for line in results[0].output.splitlines()[-200:]:
             self._steps.say("  " + printable(line)[:300])
         if results[0].exit_code != 0:
-            raise UnhealthyError(f"the installer failed: {said_by(results[0])}", "What it left is "
-                                 "removed by: sudo k3s-uninstall.sh")
+            raise UnhealthyError(f"the installer failed: {said_by(results[0])}", "Run this again, "
+                                 "mended; if it finds a k3s here then: sudo k3s-uninstall.sh")
 
     def _await_ready(self, show: Callable[[str], None], limit_s: float) -> str:
         """The version.  Raises: UnhealthyError."""
         until_s, wake, path = now_s() + limit_s, Wake(), self._places.kubeconfig
+        config = None
         while True:
             try:
                 config = kubeconfig_at(path)
@@ -15582,8 +15584,9 @@ class K3sInstall:
             except AgentError as error:
                 what = error.what
             if now_s() > until_s:
-                raise UnhealthyError(f"k3s is not ready: {what}",
-                                     "Its log: journalctl -u k3s -n 50")
+                raise UnhealthyError(f"k3s is not ready: {what}", "Its log: journalctl -u k3s -n 50"
+                                     + ("" if config else "  # was its installation cut off? sudo "
+                                        "k3s-uninstall.sh, and again"))
             show(f"{what} ({until_s - now_s():.0f} s left)")
             wake.wait(1.0)
 

@@ -963,7 +963,7 @@ def test_a_k3s_that_is_there_is_left_as_it_is(box):
 
 def test_a_configuration_that_is_there_is_kept(box):
     (box.root / "config.yaml").write_text("disable: []\n")
-    assert "is yours and stays" in box.install(installer=box.installer, y="")
+    assert "is there already and stays" in box.install(installer=box.installer, y="")
     assert (box.root / "config.yaml").read_text() == "disable: []\n"
 
 
@@ -972,6 +972,24 @@ def test_an_installer_that_fails_is_no_success(box):
     with pytest.raises(b9agent.UnhealthyError, match="Download failed.*k3s-uninstall.sh"):
         box.install(installer=box.installer, y="")
     assert "is ready" not in "\n".join(box.said)
+    (box.folder / "fail").unlink()
+    box.said.clear()  # again: what the first run wrote is nobody else's
+    said = box.install(installer=box.installer, y="")
+    assert "stays as it is" not in said and "is ready" in said
+
+
+def test_an_installation_that_was_cut_off_is_told_from_a_k3s_that_is_down(box, monkeypatch):
+    (box.folder / "k3s.service").write_text("")
+    monkeypatch.setattr(b9agent, "Wake", lambda: type("Now", (), {"wait": lambda *_: None}))
+    clock = iter(range(0, 9999, 3))
+    monkeypatch.setattr(b9agent, "now_s", lambda: next(clock))
+    with pytest.raises(b9agent.UnhealthyError, match="there is no .*cut off. sudo k3s-uninstall.sh"):
+        box.install()
+    (box.folder / "etc").mkdir()
+    (box.folder / "etc" / "k3s.yaml").write_text(kubeconfig(quiet_port()))
+    with pytest.raises(b9agent.UnhealthyError, match="is not reached") as caught:
+        box.install()
+    assert "uninstall" not in str(caught.value)
 
 
 def test_ready_is_believed_when_a_node_is_ready(box, monkeypatch):
@@ -1046,6 +1064,8 @@ def test_what_is_missing_on_the_stick_is_said(box, usb):
     (usb / "k3s-airgap-images-arm64.tar.zst").write_bytes(b"x")
     assert "not for amd64" in box.refused(images=usb, **options)
     (usb / "k3s-airgap-images-arm64.tar.zst").unlink()
+    (usb / "link.tar").symlink_to("/nowhere")
+    (usb / "folder.tar").mkdir()
     assert "has no images" in box.refused(images=usb, **options)
 
 
