@@ -759,10 +759,12 @@ def _tls_context(ca_file: Optional[str]) -> Any:
     import ssl
     try:
         key = (ca_file, ca_file and os.stat(ca_file).st_mtime_ns)
-        if key not in _TLS_CONTEXTS:
-            _TLS_CONTEXTS.clear()
-            _TLS_CONTEXTS[key] = ssl.create_default_context(cafile=ca_file)
-        return _TLS_CONTEXTS[key]
+        context = _TLS_CONTEXTS.get(key)
+        if context is None:
+            context = ssl.create_default_context(cafile=ca_file)
+            _TLS_CONTEXTS.clear()  # and another thread may do so now
+            _TLS_CONTEXTS[key] = context
+        return context
     except (OSError, ssl.SSLError) as error:
         raise HttpFailure("tls", f"cannot use {ca_file}: {error}") from error
 
@@ -888,14 +890,18 @@ class HttpStream:
 
     def lines(self, max_bytes: int = 1 << 20) -> Iterator[bytes]:
         """Lines without their ends; the last one may lack one.  Raises: HttpFailure."""
-        rest = b""
+        rest = bytearray()  # added to, not made anew: a peer may send a long line in small bits
         for piece in self.pieces():
-            *whole, rest = (rest + piece).split(b"\n")
+            *whole, last = piece.split(b"\n")
+            if whole:
+                yield bytes(rest) + whole[0]
+                yield from whole[1:]
+                rest = bytearray()
+            rest += last
             if len(rest) > max_bytes:
                 raise HttpFailure("too_large", f"a line of more than {max_bytes} bytes")
-            yield from whole
         if rest:
-            yield rest
+            yield bytes(rest)
 
     def read(self, max_bytes: int = 1 << 20) -> bytes:
         """The rest of the body.  Raises: HttpFailure."""
@@ -10116,7 +10122,8 @@ class Tailnet:
 
 K3S_KUBECONFIG = "/etc/rancher/k3s/k3s.yaml"
 K3S_CA_FILE = "/var/lib/rancher/k3s/server/tls/server-ca.crt"
-KUBE_LIMIT_S, KUBE_MAX_BYTES, KUBE_LINE_BYTES = 15.0, 32 << 20, 2 << 20
+# A hundred pods are 2 MB; of 8 MiB of JSON Python can make 180 MiB of objects.
+KUBE_LIMIT_S, KUBE_MAX_BYTES, KUBE_LINE_BYTES = 15.0, 8 << 20, 2 << 20
 # What k3s, k3d and Rancher Desktop write; k3d has its server at 0.0.0.0.
 _K3S_CONTEXT = r"rancher-desktop|default|k3s|k3d-[\w.-]+"
 _LOOPBACK = r"127\.[0-9.]+|::1|localhost|0\.0\.0\.0"
@@ -10132,6 +10139,7 @@ _KUBE_REFUSED = (
     ("user", "auth-provider", "no program is run for a token"),
     ("user", "username", "k3s takes no password any more since 1.19"),
     ("user", "password", "k3s takes no password any more since 1.19"))
+_KUBE_FILES = ("certificate-authority", "client-certificate", "client-key", "tokenFile")
 
 
 class KubeError(AgentError):
@@ -10238,13 +10246,18 @@ def _kube_pem(entry: Dict[str, Any], key: str, path: str) -> str:
     return text
 
 
-def parse_kubeconfig(text: str, path: str) -> KubeConfig:
-    """Of the current context; the files that it names are read.  Raises: UsageError."""
+def parse_kubeconfig(text: str, path: str, alone: bool = False) -> KubeConfig:
+    """Of the current context; the files that it names are read.  alone: it may name none.
+    Raises: UsageError."""
     tree = _kube_tree(text, path)
     current = tree.get("current-context") if isinstance(tree, dict) else None
     context = _kube_entry(tree, "context", current, path)
     user = _kube_entry(tree, "user", context.get("user"), path) if context.get("user") else {}
     cluster = _kube_entry(tree, "cluster", context.get("cluster"), path)
+    named = [key for key in _KUBE_FILES if alone and (user.get(key) or cluster.get(key))]
+    if named:
+        raise UsageError(f"{path} is another user's: root reads no {named[0]} for it",
+                         f"sudo chown root {path}, or have it hold what it names")
     try:
         host, port = split_server(_kube_text(cluster, "server", path))
     except ValueError as error:
@@ -10273,6 +10286,18 @@ def _token_config(settings: Any, ca_file: str) -> KubeConfig:
                       "k3s.token")
 
 
+def kubeconfig_at(path: str) -> Optional[KubeConfig]:
+    """None where there is no file to read.  Another user's may not make root read for it what it
+    names, least of all as a token for a server that it names as well.  Raises: UsageError."""
+    try:
+        with open(path, "rb") as handle:
+            text = handle.read(1 << 20).decode("utf-8", "replace")
+            alone = os.geteuid() == 0 != os.fstat(handle.fileno()).st_uid
+    except OSError:
+        return None
+    return parse_kubeconfig(text, path, alone)
+
+
 def _users_kubeconfig() -> Optional[KubeConfig]:
     """The user's own, where its current context is k3s on this machine.  Most of them are not, and
     may hold what we do not read: they are not even parsed."""
@@ -10281,8 +10306,8 @@ def _users_kubeconfig() -> Optional[KubeConfig]:
     if not re.search(rf"""(?m)^\s*["']?current-context["']?: *["']?({_K3S_CONTEXT})["',\s]""", text
                      ) or not re.search(rf"https://\[?({_LOOPBACK})\]?:", text):
         return None
-    config = parse_kubeconfig(text, path)
-    return config if re.fullmatch(_LOOPBACK, config.endpoint.host) else None
+    config = kubeconfig_at(path)
+    return config if config and re.fullmatch(_LOOPBACK, config.endpoint.host) else None
 
 
 def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
@@ -10293,16 +10318,15 @@ def read_kubeconfig(settings: Any, installed: str = K3S_KUBECONFIG,
     """
     ours = os.path.join(settings.state_dir, "k3s.kubeconfig")
     for path in (settings.k3s_kubeconfig, ours):
-        text = read_text(path) if path else None
-        if text is not None:
-            return parse_kubeconfig(text, path)
+        config = kubeconfig_at(path) if path else None
+        if config is not None:
+            return config
         if path and (path != ours or os.path.lexists(path)):
             raise UsageError(f"{path} cannot be read", "Mend the path (k3s.kubeconfig), or its "
                              "permissions")
     if settings.k3s_token and settings.k3s_ca_file:
         return _token_config(settings, settings.k3s_ca_file)
-    text = read_text(installed)
-    config = _users_kubeconfig() if text is None else parse_kubeconfig(text, installed)
+    config = kubeconfig_at(installed) or _users_kubeconfig()
     if config is None and settings.k3s_token:
         return _token_config(settings, ca_file)
     if config is None and os.path.lexists(installed):
@@ -10372,7 +10396,7 @@ class KubeClient:
     def _error(self, status: Any, answer: Dict[str, Any]) -> Optional[KubeError]:
         """Of an answer, or of the Status in a watch; None where the caller decides."""
         where, status = self.config.endpoint.url, status if isinstance(status, int) else 500
-        said = self._said(answer)
+        said = self.said(answer)
         if status == 410 or status >= 400 and answer.get("reason") in ("Gone", "Expired"):
             return KubeGone(f"k3s at {where} has forgotten that version: {said}")
         if status == 401:
@@ -10386,12 +10410,12 @@ class KubeClient:
                               "It may be starting; its log: journalctl -u k3s")
         return None
 
-    def _said(self, answer: Dict[str, Any]) -> str:
+    def said(self, answer: Dict[str, Any]) -> str:
         return printable(REDACTOR.scrub(str(answer.get("message") or "no message")))[:300]
 
     def _strange(self, answer: Dict[str, Any]) -> KubeUnwell:
         return KubeUnwell(f"{self.config.endpoint.url} does not answer as Kubernetes does: "
-                          f"{self._said(answer)}", f"Is the server in {self.config.source} the "
+                          f"{self.said(answer)}", f"Is the server in {self.config.source} the "
                           "right one?")
 
     def _unreachable(self, failure: HttpFailure) -> KubeError:
@@ -10652,7 +10676,7 @@ class PodWatch:
                 self._take(found, thing)
             metadata = _object(answer, "metadata")
             query["continue"] = metadata.get("continue")
-            if not isinstance(query["continue"], str) or not 0 < len(query["continue"]) < 4096:
+            if not re.fullmatch("[!-~]{1,4096}", str(query["continue"] or "")):
                 break
         self._pods = found
         return _word(metadata.get("resourceVersion")) or ""
@@ -10821,8 +10845,8 @@ def kube_answer(kube: KubeClient, method: str, path: str,
     """{} for what is not there.  Raises: KubeError; KubeRefused for other 4xx."""
     status, answer = kube.request(method, path, body)
     if status >= 300 and status != 404:
-        raise KubeRefused(f"k3s refused {method} {path}: {status} "
-                          f"{printable(str(answer.get('message')))[:300]}", "b9agent.py k3s check")
+        raise KubeRefused(f"k3s refused {method} {path}: {status}, {kube.said(answer)}",
+                          "b9agent.py k3s check")
     return {} if status == 404 else answer
 
 
@@ -10918,13 +10942,16 @@ def mint_token(kube: KubeClient, namespace: str, account: str,
 
 
 def token_claims(token: str) -> Dict[str, Any]:
-    """What a service account's token says of itself: `sub`, `iat`, `exp`; {} for any other."""
+    """What a service account's token says of itself: `sub`, and `iat` and `exp` where they are
+    times; {} for any other."""
     import base64
     body = (token.split(".") + [""])[1]
     try:
-        return _json_object(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        claims = _json_object(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
     except ValueError:
         return {}
+    return {name: value for name, value in claims.items()
+            if name == "sub" or type(value) is int and 0 < value < 1 << 33}
 
 
 def with_token(config: KubeConfig, token: str) -> KubeConfig:
@@ -10936,12 +10963,8 @@ def with_token(config: KubeConfig, token: str) -> KubeConfig:
 def render_kubeconfig(config: KubeConfig, token: str) -> str:
     """For the agent: the same server, another user.  JSON, which every reader of YAML reads."""
     import base64
-    endpoint = config.endpoint
-    host, port = endpoint.dial or (endpoint.host, endpoint.port)
-    ca_data = base64.b64encode(endpoint.tls.ca_pem.encode()).decode()
-    cluster = {"server": f"https://{host_port(host, port)}", "certificate-authority-data": ca_data}
-    if endpoint.dial:
-        cluster["tls-server-name"] = endpoint.host
+    ca_data = base64.b64encode(config.endpoint.tls.ca_pem.encode()).decode()
+    cluster = {"server": config.endpoint.url, "certificate-authority-data": ca_data}
     return json.dumps({
         "apiVersion": "v1", "kind": "Config", "current-context": AGENT_ACCOUNT,
         "clusters": [{"name": "k3s", "cluster": cluster}],
@@ -10954,7 +10977,7 @@ def renew_own_token(config: KubeConfig, path: str) -> None:
     """In the agent's kubeconfig, where two thirds of its life are over.  Raises: KubeError."""
     claims = token_claims(config.token)
     begun_s, ends_s = claims.get("iat"), claims.get("exp")
-    if (config.source != path or not isinstance(begun_s, int) or not isinstance(ends_s, int)
+    if (config.source != path or begun_s is None or ends_s is None
             or time.time() < begun_s + (ends_s - begun_s) * 2 / 3):
         return
     token, _ = mint_token(KubeClient(config), K3S_NAMESPACE, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
@@ -10979,14 +11002,14 @@ class TokenKeeper:
         self._failures, self._worst = 0, 0
         self._ends_s: Optional[float] = None  # on the steady clock
         self.told: Tuple[Optional[float], str] = (None, "")  # its end since 1970, message; at once
-        self._stopping, self._wake, self._due_s = False, Wake(), 0.0
+        self._stopping, self._wake, self._due_s, self._wall_ahead_s = False, Wake(), 0.0, 0.0
         self._thread = threading.Thread(target=self._run, name="k3s-token", daemon=True)
 
     def renew(self) -> float:
         """How long it lasts, in seconds.  Raises: AgentError."""
         token, ends_wall_s = self._mint()
-        begun_s = token_claims(token).get("iat")  # by the server's clock, as its end is
-        life_s = ends_wall_s - (begun_s if isinstance(begun_s, int) else time.time())
+        # By the server's clock, as its end is.
+        life_s = ends_wall_s - token_claims(token).get("iat", time.time())
         if life_s <= 0:
             raise KubeError("k3s made a token that has ended", "Are its clock and ours right?")
         self._failures, self._worst, self._ends_s = 0, 0, self._clock() + life_s
@@ -11018,8 +11041,16 @@ class TokenKeeper:
 
     def start(self) -> None:
         """One step here and now, so that the first registration has a token."""
-        self._due_s = self._clock() + self.step()
+        self._safe_step()
         self._thread.start()
+
+    def _safe_step(self) -> None:
+        try:
+            wait_s = self.step()
+        except Exception as error:  # a defect costs a minute, not the token, nor the agent
+            self._log.defect(error)
+            wait_s = 60.0
+        self._due_s, self._wall_ahead_s = self._clock() + wait_s, time.time() - self._clock()
 
     def stop(self) -> None:
         self._stopping = True
@@ -11030,14 +11061,12 @@ class TokenKeeper:
     def _run(self) -> None:
         while not self._stopping:
             left_s = self._due_s - self._clock()
-            if left_s > 0:
+            # k3s is on this machine: where its clock was set, as at boot, a token of before has
+            # ended, or is not valid yet.
+            if left_s > 0 and abs(time.time() - self._clock() - self._wall_ahead_s) < 60.0:
                 self._wake.wait(min(left_s, 30.0))  # a machine that slept finds it overdue
-                continue
-            try:
-                self._due_s = self._clock() + self.step()
-            except Exception as error:  # a defect costs a minute, not the token
-                self._log.defect(error)
-                self._due_s = self._clock() + 60.0
+            else:
+                self._safe_step()
 
 
 # ----------------------------------------------------------------------
@@ -15144,6 +15173,7 @@ _K3S_MACHINES = {"x86_64": (62, "amd64"), "aarch64": (183, "arm64"), "armv7l": (
 
 K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "hostname",
             "state_dir")
+_AGENTS_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "hostname")
 K3S_ACCOUNT_OPTIONS = (
     Option("--service-account", "NAME", f"the gateway's; default {GATEWAY_ACCOUNT}"),
     Option("--namespace", "NAME", "where workers run; the gateway knows `default` alone"))
@@ -15197,19 +15227,17 @@ def judge_token(token: str, minted: bool, now_wall_s: float) -> Finding:
     who, ends_s = printable(str(claims.get("sub") or "a user"))[:200], claims.get("exp")
     if minted:
         return ok(f"{who}: one was made, and accepted")
-    known = isinstance(ends_s, int)
-    seen = f"{who}: accepted, and it " + (
-        f"ends {utc_stamp(max(0, min(ends_s, 1 << 33)))}" if known else "never ends")
-    return ok(seen) if known and ends_s - now_wall_s > 86400 else warn(
+    seen = f"{who}: accepted, and it " + (f"ends {utc_stamp(ends_s)}" if ends_s else "never ends")
+    return ok(seen) if ends_s and ends_s - now_wall_s > 86400 else warn(
         seen, "sudo b9agent.py k3s rbac --apply   # then k3s.service_account in place of "
         "k3s.token, and it is renewed")
 
 
 class K3sChecks:
-    """The rows of `k3s check`."""
+    """The rows of `k3s check`.  running: the status of the agent, or {}."""
 
-    def __init__(self, settings: Any, options: Dict[str, str]) -> None:
-        self._settings = settings
+    def __init__(self, settings: Any, options: Dict[str, str], running: Dict[str, Any]) -> None:
+        self._settings, self._running = settings, running
         self._namespace, self._account = kube_names(settings, options)
 
     def rows(self) -> Tuple[Check, ...]:
@@ -15239,11 +15267,11 @@ class K3sChecks:
                        f"sudo chmod 600 {K3S_KUBECONFIG}   # and write-kubeconfig-mode in its "
                        "config.yaml")
 
-    def _token(self, loaded: Loaded) -> Iterator[Finding]:
+    def _token(self, _loaded: Loaded) -> Iterator[Finding]:
         kube, token = self._gateway()
         read_rights(kube, self._namespace)
         yield judge_token(token, not self._settings.k3s_token, time.time())
-        running = agent_status(loaded).get("k3s")
+        running = self._running.get("k3s")
         if running:
             yield (warn(str(running.get("message")), "b9agent.py k3s check   # the rows above")
                    if running.get("message") else
@@ -15279,13 +15307,13 @@ class K3sChecks:
         if not missing:
             yield ok(f"{who} may " + ", ".join(map(str, rights)) + f" in {self._namespace}")
 
-    def _address(self, loaded: Loaded) -> Iterator[Finding]:
+    def _address(self, _loaded: Loaded) -> Iterator[Finding]:
         """HOSTNAME:6443, as it is registered, from here."""
-        name = str(agent_status(loaded).get("hostname") or self._settings.hostname or "")
+        name = str(self._running.get("hostname") or self._settings.hostname or "")
         if not name:
             raise NotTried("no agent runs that has a hostname, and machine.hostname is not set")
         config = with_token(self._client().config, "")  # nobody there is told who we are
-        endpoint = config.endpoint._replace(host=name, port=6443, dial=None)
+        endpoint = config.endpoint._replace(host=name, port=6443)
         try:
             http_request("GET", endpoint, "/version", {}, None, _REQUEST_LIMIT_S)
         except HttpFailure as failure:
@@ -15314,14 +15342,27 @@ class K3sChecks:
 
 # -- rbac --apply -----------------------------------------------------------
 
+def folder_owner(folder: str) -> Account:
+    """Whose a folder is, or will be.  A user's link leads no further than that user could go."""
+    folder = nearest_folder(folder)
+    found = os.lstat(folder)
+    found = found if found.st_uid else os.stat(folder)
+    return Account("", found.st_uid, found.st_gid, "")
+
+
 def for_the_agent(loaded: Loaded) -> Loaded:
-    """With the agent's state folder: root's own, under sudo, is nobody's."""
+    """For root: with the state folder of the agent's service, or of who called sudo, and with what
+    is configured there of the gateway's token.  No path: root would read it for another user."""
     user = os.environ.get("SUDO_USER", "root")
-    if os.geteuid() != 0 or user == "root" or loaded.origins["state_dir"] != "default":
+    if os.geteuid() != 0 or loaded.origins["state_dir"] != "default":
         return loaded
     place = find_place({})
     state = place.state if os.path.isdir(place.state) else os.path.expanduser(f"~{user}/.b9agent")
-    return loaded._replace(settings=loaded.settings._replace(state_dir=state))
+    if user == "root" and state != place.state:
+        return loaded
+    theirs = as_user(folder_owner(state), load_settings, {"state_dir": state}, {}).settings
+    known = {key: getattr(theirs, key) for key in _AGENTS_KEYS if loaded.origins[key] == "default"}
+    return loaded._replace(settings=loaded.settings._replace(state_dir=state, **known))
 
 
 def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]) -> None:
@@ -15337,11 +15378,10 @@ def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]
         say(f"{item['kind']} {namespace}/{item['metadata']['name']}: {apply_object(kube, item)}")
     token, _ = mint_token(kube, namespace, AGENT_ACCOUNT, OWN_TOKEN_HOURS * 3600)
     path = os.path.join(settings.state_dir, "k3s.kubeconfig")
-    above = os.stat(nearest_folder(settings.state_dir))  # whose it is, or will be
-    text, owner = render_kubeconfig(kube.config, token), Account("", above.st_uid, above.st_gid, "")
+    text, owner = render_kubeconfig(kube.config, token), folder_owner(settings.state_dir)
     as_user(owner, make_private_folder, settings.state_dir)
     as_user(owner, write_atomic, path, text)
-    agent = KubeClient(parse_kubeconfig(as_user(owner, read_text, path) or "", path))
+    agent = KubeClient(as_user(owner, kubeconfig_at, path))
     until_s, wake = now_s() + 10.0, Wake()  # a new Role counts once the server has seen it
     rights = k3s_accounts(account)[AGENT_ACCOUNT]
     while not all(may(agent, namespace, right) for right in rights):
@@ -15471,7 +15511,8 @@ class K3sInstall:
 
     def _find_images(self, arch: str) -> List[str]:
         names = [name for name in sorted(list_folder(self._images))
-                 if re.fullmatch(r"[\w.+-]+\.(tar|tar\.gz|tgz|tar\.zst)", name)]
+                 if re.fullmatch(r"[\w.+-]+\.(tar|tar\.gz|tgz|tar\.zst)", name)
+                 and os.path.isfile(os.path.join(self._images, name))]
         for name in names:
             marked = re.search("-(amd64|arm64|arm|s390x)[.-]", name)
             if marked and marked.group(1) != arch or not os.path.getsize(f"{self._images}/{name}"):
@@ -15494,12 +15535,12 @@ class K3sInstall:
         for path in images:
             steps.do(f"copy {path} to {places.images}", _copy_atomic, path,
                      os.path.join(places.images, os.path.basename(path)), 0o644)
-        if os.path.exists(places.config):
-            steps.say(f"note: {places.config} is yours and stays as it is")
+        config = render_yaml({"write-kubeconfig-mode": "0600", "disable": _K3S_DISABLED,
+                              **({"tls-san": self._names} if self._names else {})})
+        if read_text(places.config) in (None, config):
+            steps.write(places.config, config, 0o600)
         else:
-            steps.write(places.config, render_yaml({
-                "write-kubeconfig-mode": "0600", "disable": _K3S_DISABLED,
-                **({"tls-san": self._names} if self._names else {})}), 0o600)
+            steps.say(f"note: {places.config} is there already and stays as it is")
         if self._binary:
             steps.do(f"copy {self._binary} to {places.binary}", self._place_binary)
         environment = ["INSTALL_K3S_EXEC=server"]
@@ -15552,18 +15593,19 @@ class K3sInstall:
         for line in results[0].output.splitlines()[-200:]:
             self._steps.say("  " + printable(line)[:300])
         if results[0].exit_code != 0:
-            raise UnhealthyError(f"the installer failed: {said_by(results[0])}", "What it left is "
-                                 "removed by: sudo k3s-uninstall.sh")
+            raise UnhealthyError(f"the installer failed: {said_by(results[0])}", "Run this again, "
+                                 "mended; if it finds a k3s here then: sudo k3s-uninstall.sh")
 
     def _await_ready(self, show: Callable[[str], None], limit_s: float) -> str:
         """The version.  Raises: UnhealthyError."""
         until_s, wake, path = now_s() + limit_s, Wake(), self._places.kubeconfig
+        config = None
         while True:
             try:
-                text = read_text(path)
-                if text is None:
+                config = kubeconfig_at(path)
+                if config is None:
                     raise UsageError(f"there is no {path}")
-                kube = KubeClient(parse_kubeconfig(text, path))
+                kube = KubeClient(config)
                 nodes = objects_in(kube_answer(kube, "GET", "/api/v1/nodes").get("items"))
                 if any(map(node_is_ready, nodes)):
                     return printable(str(kube_answer(kube, "GET", "/version").get("gitVersion")))
@@ -15571,8 +15613,9 @@ class K3sInstall:
             except AgentError as error:
                 what = error.what
             if now_s() > until_s:
-                raise UnhealthyError(f"k3s is not ready: {what}",
-                                     "Its log: journalctl -u k3s -n 50")
+                raise UnhealthyError(f"k3s is not ready: {what}", "Its log: journalctl -u k3s -n 50"
+                                     + ("" if config else "  # was its installation cut off? sudo "
+                                        "k3s-uninstall.sh, and again"))
             show(f"{what} ({until_s - now_s():.0f} s left)")
             wake.wait(1.0)
 
@@ -16609,8 +16652,11 @@ def command_smoke(loaded: Loaded, options: Dict[str, str]) -> int:
 
 def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
     """Whether k3s has what the gateway needs of it."""
-    loaded = for_the_agent(loaded)
-    findings = run_checks(K3sChecks(loaded.settings, options).rows(), loaded, DOCTOR_LIMIT_S)
+    import fcntl  # agent_status() needs it, and as another user may not reach root's own Python
+    loaded, _ = for_the_agent(loaded), fcntl
+    running = as_user(folder_owner(loaded.settings.state_dir), agent_status, loaded)
+    findings = run_checks(K3sChecks(loaded.settings, options, running).rows(), loaded,
+                          DOCTOR_LIMIT_S)
     return report_findings(findings, "json" in options, "the gateway can start no workers here",
                            "nothing keeps the gateway from starting workers here")
 
@@ -16620,19 +16666,19 @@ def command_k3s_rbac(loaded: Loaded, options: Dict[str, str]) -> int:
     if "apply" in options:
         k3s_apply(for_the_agent(loaded).settings, options, say)
     else:
-        say(render_manifest(*kube_names(loaded.settings, options)).rstrip("\n"))
+        say(render_manifest(*kube_names(for_the_agent(loaded).settings, options)).rstrip("\n"))
     return Exit.OK
 
 
 def command_k3s_token(loaded: Loaded, options: Dict[str, str]) -> int:
     """A token of the gateway's account: to stdout and nowhere else, or into a file."""
-    namespace, account = kube_names(loaded.settings, options)
+    settings = for_the_agent(loaded).settings
+    namespace, account = kube_names(settings, options)
     try:
-        hours = parse_token_hours(options.get("hours") or str(loaded.settings.k3s_token_hours))
+        hours = parse_token_hours(options.get("hours") or str(settings.k3s_token_hours))
         path = parse_path(options["write"]) if "write" in options else ""
     except ValueError as error:
         raise UsageError(f"--hours or --write cannot be used, expected {error}") from error
-    settings = for_the_agent(loaded).settings
     config = read_kubeconfig(settings) or admin_kubeconfig(settings)
     token, ends_s = mint_token(KubeClient(config), namespace, account, hours * 3600)
     got_hours = (ends_s - time.time()) / 3600

@@ -17,7 +17,7 @@ import yaml
 
 import b9agent
 from b9agent import GATEWAY_RIGHTS, KubeClient, Right
-from helpers import PATIENCE_S, environment, files_with, quiet_port, run_agent, tree
+from helpers import PATIENCE_S, environment, files_with, quiet_port, run_agent, tree, wait_until
 from hostile_gateway import TOKEN as GATEWAY_TOKEN
 from kube_api import TOKEN, KubeApi, kubeconfig, status
 
@@ -296,18 +296,76 @@ def test_under_sudo_the_agent_s_state_folder_is_the_user_s(monkeypatch):
     assert b9agent.for_the_agent(loaded) is loaded
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
-def test_the_kubeconfig_belongs_to_whose_state_folder_it_is(home, api, admin):
+@pytest.fixture
+def users_folder():
+    """A folder of `nobody`, who can go there."""
     import pwd
     import tempfile
     user = pwd.getpwnam("nobody")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # pytest's own let no other user in
         os.chown(folder, user.pw_uid, user.pw_gid)
-        done = k3s(home, "rbac", admin, "--apply", "--state-dir", os.path.join(folder, "state"))
-        assert done.code == 0, done
-        made = os.stat(os.path.join(folder, "state", "k3s.kubeconfig"))
-        assert (made.st_uid, stat.S_IMODE(made.st_mode)) == (user.pw_uid, 0o600)
-        assert os.stat(os.path.join(folder, "state")).st_uid == user.pw_uid
+        yield folder, user
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root looks into others' folders")
+@pytest.mark.parametrize("caller", ["nobody", "root"])
+def test_root_takes_from_the_service_s_configuration_what_its_token_is_of_and_no_path(
+        users_folder, monkeypatch, caller):
+    folder, user = users_folder
+    config = os.path.join(folder, "config.yaml")
+    with open(config, "w") as handle:
+        handle.write("k3s:\n  service_account: gw-2\n  token_hours: 9\n  kubeconfig: /evil\n")
+    os.chown(config, user.pw_uid, user.pw_gid)
+    monkeypatch.setattr(b9agent, "SYSTEM_STATE", folder)
+    monkeypatch.setenv("SUDO_USER", caller)
+    loaded = b9agent.for_the_agent(b9agent.load_settings({"config": os.devnull}, {})).settings
+    assert (loaded.state_dir, loaded.k3s_service_account, loaded.k3s_token_hours, loaded.k3s_kubeconfig) == (
+        folder, "gw-2", 9, None)
+    flag = b9agent.load_settings({"config": os.devnull, "k3s_service_account": "mine"}, {})
+    assert b9agent.for_the_agent(flag).settings.k3s_service_account == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root reads for others")
+def test_root_reads_for_another_user_no_file_that_his_kubeconfig_names(home, api, users_folder, tmp_path):
+    folder, user = users_folder
+    (tmp_path / "secret").write_text("only-for-the-eyes-of-root\n")
+    for name, text in (("k3s.kubeconfig", kubeconfig(api.port).replace(
+            "token: " + TOKEN, "tokenFile: %s/secret" % tmp_path)), ("whole", kubeconfig(api.port))):
+        with open(os.path.join(folder, name), "w") as handle:
+            handle.write(text)
+        os.chown(handle.name, user.pw_uid, user.pw_gid)
+    for command in ("check", "token"):
+        done = k3s(home, command, None, "--state-dir", folder)
+        assert done.code == 2 and "is another user's: root reads no tokenFile" in done.out + done.err
+    assert api.asked == []
+    assert b9agent.kubeconfig_at(os.path.join(folder, "whole")).token == TOKEN
+    os.chown(os.path.join(folder, "k3s.kubeconfig"), 0, 0)
+    assert b9agent.kubeconfig_at(os.path.join(folder, "k3s.kubeconfig")).token == "only-for-the-eyes-of-root"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
+def test_a_user_s_link_leads_root_nowhere(home, api, admin, users_folder):
+    folder, user = users_folder
+    os.mkdir(os.path.join(folder, "root-s"), 0o755)
+    link = os.path.join(folder, "state")
+    os.symlink(os.path.join(folder, "root-s"), link)
+    os.lchown(link, user.pw_uid, user.pw_gid)
+    done = k3s(home, "rbac", admin, "--apply", "--state-dir", link)
+    assert done.code == 2 and os.listdir(os.path.join(folder, "root-s")) == [], done
+    os.lchown(link, 0, 0)
+    assert b9agent.folder_owner(link).uid == 0
+    os.chown(os.path.join(folder, "root-s"), user.pw_uid, user.pw_gid)
+    assert b9agent.folder_owner(link).uid == user.pw_uid
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
+def test_the_kubeconfig_belongs_to_whose_state_folder_it_is(home, api, admin, users_folder):
+    folder, user = users_folder
+    done = k3s(home, "rbac", admin, "--apply", "--state-dir", os.path.join(folder, "state"))
+    assert done.code == 0, done
+    made = os.stat(os.path.join(folder, "state", "k3s.kubeconfig"))
+    assert (made.st_uid, stat.S_IMODE(made.st_mode)) == (user.pw_uid, 0o600)
+    assert os.stat(os.path.join(folder, "state")).st_uid == user.pw_uid
 
 
 @pytest.mark.parametrize("arguments, words, code", [
@@ -502,6 +560,42 @@ def test_without_a_first_token_the_gateway_is_said_to_have_none():
                                       "and the gateway has none")
     life.step()
     assert life.keeper.told[1] == "" and life.taken == ["token-0"]
+
+
+@pytest.mark.parametrize("jump_s", [7200.0, -7200.0])
+def test_a_clock_that_was_set_renews_at_once(jump_s):
+    """To the keeper: the steady clock is another distance from the wall's."""
+    ahead_s, taken = [0.0], []
+    keeper = b9agent.TokenKeeper(lambda: ("t" * 20, time.time() + 86400), taken.append, b9agent.Log(
+        stream=io.StringIO()), lambda: b9agent.now_s() + ahead_s[0])
+    keeper.start()
+    try:
+        keeper._wake.set()  # only looks again
+        ahead_s[0] = -jump_s
+        keeper._wake.set()
+        wait_until(lambda: len(taken) == 2, "a new token")
+        keeper._wake.set()
+    finally:
+        keeper.stop()
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("begun_s", [10 ** 4000, -10 ** 4000, True, 1e308, "1", None])
+def test_whatever_an_api_answers_the_agent_starts(begun_s):
+    token, taken = jwt({"iat": begun_s, "exp": begun_s}), []
+    keeper = b9agent.TokenKeeper(lambda: (token, time.time() + 900), taken.append,
+                                 b9agent.Log(stream=io.StringIO()))
+    keeper.start()
+    keeper.stop()
+    assert taken == [token] and 500 < keeper._due_s - b9agent.now_s() < 700
+
+
+def test_a_defect_of_the_first_token_does_not_end_the_agent():
+    stream = io.StringIO()
+    keeper = b9agent.TokenKeeper(lambda: 1 / 0, lambda token: None, b9agent.Log(stream=stream))
+    keeper.start()
+    keeper.stop()
+    assert "ZeroDivisionError" in stream.getvalue() and keeper._due_s > b9agent.now_s() + 50
 
 
 def test_the_agent_renews_its_own_token_in_time_too(api, tmp_path):
@@ -869,7 +963,7 @@ def test_a_k3s_that_is_there_is_left_as_it_is(box):
 
 def test_a_configuration_that_is_there_is_kept(box):
     (box.root / "config.yaml").write_text("disable: []\n")
-    assert "is yours and stays" in box.install(installer=box.installer, y="")
+    assert "is there already and stays" in box.install(installer=box.installer, y="")
     assert (box.root / "config.yaml").read_text() == "disable: []\n"
 
 
@@ -878,6 +972,24 @@ def test_an_installer_that_fails_is_no_success(box):
     with pytest.raises(b9agent.UnhealthyError, match="Download failed.*k3s-uninstall.sh"):
         box.install(installer=box.installer, y="")
     assert "is ready" not in "\n".join(box.said)
+    (box.folder / "fail").unlink()
+    box.said.clear()  # again: what the first run wrote is nobody else's
+    said = box.install(installer=box.installer, y="")
+    assert "stays as it is" not in said and "is ready" in said
+
+
+def test_an_installation_that_was_cut_off_is_told_from_a_k3s_that_is_down(box, monkeypatch):
+    (box.folder / "k3s.service").write_text("")
+    monkeypatch.setattr(b9agent, "Wake", lambda: type("Now", (), {"wait": lambda *_: None}))
+    clock = iter(range(0, 9999, 3))
+    monkeypatch.setattr(b9agent, "now_s", lambda: next(clock))
+    with pytest.raises(b9agent.UnhealthyError, match="there is no .*cut off. sudo k3s-uninstall.sh"):
+        box.install()
+    (box.folder / "etc").mkdir()
+    (box.folder / "etc" / "k3s.yaml").write_text(kubeconfig(quiet_port()))
+    with pytest.raises(b9agent.UnhealthyError, match="is not reached") as caught:
+        box.install()
+    assert "uninstall" not in str(caught.value)
 
 
 def test_ready_is_believed_when_a_node_is_ready(box, monkeypatch):
@@ -952,6 +1064,8 @@ def test_what_is_missing_on_the_stick_is_said(box, usb):
     (usb / "k3s-airgap-images-arm64.tar.zst").write_bytes(b"x")
     assert "not for amd64" in box.refused(images=usb, **options)
     (usb / "k3s-airgap-images-arm64.tar.zst").unlink()
+    (usb / "link.tar").symlink_to("/nowhere")
+    (usb / "folder.tar").mkdir()
     assert "has no images" in box.refused(images=usb, **options)
 
 
