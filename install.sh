@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=2a24d9155838a07169b2740fc88f8a55cf6afde0467c8e4cd23b4587075fe2ae
+  sha256=10b0f0360dd70ee718aa5e8905aa52013dfb783f535838a03cbbd5ed460ab8ce
 }
 
 usage() {
