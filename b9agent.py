@@ -1632,11 +1632,11 @@ def _read_config_tree(path: str, must_exist: bool) -> Node:
         raise UsageError(f"{path}:{error.line}: {error}") from error
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str], listed_by: str) -> str:
     import difflib
     close = difflib.get_close_matches(name, list(known), 1, 0.6)
     close = close or [other for other in known if other.endswith("." + name)]
-    return f"`{close[0]}`" if close else "one of the names that `b9agent.py config` lists"
+    return f"`{close[0]}`" if close else f"one of the names that `b9agent.py {listed_by}` lists"
 
 
 def _leaves(node: Node, prefix: str, known: Dict[str, Setting],
@@ -1649,7 +1649,7 @@ def _leaves(node: Node, prefix: str, known: Dict[str, Setting],
                 yield full, child
         elif not any(other.startswith(full + ".") for other in known):
             raise UsageError(f"{path}:{child.line}: unknown name `{printable(full)}`, "
-                             f"expected {_nearest(full, known)}")
+                             f"expected {_nearest(full, known, 'config')}")
         elif isinstance(child.value, dict):
             yield from _leaves(child, full + ".", known, path)
         elif child.value != "":
@@ -1770,7 +1770,7 @@ def parse_arguments(argv: Sequence[str], options: Sequence[Option]) -> Arguments
         row = table.get(flag)
         if row is None:
             raise UsageError(f"unknown flag {printable(flag)}, expected "
-                             f"{_nearest(flag, table)}", "See `b9agent.py --help`")
+                             f"{_nearest(flag, table, 'COMMAND --help')}")
         takes_value = row.kind if isinstance(row, Setting) else row.metavar
         if takes_value and not equals:
             if not rest or rest[0].partition("=")[0] in table:
@@ -1814,6 +1814,15 @@ def split_gateway(text: str, flag: str = "--gateway") -> Tuple[str, str]:
         return parse_host(match.group(1)), str(parse_port(match.group(2)) if match.group(2) else "")
     except ValueError as error:
         raise UsageError(f"{flag}: `{printable(text[:60])}` cannot be used, expected "
+                         f"{error}") from error
+
+
+def option_value(options: Dict[str, str], name: str, parse: Callable[[str], Any]) -> Any:
+    """None where it is not given.  Raises: UsageError that names the flag."""
+    try:
+        return parse(options[name]) if name in options else None
+    except ValueError as error:
+        raise UsageError(f"--{name}: `{printable(options[name][:60])}` cannot be used, expected "
                          f"{error}") from error
 
 
@@ -4678,8 +4687,7 @@ def proxy_for(scheme: str, host: str, setting: Optional[str],
 _ROUTES = {"register": "machine/register", "keepalive": "machine/keepalive", "health": "health"}
 _PROBES = {"register": b'{"cpu": 1}', "keepalive": b"{}"}  # a wrong type; fields that are missing
 _UNREACHABLE_HINTS = {
-    "refused": "Is the gateway running, or the SSH tunnel up? For a tunnel: "
-               "ssh -N -L {port}:localhost:31994 USER@GATEWAY",
+    "refused": "Is the gateway running there? Where only SSH leads to it: --tunnel USER@HOST",
     "dns": "Check gateway.host, or the machine's name server",
     "tls": "Check gateway.scheme, and gateway.ca_file for an authority of your own",
     "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
@@ -9611,7 +9619,8 @@ def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]
             answer = _json_object(stream.read())
     except HttpFailure as failure:
         raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
-                                 "Its log says more: b9agent.py logs") from failure
+                                 "Does it run there, and listen on that address? Its agent.log "
+                                 "says more") from failure
     code = answer.get("error_code")
     kind = next((row[0] for row in AGENT_ERRORS if row[2] == code),
                 {400: UsageError, 413: UsageError, 429: EngineError}.get(stream.status,
@@ -10826,14 +10835,9 @@ def render_manifest(namespace: str, gateway: str) -> str:
 
 def kube_names(settings: Any, options: Dict[str, str]) -> Tuple[str, str]:
     """(namespace, the gateway's service account).  Raises: UsageError."""
-    names = (options.get("namespace") or K3S_NAMESPACE,
-             options.get("service-account") or settings.k3s_service_account or GATEWAY_ACCOUNT)
-    for flag, name in zip(("--namespace", "--service-account"), names):
-        try:
-            parse_kube_name(name)
-        except ValueError as error:
-            raise UsageError(f"{flag}: `{printable(name[:60])}` cannot be used, expected "
-                             f"{error}") from error
+    names = (option_value(options, "namespace", parse_kube_name) or K3S_NAMESPACE,
+             option_value(options, "service-account", parse_kube_name)
+             or settings.k3s_service_account or GATEWAY_ACCOUNT)
     if names[1] == AGENT_ACCOUNT:
         raise UsageError(f"{AGENT_ACCOUNT} is the agent's own account", "The gateway's must be "
                          "another: what it may do is another thing")
@@ -11599,9 +11603,10 @@ PARTS = (
     Part("ENERGY", 9, 2, 2, _energy_part, "watts now; watt-hours and CO2e in all"),
     Part("LOGS", 7, 2, 4, _logs_part, "the newest lines of the log"),
 )
-KEYS = (("q", "quit", "end the dashboard"), ("s", "start/stop", "start or stop the engine"),
-        ("p", "pull", "pull a model"), ("l", "logs", "the log; / filters it"),
-        ("d", "doctor", "check this machine"), ("?", "help", "this page"))
+KEYS = (("q", "quit", "end the agent (in top: the view)"),
+        ("s", "start/stop", "start or stop the engine"), ("p", "pull", "pull a model"),
+        ("l", "logs", "the log; / filters it"), ("d", "doctor", "check this machine"),
+        ("?", "help", "this page"))
 _PANE_KEYS = (("Esc", "back", ""), ("Up/Down", "scroll", ""), ("q", "quit", ""),
               ("/", "filter", ""))
 
@@ -15488,6 +15493,9 @@ class K3sInstall:
 
     def _check(self) -> List[str]:
         """The images to copy.  Raises: UsageError, LockedError."""
+        option_value(self._options, "sha256", matching("[0-9a-fA-F]{64}", "64 hexadecimal digits"))
+        option_value(self._options, "release", matching(
+            r"v[0-9]+\.[0-9]+\.[0-9]+[0-9A-Za-z.+-]*", "a version such as v1.30.4+k3s1"))
         holder = port_holder("0.0.0.0", self._places.port)
         if holder:
             raise LockedError(f"port {self._places.port}, which k3s needs, is held by {holder}",
@@ -15547,7 +15555,7 @@ class K3sInstall:
         environment += ["INSTALL_K3S_SKIP_DOWNLOAD=true"] if self._binary else []
         environment += [f"INSTALL_K3S_VERSION={self._options['release']}"
                         ] if "release" in self._options else []
-        steps.do(f"run sh {what} with {' '.join(environment)}", self._run, script, environment,
+        steps.do(f"run the installer: {' '.join(environment)} sh", self._run, script, environment,
                  show)
 
     def _installer(self, path: Optional[str]) -> bytes:
@@ -16113,12 +16121,14 @@ def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dic
     host, port = split_gateway(text, "--host")
     token: Optional[str] = os.environ.get("B9AGENT_CONTROL_TOKEN", "")
     if token_file:
-        refuse_if_shared(token_file, "a control token")
         token = read_text(token_file, 4096)
+        if token:  # a folder has others' rights too, and must keep them
+            refuse_if_shared(token_file, "a control token")
     if not re.fullmatch("[0-9a-f]{64}", (token or "").strip()):
         raise UsageError(
             f"cannot read {token_file}" if token is None else
-            "a control token has 64 hexadecimal digits, and this has not" if token else
+            f"{token_file or 'B9AGENT_CONTROL_TOKEN'} is no control token, which has 64 "
+            "hexadecimal digits" if token or token_file else
             f"the agent at {host} wants its control token",
             f"It lies there in the state folder (~/.b9agent, of a service {SYSTEM_STATE}) as "
             "control.token: copy it here, then --control-token-file PATH")
@@ -16134,7 +16144,11 @@ def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dic
 
 def command_top(loaded: Loaded, options: Dict[str, str]) -> int:
     """The dashboard of an agent that runs; it may end and come back meanwhile."""
-    source = AgentThere(agent_elsewhere(options["host"], options.get("control-token-file"))
+    token_file = option_value(options, "control-token-file", parse_path)
+    if token_file and "host" not in options:
+        raise UsageError("--control-token-file is of no use without --host", "The agent of "
+                         f"{loaded.settings.state_dir} is asked with the token that lies there")
+    source = AgentThere(agent_elsewhere(options["host"], token_file)
                         if "host" in options else loaded.settings.state_dir)
     status = source.status()
     if "once" in options:
@@ -16674,11 +16688,8 @@ def command_k3s_token(loaded: Loaded, options: Dict[str, str]) -> int:
     """A token of the gateway's account: to stdout and nowhere else, or into a file."""
     settings = for_the_agent(loaded).settings
     namespace, account = kube_names(settings, options)
-    try:
-        hours = parse_token_hours(options.get("hours") or str(settings.k3s_token_hours))
-        path = parse_path(options["write"]) if "write" in options else ""
-    except ValueError as error:
-        raise UsageError(f"--hours or --write cannot be used, expected {error}") from error
+    hours = option_value(options, "hours", parse_token_hours) or settings.k3s_token_hours
+    path = option_value(options, "write", parse_path)
     config = read_kubeconfig(settings) or admin_kubeconfig(settings)
     token, ends_s = mint_token(KubeClient(config), namespace, account, hours * 3600)
     got_hours = (ends_s - time.time()) / 3600
@@ -16816,7 +16827,7 @@ COMMANDS = (
         *K3S_ACCOUNT_OPTIONS), K3S_KEYS,
         "the accounts and rights that gateway and agent use, for `kubectl apply -f -`"),
     Command("k3s token", command_k3s_token, (
-        Option("--hours", "HOURS", "its life, 1 to 168"),
+        Option("--hours", "HOURS", "its life, 1 to 168; default k3s.token_hours"),
         Option("--write", "PATH", "into this file, 0600, and not to the output"),
         *K3S_ACCOUNT_OPTIONS), K3S_KEYS, "make a token with which the gateway starts workers"),
     Command("k3s install", command_k3s_install, K3S_INSTALL_OPTIONS, ("hostname", "state_dir"),
@@ -16826,30 +16837,41 @@ COMMANDS = (
 COMMAND_BY_WORDS = {command.words: command for command in COMMANDS}
 
 
-def wrapped_lines(rows: Sequence[Tuple[str, str]], columns: int = 100) -> List[str]:
-    """Two columns, the second wrapped."""
+def wrapped_lines(rows: Sequence[Tuple[str, str]]) -> List[str]:
+    """Two columns, the second wrapped: to the terminal, or to 100 where there is none."""
+    import shutil
     import textwrap
+    columns = max(80, min(100, shutil.get_terminal_size((100, 24)).columns))
     indent = max(len(left) for left, _ in rows) + 4
     return [line for left, right in rows for line in textwrap.wrap(
         right, columns, initial_indent=f"  {left}".ljust(indent), subsequent_indent=" " * indent,
         break_long_words=False, break_on_hyphens=False)]
 
 
-def help_text(command: Optional[Command]) -> str:
-    """--help: of one command, or of all."""
-    if command is None:
-        lines = ["usage: b9agent.py [COMMAND] [FLAG …]", "", "commands:"]
-        lines += ["  " + line for line in table_lines([(c.words, c.help) for c in COMMANDS])]
-        options, rows = COMMAND_BY_WORDS["run"].options, SETTINGS
+def help_text(words: Sequence[str]) -> str:
+    """--help: of one command, of those that begin with a word, or of all."""
+    first = "".join(words[:1])
+    command = COMMAND_BY_WORDS.get(" ".join(words[:2])) or COMMAND_BY_WORDS.get(first)
+    listed = [row for row in COMMANDS if row.words.startswith(first + " ")]
+    listed = listed if command is None or command.words == first else []
+    if command:
+        lines = [f"usage: b9agent.py {command.words} {command.operand}".rstrip() + " [FLAG …]", "",
+                 command.help]
+    elif listed:
+        lines = [f"usage: b9agent.py {first} COMMAND [FLAG …]"]
     else:
-        words = f"{command.words} {command.operand}".rstrip()
-        lines = [f"usage: b9agent.py {words} [FLAG …]", "", command.help]
-        options = command.options
-        rows = [row for row in SETTINGS if not command.settings or row.key in command.settings]
-    table = [(f"{option.flag} {option.metavar}".rstrip(), option.help) for option in options]
-    for row in rows:
-        default = f" [{row.default}]" if row.default else ""
-        table.append((f"{row.flag} {row.kind}".rstrip(), f"{row.help}{default} ({row.variable})"))
+        lines, listed = ["usage: b9agent.py [COMMAND] [FLAG …]"], list(COMMANDS)
+    if listed:
+        lines += ["", "commands:"] + wrapped_lines([(row.words, row.help) for row in listed])
+    if command is None and len(listed) < len(COMMANDS):
+        return "\n".join(lines)
+    shown = command or COMMAND_BY_WORDS["run"]
+    table = [(f"{option.flag} {option.metavar}".rstrip(), option.help) for option in shown.options]
+    for row in SETTINGS:
+        if not shown.settings or row.key in shown.settings:
+            default = f" [{row.default}]" if row.default else ""
+            table.append((f"{row.flag} {row.kind}".rstrip(),
+                          f"{row.help}{default} ({row.variable})"))
     return "\n".join(lines + ["", "flags:"] + wrapped_lines(table))
 
 
@@ -16875,9 +16897,9 @@ def find_command(argv: Sequence[str]) -> Tuple[Command, Arguments]:
     if extra:
         typed = " ".join(words)
         longer = [name for name in COMMAND_BY_WORDS if name.startswith(words[0] + " ")]
-        expected = "one of: " + ", ".join(longer) if longer else _nearest(typed, COMMAND_BY_WORDS)
-        raise UsageError(f"unknown command `{printable(typed)[:60]}`, expected {expected}",
-                         "See `b9agent.py --help`")
+        expected = ("one of: " + ", ".join(longer) if longer else
+                    _nearest(typed, COMMAND_BY_WORDS, "--help"))
+        raise UsageError(f"unknown command `{printable(typed)[:60]}`, expected {expected}")
     return command, parse_arguments(argv, command.options)
 
 
@@ -16908,8 +16930,7 @@ def exit_code_of(argv: Sequence[str]) -> int:
     """Every end of a run: a result, an error with a message, or a defect with a place."""
     try:
         if "-h" in argv or "--help" in argv or argv[:1] == ["help"]:
-            words = " ".join(word for word in argv if not word.startswith("-") and word != "help")
-            say(help_text(COMMAND_BY_WORDS.get(words)))
+            say(help_text([word for word in argv if word[:1] != "-" and word != "help"]))
             return Exit.OK
         return int(run_command_line(["version"] if list(argv) == ["--version"] else argv))
     except AgentError as error:

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=10b0f0360dd70ee718aa5e8905aa52013dfb783f535838a03cbbd5ed460ab8ce
+  sha256=4716e941054fcc8a8543e6e7cfc2d6f651977186d575ddd09062bb26561f8c99
 }
 
 usage() {

@@ -147,7 +147,7 @@ def test_a_gateway_that_is_down(doctor):
     assert code == Exit.UNREACHABLE
     assert levels(found["gateway"]) == ["fail"]
     assert "connection refused" in found["gateway"][0].seen
-    assert "ssh -N -L" in found["gateway"][0].mend
+    assert "--tunnel USER@HOST" in found["gateway"][0].mend
     assert found["token"][0][:2] == ("warn", "not tried: the gateway did not judge it")
     assert levels(found["clock"]) == ["ok"] and "not known" in found["clock"][0].seen
 

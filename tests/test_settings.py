@@ -530,10 +530,53 @@ def test_help_lists_every_command(home):
         assert re.search(r"^  %s +%s" % (command.words, re.escape(command.help)), done.out, re.M)
 
 
+def test_help_fits_the_terminal_and_no_line_is_wider(home):
+    for columns, widest in (("80", 80), ("300", 100), ("20", 80)):
+        for words in ([], ["top"], ["k3s"], ["k3s", "token"], ["doctor"]):
+            done = run_agent(home, *words, "--help", COLUMNS=columns)
+            assert done.code == 0 and max(map(len, done.out.splitlines())) <= widest, done
+
+
+def test_help_of_a_group_is_of_its_commands(home):
+    group = run_agent(home, "help", "k3s").out
+    assert group == run_agent(home, "k3s", "chek", "-h").out
+    assert group.startswith("usage: b9agent.py k3s COMMAND") and "--token" not in group
+    assert [line.split()[1] for line in group.splitlines() if line.startswith("  k3s ")] == [
+        "check", "rbac", "token", "install"]
+    both = run_agent(home, "models", "--help").out
+    assert both.startswith("usage: b9agent.py models [FLAG") and "  models fit  " in both and "--json" in both
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["k3s", "token", "--hours", "0"], "--hours: `0` cannot be used, expected hours, 1 to 168"),
+    (["k3s", "token", "--write", "~nobody-9/x"], "--write: `~nobody-9/x` cannot be used, expected a path"),
+    (["k3s", "check", "--namespace", "A"], "--namespace: `A` cannot be used, expected lower-case letters"),
+    (["k3s", "install", "--dry-run", "--sha256", "xyz"], "--sha256: `xyz` cannot be used, expected 64 hex"),
+    (["k3s", "install", "--dry-run", "--release", "v1;x"], "--release: `v1;x` cannot be used, expected a ver"),
+    (["top", "--control-token-file", "/x"], "--control-token-file is of no use without --host"),
+    (["top", "--host", "h", "--control-token-file", "/"], "cannot read /. "),
+])
+def test_what_only_one_command_takes_is_named_where_it_is_wrong(argv, said, home):
+    done = run_agent(home, *argv)
+    assert (done.code, done.out) == (2, ""), done
+    assert done.err.startswith("b9agent: error: " + said), done
+
+
+def test_a_control_token_that_is_none_is_named_by_where_it_stands(home):
+    done = run_agent(home, "top", "--host", "h", B9AGENT_CONTROL_TOKEN="zz")
+    assert done.code == 2 and "B9AGENT_CONTROL_TOKEN is no control token" in done.err, done
+    for text in ("zz", ""):
+        (home / "there").write_text(text)
+        (home / "there").chmod(0o600)
+        done = run_agent(home, "top", "--host", "h", "--control-token-file", "~/there")
+        assert done.code == 2 and "%s is no control token" % (home / "there") in done.err, done
+
+
 @pytest.mark.parametrize("argv, said", [
     (["rnu"], "`run`"), (["stauts"], "`status`"), (["machine", "craete"], "machine create"),
     (["--poolname", "x"], "`--pool-name`"), (["config", "--jsno"], "`--json`"),
-    (["run", "extra"], "unknown command"), (["machine"], "machine create"),
+    (["run", "extra"], "unknown command"), (["machine"], "machine create"), (["k3s", "chek"], "k3s check"),
+    (["dashboard"], "`b9agent.py --help` lists"), (["top", "--no-tui"], "`b9agent.py COMMAND --help` lists"),
 ])
 def test_a_bad_command_is_exit_2_with_a_suggestion(argv, said, home):
     done = run_agent(home, *argv)
@@ -704,7 +747,7 @@ def test_init_says_what_it_found_at_the_gateway(home):
     done = run_agent(home, "init", "-y", *NO_GATEWAY)
     assert done.code == 0
     assert "http://127.0.0.1:1" in done.out and "connection refused" in done.out
-    assert re.search(r"ssh .*-L 1:", done.out)
+    assert "--tunnel USER@HOST" in done.out
 
 
 def test_init_leaves_the_folder_of_a_config_file_elsewhere_as_it_is(home, tmp_path):
