@@ -10410,13 +10410,15 @@ _STUB_LABEL = "beta9.io/stub-id"
 
 class PodPace(NamedTuple):
     """Seconds.  look_s: between looks for a kubeconfig; idle_s: longest silence of a watch, which
-    hears a bookmark a minute; watch_s: what a watch lasts; soon_s: a shorter one is no good."""
+    hears a bookmark a minute; watch_s: what a watch lasts; soon_s: a shorter one is no good;
+    read_s: until the kubeconfig is read again, though all is well."""
     first_s: float = 1.0
     most_s: float = 30.0
     look_s: float = 60.0
     idle_s: float = 100.0
     watch_s: int = 270
     soon_s: float = 1.0
+    read_s: float = 3600.0
 
 
 class Pod(NamedTuple):
@@ -10607,8 +10609,8 @@ class PodWatch:
         if self._told[2] != config.endpoint.url:
             self._tell("connecting", "", config.endpoint.url)
         client = KubeClient(config)
-        version = self._list(client)
-        while not self._stopping:
+        version, until_s = self._list(client), now_s() + self._pace.read_s
+        while not self._stopping and now_s() < until_s:
             version = self._watch(client, version)
         return 0.0
 
@@ -13122,7 +13124,7 @@ class Agent:
         self._private_ip, self._beat_after_s = "", 0.0
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
-        self.pods = PodWatch(settings, machine_id, log)
+        self.pods = PodWatch(settings, machine_id, log, read=self._pods_kubeconfig)
 
     # -- what is said of this machine ----------------------------------
 
@@ -13213,6 +13215,15 @@ class Agent:
             self.identity = changed
         self.membership.register_again()
         self._wake_membership.set()
+
+    def _pods_kubeconfig(self, settings: Any) -> Optional[KubeConfig]:
+        """Its own token is renewed by the way: without k3s.service_account nobody else does it.
+        Where that fails the watch says why, or the next hour's does it.  Raises: UsageError."""
+        config = read_kubeconfig(settings)
+        with contextlib.suppress(KubeError):
+            if config:
+                renew_own_token(config, os.path.join(settings.state_dir, "k3s.kubeconfig"))
+        return config
 
     def _mint_k3s_token(self) -> Tuple[str, float]:
         """For the gateway.  Raises: AgentError."""
