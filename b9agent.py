@@ -10411,7 +10411,8 @@ _STUB_LABEL = "beta9.io/stub-id"
 class PodPace(NamedTuple):
     """Seconds.  look_s: between looks for a kubeconfig; idle_s: longest silence of a watch, which
     hears a bookmark a minute; watch_s: what a watch lasts; soon_s: a shorter one is no good;
-    read_s: until the kubeconfig is read again, though all is well."""
+    read_s: until the kubeconfig is read again, though all is well; keep_s: how long pods that
+    cannot be asked for any more still count."""
     first_s: float = 1.0
     most_s: float = 30.0
     look_s: float = 60.0
@@ -10419,6 +10420,7 @@ class PodPace(NamedTuple):
     watch_s: int = 270
     soon_s: float = 1.0
     read_s: float = 3600.0
+    keep_s: float = 300.0
 
 
 class Pod(NamedTuple):
@@ -10547,6 +10549,7 @@ class PodWatch:
         self._pods: Optional[Dict[str, Pod]] = None  # replaced whole; None: never listed
         self._told: Tuple[str, str, Optional[str]] = ("off", "", None)  # state, message, server
         self._failures, self._at_once_s = 0, -60.0
+        self._lost_s: Optional[float] = None  # since when it is failed
         self._stopping, self._wake = False, Wake()
         self._stream: Optional[HttpStream] = None
         self._opened_s: Optional[float] = None  # when the watch was answered
@@ -10566,8 +10569,10 @@ class PodWatch:
             self._thread.join(2.0)  # it may sit in a request: it is a daemon and changes nothing
 
     def pods(self) -> Optional[List[Pod]]:
-        """The newest first; None where they are not known."""
-        pods = {} if self._told[0] == "off" else self._pods
+        """The newest first; None where they are not known, or not any more."""
+        lost_s = self._lost_s
+        lost = lost_s is not None and now_s() - lost_s > self._pace.keep_s
+        pods = {} if self._told[0] == "off" else None if lost else self._pods
         return pods if pods is None else sorted(pods.values(), key=lambda pod: pod.created or "",
                                                 reverse=True)
 
@@ -10702,6 +10707,7 @@ class PodWatch:
     def _tell(self, state: str, message: str, server: Optional[str]) -> None:
         if (state, message, server) != self._told:
             self._told = (state, message, server)
+            self._lost_s = None if state != "failed" else self._lost_s or now_s()
             level = {"failed": "warning", "watching": "info"}.get(state, "debug")
             self._log(level, "pods", state=state, server=server, what=message or None)
 
