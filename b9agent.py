@@ -10448,13 +10448,17 @@ _STUB_LABEL = "beta9.io/stub-id"
 
 class PodPace(NamedTuple):
     """Seconds.  look_s: between looks for a kubeconfig; idle_s: longest silence of a watch, which
-    hears a bookmark a minute; watch_s: what a watch lasts; soon_s: a shorter one is no good."""
+    hears a bookmark a minute; watch_s: what a watch lasts; soon_s: a shorter one is no good;
+    read_s: until the kubeconfig is read again, though all is well; keep_s: how long pods that
+    cannot be asked for any more still count."""
     first_s: float = 1.0
     most_s: float = 30.0
     look_s: float = 60.0
     idle_s: float = 100.0
     watch_s: int = 270
     soon_s: float = 1.0
+    read_s: float = 3600.0
+    keep_s: float = 300.0
 
 
 class Pod(NamedTuple):
@@ -10583,6 +10587,7 @@ class PodWatch:
         self._pods: Optional[Dict[str, Pod]] = None  # replaced whole; None: never listed
         self._told: Tuple[str, str, Optional[str]] = ("off", "", None)  # state, message, server
         self._failures, self._at_once_s = 0, -60.0
+        self._lost_s: Optional[float] = None  # since when it is failed
         self._stopping, self._wake = False, Wake()
         self._stream: Optional[HttpStream] = None
         self._opened_s: Optional[float] = None  # when the watch was answered
@@ -10602,8 +10607,10 @@ class PodWatch:
             self._thread.join(2.0)  # it may sit in a request: it is a daemon and changes nothing
 
     def pods(self) -> Optional[List[Pod]]:
-        """The newest first; None where they are not known."""
-        pods = {} if self._told[0] == "off" else self._pods
+        """The newest first; None where they are not known, or not any more."""
+        lost_s = self._lost_s
+        lost = lost_s is not None and now_s() - lost_s > self._pace.keep_s
+        pods = {} if self._told[0] == "off" else None if lost else self._pods
         return pods if pods is None else sorted(pods.values(), key=lambda pod: pod.created or "",
                                                 reverse=True)
 
@@ -10645,8 +10652,8 @@ class PodWatch:
         if self._told[2] != config.endpoint.url:
             self._tell("connecting", "", config.endpoint.url)
         client = KubeClient(config)
-        version = self._list(client)
-        while not self._stopping:
+        version, until_s = self._list(client), now_s() + self._pace.read_s
+        while not self._stopping and now_s() < until_s:
             version = self._watch(client, version)
         return 0.0
 
@@ -10738,6 +10745,7 @@ class PodWatch:
     def _tell(self, state: str, message: str, server: Optional[str]) -> None:
         if (state, message, server) != self._told:
             self._told = (state, message, server)
+            self._lost_s = None if state != "failed" else self._lost_s or now_s()
             level = {"failed": "warning", "watching": "info"}.get(state, "debug")
             self._log(level, "pods", state=state, server=server, what=message or None)
 
@@ -13156,7 +13164,7 @@ class Agent:
         self._private_ip, self._beat_after_s = "", 0.0
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
-        self.pods = PodWatch(settings, machine_id, log)
+        self.pods = PodWatch(settings, machine_id, log, read=self._pods_kubeconfig)
 
     # -- what is said of this machine ----------------------------------
 
@@ -13247,6 +13255,15 @@ class Agent:
             self.identity = changed
         self.membership.register_again()
         self._wake_membership.set()
+
+    def _pods_kubeconfig(self, settings: Any) -> Optional[KubeConfig]:
+        """Its own token is renewed by the way: without k3s.service_account nobody else does it.
+        Where that fails the watch says why, or the next hour's does it.  Raises: UsageError."""
+        config = read_kubeconfig(settings)
+        with contextlib.suppress(KubeError):
+            if config:
+                renew_own_token(config, os.path.join(settings.state_dir, "k3s.kubeconfig"))
+        return config
 
     def _mint_k3s_token(self) -> Tuple[str, float]:
         """For the gateway.  Raises: AgentError."""

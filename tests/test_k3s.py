@@ -580,7 +580,8 @@ def test_a_clock_that_was_set_renews_at_once(jump_s):
     assert len(taken) == 2
 
 
-@pytest.mark.parametrize("begun_s", [10 ** 4000, -10 ** 4000, True, 1e308, "1", None])
+@pytest.mark.parametrize("begun_s", [10 ** 4000, -10 ** 4000, True, 1e308, "1", None],
+                         ids=["huge", "minus", "true", "float", "text", "null"])
 def test_whatever_an_api_answers_the_agent_starts(begun_s):
     token, taken = jwt({"iat": begun_s, "exp": begun_s}), []
     keeper = b9agent.TokenKeeper(lambda: (token, time.time() + 900), taken.append,
@@ -715,6 +716,20 @@ def test_the_agent_s_kubeconfig_renews_itself_and_costs_no_token_where_it_cannot
     assert done.code == 0 and "k3s_kubeconfig" in done.err and "rbac --apply" in done.err
     assert hostile.named("register")[-1].body["token"] == api.minted[-1]
     assert not any(token in done.err for token in api.minted)
+
+
+def test_a_kubeconfig_of_an_agent_that_only_watches_does_not_end_either(home, state, agent, hostile, api):
+    applied(api)
+    now = int(time.time())
+    own = api._mint("beta9-agent", now - 70, now + 30)
+    own_kubeconfig(state, api, own)
+    running = agent("run", *to(hostile)[:-2], BETA9_TOKEN=GATEWAY_TOKEN)
+    wait_until(lambda: own not in (state / "k3s.kubeconfig").read_text(), "its token is renewed")
+    token = json.loads((state / "k3s.kubeconfig").read_text())["users"][0]["user"]["token"]
+    assert b9agent.token_claims(token)["exp"] > now + 29 * 86400
+    wait_until(lambda: json.loads(run_agent(home, "status", "--json").out)["pods"]["state"] == "watching",
+               "the watch")
+    assert running.stop() == 0 and {request.body["token"] for request in hostile.named("register")} == {""}
 
 
 def test_a_fixed_token_and_an_account_exclude_each_other(home):

@@ -799,6 +799,26 @@ def test_a_renewed_token_is_read_again(api, watched):
     assert "a-renewed" not in one.stream.getvalue() and TOKEN not in one.stream.getvalue()
 
 
+def test_pods_that_nobody_could_ask_for_any_more_do_not_run_for_ever(api, watched):
+    api.put_pod(worker_pod("a"))
+    one = watched(kubeconfig(api.port), keep_s=0.5)
+    one.wait("all", names={"a"})
+    api.stop()
+    wait_until(lambda: one.watch.counts() is None, "unknown")
+    assert one.watch.status()["pods"] == []
+    with api:
+        one.wait("again", state="watching", names={"a"})
+        assert one.watch.counts() == {"RUNNING": 1}
+
+
+def test_a_kubeconfig_is_read_again_though_all_is_well(api, watched):
+    """What renews its token does so then; nothing is seen of it."""
+    one = watched(kubeconfig(api.port), read_s=0.2, watch_s=1)
+    one.wait("watching", state="watching")
+    api.wait_for(lambda: api.count("list") >= 3, "listed anew")
+    assert one.stream.getvalue().count("pods") == 1 and one.watch.state == "watching"
+
+
 def test_without_k3s_nothing_is_said_and_one_that_comes_is_noticed(api, watched):
     one = watched(None)
     one.wait("off", state="off")
