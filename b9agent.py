@@ -50,7 +50,8 @@ threads   main (signals, systemd), membership (the requests to the gateway), gpu
           child-engine-output, the same two of the tunnel's ssh, and tunnel (starts it again);
           first-token, inference (looks at the engine), pull, import or convert NAME (4 at most),
           provenance (hashes files); tailnet (asks tailscaled, where there is a trace of it); pods
-          (watches worker pods, looks for a kubeconfig once a minute); k3s-token (renews, with
+          (watches worker pods, looks for a kubeconfig once a minute, renews the agent's own token
+          for k3s); k3s-token (renews, with
           k3s.service_account); dashboard (the terminal), dashboard-facts, dashboard-log,
           dashboard-start, -stop, -pull, -cancel or -doctor (what a key asks for, one of each);
           check-NAME (`doctor`)

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=4716e941054fcc8a8543e6e7cfc2d6f651977186d575ddd09062bb26561f8c99
+  sha256=00a5b1fed39d7689857b8ca64213ea102705d33e2fe341b4c8f1a995af87e0b2
 }
 
 usage() {
