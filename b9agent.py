@@ -5461,7 +5461,7 @@ class Child:
             ends = [end_s for end_s in ends if now_s() - end_s < self._pace.window_s] + [now_s()]
             often = len(ends) >= self._pace.exits
             if often or self._lives_on or not (ended or self._served):
-                problem += f", as {len(ends) - 1} times before" if often else ""
+                problem += f", as {len(ends) - 1} times before" if often and ends[1:] else ""
                 last = [line[:300] for line in self.tail(20)]
                 return ChildState.ERROR, "\n".join([f"{self.spec.name} {problem}"] + last)
             wait_s = backoff_s(len(ends), self._pace, random_between)
@@ -9694,8 +9694,8 @@ _SSH_SAYS: Tuple[Tuple[str, str, float], ...] = (
      3.0),
     ("(?i)not accessible|bad permissions|error in libcrypto|invalid format", "the key file cannot "
      "be used: {line}. It must be a private key without passphrase, of mode 0600", 60.0),
-    ("Permission denied", "it refuses our key ({line}): put the public half of {key} into "
-     "authorized_keys there", 60.0),
+    ("Permission denied|Too many authentication failures", "it refuses our key ({line}): put the "
+     "public half of {key} into authorized_keys there", 60.0),
     ("remote port forwarding failed", "its port 6443 is taken, or its sshd_config forbids us to "
      "listen there: see AllowTcpForwarding and PermitListen", 3.0),
     ("open failed: .*prohibited", "its sshd_config forbids to forward to {gateway} ({line}): see "
@@ -9837,8 +9837,8 @@ class Tunnel:
         elif child.state is ChildState.ERROR and not self._again_s:
             lines = [line for line in self._child.tail() if "open failed: " not in line
                      ] if "ended with" in child.message else []
-            problem, limit_s = ssh_problem(lines or [child.message.partition("\n")[0].replace(
-                ", as 0 times before", "")], self._settings)
+            problem, limit_s = ssh_problem(lines or [child.message.partition("\n")[0]],
+                                           self._settings)
             self._failures += 1
             wait_s = min(limit_s, TUNNEL_FIRST_S * 2.0 ** min(self._failures, 10))
             self._again_s = now_s() + random_between(wait_s / 2, wait_s)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import types
 
 import pytest
 
@@ -392,6 +393,25 @@ def test_a_listener_of_another_address_on_its_port_is_in_nobodys_way(sshd, tunne
             one = tunnelled("--tunnel-local-port", port).start()
             one.wait_ready()
             one.stop()
+
+
+def test_keys_that_are_refused_are_offered_once_a_minute():
+    settings = b9agent.load_settings({"config": os.devnull, "tunnel": "me@h"}, {}).settings
+    for line in ("me@h: Permission denied (publickey).",
+                 "Received disconnect from 192.0.2.1 port 22:2: Too many authentication failures"):
+        said, limit_s = b9agent.ssh_problem([line, "Disconnected from 192.0.2.1 port 22"], settings)
+        assert limit_s == 60.0 and "refuses our key (%s)" % line in said
+
+
+def test_what_the_server_says_of_a_forward_hurries_no_request():
+    """Or one that says it otherwise each time had a request and two lines of log every half second."""
+    hurried = []
+    agent = types.SimpleNamespace(_log=b9agent.Log(stream=io.StringIO()), _wake_membership=b9agent.Wake(),
+                                  membership=types.SimpleNamespace(hurry=hurried.append))
+    for message in ("open failed: 1", "open failed: 2", ""):
+        assert not hurried
+        b9agent.Agent._tell_tunnel(agent, {"state": "running", "message": message})
+    assert len(hurried) == 1
 
 
 def test_an_ssh_config_is_not_read(sshd, tunnelled, home, tmp_path):
