@@ -1878,6 +1878,15 @@ def _writable_poll(stream: Any) -> Any:
         return None
 
 
+def _terminal_of(stream: Any) -> Optional[int]:
+    """A descriptor of its own, which does not block, of a stream that is a terminal; else None.  A
+    terminal says that it takes more as long as it takes a byte."""
+    try:
+        return os.open(os.ttyname(stream.fileno()), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 class Ring:
     """The newest items of something, numbered as they come, for any number of readers.
 
@@ -1959,7 +1968,7 @@ class Log:
         self._lowest = _PRIORITIES[minimum]
         self._stream = stream or sys.stderr
         self._journal = _is_journal(self._stream)
-        self._poll = _writable_poll(self._stream)
+        self._poll, self._terminal = _writable_poll(self._stream), _terminal_of(self._stream)
         self._path = os.path.join(folder, "agent.log") if folder and not self._journal else None
         self._file: Any = None
         self._held: Any = None
@@ -1990,15 +1999,20 @@ class Log:
                 self._held.append(line)
             self._append(line)
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: str) -> bool:
+        """A terminal that is paused (Ctrl-S), or a pipe that nobody reads, costs the line and never
+        a keepalive: False."""
         try:
-            # A terminal that is paused (Ctrl-S), or a pipe that nobody reads, costs the line and
-            # never a keepalive.
-            if self._poll is None or self._poll.poll(200):
+            if self._poll is not None and not self._poll.poll(200):
+                return False
+            if self._terminal is not None:
+                os.write(self._terminal, line.encode(self._stream.encoding, "backslashreplace"))
+            else:
                 self._stream.write(line)
                 self._stream.flush()
+            return True
         except (OSError, ValueError):
-            pass  # nobody reads our stderr any more: not a reason to stop
+            return False  # nobody reads our stderr any more: not a reason to stop
 
     def hold(self) -> None:
         """Until release() nothing is written to a terminal, which shows something else.  What is of
@@ -2009,8 +2023,7 @@ class Log:
     def release(self) -> None:
         with self._lock:
             held, self._held = self._held, None
-            for line in held or ():
-                self._write(line)
+            all(self._write(line) for line in held or ())  # until one is not taken
 
     def _append(self, line: str) -> None:
         if not self._path:

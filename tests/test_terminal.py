@@ -917,3 +917,28 @@ def test_the_environment_says_what_the_terminal_can(environ, utf8, color, monkey
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert b9agent.read_look() == (utf8, color)
+@pytest.mark.parametrize("length", [37, 700])
+def test_a_log_costs_no_time_where_its_terminal_takes_half_a_line(length, tmp_path):
+    master, slave = pty.openpty()
+    with open(slave, "w") as terminal:
+        log = b9agent.Log(stream=terminal)
+
+        def until_full():
+            begun_s = now_s = 0.0
+            while now_s - begun_s < 0.15:
+                begun_s = time.monotonic()
+                log("info", "quiet", what="x" * length)
+                now_s = time.monotonic()
+        thread = threading.Thread(target=until_full, daemon=True)
+        thread.start()
+        thread.join(10.0)
+        assert not thread.is_alive(), "it waits for the rest of a line"
+        log.hold()
+        for _ in range(60):
+            log("warning", "loud")
+        begun_s = time.monotonic()
+        log.release()
+        assert time.monotonic() - begun_s < 5.0, "fifty lines, each with its patience, would be ten"
+    os.close(master)
+
+
