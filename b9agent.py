@@ -9589,7 +9589,7 @@ def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
 
 
 def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]], limit_s: float,
-                 idle_limit_s: float = 120.0) -> HttpStream:
+                 idle_limit_s: Optional[float] = 120.0) -> HttpStream:
     """A 200 of the running agent: GET, or POST of a body.
 
     Raises: as agent_address(), and the error that the agent answers, as its own class.
@@ -9616,11 +9616,11 @@ def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]
 
 
 def call_agent(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]] = None,
-               limit_s: float = 30.0) -> Dict[str, Any]:
-    """A JSON answer of the running agent.  Raises: as agent_stream()."""
-    with agent_stream(state_dir, path, body, limit_s) as stream:
+               limit_s: float = 30.0, max_bytes: int = 16 << 20) -> Dict[str, Any]:
+    """A JSON answer of the running agent, whole within limit_s.  Raises: as agent_stream()."""
+    with agent_stream(state_dir, path, body, limit_s, None) as stream:
         try:
-            return _json_object(stream.read(16 << 20))
+            return _json_object(stream.read(max_bytes))
         except HttpFailure as failure:
             raise GatewayUnreachable(f"the agent's answer broke off: {failure}") from failure
 
@@ -11890,7 +11890,7 @@ def bar(done: int, total: int, columns: int = 24) -> str:
     >>> bar(1, 4, 8)
     '##------'
     """
-    filled = columns * done // total if total else 0
+    filled = max(0, min(columns, columns * done // total)) if total else 0
     return "#" * filled + "-" * (columns - filled)
 
 
@@ -11957,28 +11957,31 @@ class AgentThere:
         self._came: Any = collections.deque(maxlen=LOG_KEPT_LINES + 1)
 
     def status(self) -> Dict[str, Any]:
-        answer = call_agent(self._where, "/status?fresh=true", None, 5.0)
+        answer = call_agent(self._where, "/status?fresh=true", None, 5.0, 1 << 20)
         if not {"version", "pid", "state"} <= set(answer):
             raise GatewayUnreachable("what answers there is no b9agent")
         return answer
 
-    def newest(self, query: str) -> Iterator[bytes]:
-        """Lines of the log as JSON.  Raises: AgentError, HttpFailure."""
+    def newest(self, query: str, idle_limit_s: Optional[float] = None) -> Iterator[bytes]:
+        """Lines of the log as JSON.  Raises: AgentError."""
         endpoint, headers = agent_address(self._where)
         headers = dict(headers, Accept="application/x-ndjson")
         with agent_stream((endpoint, headers), "/logs?" + query, None, 5.0,
-                          4 * STREAM_QUIET_S) as stream:
-            yield from stream.lines()
+                          idle_limit_s) as stream:
+            try:
+                yield from (line for line in stream.lines(2 * LOG_KEPT_LINE_MAX)
+                            if len(line) <= 2 * LOG_KEPT_LINE_MAX)
+            except HttpFailure as failure:
+                raise GatewayUnreachable(f"the agent's log broke off: {failure}") from failure
 
     def follow(self) -> None:
         while True:
             try:
                 begun = False
-                for line in self.newest(f"lines={LOG_KEPT_LINES}&follow=true"):
-                    if len(line) <= 2 * LOG_KEPT_LINE_MAX:
-                        self._came.extend([line] if begun else [None, line])
-                        begun = True
-            except (AgentError, HttpFailure):
+                for line in self.newest(f"lines={LOG_KEPT_LINES}&follow=true", 4 * STREAM_QUIET_S):
+                    self._came.extend([line] if begun else [None, line])
+                    begun = True
+            except AgentError:
                 pass  # it is not there now; status() says so
             _pause(REFRESH_S)
 
@@ -12010,12 +12013,12 @@ _MOVES = {"up": (-1, 1), "down": (1, 1), "page up": (-1, None), "page down": (1,
 
 def _figures(status: Dict[str, Any]) -> Dict[str, Any]:
     """What has a history."""
-    host, gpus = status.get("host") or {}, status.get("gpus") or ()
-    powers = [gpu["power_w"] for gpu in gpus if gpu.get("power_w") is not None]
+    host, gpus = _object(status.get("host")), objects_in(status.get("gpus"))[:64]
+    powers = [_amount(gpu.get("power_w")) or 0.0 for gpu in gpus if gpu.get("power_w") is not None]
     return dict({f"gpu{number}": gpu.get("utilization_pct") for number, gpu in enumerate(gpus)},
                 cpu=host.get("cpu_pct"), memory=host.get("memory_pct"),
                 power=sum(powers) if powers else None,
-                tokens=(status.get("inference") or {}).get("tokens_per_second"))
+                tokens=_object(status.get("inference")).get("tokens_per_second"))
 
 
 class Dashboard:
@@ -12114,10 +12117,11 @@ class Dashboard:
         try:
             status = self._source.status()
             self._seen_s = now_s()
-            for name, figure in _figures(status).items():
+            for name, value in _figures(status).items():
+                figure = _amount(value)
                 if figure is not None:
                     self._history.setdefault(name, collections.deque(maxlen=HISTORY_KEPT)).append(
-                        float(figure))
+                        figure)
         except AgentError as error:
             problem = str(error)
         except Exception as error:
@@ -12248,7 +12252,7 @@ class Dashboard:
             try:
                 self._note = work() or self._note
             except AgentError as error:
-                self._note = " ".join(str(error).split())
+                self._note = REDACTOR.scrub(" ".join(str(error).split()))
                 if self._log:  # where all of it can be read
                     self._log.error(what + "_failed", error, "warning")
             except Exception as error:
@@ -16080,7 +16084,8 @@ def command_top(loaded: Loaded, options: Dict[str, str]) -> int:
     status = source.status()
     if "once" in options:
         import shutil
-        lines = tuple(_json_object(line) for line in source.newest("lines=100"))
+        lines = tuple(_json_object(line) for _, line in zip(range(100),
+                                                            source.newest("lines=100")))
         look = read_look()
         say("\n".join(render_frame(View(status, lines, {}), *shutil.get_terminal_size(),
                                    look._replace(color=look.color and sys.stdout.isatty()))))

@@ -1,6 +1,7 @@
 """Section 16b: the dashboard on real terminals: tmux, and pseudo-terminals of ours."""
 import fcntl
 import itertools
+import json
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -608,6 +610,103 @@ def test_top_without_an_agent_or_a_terminal_says_so(home, state):
 
 
 # -- on pseudo-terminals of ours ----------------------------------------------------
+
+class Liar:
+    """What calls itself an agent.  answers: by the first word of a path, a JSON value, the bytes of a
+    whole answer, or a function to the pieces of a body.  heads: of the requests."""
+
+    def __init__(self, **answers):
+        self.answers, self.heads = answers, []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.host = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                connection = self._listener.accept()[0]
+            except OSError:
+                return  # shut down
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection):
+        with connection:
+            try:
+                self.heads.append(connection.recv(65536).decode())
+                said = self.answers.get(re.split("[ /?]+", self.heads[-1])[1], {})
+                if not isinstance(said, bytes):
+                    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                for piece in (said() if callable(said) else
+                              [said if isinstance(said, bytes) else json.dumps(said).encode()]):
+                    connection.sendall(piece)
+            except OSError:
+                pass  # it had enough
+
+    def end(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.fixture
+def liar():
+    started = []
+
+    def start(**answers):
+        started.append(Liar(**answers))
+        return started[-1]
+    yield start
+    for one in started:
+        one.end()
+
+
+TOKEN = "5" * 64
+CLAIMED = {"version": "0", "pid": 1, "state": "ready", "status": "ready"}
+
+
+def there(liar):
+    host, _, port = liar.host.partition(":")
+    return b9agent.AgentThere((b9agent.Endpoint("http", host, int(port)), {}))
+
+
+def drip():
+    while True:
+        yield b" "
+        select.select([], [], [], 0.02)
+
+
+def test_an_agent_that_drips_or_floods_is_not_listened_to_for_ever(liar, monkeypatch):
+    call = b9agent.call_agent
+    monkeypatch.setattr(b9agent, "call_agent", lambda where, path, body, limit_s, *most: call(
+        where, path, body, limit_s / 10, *most))
+    for said, why in ((drip, "no answer within 0.5 s"),
+                      (lambda: itertools.repeat(b" " * 65536), "more than 1048576 bytes")):
+        with pytest.raises(b9agent.GatewayUnreachable, match=why):
+            there(liar(status=said)).status()
+
+
+@pytest.mark.parametrize("flood", [b"{}\n" * 20000, b"x" * 60000], ids=["lines", "a line"])
+def test_a_log_without_end_ends_one_frame(flood, liar, home):
+    once = run_agent(home, "top", "--host", liar(
+        status=CLAIMED, logs=lambda: itertools.repeat(flood)).host, "--once",
+        B9AGENT_CONTROL_TOKEN=TOKEN, within_s=15.0)
+    assert once.code in (0, 5) and "defect" not in once.err, once
+
+
+def test_the_control_token_goes_nowhere_but_to_the_agent_that_was_named(liar, home):
+    other = liar(status=CLAIMED)
+    away = liar(status=b"HTTP/1.1 307 Away\r\nLocation: http://%s/status\r\nContent-Length: 0\r\n\r\n"
+                % other.host.encode())
+    once = run_agent(home, "top", "--host", away.host, "--once", B9AGENT_CONTROL_TOKEN=TOKEN,
+                     http_proxy="http://" + other.host, HTTP_PROXY="http://" + other.host)
+    assert once.code == 4 and other.heads == [] and TOKEN in away.heads[0], once
+    assert TOKEN not in once.out + once.err
+
+
+def test_an_agent_that_lies_costs_no_more_memory_than_a_screen_has_use_for():
+    figures = b9agent._figures(dict(CLAIMED, gpus=[{"utilization_pct": 1}] * 5000, host=[], inference=3))
+    assert len(figures) < 100
+    assert b9agent.bar(10 ** 12, 1, 8) == "########" and b9agent.bar(-9, 1, 8) == "--------"
+
 
 class Pty:
     """A program on a pseudo-terminal, its controlling one.  seen: all that it wrote."""
