@@ -11705,7 +11705,8 @@ def read_look() -> Look:
     if ctype in ("C.UTF-8", "C.utf8") and lang in ("", "C", "POSIX"):
         ctype = ""
     named = os.environ.get("LC_ALL") or ctype or lang
-    return Look("utf" in named.lower(), not os.environ.get("NO_COLOR"))
+    return Look("utf" in named.lower(), not os.environ.get("NO_COLOR")
+                and os.environ.get("TERM") != "dumb")
 
 
 def terminal_fits() -> bool:
@@ -11807,6 +11808,8 @@ class Terminal:
             mode = termios.tcgetattr(self._descriptor)
             if self._before is None:
                 self._before = termios.tcgetattr(self._descriptor)
+            if not self._taken:  # what was typed to the shell is no key
+                termios.tcflush(self._descriptor, termios.TCIFLUSH)
             mode[0] &= ~termios.IXON
             mode[3] = mode[3] & ~(termios.ICANON | termios.ECHO | termios.IEXTEN) | termios.ISIG
             mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
@@ -11870,6 +11873,10 @@ class Terminal:
             self._flush()
             while self._unsent and now_s() < until_s:
                 select.select([], [self._descriptor], [], 0.1)
+                self._flush()
+            if self._unsent:  # what nobody has seen makes room
+                termios.tcflush(self._descriptor, termios.TCOFLUSH)
+                self._unsent = _GIVE_BACK
                 self._flush()
             termios.tcflush(self._descriptor, termios.TCIFLUSH)
             termios.tcsetattr(self._descriptor, termios.TCSANOW, self._before)
@@ -12044,6 +12051,8 @@ class Dashboard:
         self._report: Tuple[str, ...] = ()
         self._scroll, self._scrolled_at = 0, 0
         self._prompt: Optional[_Prompt] = None
+        self._asked: Optional[_Prompt] = None
+        self._failed: Optional[Exception] = None
         self._busy: Set[str] = set()
         self._pulled = ""
         self._handlers: Dict[int, Any] = {}
@@ -12078,6 +12087,8 @@ class Dashboard:
         threading.excepthook = self._hook
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._failed is not None and self._log is None:
+            raise self._failed  # nobody was told
 
     def _woken(self, number: int, _frame: Any) -> None:
         self._again = self._again or number == signal.SIGCONT
@@ -12101,7 +12112,8 @@ class Dashboard:
     def _defect(self, error: BaseException) -> None:
         if self._log:
             self._log.defect(error)
-        self._note = f"defect: {type(error).__name__}: {error} (at {defect_place(error)})"
+        self._note = REDACTOR.scrub(f"defect: {type(error).__name__}: {error} (at "
+                                    f"{defect_place(error)})")
 
     # -- its figures: a thread of their own -----------------------------
 
@@ -12161,6 +12173,7 @@ class Dashboard:
             gone = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup: it goes on
         except Exception as error:
             self._defect(error)  # it costs the dashboard, and not the machine
+            self._failed, gone = error, self._log is None
         finally:
             self._ended = True
             terminal.close()
@@ -12171,6 +12184,7 @@ class Dashboard:
 
     def _view(self) -> View:
         seen, prompt = self._seen, self._prompt
+        self._asked = prompt
         new, self._scrolled_at = self._lines_seen - self._scrolled_at, self._lines_seen
         if self._scroll and self._pane == "logs" and new:  # what is read stays where it is
             self._scroll += self._pane_rows(seen._replace(lines=seen.lines[-new:]))
@@ -12231,6 +12245,8 @@ class Dashboard:
 
     def _type(self, prompt: _Prompt, key: str) -> None:
         if prompt.question:
+            if prompt is not self._asked:
+                return  # typed before the question could be seen
             self._prompt = prompt if key.startswith("paste ") else None
             if key in ("y", "Y"):
                 prompt.done("y")
@@ -12267,7 +12283,7 @@ class Dashboard:
         threading.Thread(target=act, name=f"dashboard-{what}", daemon=True).start()
 
     def _start_or_stop(self) -> None:
-        inference = self._seen.status.get("inference") or {}
+        inference = _object(self._seen.status.get("inference"))
         if "start" in self._busy or inference.get("status") in ("starting", "running"):
             self._prompt = _Prompt("Stop inference? y/n ", lambda _: self._do("stop", lambda: (
                 self._source.ask("stop").get("message") or "inference stopped")), True)
@@ -13168,7 +13184,7 @@ class Agent:
                     self._live_due_s = begun_s + max(0.9, min(30.0, 100 * (now_s() - begun_s)))
             finally:
                 self._live_lock.release()
-        return self._live
+        return self._live or self._sample  # at first, while another takes the first
 
     def _count_energy(self, count: Callable[[], None]) -> None:
         """A defect of ours costs figures, not the keepalive."""
