@@ -1898,6 +1898,15 @@ def _writable_poll(stream: Any) -> Any:
         return None
 
 
+def _terminal_of(stream: Any) -> Optional[int]:
+    """A descriptor of its own, which does not block, of a stream that is a terminal; else None.  A
+    terminal says that it takes more as long as it takes a byte."""
+    try:
+        return os.open(os.ttyname(stream.fileno()), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 class Ring:
     """The newest items of something, numbered as they come, for any number of readers.
 
@@ -1979,7 +1988,7 @@ class Log:
         self._lowest = _PRIORITIES[minimum]
         self._stream = stream or sys.stderr
         self._journal = _is_journal(self._stream)
-        self._poll = _writable_poll(self._stream)
+        self._poll, self._terminal = _writable_poll(self._stream), _terminal_of(self._stream)
         self._path = os.path.join(folder, "agent.log") if folder and not self._journal else None
         self._file: Any = None
         self._held: Any = None
@@ -2010,15 +2019,20 @@ class Log:
                 self._held.append(line)
             self._append(line)
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: str) -> bool:
+        """A terminal that is paused (Ctrl-S), or a pipe that nobody reads, costs the line and never
+        a keepalive: False."""
         try:
-            # A terminal that is paused (Ctrl-S), or a pipe that nobody reads, costs the line and
-            # never a keepalive.
-            if self._poll is None or self._poll.poll(200):
+            if self._poll is not None and not self._poll.poll(200):
+                return False
+            if self._terminal is not None:
+                os.write(self._terminal, line.encode(self._stream.encoding, "backslashreplace"))
+            else:
                 self._stream.write(line)
                 self._stream.flush()
+            return True
         except (OSError, ValueError):
-            pass  # nobody reads our stderr any more: not a reason to stop
+            return False  # nobody reads our stderr any more: not a reason to stop
 
     def hold(self) -> None:
         """Until release() nothing is written to a terminal, which shows something else.  What is of
@@ -2029,8 +2043,7 @@ class Log:
     def release(self) -> None:
         with self._lock:
             held, self._held = self._held, None
-            for line in held or ():
-                self._write(line)
+            all(self._write(line) for line in held or ())  # until one is not taken
 
     def _append(self, line: str) -> None:
         if not self._path:
@@ -9604,7 +9617,7 @@ def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
 
 
 def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]], limit_s: float,
-                 idle_limit_s: float = 120.0) -> HttpStream:
+                 idle_limit_s: Optional[float] = 120.0) -> HttpStream:
     """A 200 of the running agent: GET, or POST of a body.
 
     Raises: as agent_address(), and the error that the agent answers, as its own class.
@@ -9632,11 +9645,11 @@ def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]
 
 
 def call_agent(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]] = None,
-               limit_s: float = 30.0) -> Dict[str, Any]:
-    """A JSON answer of the running agent.  Raises: as agent_stream()."""
-    with agent_stream(state_dir, path, body, limit_s) as stream:
+               limit_s: float = 30.0, max_bytes: int = 16 << 20) -> Dict[str, Any]:
+    """A JSON answer of the running agent, whole within limit_s.  Raises: as agent_stream()."""
+    with agent_stream(state_dir, path, body, limit_s, None) as stream:
         try:
-            return _json_object(stream.read(16 << 20))
+            return _json_object(stream.read(max_bytes))
         except HttpFailure as failure:
             raise GatewayUnreachable(f"the agent's answer broke off: {failure}") from failure
 
@@ -11764,7 +11777,8 @@ def read_look() -> Look:
     if ctype in ("C.UTF-8", "C.utf8") and lang in ("", "C", "POSIX"):
         ctype = ""
     named = os.environ.get("LC_ALL") or ctype or lang
-    return Look("utf" in named.lower(), not os.environ.get("NO_COLOR"))
+    return Look("utf" in named.lower(), not os.environ.get("NO_COLOR")
+                and os.environ.get("TERM") != "dumb")
 
 
 def terminal_fits() -> bool:
@@ -11866,6 +11880,8 @@ class Terminal:
             mode = termios.tcgetattr(self._descriptor)
             if self._before is None:
                 self._before = termios.tcgetattr(self._descriptor)
+            if not self._taken:  # what was typed to the shell is no key
+                termios.tcflush(self._descriptor, termios.TCIFLUSH)
             mode[0] &= ~termios.IXON
             mode[3] = mode[3] & ~(termios.ICANON | termios.ECHO | termios.IEXTEN) | termios.ISIG
             mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
@@ -11930,6 +11946,10 @@ class Terminal:
             while self._unsent and now_s() < until_s:
                 select.select([], [self._descriptor], [], 0.1)
                 self._flush()
+            if self._unsent:  # what nobody has seen makes room
+                termios.tcflush(self._descriptor, termios.TCOFLUSH)
+                self._unsent = _GIVE_BACK
+                self._flush()
             termios.tcflush(self._descriptor, termios.TCIFLUSH)
             termios.tcsetattr(self._descriptor, termios.TCSANOW, self._before)
         except (OSError, termios.error):
@@ -11949,7 +11969,7 @@ def bar(done: int, total: int, columns: int = 24) -> str:
     >>> bar(1, 4, 8)
     '##------'
     """
-    filled = columns * done // total if total else 0
+    filled = max(0, min(columns, columns * done // total)) if total else 0
     return "#" * filled + "-" * (columns - filled)
 
 
@@ -12016,28 +12036,31 @@ class AgentThere:
         self._came: Any = collections.deque(maxlen=LOG_KEPT_LINES + 1)
 
     def status(self) -> Dict[str, Any]:
-        answer = call_agent(self._where, "/status?fresh=true", None, 5.0)
+        answer = call_agent(self._where, "/status?fresh=true", None, 5.0, 1 << 20)
         if not {"version", "pid", "state"} <= set(answer):
             raise GatewayUnreachable("what answers there is no b9agent")
         return answer
 
-    def newest(self, query: str) -> Iterator[bytes]:
-        """Lines of the log as JSON.  Raises: AgentError, HttpFailure."""
+    def newest(self, query: str, idle_limit_s: Optional[float] = None) -> Iterator[bytes]:
+        """Lines of the log as JSON.  Raises: AgentError."""
         endpoint, headers = agent_address(self._where)
         headers = dict(headers, Accept="application/x-ndjson")
         with agent_stream((endpoint, headers), "/logs?" + query, None, 5.0,
-                          4 * STREAM_QUIET_S) as stream:
-            yield from stream.lines()
+                          idle_limit_s) as stream:
+            try:
+                yield from (line for line in stream.lines(2 * LOG_KEPT_LINE_MAX)
+                            if len(line) <= 2 * LOG_KEPT_LINE_MAX)
+            except HttpFailure as failure:
+                raise GatewayUnreachable(f"the agent's log broke off: {failure}") from failure
 
     def follow(self) -> None:
         while True:
             try:
                 begun = False
-                for line in self.newest(f"lines={LOG_KEPT_LINES}&follow=true"):
-                    if len(line) <= 2 * LOG_KEPT_LINE_MAX:
-                        self._came.extend([line] if begun else [None, line])
-                        begun = True
-            except (AgentError, HttpFailure):
+                for line in self.newest(f"lines={LOG_KEPT_LINES}&follow=true", 4 * STREAM_QUIET_S):
+                    self._came.extend([line] if begun else [None, line])
+                    begun = True
+            except AgentError:
                 pass  # it is not there now; status() says so
             _pause(REFRESH_S)
 
@@ -12069,12 +12092,12 @@ _MOVES = {"up": (-1, 1), "down": (1, 1), "page up": (-1, None), "page down": (1,
 
 def _figures(status: Dict[str, Any]) -> Dict[str, Any]:
     """What has a history."""
-    host, gpus = status.get("host") or {}, status.get("gpus") or ()
-    powers = [gpu["power_w"] for gpu in gpus if gpu.get("power_w") is not None]
+    host, gpus = _object(status.get("host")), objects_in(status.get("gpus"))[:64]
+    powers = [_amount(gpu.get("power_w")) or 0.0 for gpu in gpus if gpu.get("power_w") is not None]
     return dict({f"gpu{number}": gpu.get("utilization_pct") for number, gpu in enumerate(gpus)},
                 cpu=host.get("cpu_pct"), memory=host.get("memory_pct"),
                 power=sum(powers) if powers else None,
-                tokens=(status.get("inference") or {}).get("tokens_per_second"))
+                tokens=_object(status.get("inference")).get("tokens_per_second"))
 
 
 class Dashboard:
@@ -12100,6 +12123,8 @@ class Dashboard:
         self._report: Tuple[str, ...] = ()
         self._scroll, self._scrolled_at = 0, 0
         self._prompt: Optional[_Prompt] = None
+        self._asked: Optional[_Prompt] = None
+        self._failed: Optional[Exception] = None
         self._busy: Set[str] = set()
         self._pulled = ""
         self._handlers: Dict[int, Any] = {}
@@ -12134,6 +12159,8 @@ class Dashboard:
         threading.excepthook = self._hook
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._failed is not None and self._log is None:
+            raise self._failed  # nobody was told
 
     def _woken(self, number: int, _frame: Any) -> None:
         self._again = self._again or number == signal.SIGCONT
@@ -12157,7 +12184,8 @@ class Dashboard:
     def _defect(self, error: BaseException) -> None:
         if self._log:
             self._log.defect(error)
-        self._note = f"defect: {type(error).__name__}: {error} (at {defect_place(error)})"
+        self._note = REDACTOR.scrub(f"defect: {type(error).__name__}: {error} (at "
+                                    f"{defect_place(error)})")
 
     # -- its figures: a thread of their own -----------------------------
 
@@ -12173,10 +12201,11 @@ class Dashboard:
         try:
             status = self._source.status()
             self._seen_s = now_s()
-            for name, figure in _figures(status).items():
+            for name, value in _figures(status).items():
+                figure = _amount(value)
                 if figure is not None:
                     self._history.setdefault(name, collections.deque(maxlen=HISTORY_KEPT)).append(
-                        float(figure))
+                        figure)
         except AgentError as error:
             problem = str(error)
         except Exception as error:
@@ -12216,6 +12245,7 @@ class Dashboard:
             gone = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup: it goes on
         except Exception as error:
             self._defect(error)  # it costs the dashboard, and not the machine
+            self._failed, gone = error, self._log is None
         finally:
             self._ended = True
             terminal.close()
@@ -12226,6 +12256,7 @@ class Dashboard:
 
     def _view(self) -> View:
         seen, prompt = self._seen, self._prompt
+        self._asked = prompt
         new, self._scrolled_at = self._lines_seen - self._scrolled_at, self._lines_seen
         if self._scroll and self._pane == "logs" and new:  # what is read stays where it is
             self._scroll += self._pane_rows(seen._replace(lines=seen.lines[-new:]))
@@ -12286,6 +12317,8 @@ class Dashboard:
 
     def _type(self, prompt: _Prompt, key: str) -> None:
         if prompt.question:
+            if prompt is not self._asked:
+                return  # typed before the question could be seen
             self._prompt = prompt if key.startswith("paste ") else None
             if key in ("y", "Y"):
                 prompt.done("y")
@@ -12307,7 +12340,7 @@ class Dashboard:
             try:
                 self._note = work() or self._note
             except AgentError as error:
-                self._note = " ".join(str(error).split())
+                self._note = REDACTOR.scrub(" ".join(str(error).split()))
                 if self._log:  # where all of it can be read
                     self._log.error(what + "_failed", error, "warning")
             except Exception as error:
@@ -12322,7 +12355,7 @@ class Dashboard:
         threading.Thread(target=act, name=f"dashboard-{what}", daemon=True).start()
 
     def _start_or_stop(self) -> None:
-        inference = self._seen.status.get("inference") or {}
+        inference = _object(self._seen.status.get("inference"))
         if "start" in self._busy or inference.get("status") in ("starting", "running"):
             self._prompt = _Prompt("Stop inference? y/n ", lambda _: self._do("stop", lambda: (
                 self._source.ask("stop").get("message") or "inference stopped")), True)
@@ -13223,7 +13256,7 @@ class Agent:
                     self._live_due_s = begun_s + max(0.9, min(30.0, 100 * (now_s() - begun_s)))
             finally:
                 self._live_lock.release()
-        return self._live
+        return self._live or self._sample  # at first, while another takes the first
 
     def _count_energy(self, count: Callable[[], None]) -> None:
         """A defect of ours costs figures, not the keepalive."""
@@ -16171,7 +16204,8 @@ def command_top(loaded: Loaded, options: Dict[str, str]) -> int:
     status = source.status()
     if "once" in options:
         import shutil
-        lines = tuple(_json_object(line) for line in source.newest("lines=100"))
+        lines = tuple(_json_object(line) for _, line in zip(range(100),
+                                                            source.newest("lines=100")))
         look = read_look()
         say("\n".join(render_frame(View(status, lines, {}), *shutil.get_terminal_size(),
                                    look._replace(color=look.color and sys.stdout.isatty()))))

@@ -1,6 +1,7 @@
 """Section 16b: the dashboard on real terminals: tmux, and pseudo-terminals of ours."""
 import fcntl
 import itertools
+import json
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -502,7 +504,9 @@ def test_models_are_pulled_and_the_engine_started_and_stopped_by_keys(where, tmu
     one.keys("n")
     last = wait_until(lambda: HINTS in one.screen()[-1] and one.screen()[-1], "the keys again")
     assert "stop …" not in last and "stopped" not in last
-    one.keys("s", "y")
+    one.keys("s")
+    one.shows("Stop inference[?] y/n")
+    one.keys("y")
     one.shows("(?i)status: stopped")
     one.keys("s")
     one.shows("inference started: .*llama3.2:1b")
@@ -607,6 +611,103 @@ def test_top_without_an_agent_or_a_terminal_says_so(home, state):
     assert none.code == 5 and "no agent is running" in none.err
 
 
+class Liar:
+    """What calls itself an agent.  answers: by the first word of a path, a JSON value, the bytes of a
+    whole answer, or a function to the pieces of a body.  heads: of the requests."""
+
+    def __init__(self, **answers):
+        self.answers, self.heads = answers, []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.host = "127.0.0.1:%d" % self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                connection = self._listener.accept()[0]
+            except OSError:
+                return  # shut down
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection):
+        with connection:
+            try:
+                self.heads.append(connection.recv(65536).decode())
+                said = self.answers.get(re.split("[ /?]+", self.heads[-1])[1], {})
+                if not isinstance(said, bytes):
+                    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                for piece in (said() if callable(said) else
+                              [said if isinstance(said, bytes) else json.dumps(said).encode()]):
+                    connection.sendall(piece)
+            except OSError:
+                pass  # it had enough
+
+    def end(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.fixture
+def liar():
+    started = []
+
+    def start(**answers):
+        started.append(Liar(**answers))
+        return started[-1]
+    yield start
+    for one in started:
+        one.end()
+
+
+TOKEN = "5" * 64
+CLAIMED = {"version": "0", "pid": 1, "state": "ready", "status": "ready"}
+
+
+def there(liar):
+    host, _, port = liar.host.partition(":")
+    return b9agent.AgentThere((b9agent.Endpoint("http", host, int(port)), {}))
+
+
+def drip():
+    while True:
+        yield b" "
+        select.select([], [], [], 0.02)
+
+
+def test_an_agent_that_drips_or_floods_is_not_listened_to_for_ever(liar, monkeypatch):
+    call = b9agent.call_agent
+    monkeypatch.setattr(b9agent, "call_agent", lambda where, path, body, limit_s, *most: call(
+        where, path, body, limit_s / 10, *most))
+    for said, why in ((drip, "no answer within 0.5 s"),
+                      (lambda: itertools.repeat(b" " * 65536), "more than 1048576 bytes")):
+        with pytest.raises(b9agent.GatewayUnreachable, match=why):
+            there(liar(status=said)).status()
+
+
+@pytest.mark.parametrize("flood", [b"{}\n" * 20000, b"x" * 60000], ids=["lines", "a line"])
+def test_a_log_without_end_ends_one_frame(flood, liar, home):
+    once = run_agent(home, "top", "--host", liar(
+        status=CLAIMED, logs=lambda: itertools.repeat(flood)).host, "--once",
+        B9AGENT_CONTROL_TOKEN=TOKEN, within_s=15.0)
+    assert once.code in (0, 5) and "defect" not in once.err, once
+
+
+def test_the_control_token_goes_nowhere_but_to_the_agent_that_was_named(liar, home):
+    other = liar(status=CLAIMED)
+    away = liar(status=b"HTTP/1.1 307 Away\r\nLocation: http://%s/status\r\nContent-Length: 0\r\n\r\n"
+                % other.host.encode())
+    once = run_agent(home, "top", "--host", away.host, "--once", B9AGENT_CONTROL_TOKEN=TOKEN,
+                     http_proxy="http://" + other.host, HTTP_PROXY="http://" + other.host)
+    assert once.code == 4 and other.heads == [] and TOKEN in away.heads[0], once
+    assert TOKEN not in once.out + once.err
+
+
+def test_an_agent_that_lies_costs_no_more_memory_than_a_screen_has_use_for():
+    figures = b9agent._figures(dict(CLAIMED, gpus=[{"utilization_pct": 1}] * 5000, host=[], inference=3))
+    assert len(figures) < 100
+    assert b9agent.bar(10 ** 12, 1, 8) == "########" and b9agent.bar(-9, 1, 8) == "--------"
+
+
 # -- on pseudo-terminals of ours ----------------------------------------------------
 
 class Pty:
@@ -695,10 +796,14 @@ def test_a_terminal_that_takes_no_more_costs_frames_and_no_keepalive(on_pty, hos
         return keepalives(hostile) > first + 2
     wait_until(beats, "keepalives while nobody reads the terminal")
     begun_s = time.monotonic()
-    one.process.send_signal(signal.SIGTERM)
-    one.process.wait(PATIENCE_S)
-    assert time.monotonic() - begun_s < 10.0 and one.process.returncode == 0
+    with StallMeter() as stall:
+        one.process.send_signal(signal.SIGTERM)
+        one.process.wait(PATIENCE_S)
+    assert time.monotonic() - begun_s < 5.0 + 4 * stall.worst_s and one.process.returncode == 0
     assert termios.tcgetattr(one.slave) == one.before
+    while one.read(0.2):
+        pass
+    assert b"\x1b[?1049l" in one.seen[-2000:], "the normal screen, for who reads on"
 
 
 def test_what_was_stalled_is_drawn_whole_when_it_goes_on(on_pty, hostile, state):
@@ -821,7 +926,36 @@ def test_who_watches_has_fresh_figures_and_the_keepalive_its_own(hostile, tmp_pa
         wait_until(lambda: made.status(fresh=True)["gpus"][0]["utilization_pct"] > 1, "another look")
         assert made._host._last is before, "the keepalive's interval is its own"
         assert looks[1] - looks[0] > 0.8
+        made._live = None
+        made.look()
+        with made._live_lock:  # somebody's first look takes its time
+            assert made.status(fresh=True)["cpu_percent"] == made.status()["cpu_percent"] is not None
         made._log.close()
+
+
+@pytest.mark.parametrize("length", [37, 700])
+def test_a_log_costs_no_time_where_its_terminal_takes_half_a_line(length, tmp_path):
+    master, slave = pty.openpty()
+    with open(slave, "w") as terminal:
+        log = b9agent.Log(stream=terminal)
+
+        def until_full():
+            begun_s = now_s = 0.0
+            while now_s - begun_s < 0.15:
+                begun_s = time.monotonic()
+                log("info", "quiet", what="x" * length)
+                now_s = time.monotonic()
+        thread = threading.Thread(target=until_full, daemon=True)
+        thread.start()
+        thread.join(10.0)
+        assert not thread.is_alive(), "it waits for the rest of a line"
+        log.hold()
+        for _ in range(60):
+            log("warning", "loud")
+        begun_s = time.monotonic()
+        log.release()
+        assert time.monotonic() - begun_s < 5.0, "fifty lines, each with its patience, would be ten"
+    os.close(master)
 
 
 def test_a_log_that_is_held_tells_the_worse_and_how_it_ends_later(tmp_path):
@@ -846,6 +980,66 @@ def test_a_log_that_is_held_tells_the_worse_and_how_it_ends_later(tmp_path):
         assert re.findall("(?:info|warning) ([a-z]+)", file.read()) == [
             "quiet", "loud", "ending", "after"], "what is no terminal shows nothing else"
     os.close(master)
+
+
+def test_a_lying_agent_or_a_defect_leaves_no_top_behind_that_shows_nothing(on_pty, liar, state):
+    one = on_pty("top", "--host", liar(status=dict(CLAIMED, inference=["running"], host=3, gpus=[7]),
+                                       inference=dict(models=5)).host, B9AGENT_CONTROL_TOKEN=TOKEN)
+    one.until(b"READY")
+    os.write(one.master, b"s")
+    one.until(b"start ...|TypeError")
+    os.write(one.master, b"?")
+    one.until(b"HELP")
+    os.write(one.master, b"q")
+    assert wait_until(lambda: one.read() is not None and one.process.poll() is not None, "its end")
+    assert one.process.returncode == 0 and termios.tcgetattr(one.slave) == one.before
+
+
+def test_a_defect_of_the_screen_ends_top_and_is_told(on_pty, liar, tmp_path, monkeypatch):
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN)
+    monkeypatch.setattr("test_terminal.agent_command", lambda *words: [sys.executable, str(path), *words])
+    one = on_pty("top", "--host", liar(status=CLAIMED).host, B9AGENT_CONTROL_TOKEN=TOKEN)
+    one.until(b"READY")
+    os.write(one.master, b"?")
+    one.until(b"1049l(?s:.*)b9agent: defect: ZeroDivisionError")
+    assert one.process.wait(PATIENCE_S) == 70 and termios.tcgetattr(one.slave) == one.before
+
+
+def test_what_is_typed_before_a_question_is_seen_is_no_answer(on_pty, liar):
+    agent = liar(status=dict(CLAIMED, inference={"status": "running"}))
+    one = on_pty("top", "--host", agent.host, B9AGENT_CONTROL_TOKEN=TOKEN)
+    one.until(b"READY")
+    os.write(one.master, b"sy")
+    one.until(rb"Stop inference\? y/n")
+    assert not any("/stop" in head for head in agent.heads)
+    os.write(one.master, b"y")
+    wait_until(lambda: one.read() is not None and any("/stop" in head for head in agent.heads), "the answer")
+
+
+def test_no_note_has_a_secret_in_it(on_pty, hostile, state):
+    one = on_pty("run", *agent_flags(hostile.port), BETA9_TOKEN=hostile.token)
+    one.until(b"READY")
+    os.write(one.master, b"p" + hostile.token.encode() + b"!")
+    one.until(b"!_")
+    at = len(one.seen)
+    os.write(one.master, b"\r")
+    one.until(rb"\x1b\[24;1H\S*`.* is no name of a model", at)
+    assert hostile.token.encode() not in one.seen[at:]
+
+
+def test_what_was_typed_to_the_shell_is_no_key(on_pty, liar):
+    typed = threading.Event()
+
+    def late():  # the screen is taken after the first answer
+        typed.wait(PATIENCE_S)
+        yield json.dumps(CLAIMED).encode()
+    one = on_pty("top", "--host", liar(status=late).host, B9AGENT_CONTROL_TOKEN=TOKEN)
+    os.write(one.master, b"q")
+    typed.set()
+    one.until(b"READY")
+    os.write(one.master, b"?")
+    one.until(b"HELP")
 
 
 # -- keys -------------------------------------------------------------------------
@@ -910,9 +1104,10 @@ def test_any_bytes_are_keys_or_nothing():
     ({"LANG": "en_GB.UTF-8"}, True, True), ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, False, True),
     ({"LC_CTYPE": "C.UTF-8"}, False, True), ({"LC_ALL": "C", "LANG": "de_DE.utf8"}, False, True),
     ({"LC_CTYPE": "UTF-8"}, True, True), ({"LANG": "C.UTF-8", "NO_COLOR": "1"}, True, False),
-    ({"LANG": "C.UTF-8", "NO_COLOR": ""}, True, True), ({}, False, True)])
+    ({"LANG": "C.UTF-8", "NO_COLOR": ""}, True, True), ({}, False, True),
+    ({"LANG": "C.UTF-8", "TERM": "dumb"}, True, False)])
 def test_the_environment_says_what_the_terminal_can(environ, utf8, color, monkeypatch):
-    for name in ("LC_ALL", "LC_CTYPE", "LANG", "NO_COLOR"):
+    for name in ("LC_ALL", "LC_CTYPE", "LANG", "NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
