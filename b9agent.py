@@ -134,7 +134,7 @@ EXIT_MEANINGS = (
     (Exit.REQUEST_REFUSED, "the gateway refused the request: unknown pool, payload, "
                            "no keepalive route"),
     (Exit.UNREACHABLE, "gateway unreachable or unwell (`--once`, `doctor`); no agent running "
-                       "(`status`, `metrics`)"),
+                       "(`status`, `top`, `metrics` …)"),
     (Exit.LOCKED, "another instance owns the state folder, or the port"),
     (Exit.PRIVILEGE, "more rights are needed (`service`, `k3s install`): run it with sudo"),
     (Exit.UNHEALTHY, "installed, but not healthy (`k3s install`); `service` has put the previous "
@@ -9602,6 +9602,9 @@ def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]
         raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
                                  "Does it run there, and listen on that address? Its agent.log "
                                  "says more") from failure
+    if stream.status == 401:
+        raise RequestRefused(f"the agent at {endpoint.url} refused the control token",
+                             "It has another one now: take control.token of its state folder anew")
     code = answer.get("error_code")
     kind = next((row[0] for row in AGENT_ERRORS if row[2] == code),
                 {400: UsageError, 413: UsageError, 429: EngineError}.get(stream.status,
@@ -16074,7 +16077,8 @@ def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dic
     try:
         found = socket.getaddrinfo(host, int(port or 9999), type=socket.SOCK_STREAM)[0][4]
     except (OSError, UnicodeError) as error:
-        raise GatewayUnreachable(f"{host} is not known here: {error}") from error
+        said = getattr(error, "strerror", None) or error
+        raise GatewayUnreachable(f"--host: cannot look up {host}: {said}") from error
     return (Endpoint("http", found[0], found[1]),
             {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
 
