@@ -135,7 +135,7 @@ EXIT_MEANINGS = (
     (Exit.REQUEST_REFUSED, "the gateway refused the request: unknown pool, payload, "
                            "no keepalive route"),
     (Exit.UNREACHABLE, "gateway unreachable or unwell (`--once`, `doctor`); no agent running "
-                       "(`status`, `metrics`)"),
+                       "(`status`, `top`, `metrics` …)"),
     (Exit.LOCKED, "another instance owns the state folder, or the port"),
     (Exit.PRIVILEGE, "more rights are needed (`service`, `k3s install`): run it with sudo"),
     (Exit.UNHEALTHY, "installed, but not healthy (`k3s install`); `service` has put the previous "
@@ -9635,11 +9635,15 @@ def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]
         raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
                                  "Does it run there, and listen on that address? Its agent.log "
                                  "says more") from failure
+    if stream.status == 401:
+        raise RequestRefused(f"the agent at {endpoint.url} refused the control token",
+                             "It has another one now: take control.token of its state folder anew")
     code = answer.get("error_code")
     kind = next((row[0] for row in AGENT_ERRORS if row[2] == code),
                 {400: UsageError, 413: UsageError, 429: EngineError}.get(stream.status,
                                                                          RequestRefused))
-    said = str(answer.get("error") or f"{path} answered {stream.status}")
+    said = str(answer.get("error") or f"{endpoint.url}{path} answered {stream.status}: is that a "
+               "b9agent?")
     raise kind("\n".join(map(printable, said.splitlines())),
                printable(str(answer.get("suggestion") or "")))
 
@@ -9745,7 +9749,7 @@ def ssh_problem(lines: Sequence[str], settings: Any) -> Tuple[str, float]:
             f"then compare `ssh-keygen -lf {known}` with what the server's owner tells you")
     return words.format(
         name=quote(host if port == 22 else f"[{host}]:{port}"), known=known, scan=scan,
-        line=line[:200], key=settings.tunnel_identity_file or "~/.ssh/id_*",
+        line=line[:200].rstrip("."), key=settings.tunnel_identity_file or "~/.ssh/id_*",
         gateway=host_port(settings.gateway_host, settings.gateway_port)), limit_s
 
 
@@ -9826,7 +9830,8 @@ class Tunnel:
             state, message = self._told
             if message or self._stopping or now_s() > until_s:
                 raise GatewayUnreachable(f"the tunnel to {self._settings.tunnel} is not up: "
-                                         f"{message or state}", "It is tried again by itself")
+                                         f"{message or state}", "`b9agent.py run` tries it again "
+                                         "by itself")
             _pause(WATCH_S)
 
     # -- its thread
@@ -15297,9 +15302,14 @@ class K3sChecks:
         self._namespace, self._account = kube_names(settings, options)
 
     def rows(self) -> Tuple[Check, ...]:
-        return (Check("api", self._api, Exit.UNREACHABLE), Check("token", self._token),
-                Check("rights", self._rights), Check("own", self._own),
-                Check("address", self._address), Check("nodes", self._nodes))
+        checks = (Check("api", self._api, Exit.UNREACHABLE), Check("token", self._token),
+                  Check("rights", self._rights), Check("own", self._own),
+                  Check("address", self._address), Check("nodes", self._nodes))
+        try:
+            self._client()
+        except UsageError:  # no k3s, or no way to ask it: the first row says so, once
+            return checks[:1]
+        return checks
 
     def _client(self) -> KubeClient:
         config = read_kubeconfig(self._settings)
@@ -15854,7 +15864,7 @@ def ask(question: str, default: str) -> str:
     return line.strip() or default
 
 
-def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
+def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str, machine_id: str) -> None:
     """Ask for what no flag gave; Enter takes what stands in brackets."""
     gateway = ask("Gateway host[:port]", host_port(settings.gateway_host, settings.gateway_port)
                   ) if "gateway_host" not in wanted else ""
@@ -15863,16 +15873,17 @@ def ask_settings(wanted: Dict[str, str], settings: Any, tailnet: str) -> None:
         wanted["gateway_port"] = port or wanted.get("gateway_port") or str(settings.gateway_port)
     if "pool_name" not in wanted:
         wanted["pool_name"] = ask("Pool", settings.pool_name)
-    wanted["machine_id"] = ask("Machine id (from `machine create`)", wanted["machine_id"])
+    if "machine_id" not in wanted:
+        wanted["machine_id"] = ask("Machine id (from `machine create`)", machine_id)
     if "token" not in wanted:
         import getpass
         token = getpass.getpass(f"Token [{mask(settings.token) or 'none'}]: ").strip()
         if token:
             wanted["token"] = token
     if "hostname" not in wanted:
-        hostname = ask("Hostname that the gateway can dial", settings.hostname or tailnet or
-                       f"machine-{wanted['machine_id']}")
-        if hostname != tailnet:  # that one the agent offers by itself, and follows
+        offered = settings.hostname or tailnet or f"machine-{wanted['machine_id']}"
+        hostname = ask("Hostname that the gateway can dial", offered)
+        if hostname != offered:  # the agent takes that by itself, and a tailnet's once there is one
             wanted["hostname"] = hostname
 
 
@@ -15900,11 +15911,12 @@ def command_init(loaded: Loaded, options: Dict[str, str]) -> int:
         raise UsageError("init has nobody to ask: its input is not a terminal",
                          "Give --gateway HOST[:PORT] --token TOKEN --pool POOL, or -y")
     known = {key: item.text for key, item in read_config(settings.config).items()}
-    wanted.setdefault("machine_id", known.get("machine_id") or kept_machine_id(settings, False))
+    machine_id = known.get("machine_id") or kept_machine_id(settings, False)
     tailnet = "" if settings.hostname or settings.tunnel else read_tailnet(
         settings.tailnet_socket).address
     if not silent:
-        ask_settings(wanted, settings, tailnet)
+        ask_settings(wanted, settings, tailnet, machine_id)
+    wanted.setdefault("machine_id", machine_id)
     for key, text in wanted.items():
         _value(SETTING_BY_KEY[key], {key: _Given(text, f"flag {SETTING_BY_KEY[key].flag}")})
     make_private_folder(settings.state_dir)
@@ -16188,7 +16200,8 @@ def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dic
     try:
         found = socket.getaddrinfo(host, int(port or 9999), type=socket.SOCK_STREAM)[0][4]
     except (OSError, UnicodeError) as error:
-        raise GatewayUnreachable(f"{host} is not known here: {error}") from error
+        said = getattr(error, "strerror", None) or error
+        raise GatewayUnreachable(f"--host: cannot look up {host}: {said}") from error
     return (Endpoint("http", found[0], found[1]),
             {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
 

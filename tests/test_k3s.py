@@ -379,6 +379,8 @@ def test_what_cannot_be_applied_says_what_to_do(home, api, admin, arguments, wor
 def test_without_k3s_or_rights_the_next_step_is_said(home, api, tmp_path):
     if not os.path.exists(b9agent.K3S_KUBECONFIG):
         assert "sudo b9agent.py k3s install" in k3s(home, "rbac", None, "--apply").err
+        none = k3s(home, "check", None)
+        assert none.code == 2 and none.out.count("there is no k3s here") == 1 and "warn " not in none.out
     applied(api)
     path = tmp_path / "agent.yaml"
     path.write_text(kubeconfig(api.port, token=api.token_of("beta9-agent")))

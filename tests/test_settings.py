@@ -851,8 +851,19 @@ def test_init_on_a_terminal_asks_and_never_shows_the_token(home, state):
         assert TOKEN not in terminal.seen
     assert written(state / "config.yaml") == {
         "gateway_host": "127.0.0.1", "gateway_port": "1", "pool_name": "gpu", "token": TOKEN,
-        "machine_id": "ABCDEF01", "hostname": "machine-ABCDEF01"} or written(
-            state / "config.yaml")["machine_id"] == "abcdef01"
+        "machine_id": "ABCDEF01"}
+
+
+def test_init_asks_for_nothing_that_a_flag_gave(home, state):
+    flags = ("--gateway", "127.0.0.1:1", "--pool", "gpu", "--machine-id", "abcdef01")
+    with Terminal(home, "init", *flags) as terminal:
+        terminal.answer("Token", TOKEN)
+        terminal.answer("[machine-abcdef01]", "mine")
+        assert terminal.end() == 0, terminal.seen
+        assert terminal.seen.startswith("Token [none]: ") and "Machine id" not in terminal.seen
+    assert written(state / "config.yaml") == {
+        "gateway_host": "127.0.0.1", "gateway_port": "1", "pool_name": "gpu", "token": TOKEN,
+        "machine_id": "abcdef01", "hostname": "mine"}
 
 
 def test_init_on_a_terminal_takes_what_stands_in_brackets_for_enter(home, state, tmp_path):

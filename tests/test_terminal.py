@@ -593,7 +593,9 @@ def test_top_of_an_agent_elsewhere_wants_its_token(tmux, hostile, agent, state, 
     shared = run_agent(away, "top", "--host", address, "--control-token-file", wide)
     assert shared.code == 2 and "chmod 600" in shared.err and token.read_text().strip() not in shared.err
     wrong = run_agent(away, "top", "--host", address, "--once", B9AGENT_CONTROL_TOKEN="0" * 64)
-    assert wrong.code == 4 and "control token" in wrong.err
+    assert wrong.code == 4 and "refused the control token" in wrong.err and "Bearer" not in wrong.err
+    nobody = run_agent(away, "top", "--host", "no.such.invalid", "--once", B9AGENT_CONTROL_TOKEN="0" * 64)
+    assert nobody.code == 5 and "cannot look up no.such.invalid: " in nobody.err and "Errno" not in nobody.err
     once = run_agent(away, "top", "--host", "localhost:" + address.rpartition(":")[2], "--once",
                      B9AGENT_CONTROL_TOKEN=token.read_text().strip())
     assert once.code == 0 and "Status: READY" in once.out and "\x1b" not in once.out, once

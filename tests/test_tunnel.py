@@ -300,7 +300,8 @@ def test_a_key_that_the_server_does_not_know_and_one_that_is_missing(sshd, tunne
     one.stop()
     os.remove(key)
     one = tunnelled("--tunnel-identity-file", key).start()
-    assert key in one.wait_tunnel("backoff", "the key file cannot be used")["message"]
+    message = one.wait_tunnel("backoff", "the key file cannot be used")["message"]
+    assert key in message and ".." not in message
     one.stop()
 
 
