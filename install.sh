@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=00a5b1fed39d7689857b8ca64213ea102705d33e2fe341b4c8f1a995af87e0b2
+  sha256=1472a046f8501fe3a0e770f55c6061eb17e1e06596e7528d53f4c02baf988dff
 }
 
 usage() {
