@@ -687,7 +687,11 @@ def test_an_agent_that_drips_or_floods_is_not_listened_to_for_ever(liar, monkeyp
 def test_a_log_without_end_is_read_no_faster_than_it_is_looked_at(liar, monkeypatch):
     sent = itertools.count()
     source = there(liar(logs=lambda: (b'{"n": %d}\n' % next(sent) * 5000 for _ in itertools.count())))
-    thread = threading.Thread(target=source.follow, daemon=True)
+
+    def follow():
+        with pytest.raises(SystemExit):
+            source.follow()
+    thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     wait_until(lambda: len(source._came) > 1000, "as many lines as are kept")
     begun_s = time.process_time()
