@@ -12067,6 +12067,8 @@ class AgentThere:
                 for line in self.newest(f"lines={LOG_KEPT_LINES}&follow=true", 4 * STREAM_QUIET_S):
                     self._came.extend([line] if begun else [None, line])
                     begun = True
+                    if len(self._came) > LOG_KEPT_LINES:  # more than is looked at
+                        _pause(0.1)
             except AgentError:
                 pass  # it is not there now; status() says so
             _pause(REFRESH_S)
