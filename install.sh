@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=1472a046f8501fe3a0e770f55c6061eb17e1e06596e7528d53f4c02baf988dff
+  sha256=bac6e2db5bbd2346fac3bad175cfb26adb3aeb227ab01c6cd8c6110750543e73
 }
 
 usage() {
