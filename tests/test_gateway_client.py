@@ -117,8 +117,8 @@ def test_a_connection_refused_offers_the_tunnel():
     port = quiet_port()
     outcome, error = Wire(b9agent.Endpoint("http", "127.0.0.1", port)).outcome("keepalive")
     assert outcome == "GatewayUnreachable"
-    assert "connection refused" in str(error) and "tunnel" in str(error)
-    assert "-L %d:" % port in str(error)
+    assert "127.0.0.1:%d unreachable: connection refused" % port in str(error)
+    assert "--tunnel USER@HOST" in str(error)
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 70 + ".invalid", "[", "%"])
