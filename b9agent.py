@@ -617,7 +617,7 @@ class Endpoint(NamedTuple):
     port: int
     ca_file: Optional[str] = None
     proxy: Optional[Tuple[str, int, str]] = None
-    dial: Any = None
+    dial: Union[None, str, Tuple[str, int]] = None
     tls: Optional[TlsIdentity] = None
     check: Callable[[], None] = lambda: None
 
@@ -11527,17 +11527,42 @@ def _pods_part(view: View, columns: int, rows: int) -> List[Line]:
     return (lines + (_table(cells, (0, 1, 4, 3, 2), (3,), columns) if cells else []) + rest)[:rows]
 
 
+def bar(done: int, total: int, columns: int = 24) -> str:
+    """
+    >>> bar(1, 4, 8)
+    '##------'
+    """
+    filled = max(0, min(columns, columns * done // total)) if total else 0
+    return "#" * filled + "-" * (columns - filled)
+
+
+def progress_line(record: Dict[str, Any], columns: int = 24) -> str:
+    """A pull's step in a line.  columns: of its bar.
+
+    >>> progress_line({"step": "pulling 8eeb", "completed": 1 << 30, "total": 1 << 31,
+    ...                "rate_bytes_s": 1 << 27, "remaining_s": 8.0})
+    'pulling 8eeb [############------------] 50 % of 2.0 GiB, 128 MiB/s, 8 s left'
+    """
+    done, total = record.get("completed") or 0, record.get("total") or 0
+    if not total:
+        return record.get("step") or ""
+    parts = [f"{record.get('step')} [{bar(done, total, columns)}] {100 * done // total} % of "
+             f"{show_bytes(total)}"]
+    if record.get("rate_bytes_s"):
+        parts.append(f"{show_bytes(int(record['rate_bytes_s']))}/s")
+    if record.get("remaining_s") is not None:
+        parts.append(f"{record['remaining_s']:.0f} s left")
+    return ", ".join(parts)
+
+
 def _transfer_line(transfer: Dict[str, Any]) -> Line:
-    """A pull or an import, as far as its engine tells how far it is."""
-    done, whole = _amount(transfer.get("completed")), _amount(transfer.get("total"))
-    line: Line = [(f"{_text(transfer.get('kind'))} {_text(transfer.get('model'))} ", "")]
-    if not (done is not None and whole):
-        return line + [(_text(transfer.get("step")), "dim")]
-    rate, left = _amount(transfer.get("rate_bytes_s")), transfer.get("remaining_s")
-    return line + [(f"{_bar(100 * done / whole, 10)} {_shown(100 * done / whole, '%')}", "ok"),
-                   (f" of {show_bytes(whole)}", ""),
-                   (f", {show_bytes(rate)}/s" if rate else "", ""),
-                   (f", {show_duration(left)} left" if _amount(left) else "", "")]
+    """A pull or an import; its step where nothing tells how far it is."""
+    record: Dict[str, Any] = {name: int(_amount(transfer.get(name)) or 0) for name in (
+        "completed", "total", "rate_bytes_s")}
+    record.update(step="" if record["total"] else _text(transfer.get("step")),
+                  remaining_s=_amount(transfer.get("remaining_s")))
+    return [(f"{_text(transfer.get('kind'))} {_text(transfer.get('model'))}", ""),
+            (f" {progress_line(record, 10).strip()}", "dim")]
 
 
 def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
@@ -11970,34 +11995,6 @@ class Terminal:
 
 
 # -- whom a dashboard asks -------------------------------------------------
-
-def bar(done: int, total: int, columns: int = 24) -> str:
-    """
-    >>> bar(1, 4, 8)
-    '##------'
-    """
-    filled = max(0, min(columns, columns * done // total)) if total else 0
-    return "#" * filled + "-" * (columns - filled)
-
-
-def progress_line(record: Dict[str, Any]) -> str:
-    """A pull's step in a line.
-
-    >>> progress_line({"step": "pulling 8eeb", "completed": 1 << 30, "total": 1 << 31,
-    ...                "rate_bytes_s": 1 << 27, "remaining_s": 8.0})
-    'pulling 8eeb [############------------] 50 % of 2.0 GiB, 128 MiB/s, 8 s left'
-    """
-    done, total = record.get("completed") or 0, record.get("total") or 0
-    if not total:
-        return record.get("step") or ""
-    parts = [f"{record.get('step')} [{bar(done, total)}] {100 * done // total} % of "
-             f"{show_bytes(total)}"]
-    if record.get("rate_bytes_s"):
-        parts.append(f"{show_bytes(int(record['rate_bytes_s']))}/s")
-    if record.get("remaining_s") is not None:
-        parts.append(f"{record['remaining_s']:.0f} s left")
-    return ", ".join(parts)
-
 
 def transfer_end(last: Dict[str, Any]) -> str:
     """What a pull or an import came to, of its last record.  Raises: ModelError."""

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=bac6e2db5bbd2346fac3bad175cfb26adb3aeb227ab01c6cd8c6110750543e73
+  sha256=4a52e38cb085c17137cae3e26b7b7b193773bb04130e275442c776b9b4bddf85
 }
 
 usage() {

@@ -1,5 +1,6 @@
 """What the tests share: processes with watched output, conditions with a deadline, an environment
 of one's own.  Standard library only, and 3.8: the interpreter matrix runs this with pytest alone."""
+import http.client
 import os
 import re
 import signal
@@ -232,3 +233,14 @@ def nvidia_smi_script(rows, processes=""):
     return ("#!/bin/sh\ncase $1 in\n"
             "*pci.bus_id*) echo 'Field \"pci.bus_id\" is not a valid field to query.'; exit 2;;\n"
             "*compute-apps*) printf '%%s' '%s';;\n*) printf '%%s' '%s';;\nesac\n" % (processes, rows))
+
+
+def ask_control(state, path):
+    """The text that the agent of a state folder answers to GET, over its control API."""
+    address, token = ((state / name).read_text().strip() for name in ("control.addr", "control.token"))
+    connection = http.client.HTTPConnection(address, timeout=10)
+    try:
+        connection.request("GET", path, headers={"Authorization": "Bearer " + token})
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()

@@ -11,6 +11,8 @@ import threading
 import time
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from helpers import wait_until
+
 TLS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tls")
 SERVER_CA = os.path.join(TLS, "k3s-server-ca.pem")
 CLIENT_CA = os.path.join(TLS, "k3s-client-ca.pem")
@@ -204,11 +206,11 @@ class KubeApi:
         return sum(asked.kind == kind for asked in list(self.asked))
 
     def wait_for(self, condition, what, within_s=40.0):
-        until = time.monotonic() + within_s
-        while not condition():
-            assert time.monotonic() < until, "not within %g s: %s; asked: %s" % (
-                within_s, what, [(asked.kind, asked.path) for asked in self.asked])
-            time.sleep(0.01)
+        try:
+            wait_until(condition, what, within_s)
+        except AssertionError as error:
+            raise AssertionError("%s; asked: %s" % (error, [(asked.kind, asked.path)
+                                                            for asked in self.asked]))
 
     # -- what a client gets
 

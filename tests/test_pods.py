@@ -2,7 +2,6 @@
 server is kube_api's stand-in, over TLS; the recordings of real ones are in ../shared."""
 import collections
 import copy
-import http.client
 import io
 import json
 import os
@@ -13,7 +12,7 @@ import pytest
 
 import b9agent
 from b9agent import KubeClient, PodPace, PodWatch
-from helpers import run_agent, wait_until
+from helpers import ask_control, run_agent, wait_until
 from kube_api import CLIENT_CA, PODS, TLS, TOKEN, KubeApi, data_of, kubeconfig, text_of, worker_pod
 
 FIXTURES = os.environ.get("B9AGENT_FIXTURES") or os.path.join(
@@ -877,13 +876,7 @@ class Member:
         wait_until(lambda: (state / "control.addr").exists(), "the control API")
 
     def get(self, path):
-        connection = http.client.HTTPConnection((self.state / "control.addr").read_text().strip(), timeout=10)
-        token = (self.state / "control.token").read_text().strip()
-        try:
-            connection.request("GET", path, headers={"Authorization": "Bearer " + token})
-            return connection.getresponse().read().decode()
-        finally:
-            connection.close()
+        return ask_control(self.state, path)
 
     def status(self):
         return json.loads(self.get("/status"))

@@ -13,7 +13,7 @@ import types
 import pytest
 
 import b9agent
-from helpers import StallMeter, Program, environment, run_agent, wait_until
+from helpers import StallMeter, Program, ask_control, environment, run_agent, wait_until
 
 SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 AGAIN_S = 10.0
@@ -125,14 +125,7 @@ class Tunnelled:
         return self
 
     def get(self, path):
-        address = (self.state / "control.addr").read_text().strip()
-        token = (self.state / "control.token").read_text().strip()
-        connection = http.client.HTTPConnection(address, timeout=10)
-        try:
-            connection.request("GET", path, headers={"Authorization": "Bearer " + token})
-            return connection.getresponse().read().decode()
-        finally:
-            connection.close()
+        return ask_control(self.state, path)
 
     def status(self):
         return json.loads(self.get("/status"))
