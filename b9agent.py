@@ -1367,6 +1367,14 @@ def parse_path_or_none(text: str) -> str:
     return text if text == "none" else parse_path(text)
 
 
+def parse_jwks(text: str) -> str:
+    if re.fullmatch(r"https://[^\s@/]+(/[!-~]*)?", text):
+        return text
+    if "://" in text:
+        raise ValueError("a path, or an https URL")
+    return parse_path(text)
+
+
 class Setting(NamedTuple):
     """A row.  path: place in the config file, None where a file cannot say it; flat: its key names
     it there as well, as in the predecessors' files.  kind: metavar of the flag, "" for a switch.
@@ -1489,10 +1497,11 @@ SETTINGS = (
     Setting("inference_autostart", "B9AGENT_INFERENCE_AUTOSTART", "inference.autostart", "",
             parse_switch, "start the engine with the agent", default="false"),
     Setting("inference_host", "B9AGENT_INFERENCE_HOST", "inference.host", "HOST", parse_host,
-            "address the engine listens on; engines ask nobody for a token, so whoever reaches it "
-            "may use it", default="127.0.0.1"),
+            "address the front door listens on; default: loopback, and the tailnet address where "
+            "there is one"),
     Setting("inference_port", "B9AGENT_INFERENCE_PORT", "inference.port", "PORT", parse_listen_port,
-            "port of the engine; 0 takes a free one", default="11434"),
+            "port of the front door, 11435 where another program has the default on loopback; 0 "
+            "takes a free one", default="11434"),
     Setting("inference_context", "B9AGENT_INFERENCE_CONTEXT", "inference.context_tokens", "TOKENS",
             number_within("a number of tokens", 128, 1 << 24, int),
             "context of each request; default 8192, or the model's own where that is less"),
@@ -1502,6 +1511,45 @@ SETTINGS = (
             default="1"),
     Setting("inference_program", "B9AGENT_INFERENCE_PROGRAM", "inference.program", "PATH",
             parse_path, "the engine's program, where it is not on PATH"),
+    Setting("inference_slots", "B9AGENT_INFERENCE_SLOTS", "inference.slots", "N",
+            number_within("a number of requests", 1, 1024, int),
+            "requests of one model that the front door sends to the engine at once; default: as "
+            "many as it computes at once"),
+    Setting("inference_queue", "B9AGENT_INFERENCE_QUEUE", "inference.queue", "N",
+            number_within("a number of requests", 0, 4096, int),
+            "requests that may wait at the front door; the next one is refused", default="64"),
+    Setting("inference_queue_wait", "B9AGENT_INFERENCE_QUEUE_WAIT", "inference.queue_wait",
+            "SECONDS", number_within("seconds", 1, 3600), "seconds that one waits at most",
+            default="60"),
+    Setting("inference_silence_limit", "B9AGENT_INFERENCE_SILENCE_LIMIT",
+            "inference.silence_limit", "SECONDS", number_within("seconds", 1, 86400),
+            "seconds without a byte from the engine after which an answer is given up",
+            default="300"),
+    Setting("inference_gateway_access", "B9AGENT_INFERENCE_GATEWAY_ACCESS",
+            "inference.gateway_access", "HOW", one_of("address", "loopback", "off"),
+            "the gateway's router sends no token: `address` lets it in by the gateway's address, "
+            "but never by loopback, which is every user of this machine; `loopback` by that too; "
+            "`off` not at all", default="address"),
+    Setting("inference_gpu_usd_per_hour", "B9AGENT_INFERENCE_GPU_USD_PER_HOUR",
+            "inference.gpu_usd_per_hour", "USD", number_within("dollars", 0, 1000),
+            "price of an hour of one GPU, for the tenants' limits in money"),
+    Setting("tls", "B9AGENT_TLS", "tls", "HOW", one_of("tailscale", "none"),
+            "`tailscale`: TLS with this machine's certificate of its tailnet; in place of tls.cert "
+            "and tls.key"),
+    Setting("tls_cert", "B9AGENT_TLS_CERT", "tls.cert", "PATH", parse_path,
+            "PEM file of the certificate and its chain, for the front door and the control API; "
+            "read again when it was renewed"),
+    Setting("tls_key", "B9AGENT_TLS_KEY", "tls.key", "PATH", parse_path,
+            "PEM file of its private key, mode 0600"),
+    Setting("insecure", "B9AGENT_INSECURE", "insecure", "", parse_switch,
+            "listen beyond loopback and the tailnet without TLS: tokens, prompts and answers then "
+            "cross the network in clear text", default="false"),
+    Setting("oidc_issuer", "B9AGENT_OIDC_ISSUER", "oidc.issuer", "URL", parse_text,
+            "whose tokens count at the front door, exactly as their `iss` says it"),
+    Setting("oidc_audience", "B9AGENT_OIDC_AUDIENCE", "oidc.audience", "TEXT", parse_text,
+            "whom these tokens are for, their `aud`"),
+    Setting("oidc_jwks", "B9AGENT_OIDC_JWKS", "oidc.jwks", "PATH", parse_jwks,
+            "file or https URL of the issuer's public keys (JWKS)"),
     Setting("control_host", "B9AGENT_CONTROL_HOST", "control.host", "HOST", parse_host,
             "address the control API listens on", default="127.0.0.1"),
     Setting("control_port", "B9AGENT_CONTROL_PORT", "control.port", "PORT", parse_listen_port,
@@ -1609,6 +1657,14 @@ def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str]) -> None:
     origins["token"] = f"file {path}"
 
 
+def _refuse_two_forms_of_tls(values: Dict[str, Any], origins: Dict[str, str]) -> None:
+    other = next((key for key in ("tls_cert", "tls_key") if values[key]), None)
+    if values["tls"] and other:
+        raise UsageError(f"tls ({origins['tls']}) and {SETTING_BY_KEY[other].path} "
+                         f"({origins[other]}) are both set, expected one form",
+                         "Keep `tls: tailscale`, or tls.cert with tls.key")
+
+
 CONFIG_MAX_BYTES = 1 << 18
 
 
@@ -1647,10 +1703,11 @@ def _leaves(node: Node, prefix: str, known: Dict[str, Setting],
     """(name, what it is set to) of all settings in a file; what is left empty is not set."""
     for name, child in node.value.items():
         full = prefix + name
-        if full in known:
+        group = any(other.startswith(full + ".") for other in known)
+        if full in known and not (group and isinstance(child.value, dict)):
             if not child.plain or child.value not in ("", "~", "null", "Null", "NULL"):
                 yield full, child
-        elif not any(other.startswith(full + ".") for other in known):
+        elif not group:
             raise UsageError(f"{path}:{child.line}: unknown name `{printable(full)}`, "
                              f"expected {_nearest(full, known, 'config')}")
         elif isinstance(child.value, dict):
@@ -1701,6 +1758,7 @@ def load_settings(flags: Dict[str, str], environ: Dict[str, str],
     values["config"] = path
     origins = {row.key: given[row.key].origin if row.key in given else "default"
                for row in SETTINGS}
+    _refuse_two_forms_of_tls(values, origins)
     _apply_token_file(values, origins)
     for key in ("token", "k3s_token"):
         REDACTOR.add(values[key])
@@ -7831,7 +7889,7 @@ class Inference:
     def _launch(self, choice: Choice, reference: Reference, hardware: Hardware,
                 context_tokens: Optional[int]) -> _Up:
         settings, engine, facts = self._settings, choice.engine, reference.facts
-        host = settings.inference_host
+        host = settings.inference_host or "127.0.0.1"
         try:
             port = settings.inference_port or free_port(host)
             held = port_holder(host, port)
@@ -14981,7 +15039,7 @@ def why_not_listening(host: str, port: int) -> str:
 
 def judge_engine_port(settings: Any, state: str) -> Finding:
     """The engine's port.  state: of the running agent's engine."""
-    host, port = settings.inference_host, settings.inference_port
+    host, port = settings.inference_host or "127.0.0.1", settings.inference_port
     what = f"engine: {host_port(host, port) if port else 'a free port'}"
     why = why_not_listening(host, port) if port and state == "stopped" else ""
     version = is_ollama(Endpoint("http", "127.0.0.1", port)) if why else ""

@@ -60,6 +60,19 @@ VALUES = {
     "inference_context": (("128", 128), ("131072", 131072)),
     "inference_parallel": (("2", 2), ("256", 256)),
     "inference_program": (("/opt/ollama", "/opt/ollama"), ("/opt/b c/vllm", "/opt/b c/vllm")),
+    "inference_slots": (("1", 1), ("1024", 1024)),
+    "inference_queue": (("0", 0), ("4096", 4096)),
+    "inference_queue_wait": (("1", 1.0), ("2.5", 2.5)),
+    "inference_silence_limit": (("600", 600.0), ("86400", 86400.0)),
+    "inference_gateway_access": (("loopback", "loopback"), ("off", "off")),
+    "inference_gpu_usd_per_hour": (("0", 0.0), ("2.99", 2.99)),
+    "tls": (("tailscale", "tailscale"), ("none", "none")),
+    "tls_cert": (("/nowhere/cert.pem", "/nowhere/cert.pem"), ("/x/a b", "/x/a b")),
+    "tls_key": (("/nowhere/key.pem", "/nowhere/key.pem"), ("/x/a b", "/x/a b")),
+    "insecure": (("true", True), ("no", False)),
+    "oidc_issuer": (("https://id.example/realm",) * 2, ("https://id.example/",) * 2),
+    "oidc_audience": (("b9agent", "b9agent"), ("my app", "my app")),
+    "oidc_jwks": (("/nowhere/jwks.json",) * 2, ("https://id.example:8443/keys?x=1",) * 2),
     "log_format": (("json", "json"), ("text", "text")),
     "debug": (("true", True), ("off", False)),
     "state_dir": (("/nowhere/s", "/nowhere/s"), ("/nowhere/t", "/nowhere/t")),
@@ -219,6 +232,13 @@ BAD_VALUES = [
     ("energy_certificate", "a\nb"), ("energy_certificate", " a"),
     ("gpu_ids", "0,,1"), ("gpu_ids", "a"), ("gpu_ids", "-1"), ("gpu_ids", ","), ("gpu_ids", "0-3"), ("gpu_ids", "matrox:0"), ("gpu_ids", "amd:"),
     ("inference_engine", "olama"), ("inference_context", "127"), ("inference_context", "8k"),
+    ("inference_slots", "0"), ("inference_slots", "1025"), ("inference_queue", "-1"),
+    ("inference_queue", "4097"), ("inference_queue_wait", "0"), ("inference_queue_wait", "60 s"),
+    ("inference_silence_limit", "0.5"), ("inference_silence_limit", "86401"),
+    ("inference_gateway_access", "on"), ("inference_gpu_usd_per_hour", "$3"), ("tls", "tailscal"),
+    ("tls", "true"), ("tls_cert", "~nobody-of-that-name/c"), ("insecure", "please"),
+    ("oidc_issuer", " a"), ("oidc_jwks", "http://id.example/keys"),
+    ("oidc_jwks", "https://u:p@id.example/"), ("oidc_jwks", "~nobody-of-that-name/c"),
     ("inference_parallel", "0"), ("inference_parallel", "257"), ("inference_autostart", "maybe"),
     ("control_port", "65536"), ("control_port", "-0"), ("log_format", "xml"), ("debug", "maybe"),
     ("debug", "2"), ("state_dir", "a\0b"), ("state_dir", "a\nb"),
@@ -250,6 +270,20 @@ def test_what_a_bad_value_is_expected_to_be_is_said_in_words_of_ours():
 def test_every_type_refuses_something():
     tried = {b9agent.SETTING_BY_KEY[key].parse for key, _ in BAD_VALUES}
     assert tried == {row.parse for row in ROWS}
+
+
+def test_tls_is_said_in_one_form_of_two_wherever_the_parts_come_from(file):
+    both = load(path=file("tls:\n  cert: /x/c.pem\n  key: /x/k.pem\n")).settings
+    assert (both.tls, both.tls_cert, both.tls_key) == (None, "/x/c.pem", "/x/k.pem")
+    assert load(path=file("tls: tailscale\n")).settings.tls == "tailscale"
+    path = file("tls: tailscale\n")
+    said = refusal({}, {"B9AGENT_TLS_KEY": "/x/k.pem"}, path)
+    assert said.startswith("tls (%s:1) and tls.key (environment B9AGENT_TLS_KEY) are both set, "
+                           "expected one form" % path)
+    path = file("tls:\n  cert: /x/c.pem\n")
+    assert refusal({"tls": "tailscale"}, {}, path).startswith(
+        "tls (flag --tls) and tls.cert (%s:2) are both set" % path)
+    assert "unknown name `tls.certt`, expected `tls.cert`" in refusal(path=file("tls:\n  certt: x\n"))
 
 
 # -- the file: what is refused, and the words it is refused with ----------
