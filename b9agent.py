@@ -8677,7 +8677,7 @@ def parse_request_head(raw: bytes) -> RequestHead:
     return RequestHead(method, target, headers, minor)
 
 
-def body_length(headers: Dict[str, str]) -> int:
+def body_length(headers: Dict[str, str], most_bytes: int = HTTP_BODY_MAX_BYTES) -> int:
     """Raises: HttpError for a body without a clear end, or one that is too long."""
     text = headers.get("content-length", "0")
     if "transfer-encoding" in headers:
@@ -8686,8 +8686,8 @@ def body_length(headers: Dict[str, str]) -> int:
         raise HttpError(411, "length_required", "a chunked body", "Send a Content-Length")
     if not re.fullmatch("[0-9]{1,15}", text):
         raise HttpError(400, "bad_length", "a Content-Length that is no number")
-    if int(text) > HTTP_BODY_MAX_BYTES:
-        raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
+    if int(text) > most_bytes:
+        raise HttpError(413, "too_large", f"a body of more than {most_bytes} bytes")
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise HttpError(417, "bad_expectation", "an Expect other than 100-continue")
     return int(text)
@@ -9373,6 +9373,1557 @@ def render_metrics(view: MetricsView) -> str:
             kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows]
     return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------
+# 13b. Relay                     the sockets of the front door; its threads
+# ----------------------------------------------------------------------
+# One thread with one selector accepts, reads requests, connects to the engine
+# and passes its answer on while it is made: a thread for each stream falls
+# behind at some hundred of them.  Both sides' connections are kept.  What would
+# block goes to a few threads beside it.  Sockets are closed after a batch of
+# events, never within: a number that is used again would meet a stale event.
+
+RELAY_SWEEP_S = 0.5             # how often deadlines are looked at
+RELAY_HELD_MAX_BYTES = 1 << 20  # of an answer, for a reader who is slower than the engine
+RELAY_SLOW_S = 10.0             # so long may he keep the engine waiting
+RELAY_PIPELINED_BYTES = 65536
+RELAY_BODY_MAX_BYTES = 32 << 20
+RELAY_BODIES_MAX_BYTES = 256 << 20  # of all requests that are on their way in
+ENGINE_CONNECT_S = 5.0
+ENGINE_IDLE_S = 4.0             # uvicorn closes a kept connection after 5
+ENGINE_IDLE_MAX = 1024
+_READ, _WRITE = 1, 2            # as in selectors, which is imported when a relay starts
+
+
+class BodyReader:
+    """Takes an answer's body out of its framing.  Source: RFC 9112, 6 and 7.
+
+    length: None where it ends with the connection.
+    """
+
+    def __init__(self, length: Optional[int], chunked: bool) -> None:
+        self._left, self._chunked = 0 if chunked else length, chunked
+        self._line, self._held = "size", b""
+        self.done = self._left == 0 and not chunked
+        self.endless = length is None and not chunked
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises: HttpFailure where the framing is broken."""
+        if self._chunked:
+            return self._unchunk(data)
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise HttpFailure("garbage", "a body longer than it says")
+            self.done = not self._left
+        return data
+
+    def _unchunk(self, data: bytes) -> bytes:
+        if self._held:
+            data, self._held = self._held + data, b""
+        at, end, pieces = 0, len(data), []
+        while at < end and not self.done:
+            if self._left:
+                piece = data[at:at + self._left]
+                at += len(piece)
+                self._left -= len(piece)
+                pieces.append(piece)
+                continue
+            stop = data.find(b"\n", at)
+            if stop < 0:
+                self._held = data[at:]
+                if len(self._held) > 4096:
+                    raise HttpFailure("garbage", "a chunk without a length")
+                break
+            self._framing(data[at:stop].rstrip(b"\r"))
+            at = stop + 1
+        if self.done and at < end:
+            raise HttpFailure("garbage", "more than the body that was announced")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _framing(self, line: bytes) -> None:
+        if self._line == "size":
+            size = line.partition(b";")[0].strip()
+            if not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
+                raise HttpFailure("garbage", "a chunk without a length")
+            self._left = int(size, 16)
+            self._line = "end" if self._left else "trailer"
+        elif self._line == "end":
+            if line:
+                raise HttpFailure("garbage", "a chunk longer than it says")
+            self._line = "size"
+        else:
+            self.done = not line
+
+
+class Errands:
+    """A few threads for what would hold up a loop.  _lock guards _waiting, _idle and _threads."""
+
+    def __init__(self, name: str, most: int, waiting_max: int) -> None:
+        self._name, self._most, self._waiting_max = name, most, waiting_max
+        self._lock = threading.Condition()
+        self._waiting: Any = collections.deque()
+        self._idle = self._threads = 0
+
+    def run(self, work: Callable[[], None]) -> bool:
+        """Begin it, or put it at the end of the line; False where that is full."""
+        with self._lock:
+            if len(self._waiting) >= self._waiting_max:
+                return False
+            self._waiting.append(work)
+            if self._idle < len(self._waiting) and self._threads < self._most:
+                try:
+                    threading.Thread(target=self._serve, name=self._name, daemon=True).start()
+                    self._threads += 1
+                except RuntimeError:  # no thread is to be had
+                    if not self._threads:
+                        self._waiting.pop()
+                        return False
+            self._lock.notify()
+            return True
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+                if not self._waiting and not self._lock.wait_for(lambda: self._waiting, 30.0):
+                    self._idle -= 1
+                    self._threads -= 1
+                    return
+                self._idle -= 1
+                work = self._waiting.popleft()
+            work()
+
+
+class Relay:
+    """The loop.  All but call() and stop() are for its own thread.
+
+    sweep(): called every RELAY_SWEEP_S while a connection is open.
+    """
+
+    def __init__(self, name: str, log: Log, sweep: Callable[[], None]) -> None:
+        import selectors
+        self.log = log
+        self._selector = selectors.DefaultSelector()
+        self._sweep = sweep
+        self._calls: Any = collections.deque()
+        self._wake = Wake()
+        self._selector.register(self._wake, _READ, None)
+        self._closed: List[socket.socket] = []
+        self.resting: List[Any] = []  # listeners, while no descriptor is to be had
+        self._stopping = False
+        self.waits: Any = BlockingIOError  # what a socket raises that has to be asked again
+        self.wires: Set[Any] = set()
+        self._errands = Errands(f"{name}-errand", 8, 512)
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """From any thread: to be called on the loop's own, soon."""
+        self._calls.append(function)
+        self._wake.set()
+
+    def soon(self, function: Callable[[], None]) -> None:
+        """From the loop's own: after this batch of events."""
+        self._calls.append(function)
+
+    def errand(self, work: Callable[[], Any], done: Callable[[Any, Any], None]) -> None:
+        """work() on another thread, then done(what it returned, what it raised) here."""
+        def run() -> None:
+            result = problem = None
+            try:
+                result = work()
+            except Exception as error:
+                problem = error
+            self.call(lambda: done(result, problem))
+        if not self._errands.run(run):
+            busy = _too_many("too much is going on here", 5)
+            self.call(lambda: done(None, busy))
+
+    def watch(self, wire: Any, mask: int) -> None:
+        if mask == wire.mask:
+            return
+        if not wire.mask:
+            self._selector.register(wire.sock, mask, wire)
+        elif mask:
+            self._selector.modify(wire.sock, mask, wire)
+        else:
+            self._selector.unregister(wire.sock)
+        wire.mask = mask
+
+    def bury(self, wire: Any) -> None:
+        """Its socket is closed after this batch of events."""
+        self.watch(wire, 0)
+        self.wires.discard(wire)
+        self._closed.append(wire.sock)
+
+    def _guarded(self, function: Callable[..., None], wire: Any, *given: Any) -> None:
+        """A defect costs one connection, never the loop."""
+        try:
+            function(*given)
+        except Exception as error:
+            self.log.defect(error)
+            if wire is not None:
+                wire.close()
+
+    def _run(self) -> None:
+        sweep_s = 0.0
+        while not self._stopping:
+            for key, mask in self._selector.select(
+                    RELAY_SWEEP_S if self.wires or self.resting else None):
+                wire = key.data
+                if wire is None:
+                    self._wake.wait(0)
+                elif not wire.dead:
+                    self._guarded(wire.ready, wire, mask)
+            if now_s() >= sweep_s and (self.wires or self.resting):
+                sweep_s = now_s() + RELAY_SWEEP_S
+                self._guarded(self._sweep, None)
+                while self.resting:
+                    listener = self.resting.pop()
+                    if not listener.dead:
+                        self.watch(listener, _READ)
+            while self._calls:
+                self._guarded(self._calls.popleft(), None)
+            for sock in self._closed:
+                sock.close()
+            self._closed.clear()
+        for wire in list(self.wires):
+            wire.sock.close()
+        self._selector.close()
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        """From another thread, once: everything that is open is closed."""
+        def end() -> None:
+            self._stopping = True
+        self.call(end)
+        if self.thread.ident is not None:
+            self.thread.join(5.0)
+        if not self.thread.is_alive():
+            self._wake.close()
+
+
+class Wire:
+    """A socket of the relay, and what waits to be sent on it.  until_s: when the relay's owner
+    ends it; None for never."""
+
+    def __init__(self, relay: Relay, sock: socket.socket) -> None:
+        self.relay, self.sock = relay, sock
+        self.mask = 0
+        self.dead = False
+        self.until_s: Optional[float] = None
+        self._out: Any = collections.deque()
+        self.out_bytes = 0
+        relay.wires.add(self)
+
+    def watch(self, mask: int) -> None:
+        if not self.dead:
+            self.relay.watch(self, mask)
+
+    def send(self, data: bytes) -> None:
+        """Now what can go, and the rest when it can."""
+        if not self._out and not self.dead:
+            try:
+                sent = self.sock.send(data)
+            except self.relay.waits:
+                sent = 0
+            except OSError:
+                self.lost()
+                return
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
+        if not self.dead:
+            self._out.append(data)
+            self.out_bytes += len(data)
+            self.watch(self.mask | _WRITE)
+
+    def flush(self) -> None:
+        """The socket takes more."""
+        while self._out:
+            data = self._out[0]
+            try:
+                sent = self.sock.send(data)
+            except self.relay.waits:
+                return
+            except OSError:
+                self.lost()
+                return
+            self.out_bytes -= sent
+            if sent < len(data):
+                self._out[0] = memoryview(data)[sent:]
+                return
+            self._out.popleft()
+        self.watch(self.mask & ~_WRITE)
+
+    def close(self) -> None:
+        if not self.dead:
+            self.relay.bury(self)
+            self.dead = True
+            self._out.clear()
+            self.out_bytes = 0
+
+    def lost(self) -> None:
+        """The other side is gone."""
+        self.close()
+
+    def ready(self, mask: int) -> None:
+        raise NotImplementedError
+
+
+class EngineWire(Wire):
+    """A connection to the engine.  exchange: whose answer is on its way: it is told
+
+    on_head(status, headers), on_body(piece) and, in every case and once, on_end(problem), with ""
+    for a whole answer.  Kept in idle between two of them.
+    """
+
+    def __init__(self, relay: Relay, endpoint: Endpoint, idle: Any) -> None:
+        sock = socket.socket(socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET)
+        super().__init__(relay, sock)
+        self._idle = idle
+        self._reused = False
+        self.exchange: Any = None
+        self._request = self._held = b""
+        self._body: Optional[BodyReader] = None
+        self._keep = self.paused = False
+        self._endpoint = endpoint
+        self._connecting = True
+        self._method = ""
+        self._got_s = 0.0
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, exchange: Any, method: str, request: bytes) -> None:
+        """request: head and body, whole."""
+        self.exchange, self._request, self._method = exchange, request, method
+        self._held, self._body, self.paused = b"", None, False
+        if not self._connecting:
+            self._reused, self.until_s = True, None
+            self.watch(_READ)
+            self.send(request)
+            return
+        self.until_s = now_s() + ENGINE_CONNECT_S
+        try:
+            self.sock.connect((self._endpoint.host, self._endpoint.port))
+        except BlockingIOError:
+            pass
+        except OSError as error:  # loopback may refuse at once; told after the caller has returned
+            problem = error.strerror or str(error)
+            self.relay.soon(lambda: self._end(f"the engine is not there: {problem}"))
+            return
+        self.watch(_WRITE)
+
+    def lost(self) -> None:
+        self._end("the engine closed the connection")
+
+    def cut(self) -> None:
+        """Nobody wants the answer any more; on_end() is not called."""
+        self.exchange = None
+        self.close()
+
+    def pause(self, paused: bool) -> None:
+        """Let the engine wait."""
+        self.paused = paused
+        if self._body is not None:
+            self.watch(self.mask & ~_READ if paused else self.mask | _READ)
+
+    def _end(self, problem: str) -> None:
+        exchange, self.exchange = self.exchange, None
+        stale = problem and self._reused and self._body is None and not self._held
+        self.close()
+        if exchange is None:
+            return
+        if stale:
+            # It was closed while it was kept: nothing of the request was heard, perhaps.
+            fresh = EngineWire(self.relay, self._endpoint, self._idle)
+            exchange.wire_replaced(fresh)
+            fresh.ask(exchange, self._method, self._request)
+        else:
+            exchange.on_end(problem)
+
+    def ready(self, mask: int) -> None:
+        if self._connecting:
+            problem = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if problem:
+                self._end(f"the engine is not there: {os.strerror(problem)}")
+                return
+            self._connecting, self.until_s = False, None
+            self.watch(_READ)
+            self.send(self._request)
+            return
+        if mask & _WRITE:
+            self.flush()
+        if mask & _READ and not self.dead:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            data = self.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if self.exchange is None:  # it was kept: the engine closes it, or speaks unasked
+            self.close()
+            return
+        self._got_s = now_s()
+        try:
+            if not data:
+                self._stopped()
+            elif self._body is None:
+                self._head(data)
+            else:
+                self._more(data)
+        except HttpFailure as failure:
+            self._end(f"the engine's answer is broken: {failure}")
+
+    def _stopped(self) -> None:
+        if self._body is not None and self._body.endless:
+            self._whole()
+        else:
+            self._end("the engine closed the connection in the middle of its answer"
+                      if self._body is not None or self._held else "the engine closed the "
+                      "connection without an answer")
+
+    def _head(self, data: bytes) -> None:
+        self._held += data
+        end = self._held.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._held) > HTTP_HEAD_MAX_BYTES:
+                raise HttpFailure("too_large", "a head that is too long")
+            return
+        head, rest = self._held[:end], self._held[end + 4:]
+        first, headers = _read_head(io.BytesIO(head + b"\r\n\r\n"))
+        match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
+        if not match:
+            raise HttpFailure("garbage", "not an HTTP answer")
+        status = int(match.group(2))
+        if status < 200:
+            self._held = b""
+            if rest:
+                self._head(rest)
+            return
+        self._request = b""  # it was heard
+        length, encoding = headers.get("content-length"), headers.get("transfer-encoding", "")
+        if length and (encoding or not re.fullmatch("[0-9]{1,15}", length)) or (
+                encoding and encoding.lower() != "chunked"):
+            raise HttpFailure("garbage", "an answer without a clear end")
+        bare = self._method == "HEAD" or status in (204, 304)
+        self._body = BodyReader(0 if bare else int(length) if length else None,
+                                bool(encoding) and not bare)
+        said = headers.get("connection", "").lower()
+        self._keep = not self._body.endless and (
+            "close" not in said if match.group(1) == "1" else "keep-alive" in said)
+        self.exchange.on_head(status, headers)
+        if self.exchange is not None and (rest or self._body.done):
+            self._more(rest)
+
+    def _more(self, data: bytes) -> None:
+        piece = self._body.feed(data)
+        if piece:
+            self.exchange.on_body(piece)
+        if self._body.done and self.exchange is not None:
+            self._whole()
+
+    def _whole(self) -> None:
+        exchange, self.exchange = self.exchange, None
+        if self._keep and not self.dead and not self.out_bytes and len(
+                self._idle) < ENGINE_IDLE_MAX:
+            self.until_s = now_s() + ENGINE_IDLE_S
+            self.watch(_READ)
+            self._idle.append(self)
+        else:
+            self.close()
+        exchange.on_end("")
+
+    def give_up(self, problem: str) -> None:
+        self._end(problem)
+
+    def silent_s(self, since_s: float) -> float:
+        """How long nothing came, since a time or the last byte."""
+        return now_s() - max(since_s, self._got_s)
+
+
+class ClientWire(Wire):
+    """A connection of a client: one request after the other.
+
+    owner: is told head_came(client), whole_came(client) once its body is there, too; drained(client)
+    when a slow reader has caught up; left(client) at the end, in every case and once.
+    phase: tls, head, asked (its owner has it, or its body is on its way), sent (only bytes remain),
+    linger.
+    """
+
+    def __init__(self, relay: Relay, sock: socket.socket, peer: Tuple[str, int], owner: Any,
+                 listener: Any) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().__init__(relay, sock)
+        self.peer, self.listener = peer, listener
+        self._owner = owner
+        self.phase = "tls" if listener.tls else "head"
+        self._more_inside: Callable[[], int] = lambda: 0  # bytes that TLS has read already
+        self._held = b""
+        self.head = RequestHead("", "", {}, "0")
+        self.body: Any = None
+        self._body_left = 0
+        self._unread = False   # whether there is a body that nobody reads
+        self._goes_on = self._chunked = False
+        self._stream_head = b""
+        self.exchange: Any = None
+        self.received_s = self.begun_s = now_s()
+        # Its owner's: of the request that is there.
+        self.caller: Any = None
+        self.route: Any = None
+        self.name = ""
+        self.charged_bytes = 0
+        self.stalled_s: Optional[float] = None  # since when the engine waits for the reader
+        self.until_s = self.begun_s + HTTP_REQUEST_LIMIT_S
+        self.watch(_READ)
+
+    def close(self) -> None:
+        if not self.dead:
+            super().close()
+            self._owner.left(self)
+
+    # -- what comes -------------------------------------------------------
+
+    def ready(self, mask: int) -> None:
+        if self.phase == "tls":
+            self._shake_hands()
+            return
+        if mask & _WRITE:
+            self.flush()
+            if self.phase == "sent" and not self._out and not self.dead:
+                self._sent()
+            elif self.stalled_s is not None and self.out_bytes < RELAY_HELD_MAX_BYTES // 2:
+                self.stalled_s = None
+                self._owner.drained(self)
+        if mask & _READ and not self.dead:
+            self._receive()
+
+    def _shake_hands(self) -> None:
+        try:
+            if not hasattr(self.sock, "do_handshake"):
+                first = self.sock.recv(1, socket.MSG_PEEK)
+                if first and first != b"\x16":
+                    self.phase = "head"
+                    self._refuse(HttpError(400, "https_wanted", "this port speaks https",
+                                           "Put https:// in front of the address"))
+                    return
+                self.watch(0)
+                self.sock = self.listener.tls.wrap(self.sock)
+                self._more_inside = self.sock.pending
+            self.sock.do_handshake()
+        except self.relay.waits as wait:
+            self.watch(_WRITE if "WantWrite" in type(wait).__name__ else _READ)
+        except (OSError, ValueError):
+            self.close()
+        else:
+            self.phase = "head"
+            self.watch(_READ)
+            self._receive()  # what came with the end of it is no event any more
+
+    def _receive(self) -> None:
+        while not self.dead:
+            try:
+                data = self.sock.recv(65536)
+            except self.relay.waits:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self.close()
+                return
+            self._take(data)
+            if not self._more_inside():
+                return
+
+    def _take(self, data: bytes) -> None:
+        if self.phase == "linger":
+            self._body_left -= len(data)
+            if self._body_left < 0:
+                self.close()
+        elif self.body is not None and self._body_left:
+            self._held = data
+            self._take_body()
+        else:
+            if self.phase == "head" and not self._held:
+                self.until_s = now_s() + HTTP_REQUEST_LIMIT_S
+            self._held += data
+            if self.phase == "head":
+                self._look()
+            elif len(self._held) > HTTP_HEAD_MAX_BYTES + RELAY_PIPELINED_BYTES:
+                self.watch(self.mask & ~_READ)  # more requests than one: they can wait
+
+    def _take_body(self) -> None:
+        held = self._held
+        if len(held) > self._body_left:
+            held, self._held = held[:self._body_left], held[self._body_left:]
+        else:
+            self._held = b""
+        self.body += held
+        self._body_left -= len(held)
+        if not self._body_left:
+            self._unread, self.until_s, self.received_s = False, None, now_s()
+            self._owner.whole_came(self)
+
+    def _look(self) -> None:
+        """Whether a head is there."""
+        end = self._held.find(b"\r\n\r\n")
+        if end < 0 and len(self._held) <= HTTP_HEAD_MAX_BYTES:
+            return
+        self.phase, self._unread, self._body_left = "asked", True, 0
+        self.head, self.body, self.caller = RequestHead("", "", {}, "0"), None, None
+        try:
+            if not 0 <= end <= HTTP_HEAD_MAX_BYTES:
+                raise HttpError(431, "too_large",
+                                f"a head of more than {HTTP_HEAD_MAX_BYTES} bytes")
+            raw, self._held = self._held[:end], self._held[end + 4:]
+            self.head = parse_request_head(raw)
+            self._body_left = body_length(self.head.headers, RELAY_BODY_MAX_BYTES)
+        except HttpError as error:
+            self._refuse(error)
+            return
+        self._unread = self.head.has_body
+        self.until_s = None
+        self._owner.head_came(self)
+
+    def _refuse(self, error: HttpError) -> None:
+        self._unread = True
+        self._owner.refuse(self, error)
+
+    def too_slow(self) -> None:
+        """The time for what is going on is over."""
+        if self.phase == "head" and self._held:
+            self.head, self.caller = RequestHead("", "", {}, "0"), None
+        elif self.phase != "asked":
+            self.close()
+            return
+        self.phase, self.until_s, self._held = "asked", None, b""
+        self._refuse(HttpError(408, "too_slow", "the request did not arrive in time"))
+
+    @property
+    def body_bytes(self) -> int:
+        """Of the request that is there, or is on its way."""
+        return self._body_left if self.body is None else len(self.body) + self._body_left
+
+    def read_body(self) -> None:
+        """The head is good: take the body."""
+        self.body = bytearray()
+        if self._body_left > len(self._held) and "expect" in self.head.headers:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # A slow line is no attack, a slow head is: 100 kB for each second more.
+        self.until_s = now_s() + HTTP_REQUEST_LIMIT_S + self._body_left / 1e5
+        if not self.dead:
+            self._take_body()
+
+    # -- what is answered ---------------------------------------------------
+
+    def _may_go_on(self) -> bool:
+        return not (self._unread or self.head.minor == "0"
+                    or "close" in self.head.headers.get("connection", "").lower())
+
+    def answer(self, response: Response) -> None:
+        """response.body: bytes."""
+        self._goes_on = self._may_go_on()
+        head = render_response(response, len(response.body),
+                               "" if self._goes_on else "Connection: close\r\n")
+        self.send(head if self.head.method == "HEAD" else head + response.body)
+        self._answered()
+
+    def begin_stream(self, response: Response) -> None:
+        """Its head goes out with the first piece."""
+        self._chunked = self.head.minor != "0"
+        self._goes_on = self._chunked and self._may_go_on()
+        self._stream_head = render_response(
+            response, None, ("Transfer-Encoding: chunked\r\n" if self._chunked else "")
+            + ("" if self._goes_on else "Connection: close\r\n"))
+
+    def stream(self, piece: bytes) -> None:
+        if self._chunked:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        if self._stream_head:
+            piece, self._stream_head = self._stream_head + piece, b""
+        self.send(piece)
+
+    def end_stream(self, last: bytes) -> None:
+        if self._chunked:
+            last = (b"%x\r\n%b\r\n" % (len(last), last) if last else b"") + b"0\r\n\r\n"
+        last, self._stream_head = self._stream_head + last, b""
+        if last:
+            self.send(last)
+        self._answered()
+
+    def _answered(self) -> None:
+        if self.dead:
+            return
+        self.phase, self.exchange, self.body, self.stalled_s = "sent", None, None, None
+        self.until_s = now_s() + HTTP_PEER_LIMIT_S
+        if not self._out:
+            self._sent()
+
+    def _sent(self) -> None:
+        """The whole answer."""
+        if self._goes_on:
+            self.phase, self.begun_s = "head", now_s()
+            self.until_s = self.begun_s + HTTP_PEER_LIMIT_S
+            self.watch(_READ)
+            if self._held:  # another request has come meanwhile; called later, for they may be many
+                self.relay.soon(self._look_again)
+        elif self._unread:
+            # Closing on unread bytes makes the kernel reset the connection: the answer may be lost.
+            self.phase, self._body_left = "linger", HTTP_BODY_MAX_BYTES
+            self.until_s = now_s() + 2.0
+            try:
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)
+                self.watch(_READ)
+            except OSError:
+                self.close()
+        else:
+            self.close()
+
+    def _look_again(self) -> None:
+        if self.phase == "head" and self._held and not self.dead:
+            self.until_s = now_s() + HTTP_REQUEST_LIMIT_S
+            self._look()
+
+
+class Listener:
+    """Where clients come in.  It is bound at once, and listens from start() to stop().
+
+    Raises: OSError where the address is not to be had.  tls: None for plain http.
+    """
+
+    def __init__(self, relay: Relay, host: str, port: int, accepted: Callable[..., None],
+                 tls: Any = None, on_tailnet: bool = False) -> None:
+        self._relay, self._accepted = relay, accepted
+        self.tls, self.on_tailnet = tls, on_tailnet
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.sock.bind((host, port))
+            self.sock.listen(1024)
+        except BaseException:
+            self.sock.close()
+            raise
+        self.sock.setblocking(False)
+        self.host, self.port = self.sock.getsockname()[:2]
+        self.mask = 0
+        self.dead = False
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{host_port(self.host, self.port)}"
+
+    def start(self) -> None:
+        self._relay.call(lambda: self._relay.watch(self, _READ))
+
+    def stop(self) -> None:
+        self._relay.call(self.close)
+
+    def close(self) -> None:
+        if not self.dead:
+            self.dead = True
+            self._relay.bury(self)
+
+    def ready(self, _mask: int) -> None:
+        import errno
+        for _ in range(64):  # the others are to have their turn
+            try:
+                sock, address = self.sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._relay.log("debug", "not_accepted", what=repr(error))
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._relay.watch(self, 0)  # it stays ready: look again with the next sweep
+                    self._relay.resting.append(self)
+                return
+            try:
+                self._accepted(self, sock, address[:2])
+            except OSError:
+                sock.close()  # it left again
+
+
+# ----------------------------------------------------------------------
+# 13c. Front door     11434 on loopback and on the tailnet; the engine's port
+# ----------------------------------------------------------------------
+# Whoever wants a model comes in here.  A request is routed by a table of what
+# is allowed, its caller is known before its body is read, and what it may cost
+# is reserved before the engine hears of it (the one admission step) and settled
+# after, whatever happened (the one settlement step).
+
+DOOR_CONNECTIONS_MAX = 4096
+DOOR_LIST_LIMIT_S = 10.0
+DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
+DOOR_WHOLE_MAX_BYTES = 64 << 20
+DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
+DOOR_SAVE_S = 5.0
+
+
+class DoorLimits(NamedTuple):
+    """queue: requests that wait for the engine, of all.  queue_wait_s: each, at most.  silence_s:
+    so long an engine may say nothing."""
+    queue: int = 64
+    queue_wait_s: float = 60.0
+    silence_s: float = 300.0
+
+
+class DoorRoute(NamedTuple):
+    """kind: ask (the engine computes), list, manage (wants admin), hello (open to all).  task: of
+    an ask, what is asked; else which of its kind."""
+    method: str
+    path: str
+    dialect: str
+    kind: str
+    task: str
+    about: str
+
+
+DOOR_ROUTES = tuple(DoorRoute(*row) for row in (
+    ("GET", "/", "ollama", "hello", "", "`b9agent is running`, for whoever asks"),
+    ("GET", "/health", "ollama", "hello", "", "the same"),
+    ("POST", "/api/chat", "ollama", "ask", "chat", "Ollama's chat"),
+    ("POST", "/api/generate", "ollama", "ask", "complete", "Ollama's completion"),
+    ("POST", "/api/embed", "ollama", "ask", "embed", "Ollama's embeddings"),
+    ("POST", "/api/embeddings", "ollama", "ask", "embed", "the same, as it was once"),
+    ("GET", "/api/tags", "ollama", "list", "tags", "models that the caller may use"),
+    ("GET", "/api/ps", "ollama", "list", "ps", "those of them that are in memory"),
+    ("POST", "/api/show", "ollama", "list", "show", "what one of them is"),
+    ("GET", "/api/version", "ollama", "list", "version", "the engine's version"),
+    ("POST", "/api/pull", "ollama", "manage", "pull", "admin: fetch a model"),
+    ("POST", "/api/copy", "ollama", "manage", "copy", "admin: another name for a model"),
+    ("DELETE", "/api/delete", "ollama", "manage", "delete", "admin: remove a model"),
+    ("POST", "/v1/chat/completions", "openai", "ask", "chat", "OpenAI's chat"),
+    ("POST", "/v1/completions", "openai", "ask", "complete", "OpenAI's completion"),
+    ("POST", "/v1/embeddings", "openai", "ask", "embed", "OpenAI's embeddings"),
+    ("POST", "/v1/responses", "openai", "ask", "responses",
+     "OpenAI's responses, where the engine has them"),
+    ("POST", "/v1/messages", "anthropic", "ask", "messages",
+     "Anthropic's messages, where the engine has them"),
+    ("GET", "/v1/models", "openai", "list", "models", "models that the caller may use"),
+    ("GET", "/v1/models/NAME", "openai", "list", "model", "one of them"),
+))
+_DOOR_PATHS: Dict[str, Tuple[DoorRoute, ...]] = {
+    row.path: tuple(other for other in DOOR_ROUTES if other.path == row.path)
+    for row in DOOR_ROUTES}
+
+
+def door_dialect(path: str) -> str:
+    """Whose form an error has, also where there is no such path."""
+    if path.startswith("/v1/messages"):
+        return "anthropic"
+    return "openai" if path.startswith("/v1/") else "ollama"
+
+
+def door_route(method: str, target: str) -> Tuple[DoorRoute, str]:
+    """(its row, the name in its path).  Paths are compared as they are: nothing is decoded or made
+    simpler first, so that there is one spelling for each.  Raises: HttpError.
+
+    >>> door_route("GET", "/v1/models/m:1b?x=1")[1], door_route("HEAD", "/")[0].kind
+    ('m:1b', 'hello')
+    """
+    path, name = target.partition("?")[0], ""
+    if path.startswith("/v1/models/"):
+        from urllib.parse import unquote
+        path, name = "/v1/models/NAME", unquote(path[len("/v1/models/"):])
+    found = _DOOR_PATHS.get(path, ())
+    for row in found:
+        if row.method == method or method == "HEAD" and row.method == "GET":
+            return row, name
+    if not found:
+        raise HttpError(404, "not_found", f"there is no {printable(path[:100])} here",
+                        "What there is: " + ", ".join(_DOOR_PATHS))
+    raise HttpError(405, "method_not_allowed", f"{path} does not take {printable(method[:16])}",
+                    f"It takes {found[0].method}", (("Allow", found[0].method),))
+
+
+def refuse_browsers(headers: Dict[str, str]) -> None:
+    """For callers who are known by their address alone: a web page in their browser has it, too.
+
+    Raises: HttpError.
+    """
+    host = headers.get("host", "").lower()
+    named = re.fullmatch(r"(\[[0-9a-f:.]+\]|[0-9.]+|localhost|[a-z0-9-]+|[a-z0-9.-]+\.ts\.net)"
+                         r"(:[0-9]+)?", host)
+    if "origin" in headers or "sec-fetch-site" in headers or not named:
+        raise HttpError(403, "browser", "a web page may not use an identity that comes with the "
+                        "address", "Send a token: Authorization: Bearer …")
+
+
+# What a failure beside the loop is to HTTP.
+DOOR_ERRORS: Tuple[Tuple[Any, int, str], ...] = (
+    (UsageError, 400, "bad_request"), (ModelMissing, 404, "model_not_found"),
+    (ModelError, 502, "engine_failed"), (EngineError, 502, "engine_failed"))
+_NAMED = (Field("model", "string", "the model's name", max_length=512),
+          Field("name", "string", "the same, as it was called once", max_length=512))
+_SHOW_FIELDS = _NAMED + (Field("verbose", "boolean", "all of it"),)
+_MANAGE_FIELDS: Dict[str, Tuple[Field, ...]] = {
+    "pull": _NAMED + (Field("stream", "boolean", "progress as it goes"),
+                      Field("insecure", "boolean", "refused")),
+    "copy": tuple(Field(name, "string", "a model's name", True, max_length=512)
+                  for name in ("source", "destination")),
+    "delete": _NAMED}
+
+
+def check_and_key(name: str) -> str:
+    """Raises: UsageError."""
+    refuse_cloud(name)
+    return check_name(name).key
+
+
+class _Job:
+    """One request to the engine, from admission to settlement; it is the engine wire's exchange.
+
+    client: None once it has left, while a model that is being loaded for it serves who comes next.
+    """
+
+    def __init__(self, door: "FrontDoor", client: ClientWire, caller: Caller, ask: Ask,
+                 target: Target, model: str) -> None:
+        self.door, self.caller, self.ask, self.target, self.model = door, caller, ask, target, model
+        self.client: Optional[ClientWire] = client
+        self.id = os.urandom(8).hex()
+        self.grant: Any = None
+        self.asked: Any = None     # what the engine is asked (Wire of section 13a)
+        self.wire: Optional[EngineWire] = None
+        self.flow: Any = None      # of an answer that streams
+        self.whole: Any = None     # of one that does not
+        self.usage: Any = None
+        self.status = 0            # of the engine's answer
+        self.cold = self.settled = False
+        self.queued_s = self.sent_s = self.first_s = self.last_s = 0.0
+        self.pieces = 0
+
+    # -- what the engine says
+
+    def wire_replaced(self, wire: EngineWire) -> None:
+        self.wire = wire
+
+    def on_head(self, status: int, _headers: Dict[str, str]) -> None:
+        self.status = status
+        if self.client is None:  # the model is there now, and nobody waits for this answer
+            self.wire.cut()
+            self.door.settle(self, 499)
+        elif status == 200 and self.ask.stream:
+            self.flow = make_flow(self.ask, self.asked, self.id)
+            self.usage = self.flow.usage
+            self.client.begin_stream(Response(200, b"", self.flow.content_type,
+                                              (("X-Request-Id", self.id),)))
+        else:
+            self.whole = bytearray()
+
+    def on_body(self, piece: bytes) -> None:
+        flow = self.flow
+        if flow is None:
+            self.whole += piece
+            if len(self.whole) > DOOR_WHOLE_MAX_BYTES:
+                self.door.fail(self, 502, "too_large", "the engine's answer is too large")
+            return
+        told = flow.feed(piece)
+        if flow.usage.pieces != self.pieces:
+            self._count()
+        if told:
+            client = self.client
+            client.stream(told)
+            if client.out_bytes > RELAY_HELD_MAX_BYTES and client.stalled_s is None and (
+                    not client.dead):
+                client.stalled_s = now_s()
+                self.wire.pause(True)
+
+    def _count(self) -> None:
+        """Tokens have come."""
+        at_s = now_s()
+        if self.pieces:
+            self.door.between(self, at_s - self.last_s)
+        else:
+            self.door.first(self, at_s)
+        self.pieces, self.last_s = self.flow.usage.pieces, at_s
+
+    def on_end(self, problem: str) -> None:
+        door, client = self.door, self.client
+        if client is None:
+            door.settle(self, 499)
+        elif self.status == 0:
+            door.fail(self, 502, "engine_failed", problem)
+        elif self.flow is None:
+            if problem:
+                door.fail(self, 502, "engine_failed", problem)
+            else:
+                door.whole_answer_came(self)
+        else:
+            if not problem and not self.flow.complete:
+                problem = "the engine ended its answer before it was done"
+            last = self.flow.end(problem)
+            door.settle(self, 502 if problem or self.usage.error else 200)
+            client.end_stream(last)
+
+
+class _Errand:
+    """A request that manages models, passed on to Ollama: its answer is passed back as it comes."""
+
+    grant = None
+
+    def __init__(self, door: "FrontDoor", client: ClientWire) -> None:
+        self._door = door
+        self.client: Optional[ClientWire] = client
+        self.wire: Optional[EngineWire] = None
+        self._status = 0
+        self._last = b""
+
+    def wire_replaced(self, wire: EngineWire) -> None:
+        self.wire = wire
+
+    def on_head(self, status: int, headers: Dict[str, str]) -> None:
+        self._status = status
+        kind = printable(headers.get("content-type", "application/json")[:100])
+        self.client.begin_stream(Response(status, b"", kind))
+
+    def on_body(self, piece: bytes) -> None:
+        client = self.client
+        client.stream(piece)
+        self._last = piece[-1:]
+        if client.out_bytes > RELAY_HELD_MAX_BYTES and client.stalled_s is None and (
+                not client.dead):
+            client.stalled_s = now_s()
+            self.wire.pause(True)
+
+    def on_end(self, problem: str) -> None:
+        self._door.errands.discard(self)
+        if not self._status:
+            self._door.refuse(self.client, HttpError(502, "engine_failed", problem))
+        else:
+            self.client.end_stream(error_answer("ollama", 502, "engine_failed", problem, {}) + b"\n"
+                                   if problem else b"")
+
+
+class FrontDoor:
+    """All but listen(), start(), stop() and status() is done by the relay's thread.
+
+    target(): what the engine is now.  tls: for every listener; None for plain http.
+    """
+
+    def __init__(self, log: Log, access: Access, ledger: Ledger, target: Callable[[], Target],
+                 tally: DoorTally, limits: DoorLimits, tls: Any = None) -> None:
+        self._log, self._access, self._ledger, self._target = log, access, ledger, target
+        self._tally, self._limits, self._tls = tally, limits, tls
+        self._relay = Relay("door", log, self._sweep)
+        if tls is not None:
+            self._relay.waits = tls_waits()
+        self._listeners: List[Listener] = []
+        self._clients: Dict[ClientWire, None] = {}  # in the order in which they came
+        self._queue = FairQueue()
+        self._waiting: Dict[_Job, float] = {}       # until when, the first first
+        self._running: Dict[_Job, None] = {}
+        self.errands: Set[_Errand] = set()
+        self._on_engine: Dict[str, int] = {}        # requests, by model
+        self._idle: Any = collections.deque()       # kept connections to the engine
+        self._idle_at: Optional[Endpoint] = None
+        self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
+        self._tokens_per_byte: Dict[str, float] = {}
+        self._bodies_bytes = 0
+        self._save_s = 0.0
+        self._inter_token: Dict[str, Any] = {}
+
+    # -- its life -----------------------------------------------------------
+
+    def listen(self, host: str, port: int, on_tailnet: bool = False) -> Listener:
+        """Raises: OSError."""
+        listener = Listener(self._relay, host, port, self._accept, self._tls, on_tailnet)
+        self._listeners.append(listener)
+        return listener
+
+    def start(self) -> None:
+        """Two descriptors a stream: many systems grant 1,024, and macOS 256, unless asked."""
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * DOOR_CONNECTIONS_MAX + 512
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                soft = most
+        self._most = DOOR_CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(
+            16, min(DOOR_CONNECTIONS_MAX, (soft - 128) // 2))
+        self._relay.start()
+
+    def stop(self) -> None:
+        """What streams is ended in good form, as far as its reader takes it at once."""
+        def end() -> None:
+            for listener in self._listeners:
+                listener.close()
+            for job in [*self._running, *self._waiting]:
+                self.fail(job, 503, "stopping", "this machine is being stopped")
+        self._relay.call(end)
+        self._relay.stop()
+        self._ledger.save()
+
+    def status(self) -> Dict[str, Any]:
+        return {"listening": [each.url for each in self._listeners if not each.dead],
+                "connections": len(self._clients), "streams": len(self._running),
+                "waiting": len(self._waiting)}
+
+    # -- clients ------------------------------------------------------------
+
+    def _accept(self, listener: Listener, sock: socket.socket, peer: Tuple[str, int]) -> None:
+        if len(self._clients) >= self._most:
+            # Who asks for nothing makes room, the oldest first: a new one may have a token.
+            oldest = next((each for each in self._clients if each.phase in ("head", "tls")), None)
+            if oldest is None:
+                sock.close()
+                return
+            oldest.close()
+        self._clients[ClientWire(self._relay, sock, peer, self, listener)] = None
+
+    def left(self, client: ClientWire) -> None:
+        """A client is gone, and so is what the engine does for it, but for a load."""
+        self._clients.pop(client, None)
+        self._bodies_bytes -= client.charged_bytes
+        client.charged_bytes = 0
+        exchange, client.exchange = client.exchange, None
+        if isinstance(exchange, _Errand):
+            self.errands.discard(exchange)
+            self._cut(exchange)
+        elif exchange is not None:
+            exchange.client = None
+            if not (exchange.cold and exchange.status == 0 and exchange in self._running):
+                self._cut(exchange)
+                self.settle(exchange, 499)
+
+    @staticmethod
+    def _cut(exchange: Any) -> None:
+        """What the engine does for it ends; its wire may be another's already."""
+        if exchange.wire is not None and exchange.wire.exchange is exchange:
+            exchange.wire.cut()
+
+    def drained(self, client: ClientWire) -> None:
+        if client.exchange is not None and client.exchange.wire is not None:
+            client.exchange.wire.pause(False)
+
+    def refuse(self, client: ClientWire, error: HttpError) -> None:
+        """An answer in the form of the dialect that was spoken; what was reserved is given back."""
+        exchange, client.exchange = client.exchange, None
+        if isinstance(exchange, _Job):
+            self.settle(exchange, error.status)
+        if client.dead:
+            return
+        what = error.what + (f". {error.hint}" if error.hint else "")
+        body = error_answer(door_dialect(client.head.target), error.status, error.code, what,
+                            getattr(error, "numbers", {}))
+        self._tally.add("b9agent_door_refusals_total", (
+            client.caller.tenant.name if client.caller else "", error.code))
+        client.answer(Response(error.status, body, headers=error.headers))
+
+    def _attempt(self, client: ClientWire, work: Callable[[], None]) -> None:
+        """Whatever is wrong with a request is its answer."""
+        try:
+            work()
+        except HttpError as error:
+            self.refuse(client, error)
+        except AccessRefused as error:
+            wait = error.retry_after_s
+            self.refuse(client, HttpError(error.status, error.code, error.what, error.hint, (
+                (("Retry-After", str(wait)),) if wait else ()) + (
+                    (("WWW-Authenticate", "Bearer"),) if error.status == 401 else ())))
+        except LimitReached as error:
+            refusal = HttpError(error.status, error.limit, error.what, error.hint,
+                                (("Retry-After", str(error.retry_after_s)),))
+            refusal.numbers = error.numbers
+            self.refuse(client, refusal)
+        except AgentError as error:
+            status, code = next(((row[1], row[2]) for row in DOOR_ERRORS
+                                 if isinstance(error, row[0])), (500, "failed"))
+            self.refuse(client, HttpError(status, code, error.what, error.hint))
+        except Exception as error:
+            number = os.urandom(4).hex()
+            self._log.defect(error, id=number, request=client.head.target[:200])
+            self.refuse(client, HttpError(500, "internal",
+                                          f"a defect of ours, number {number} in the log"))
+
+    def _beside(self, client: ClientWire, work: Callable[[], Any],
+                then: Callable[[Any], None]) -> None:
+        """work() beside the loop, and then(its result) here, if the client is still there."""
+        def done(result: Any, problem: Any) -> None:
+            def go_on() -> None:
+                if problem is not None:
+                    raise problem
+                then(result)
+            if not client.dead:
+                self._attempt(client, go_on)
+        self._relay.errand(work, done)
+
+    def head_came(self, client: ClientWire) -> None:
+        self._bodies_bytes -= client.charged_bytes
+        client.charged_bytes = 0
+        client.caller = None
+        self._attempt(client, lambda: self._look_at_head(client))
+
+    def _look_at_head(self, client: ClientWire) -> None:
+        head = client.head
+        client.route, client.name = door_route(head.method, head.target)
+        if client.route.kind == "hello":
+            client.answer(Response(200, b"b9agent is running", "text/plain"))
+            return
+        on_tailnet = client.listener.on_tailnet
+        caller = self._access.recognise(head.headers, client.peer, on_tailnet)
+        if caller is not None:
+            self._let_in(client, caller)
+        else:
+            self._beside(client, lambda: self._access.identify(head.headers, client.peer,
+                                                               on_tailnet),
+                         lambda caller: self._let_in(client, caller))
+
+    def _let_in(self, client: ClientWire, caller: Caller) -> None:
+        """Raises: HttpError."""
+        client.caller = caller
+        if caller.identity.startswith(("tailnet:", "gateway")):
+            refuse_browsers(client.head.headers)
+        if client.route.kind == "manage" and not caller.tenant.admin:
+            raise HttpError(403, "not_admin", f"{client.route.path} wants admin rights",
+                            "`admin: true` in tenants.yaml gives them")
+        size = client.body_bytes
+        if client.route.kind != "ask" and size > HTTP_BODY_MAX_BYTES:
+            raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
+        if self._bodies_bytes + size > RELAY_BODIES_MAX_BYTES:
+            raise HttpError(503, "busy", "too many large requests are on their way in",
+                            headers=(("Retry-After", "2"),))
+        client.charged_bytes = size
+        self._bodies_bytes += size
+        client.read_body()
+
+    def whole_came(self, client: ClientWire) -> None:
+        body, client.body = bytes(client.body), None
+        self._attempt(client, lambda: self._answer(client, body))
+
+    def _answer(self, client: ClientWire, body: bytes) -> None:
+        """Raises: HttpError, LimitReached."""
+        route = client.route
+        if route.kind == "list":
+            self._beside(client, lambda: self._listed(client, body),
+                         lambda found: client.answer(Response(200, found)))
+        elif route.kind == "manage":
+            self._manage(client, body)
+        elif len(body) > DOOR_BIG_BYTES:
+            self._beside(client, lambda: read_ask(route.dialect, route.task, body),
+                         lambda ask: self._admit(client, ask))
+        else:
+            self._admit(client, read_ask(route.dialect, route.task, body))
+
+    # -- lists and management -------------------------------------------------
+
+    def _known(self, target: Target, tenant: Tenant, name: str) -> str:
+        """A model's one spelling, for a name that a client sent.  What a tenant may not use is not
+        there for it.  Raises: HttpError, UsageError."""
+        key = name
+        if target.engine is not None and target.engine.many:
+            refuse_cloud(name)
+            key = model_key(name)
+        if key not in target.models or not tenant.may_use(key):
+            raise HttpError(404, "model_not_found", f"model '{printable(name[:100])}' not found",
+                            "GET /v1/models lists those that are here")
+        return key
+
+    def _listed(self, client: ClientWire, body: bytes) -> bytes:
+        """Beside the loop.  Raises: HttpError, AgentError."""
+        target, tenant, task = self._target(), client.caller.tenant, client.route.task
+        names = [name for name in target.models if tenant.may_use(name)]
+        name = ""
+        if task == "model":
+            name = self._known(target, tenant, client.name)
+        elif task == "show":
+            fields = checked_fields(_SHOW_FIELDS, self._object(body), "body")
+            sent = fields.get("model") or fields.get("name") or ""
+            name = self._known(target, tenant, sent)
+        if target.engine is None or not target.engine.many or client.route.dialect == "openai":
+            return encode_json(model_list_answer(task, names, name, target))
+        api = OllamaApi(target.endpoint)
+        if task == "version":
+            return encode_json({"version": api.version()})
+        if task == "show":
+            return encode_json(self._shown(api.show(name), tenant))
+        rows = api.tags() if task == "tags" else api.loaded()
+        return encode_json({"models": [row for row in rows
+                                       if tenant.may_use(model_key(str(row.get("name"))))]})
+
+    @staticmethod
+    def _object(body: bytes) -> Any:
+        try:
+            return decode_json(body)
+        except (ValueError, UnicodeError) as error:
+            raise HttpError(400, "bad_json", f"the body is not JSON: {printable(str(error)[:100])}"
+                            ) from error
+
+    @staticmethod
+    def _shown(record: Dict[str, Any], tenant: Tenant) -> Dict[str, Any]:
+        """The Modelfile names folders of this machine."""
+        return record if tenant.admin else {name: value for name, value in record.items()
+                                            if name != "modelfile"}
+
+    def _manage(self, client: ClientWire, body: bytes) -> None:
+        target = self._running_target()
+        if not target.engine.many:
+            raise HttpError(501, "not_here", f"{target.engine.title} holds one model: there is "
+                            "nothing to manage", "b9agent.py start --engine ollama")
+        task = client.route.task
+        fields = checked_fields(_MANAGE_FIELDS[task], self._object(body), "body")
+        if task == "copy":
+            fields = {place: check_and_key(fields[place]) for place in ("source", "destination")}
+        else:
+            name = fields.pop("name", "") or fields.get("model", "")
+            fields["model"] = parse_model_name(name).key if task == "pull" else check_and_key(name)
+            if fields.pop("insecure", False):
+                raise HttpError(400, "insecure", "`insecure` is not passed on", "Leave it out")
+        errand = client.exchange = _Errand(self, client)
+        self.errands.add(errand)
+        errand.wire = self._engine_wire(target.endpoint)
+        errand.wire.ask(errand, client.route.method, self._request(
+            target.endpoint, client.route.method, client.route.path, encode_json(fields)))
+
+    # -- admission ------------------------------------------------------------
+
+    def _running_target(self, waits: bool = False) -> Target:
+        """Raises: HttpError where no engine runs; waits: or is about to."""
+        target = self._target()
+        if target.state == "running" or waits and target.state == "starting" and target.engine:
+            return target
+        raise HttpError(503, "no_engine", "no engine runs here" if target.state == "stopped" else
+                        f"the engine is {target.state}", "b9agent.py start",
+                        (("Retry-After", "10"),))
+
+    def _admit(self, client: ClientWire, ask: Ask) -> None:
+        """The one step before the engine.  Raises: HttpError, LimitReached, UsageError."""
+        target, caller = self._running_target(True), client.caller
+        model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
+        context = target.context_tokens
+        if limits.max_context_tokens is not None:
+            context = min(context, limits.max_context_tokens)
+            if ask.prompt_tokens * self._tokens_per_byte.get(model, 0.25) > context:
+                raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
+                                f"{context} tokens of context that you may use", "Send less")
+        job = _Job(self, client, caller, ask, target, model)
+        job.grant = self._ledger.reserve(caller.tenant, min(ask.prompt_tokens, context),
+                                         0 if ask.task == "embed" else ask.output_tokens, context)
+        client.exchange = job
+
+        def form() -> Any:
+            return engine_request(ask, target.engine, model, job.grant.output_tokens, context)
+        if client.charged_bytes > DOOR_BIG_BYTES:
+            self._beside(client, form, lambda asked: self._line_up(job, asked))
+        else:
+            self._line_up(job, form())
+
+    def _line_up(self, job: _Job, asked: Any) -> None:
+        job.asked, job.queued_s = asked, now_s()
+        tenant = job.caller.tenant
+        if len(self._waiting) >= self._limits.queue and not self._is_free(self._target(), job):
+            raise HttpError(429, "queue_full", f"{len(self._waiting)} requests wait for the engine",
+                            "Come again later", (("Retry-After", "5"),))
+        self._waiting[job] = job.queued_s + self._limits.queue_wait_s
+        self._queue.push(job, tenant.name, tenant.priority, job.model)
+        self._go_on()
+
+    def _is_free(self, target: Target, job: _Job) -> bool:
+        return target.state == "running" and self._on_engine.get(job.model, 0) < target.slots
+
+    def _go_on(self) -> None:
+        """Whose turn it is goes to the engine, as long as that takes more."""
+        if not self._waiting:
+            return
+        target = self._target()
+        while True:
+            job = self._queue.pop(lambda job: self._is_free(target, job))
+            if job is None:
+                return
+            self._waiting.pop(job, None)
+            if target.engine is not job.target.engine:
+                self.fail(job, 503, "engine_changed", "another engine runs now: ask again")
+            else:
+                self._send(job, target)
+
+    def _send(self, job: _Job, target: Target) -> None:
+        now = now_s()
+        job.sent_s = now
+        job.cold = job.model not in target.loaded and (
+            now - self._warm_s.get(job.model, -1e9) > DOOR_WARM_S)
+        self._running[job] = None
+        self._on_engine[job.model] = self._on_engine.get(job.model, 0) + 1
+        self._ledger.begin(job.grant, target.gpus)
+        job.wire = self._engine_wire(target.endpoint)
+        job.wire.ask(job, "POST", self._request(target.endpoint, "POST", job.asked.path,
+                                                job.asked.body))
+        name = job.caller.tenant.name
+        self._tally.histogram("b9agent_door_queue_seconds", (name,)).observe(now - job.queued_s)
+        if job.client is not None:
+            self._tally.histogram("b9agent_door_overhead_seconds", ()).observe(
+                max(0.0, job.queued_s - job.client.received_s) + now_s() - now)
+
+    def _engine_wire(self, endpoint: Endpoint) -> EngineWire:
+        if endpoint != self._idle_at:
+            for wire in self._idle:
+                wire.close()
+            self._idle, self._idle_at = collections.deque(), endpoint
+        while self._idle:
+            wire = self._idle.pop()
+            if not wire.dead:
+                return wire
+        return EngineWire(self._relay, endpoint, self._idle)
+
+    @staticmethod
+    def _request(endpoint: Endpoint, method: str, path: str, body: bytes) -> bytes:
+        """Nothing of the client's own head goes on to the engine."""
+        return (f"{method} {path} HTTP/1.1\r\nHost: {host_port(endpoint.host, endpoint.port)}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                f"User-Agent: b9agent/{VERSION}\r\n\r\n").encode("ascii") + body
+
+    # -- while it runs ----------------------------------------------------------
+
+    def first(self, job: _Job, at_s: float) -> None:
+        """The first token of an answer."""
+        job.first_s = at_s
+        self._warm_s[job.model] = at_s
+        self._tally.histogram("b9agent_door_first_token_seconds", (
+            job.caller.tenant.name, job.model)).observe(at_s - job.queued_s)
+
+    def between(self, job: _Job, seconds: float) -> None:
+        found = self._inter_token.get(job.model)
+        if found is None:
+            found = self._inter_token[job.model] = self._tally.histogram(
+                "b9agent_door_inter_token_seconds", (job.model,))
+        found.observe(seconds)
+
+    def whole_answer_came(self, job: _Job) -> None:
+        """An answer that is no stream, in the client's dialect."""
+        raw, client = bytes(job.whole), job.client
+        job.whole = None
+
+        def form() -> Any:
+            return whole_answer(job.ask, job.asked, job.status, raw, job.id)
+
+        def told(found: Any) -> None:
+            status, body, job.usage = found
+            self._warm_s[job.model] = now_s()
+            self.settle(job, status)
+            client.answer(Response(status, body, headers=(("X-Request-Id", job.id),)))
+        job.wire = None  # it may serve another already
+        if len(raw) > DOOR_BIG_BYTES:
+            self._beside(client, form, told)
+        else:
+            told(form())
+
+    def fail(self, job: _Job, status: int, code: str, what: str) -> None:
+        """End it, and say why in good form."""
+        client = job.client
+        self._cut(job)
+        self.settle(job, status)
+        if client is None or client.dead:
+            return
+        client.exchange = None
+        if job.flow is not None:
+            client.end_stream(job.flow.end(what))
+        else:
+            self.refuse(client, HttpError(status, code, what, headers=(
+                (("Retry-After", "5"),) if status == 503 else ())))
+
+    # -- settlement -------------------------------------------------------------
+
+    def _tokens_of(self, job: _Job) -> Tuple[int, int]:
+        """(prompt, completion): the engine's own figures; where it was cut off before it told them,
+        what was passed on, and what such a prompt has come to so far."""
+        usage = job.usage
+        if usage is None:
+            return 0, 0
+        completion = usage.pieces if usage.completion_tokens is None else usage.completion_tokens
+        if usage.prompt_tokens is not None:
+            return usage.prompt_tokens, completion
+        ratio = self._tokens_per_byte.get(job.model, 0.25)
+        return round(job.ask.prompt_tokens * ratio) if completion else 0, completion
+
+    def settle(self, job: _Job, status: int) -> None:
+        """The one step after the engine, whatever happened; a second time it does nothing."""
+        if job.settled:
+            return
+        job.settled = True
+        prompt, completion = self._tokens_of(job)
+        bill = self._ledger.settle(job.grant, prompt, completion)
+        if job in self._running:
+            del self._running[job]
+            left = self._on_engine[job.model] - 1
+            if left:
+                self._on_engine[job.model] = left
+            else:
+                del self._on_engine[job.model]
+        elif self._waiting.pop(job, None) is not None:
+            self._queue.remove(job)
+        if job.usage is not None and job.usage.prompt_tokens and job.ask.prompt_tokens:
+            self._tokens_per_byte[job.model] = prompt / job.ask.prompt_tokens
+        name, tally = job.caller.tenant.name, self._tally
+        tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
+        for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
+                               ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):
+            if amount:
+                tally.add(f"b9agent_door_{metric}_total", (name, job.model), amount)
+        if job.cold and job.status == 200:
+            loaded_s = job.usage.load_s if job.usage is not None else None
+            tally.add("b9agent_door_cold_starts_total", (job.model,))
+            tally.add("b9agent_door_cold_start_seconds_total", (job.model,), (
+                (job.first_s or now_s()) - job.sent_s) if loaded_s is None else loaded_s)
+        self._relay.soon(self._go_on)
+
+    # -- twice a second -----------------------------------------------------------
+
+    def _sweep(self) -> None:
+        now = now_s()
+        for wire in list(self._relay.wires):
+            if wire.until_s is not None and now > wire.until_s:
+                self._late(wire)
+            elif getattr(wire, "stalled_s", None) is not None and (
+                    now - wire.stalled_s > RELAY_SLOW_S):
+                wire.close()  # the engine has waited long enough for this reader
+        for job in list(self._running):
+            self._watch(job, now)
+        for job in [job for job, until_s in self._waiting.items() if now > until_s]:
+            self.fail(job, 503, "queue_wait", "the engine had no time for this request within "
+                      f"{self._limits.queue_wait_s:g} s")
+        while self._idle and self._idle[0].dead:
+            self._idle.popleft()
+        self._go_on()
+        self._tally.set("b9agent_door_streams", len(self._running))
+        self._tally.set("b9agent_door_waiting", len(self._waiting))
+        self._tally.set("b9agent_door_connections", len(self._clients))
+        if now > self._save_s:
+            self._save_s = now + DOOR_SAVE_S
+            self._relay.errand(self._ledger.save, self._saved)
+
+    def _saved(self, _result: Any, problem: Any) -> None:
+        if problem is not None:
+            self._log.defect(problem)
+
+    def _late(self, wire: Any) -> None:
+        if isinstance(wire, EngineWire):
+            if wire.exchange is None:
+                wire.close()
+            else:
+                wire.give_up(f"the engine took no connection within {ENGINE_CONNECT_S:g} s")
+        else:
+            wire.too_slow()
+
+    def _watch(self, job: _Job, now: float) -> None:
+        """A request that the engine has."""
+        if job.client is None and (job.model in self._target().loaded):
+            job.wire.cut()
+            self.settle(job, 499)
+        elif job.wire is not None and not job.wire.paused and (
+                job.wire.silent_s(job.sent_s) > self._limits.silence_s):
+            self.fail(job, 504, "engine_silent", "the engine said nothing for "
+                      f"{self._limits.silence_s:g} s")
+        else:
+            try:
+                self._ledger.extend(job.grant)
+            except LimitReached as error:
+                self.fail(job, error.status, error.limit, error.what)
 
 
 # ----------------------------------------------------------------------
