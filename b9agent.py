@@ -11601,7 +11601,7 @@ class FrontDoor:
         self._tally, self._limits, self._tls = tally, limits, tls
         self._relay = Relay("door", log, self._sweep)
         if tls is not None:
-            self._relay.waits = tls_waits()
+            self._relay.waits = TLS_WAITS()
         self._listeners: List[Listener] = []
         self._clients: Dict[ClientWire, None] = {}  # in the order in which they came
         self._queue = FairQueue()
@@ -11716,7 +11716,7 @@ class FrontDoor:
             wait = error.retry_after_s
             self.refuse(client, HttpError(error.status, error.code, error.what, error.hint, (
                 (("Retry-After", str(wait)),) if wait else ()) + (
-                    (("WWW-Authenticate", "Bearer"),) if error.status == 401 else ())))
+                    (("WWW-Authenticate", error.challenge),) if error.status == 401 else ())))
         except LimitReached as error:
             refusal = HttpError(error.status, error.limit, error.what, error.hint,
                                 (("Retry-After", str(error.retry_after_s)),))
@@ -11939,7 +11939,8 @@ class FrontDoor:
             now - self._warm_s.get(job.model, -1e9) > DOOR_WARM_S)
         self._running[job] = None
         self._on_engine[job.model] = self._on_engine.get(job.model, 0) + 1
-        self._ledger.begin(job.grant, target.gpus)
+        if not self._paid(job, self._ledger.begin, job.grant, target.gpus):
+            return
         job.wire = self._engine_wire(target.endpoint)
         job.wire.ask(job, "POST", self._request(target.endpoint, "POST", job.asked.path,
                                                 job.asked.body))
@@ -11948,6 +11949,15 @@ class FrontDoor:
         if job.client is not None:
             self._tally.histogram("b9agent_door_overhead_seconds", ()).observe(
                 max(0.0, job.queued_s - job.client.received_s) + now_s() - now)
+
+    def _paid(self, job: _Job, reserve: Callable[..., None], *given: Any) -> bool:
+        """Whether there is GPU time left for it; it is ended where there is not."""
+        try:
+            reserve(*given)
+        except LimitReached as error:
+            self.fail(job, error.status, error.limit, error.what)
+            return False
+        return True
 
     def _engine_wire(self, endpoint: Endpoint) -> EngineWire:
         if endpoint != self._idle_at:
@@ -12108,11 +12118,8 @@ class FrontDoor:
                 job.wire.silent_s(job.sent_s) > self._limits.silence_s):
             self.fail(job, 504, "engine_silent", "the engine said nothing for "
                       f"{self._limits.silence_s:g} s")
-        else:
-            try:
-                self._ledger.extend(job.grant)
-            except LimitReached as error:
-                self.fail(job, error.status, error.limit, error.what)
+        elif now >= job.grant.extend_at_s:
+            self._paid(job, self._ledger.extend, job.grant)
 
 
 # ----------------------------------------------------------------------

@@ -183,7 +183,7 @@ class Rig:
             "running", b9agent.ENGINE_BY_NAME[engine],
             b9agent.Endpoint("http", "127.0.0.1", self.engine.port), tuple(models), tuple(loaded),
             gpus, 8192, slots)
-        self.book = make_book(self.state, self.log, usd * 3600)
+        self.book = b9agent.TenantBook(self.state, self.log, bool(usd))
         self.ledger = b9agent.Ledger(os.path.join(self.state, "usage.json"), self.log, usd)
         self.tally = b9agent.DoorTally()
         self.access = b9agent.Access(self.book, oidc, whois, lambda: gateway, self.log)
