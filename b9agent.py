@@ -10688,7 +10688,8 @@ class Errands:
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
-    sweep(): called every RELAY_SWEEP_S while a connection is open.
+    sweep(): called every RELAY_SWEEP_S while a connection is open.  _lock guards _ended, and _wake's
+    life with it.
     """
 
     def __init__(self, name: str, log: Log, sweep: Callable[[], None]) -> None:
@@ -10701,16 +10702,19 @@ class Relay:
         self._selector.register(self._wake, _READ, None)
         self._closed: List[socket.socket] = []
         self.resting: List[Any] = []  # listeners, while no descriptor is to be had
-        self._stopping = False
+        self._stopping = self._ended = False
+        self._lock = threading.Lock()
         self.waits: Any = BlockingIOError  # what a socket raises that has to be asked again
         self.wires: Set[Any] = set()
         self._errands = Errands(f"{name}-errand", 8, 512)
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def call(self, function: Callable[[], None]) -> None:
-        """From any thread: to be called on the loop's own, soon."""
-        self._calls.append(function)
-        self._wake.set()
+        """From any thread: to be called on the loop's own, soon; never, once that has ended."""
+        with self._lock:
+            if not self._ended:
+                self._calls.append(function)
+                self._wake.set()
 
     def soon(self, function: Callable[[], None]) -> None:
         """From the loop's own: after this batch of events."""
@@ -10791,8 +10795,10 @@ class Relay:
         self.call(end)
         if self.thread.ident is not None:
             self.thread.join(5.0)
-        if not self.thread.is_alive():
-            self._wake.close()
+        with self._lock:
+            self._ended = True
+            if not self.thread.is_alive():
+                self._wake.close()
 
 
 class Wire:

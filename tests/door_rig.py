@@ -139,6 +139,7 @@ class ScriptedEngine:
         return True
 
     def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)  # who accepts in it would keep it open
         self._listener.close()
         for sock in self._socks:
             try:
