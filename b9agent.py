@@ -11899,8 +11899,13 @@ class FrontDoor:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
         job = _Job(self, client, caller, ask, target, model)
-        job.grant = self._ledger.reserve(caller.tenant, min(ask.prompt_tokens, context),
-                                         0 if ask.task == "embed" else ask.output_tokens, context)
+        # Who does not say how long an answer may be gets the room that is left: more than that is
+        # an error to vLLM.  Two bytes are a token where such prompts have not taught better.
+        ratio = max(0.5, 1.2 * self._tokens_per_byte.get(model, 0.0))
+        job.grant = self._ledger.reserve(
+            caller.tenant, min(ask.prompt_tokens, context),
+            0 if ask.task == "embed" else ask.output_tokens,
+            max(1, context - int(ask.prompt_tokens * ratio)))
         client.exchange = job
 
         def form() -> Any:
