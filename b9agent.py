@@ -10801,7 +10801,7 @@ class Relay:
                 self._wake.close()
 
 
-class Wire:
+class RelaySocket:
     """A socket of the relay, and what waits to be sent on it.  until_s: when the relay's owner
     ends it; None for never."""
 
@@ -10869,7 +10869,7 @@ class Wire:
         raise NotImplementedError
 
 
-class EngineWire(Wire):
+class EngineWire(RelaySocket):
     """A connection to the engine.  exchange: whose answer is on its way: it is told
 
     on_head(status, headers), on_body(piece) and, in every case and once, on_end(problem), with ""
@@ -11043,7 +11043,7 @@ class EngineWire(Wire):
         return now_s() - max(since_s, self._got_s)
 
 
-class ClientWire(Wire):
+class ClientWire(RelaySocket):
     """A connection of a client: one request after the other.
 
     owner: is told head_came(client), whole_came(client) once its body is there, too; drained(client)
