@@ -7701,6 +7701,18 @@ def gpus_for(facts: Optional[ModelFacts], hardware: Hardware,
     return best
 
 
+class Target(NamedTuple):
+    """TEMPORARY"""
+    state: str
+    engine: Optional[Engine]
+    endpoint: Optional[Endpoint]
+    models: Tuple[str, ...]
+    loaded: Tuple[str, ...]
+    gpus: int
+    context_tokens: int
+    slots: int
+
+
 class EngineFigures(NamedTuple):
     """name: "" where none was started.  state: "" where no agent runs."""
     name: str = ""
@@ -12867,7 +12879,7 @@ class FrontDoor:
         self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
         self._tokens_per_byte: Dict[str, float] = {}
         self._bodies_bytes = 0
-        self._save_s = 0.0
+        self._save_s, self._since_s = 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
 
     # -- its life -----------------------------------------------------------
@@ -13080,7 +13092,7 @@ class FrontDoor:
             sent = fields.get("model") or fields.get("name") or ""
             name = self._known(target, tenant, sent)
         if target.engine is None or not target.engine.many or client.route.dialect == "openai":
-            return encode_json(model_list_answer(task, names, name, target))
+            return encode_json(self._own_list(client.route, names, name, target))
         api = OllamaApi(target.endpoint)
         if task == "version":
             return encode_json({"version": api.version()})
@@ -13089,6 +13101,18 @@ class FrontDoor:
         rows = api.tags() if task == "tags" else api.loaded()
         return encode_json({"models": [row for row in rows
                                        if tenant.may_use(model_key(str(row.get("name"))))]})
+
+    def _own_list(self, route: DoorRoute, names: Sequence[str], name: str,
+                  target: Target) -> Dict[str, Any]:
+        """What an engine with one model is not asked for."""
+        context, since_s = target.context_tokens, self._since_s
+        if route.task == "version":
+            return {"version": OLLAMA_API}
+        if name:
+            return model_answer(route.path, name, context, since_s)
+        if route.task == "ps":
+            names = [each for each in names if each in target.loaded]
+        return model_list_answer(route.path, names, context, since_s)
 
     @staticmethod
     def _object(body: bytes) -> Any:
@@ -13164,6 +13188,11 @@ class FrontDoor:
 
     def _line_up(self, job: _Job, asked: Any) -> None:
         job.asked, job.queued_s = asked, now_s()
+        if not asked.path:  # there is nothing to ask: it is loaded
+            client = job.client
+            self.settle(job, 200)
+            client.answer(Response(200, asked.body))
+            return
         tenant = job.caller.tenant
         if len(self._waiting) >= self._limits.queue and not self._is_free(self._target(), job):
             raise HttpError(429, "queue_full", f"{len(self._waiting)} requests wait for the engine",
@@ -13253,11 +13282,11 @@ class FrontDoor:
 
     def whole_answer_came(self, job: _Job) -> None:
         """An answer that is no stream, in the client's dialect."""
-        raw, client = bytes(job.whole), job.client
+        raw, client, took_ns = bytes(job.whole), job.client, int((now_s() - job.sent_s) * 1e9)
         job.whole = None
 
         def form() -> Any:
-            return whole_answer(job.ask, job.asked, job.status, raw, job.id)
+            return whole_answer(job.ask, job.asked, job.status, raw, job.id, took_ns)
 
         def told(found: Any) -> None:
             status, body, job.usage = found

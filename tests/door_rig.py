@@ -1,4 +1,5 @@
 """A front door in this process, before an engine whose every byte a test writes itself."""
+import contextlib
 import importlib.util
 import json
 import os
@@ -139,7 +140,8 @@ class ScriptedEngine:
         return True
 
     def close(self):
-        self._listener.shutdown(socket.SHUT_RDWR)  # who accepts in it would keep it open
+        with contextlib.suppress(OSError):  # it is closed already
+            self._listener.shutdown(socket.SHUT_RDWR)  # who accepts in it would keep it open
         self._listener.close()
         for sock in self._socks:
             try:
