@@ -7701,18 +7701,6 @@ def gpus_for(facts: Optional[ModelFacts], hardware: Hardware,
     return best
 
 
-class Target(NamedTuple):
-    """TEMPORARY"""
-    state: str
-    engine: Optional[Engine]
-    endpoint: Optional[Endpoint]
-    models: Tuple[str, ...]
-    loaded: Tuple[str, ...]
-    gpus: int
-    context_tokens: int
-    slots: int
-
-
 class EngineFigures(NamedTuple):
     """name: "" where none was started.  state: "" where no agent runs."""
     name: str = ""
