@@ -8612,9 +8612,11 @@ class Api:
                 raise HttpError(400, "bad_json", f"the body is not strict JSON: {error}") from error
         return checked_fields(route.fields, given, "body")
 
-    def answer(self, head: RequestHead, read_body: Callable[[], bytes]) -> Response:
+    def answer(self, head: RequestHead, read_body: Callable[[], bytes],
+               under_tls: bool = False) -> Response:
         """Route, then authority, then the body, so that a stranger's megabytes are not read."""
-        self.check(head.headers)
+        if not under_tls:  # a client has checked the name by the certificate
+            self.check(head.headers)
         path, _, query_text = head.target.partition("?")
         route = self.route(head.method, path)
         caller = None if route.open else self._caller(head.headers)
@@ -8706,6 +8708,155 @@ def openapi(routes: Sequence[Route], title: str) -> Dict[str, Any]:
                 for status, text in sorted(texts.items())}}}
 
 
+# -- TLS ---------------------------------------------------------------
+
+TLS_LOOK_S = 10.0  # how often a server that is asked looks whether its certificate was renewed
+
+
+def wants_tls(host: str, tailnet: str = "") -> bool:
+    """The one rule: whether what is said at this address of ours may cross an open network.  What
+    comes to loopback never left the machine, and the tailnet encrypts.  tailnet: our address there.
+
+    >>> [wants_tls(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "box.lan")]
+    [False, False, False, True, True, True]
+    """
+    bare = host.lower()
+    bare = bare[7:] if bare.startswith("::ffff:") else bare
+    return not (bare in ("localhost", "::1", tailnet or "::1")
+                or re.fullmatch(r"127(\.[0-9]{1,3}){3}", bare))
+
+
+def _der_value(data: bytes, at: int) -> Tuple[int, int]:
+    """(begin, end) of the content of the value that stands there.  Source: X.690, 8.1."""
+    begin, length = at + 2, data[at + 1]
+    if length > 127:
+        begin += length - 128
+        length = int.from_bytes(data[at + 2:begin], "big")
+    return begin, begin + length
+
+
+def certificate_end_s(pem: str) -> Optional[float]:
+    """When the first certificate of a PEM text ends, in seconds since 1970.  The standard library
+    tells that of a peer's certificate alone.  Source: RFC 5280, 4.1."""
+    import binascii
+    import calendar
+    match = re.search("-----BEGIN CERTIFICATE-----([^-]+)-----END", pem)
+    try:
+        data = binascii.a2b_base64(match.group(1) if match else "")
+        at = _der_value(data, _der_value(data, 0)[0])[0]  # Certificate, in it TBSCertificate
+        for _ in range(4 if data[at] == 0xA0 else 3):  # version, serial, signature, issuer
+            at = _der_value(data, at)[1]
+        at = _der_value(data, _der_value(data, at)[0])[1]  # validity, in it behind notBefore
+        begin, end = _der_value(data, at)
+        text = data[begin:end].decode("ascii")
+        if data[at] == 0x17:  # UTCTime, of a year in two digits
+            text = ("20" if text < "5" else "19") + text
+        return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
+    except (ValueError, IndexError):
+        return None
+
+
+def TLS_WAITS() -> Tuple[Any, ...]:
+    """What a socket that does not block raises, under TLS too, where it would have to."""
+    import ssl
+    return BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+
+
+class ServerTls:
+    """A server's certificate and its key, taken up anew when their files change; what cannot be
+    used then leaves the old pair in use.
+
+    later: the files may come after this.  ends_s: when the certificate does, if that is known.
+    Raises: UsageError.
+    """
+
+    def __init__(self, cert_path: str, key_path: str, log: Log, later: bool = False) -> None:
+        self._paths, self._log = (cert_path, key_path), log
+        self._context: Any = None  # replaced whole
+        self.ends_s: Optional[float] = None
+        self._stamp, self._look_s = self._read_stamp(), now_s() + TLS_LOOK_S
+        if self._stamp or not later:
+            self._load()
+
+    def _read_stamp(self) -> Any:
+        try:
+            found = [os.stat(path) for path in self._paths]
+            return [(one.st_dev, one.st_ino, one.st_ctime_ns) for one in found]
+        except OSError:
+            return None
+
+    def _checked(self) -> str:
+        """The certificate's text, once it is clear that the files may be used."""
+        texts = [read_text(path) for path in self._paths]
+        for path, text, kind in zip(self._paths, texts, ("CERTIFICATE", "PRIVATE KEY")):
+            if text is None:
+                raise UsageError(f"cannot read {path}", "tls.cert and tls.key name two files that "
+                                 "the agent's user may read")
+            if not re.search(f"-----BEGIN [A-Z0-9 ]*{kind}-----", text):
+                raise UsageError(f"{path} holds no {kind.lower()} in PEM form",
+                                 "It is text with -----BEGIN …; tls.cert is the certificate with "
+                                 "its chain, tls.key its key")
+            if "PRIVATE KEY-----" in text:
+                refuse_if_shared(path, "a private key")
+                if "ENCRYPTED" in text:
+                    raise UsageError(f"the key in {path} has a passphrase, which nobody is here to "
+                                     "type", f"Make one without: openssl pkey -in {path} -out NEW")
+        return texts[0] or ""
+
+    def _load(self) -> None:
+        import ssl
+        (cert_path, key_path), text = self._paths, self._checked()
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.options |= (ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE
+                                | getattr(ssl, "OP_NO_RENEGOTIATION", 0))
+            context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; 1.3 has its own
+            context.set_alpn_protocols(["http/1.1"])
+            context.load_cert_chain(cert_path, key_path, password="")
+        except (OSError, ValueError) as error:  # SSLError; gone since it was read
+            reason = str(getattr(error, "reason", None) or error)
+            if "MISMATCH" in reason:
+                raise UsageError(f"the key in {key_path} is not that of the certificate in "
+                                 f"{cert_path}", "They are made as a pair: is one of them of "
+                                 "before the renewal, or tls.cert not the leaf first?") from error
+            raise UsageError(f"{cert_path} and {key_path} cannot be used: {reason}",
+                             f"`openssl x509 -in {cert_path} -text` says more") from error
+        self._context, self.ends_s = context, certificate_end_s(text)
+        if self.ends_s is not None and self.ends_s < time.time():
+            self._log("warning", "certificate_ended", path=cert_path, at=utc_stamp(self.ends_s),
+                      do="Clients will refuse it: renew it; the new one is taken up by itself")
+
+    def _look(self) -> None:
+        self._look_s = now_s() + TLS_LOOK_S
+        stamp = self._read_stamp()
+        if stamp == self._stamp:
+            return
+        self._stamp, begun = stamp, self._context is None
+        try:
+            self._load()
+        except UsageError as error:
+            self._log.error("certificate_not_taken", error, "warning",
+                            still=None if begun else "the one from before is in use")
+            return
+        self._log("info", "certificate_taken", path=self._paths[0],
+                  until=None if self.ends_s is None else utc_stamp(self.ends_s))
+
+    def context(self) -> Any:
+        """No waiting, but for a look at the files now and then.  Raises: OSError where there is no
+        certificate yet."""
+        if now_s() >= self._look_s:
+            self._look()
+        if self._context is None:
+            raise OSError(f"there is no certificate at {self._paths[0]} yet")
+        return self._context
+
+    def wrap(self, sock: socket.socket) -> Any:
+        """The same connection, under TLS once its do_handshake() is through; the socket that was
+        given is of no use any more.  Raises: OSError."""
+        return self.context().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+
+
 # -- a connection ------------------------------------------------------
 
 _HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -8793,12 +8944,44 @@ class _Connection:
     def __init__(self, sock: socket.socket, server: Any) -> None:
         self.sock = sock
         self._server, self._api = server, server.api
+        self._tls = server.tls  # until it is clear whether this connection has it
+        self._under_tls = False
         self._held = b""  # what came and was not looked at yet
         self._until_s = 0.0
         self._unread = False  # whether there is a body that nobody has read
         self.idle_until_s = now_s() + HTTP_REQUEST_LIMIT_S
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(0)
+
+    def _begin_tls(self, tls: ServerTls) -> None:
+        """What a connection to a TLS port begins with.  From this machine it may be plain, as the
+        command line's is: that crosses no network.  Raises: HttpError, _Gone."""
+        self._tls, self._unread = None, True
+        try:
+            self.sock.settimeout(HTTP_REQUEST_LIMIT_S)
+            if self.sock.recv(1, socket.MSG_PEEK) != b"\x16":  # a handshake, RFC 8446, 5.1
+                here, there = self.sock.getsockname()[0], self.sock.getpeername()[0]
+                if wants_tls(here) and here != there:
+                    raise HttpError(400, "https_wanted", "plain http on a port that speaks https",
+                                    "Use https:// with the same address. A token that came with "
+                                    "this crossed the network in clear text: make a new one")
+                return
+            self.sock = tls.wrap(self.sock)
+            self.sock.settimeout(HTTP_REQUEST_LIMIT_S)
+            self.sock.do_handshake()  # its limit is one for the whole of it
+        except (OSError, ValueError) as error:
+            self._api.log("debug", "no_tls", api=self._api.name, what=str(error)[:200])
+            raise _Gone from error
+        self._under_tls = True
+
+    def _end_tls(self) -> None:
+        """Say that what was sent was all of it; the answer to that is not waited for."""
+        if self._under_tls:
+            try:
+                self.sock.settimeout(0)
+                self.sock.unwrap()
+            except (OSError, ValueError):
+                pass  # it is closed next in any case
 
     def _receive(self, until_s: float, begun: bool = True) -> bytes:
         """More of a request, or the beginning of one.  Raises: HttpError, _Gone."""
@@ -8817,14 +9000,19 @@ class _Connection:
         return piece
 
     def _send(self, data: bytes) -> None:
+        """Not by sendall(), which under TLS has its limit anew for every 16 KiB."""
+        rest, until_s = memoryview(data), now_s() + HTTP_PEER_LIMIT_S
         try:
-            self.sock.settimeout(HTTP_PEER_LIMIT_S)
-            self.sock.sendall(data)
+            while rest:
+                self.sock.settimeout(_left_s(until_s))
+                rest = rest[self.sock.send(rest):]
         except OSError as error:
             raise _Gone from error
 
     def _read_head(self) -> RequestHead:
         """Raises: HttpError, _Gone."""
+        if self._tls is not None:
+            self._begin_tls(self._tls)
         held = self._held or self._receive(now_s() + HTTP_PEER_LIMIT_S, False)
         self._until_s = now_s() + HTTP_REQUEST_LIMIT_S
         self._unread = True
@@ -8857,6 +9045,7 @@ class _Connection:
         Closing on unread bytes makes the kernel reset the connection, and the answer may be lost.
         """
         until_s, left = now_s() + 2.0, HTTP_BODY_MAX_BYTES
+        self._end_tls()
         self.shut(socket.SHUT_WR)
         try:
             while left > 0:
@@ -8867,7 +9056,8 @@ class _Connection:
     def _answer(self, head: RequestHead) -> Response:
         """Whatever happens in it.  Raises: _Gone."""
         try:
-            response = self._api.answer(head, lambda: self._read_body(head.headers))
+            response = self._api.answer(head, lambda: self._read_body(head.headers),
+                                        self._under_tls)
             if not isinstance(response.body, bytes) and not hasattr(response.body, "__next__"):
                 response = response._replace(body=encode_json(response.body))
         except HttpError as error:
@@ -8891,6 +9081,8 @@ class _Connection:
     def answer_instant(self) -> bool:
         """Answer what has come, without waiting.  Raises: _Gone.  Returns: whether that could be:
         one whole request, of a path that is instant."""
+        if self._tls is not None:
+            return False
         try:
             self._held = self.sock.recv(65536)
             if not self._held:
@@ -8911,18 +9103,22 @@ class _Connection:
         return True
 
     def shut(self, how: int) -> None:
-        """From any thread."""
+        """From any thread.  Of TLS only the connection below it: SSLSocket's own shutdown() would
+        let who sends go on without it, in clear text."""
         try:
-            self.sock.shutdown(how)
+            socket.socket.shutdown(self.sock, how)
         except OSError:
             pass  # it ended by itself
 
     def _is_left(self) -> bool:
-        """Whether the reader of a stream has closed his side."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
+        """Whether the reader of a stream has closed his side.  What else he sent is kept."""
         try:
-            return bool(poll.poll(0)) and not self.sock.recv(1, socket.MSG_PEEK)
+            self.sock.settimeout(0)
+            piece = self.sock.recv(65536)
+            self._held += piece
+            return not piece or len(self._held) > HTTP_BODY_MAX_BYTES
+        except (BlockingIOError, *(TLS_WAITS() if self._under_tls else ())):
+            return False
         except OSError:
             return True
 
@@ -8972,18 +9168,20 @@ class _Connection:
         except Exception as error:  # in the middle of a stream: nothing more can be said
             self._api.defect(error, "")
         finally:
+            self._end_tls()
             self._server.left(self)
 
 
 class ApiServer:
-    """A listening socket, a thread that accepts, and one for each connection that needs it.
+    """A listening socket, a thread that accepts, and one for each connection that needs it, which
+    is also where its TLS handshake is done.
 
     Raises OSError where the address is not to be had.  _lock guards _connections (with their
     threads); _waiting (by descriptor) is the accepting thread's own.
     """
 
-    def __init__(self, api: Api, host: str, port: int) -> None:
-        self.api = api
+    def __init__(self, api: Api, host: str, port: int, tls: Optional[ServerTls] = None) -> None:
+        self.api, self.tls = api, tls
         self.stopping = False
         self.streams = threading.BoundedSemaphore(api.max_streams)
         self._lock = threading.Lock()
@@ -9007,7 +9205,7 @@ class ApiServer:
 
     @property
     def url(self) -> str:
-        return f"http://{host_port(self.host, self.port)}"
+        return f"{'https' if self.tls else 'http'}://{host_port(self.host, self.port)}"
 
     def _run(self) -> None:
         sweep_s = 0.0
@@ -9042,8 +9240,9 @@ class ApiServer:
                     self._connections[connection] = None
             if full:
                 error = self.api.failure(_too_many("too many connections are open", 1))
-                sock.send(render_response(error, len(error.body), "Connection: close\r\n")
-                          + error.body)
+                if self.tls is None:
+                    sock.send(render_response(error, len(error.body), "Connection: close\r\n")
+                              + error.body)
                 sock.close()
                 return
         except OSError:
@@ -9149,7 +9348,7 @@ class MetricsView(NamedTuple):
     request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
     where no agent runs, and then nobody knows the agent's counters either.  tunnel_state,
     tailnet_state: "" where there is none.  pods_state: "" where nobody looks; pods: how many of
-    each status."""
+    each status.  door: its DoorTally."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
     facts: HostFacts = HostFacts()
@@ -9167,6 +9366,7 @@ class MetricsView(NamedTuple):
     tailnet_state: str = ""
     pods_state: str = ""
     pods: Optional[Dict[str, int]] = None
+    door: Any = None
 
 
 Samples = List[Tuple[Dict[str, Any], Any]]  # (labels, value); a value of None is left out
@@ -9428,6 +9628,138 @@ def _is_number(value: Optional[float]) -> bool:
     return value is not None and -float("inf") < value < float("inf")
 
 
+class DoorMetric(NamedTuple):
+    """kind: counter, gauge, histogram.  buckets: the upper bounds of a histogram, but +Inf."""
+    name: str
+    kind: str
+    labels: Tuple[str, ...]
+    help: str
+    buckets: Tuple[float, ...] = ()
+
+
+_WAIT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+DOOR_METRICS = {row.name: row for row in (
+    DoorMetric("b9agent_door_requests_total", "counter", ("tenant", "model", "code"),
+               "Requests that the front door answered, by status."),
+    DoorMetric("b9agent_door_refusals_total", "counter", ("tenant", "reason"),
+               "Requests that it refused."),
+    DoorMetric("b9agent_door_prompt_tokens_total", "counter", ("tenant", "model"),
+               "Tokens of prompts, as the engine counts them."),
+    DoorMetric("b9agent_door_completion_tokens_total", "counter", ("tenant", "model"),
+               "Tokens of answers, as the engine counts them."),
+    DoorMetric("b9agent_door_gpu_seconds_total", "counter", ("tenant", "model"),
+               "Share of the time of GPUs, each counted."),
+    DoorMetric("b9agent_door_usd_total", "counter", ("tenant", "model"), "Price of that time."),
+    DoorMetric("b9agent_door_cold_starts_total", "counter", ("model",),
+               "Requests for which a model had to be loaded."),
+    DoorMetric("b9agent_door_cold_start_seconds_total", "counter", ("model",),
+               "Time that these loads took."),
+    DoorMetric("b9agent_door_first_token_seconds", "histogram", ("tenant", "model"),
+               "Time from a request to the first token of its answer.", _WAIT_BUCKETS),
+    DoorMetric("b9agent_door_inter_token_seconds", "histogram", ("model",),
+               "Time between two pieces of an answer.",
+               (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)),
+    DoorMetric("b9agent_door_queue_seconds", "histogram", ("tenant",),
+               "Time that a request waited for its turn.", _WAIT_BUCKETS),
+    DoorMetric("b9agent_door_overhead_seconds", "histogram", (),
+               "Time that the door itself added to a request.",
+               (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.1, 1.0)),
+    DoorMetric("b9agent_door_streams", "gauge", (), "Answers that are on their way."),
+    DoorMetric("b9agent_door_waiting", "gauge", (), "Requests that wait for their turn."),
+    DoorMetric("b9agent_door_connections", "gauge", (), "Open connections of clients."),
+)}
+DOOR_SERIES_MAX = 256  # of one metric; what comes after them is all "other"
+
+
+class _Series:
+    """One set of labels of a counter or a gauge."""
+
+    __slots__ = ("_head", "value")
+
+    def __init__(self, metric: DoorMetric, labels: Dict[str, Any]) -> None:
+        self._head = metric.name + _label_text(labels)
+        self.value = 0.0
+
+    def lines(self) -> List[str]:
+        return [f"{self._head} {self.value}"] if _is_number(self.value) else []
+
+
+class _Histogram:
+    """The same of a histogram.  observe(): of one thread at a time, and without a lock; a reader
+    may see a value that the sum does not have yet."""
+
+    __slots__ = ("_bounds", "_counts", "_sum", "_find", "_heads")
+
+    def __init__(self, metric: DoorMetric, labels: Dict[str, Any]) -> None:
+        from bisect import bisect_left
+        self._bounds, self._find = metric.buckets, bisect_left
+        self._counts, self._sum = [0] * (len(metric.buckets) + 1), 0.0
+        bounds = [_label_text(dict(labels, le=bound)) for bound in (*metric.buckets, "+Inf")]
+        self._heads = [f"{metric.name}_bucket{text}" for text in bounds] + [
+            f"{metric.name}_{part}{_label_text(labels)}" for part in ("sum", "count")]
+
+    def observe(self, seconds: float) -> None:
+        self._counts[self._find(self._bounds, seconds)] += 1
+        self._sum += seconds
+
+    def lines(self) -> List[str]:
+        total, counts = self._sum, []
+        for count in self._counts[:]:
+            counts.append(count + (counts[-1] if counts else 0))
+        return [f"{head} {value}" for head, value in zip(self._heads, [*counts, total, counts[-1]])]
+
+
+class DoorTally:
+    """What the front door counts, as DOOR_METRICS names it.  Labels are configured names, not what
+    a stranger sent; their number is bounded all the same.
+
+    _lock guards the dictionaries and what is added; nothing waits under it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: Dict[Any, Any] = {}  # by (name, labels): what add() looks for
+        self._series: Dict[str, Dict[str, Any]] = {name: {} for name in DOOR_METRICS}  # by text
+
+    def _of(self, name: str, labels: Tuple[str, ...]) -> Any:
+        found = self._found.get((name, labels))
+        if found is None:
+            metric, series = DOOR_METRICS[name], self._series[name]
+            shown = dict(zip(metric.labels, labels))
+            # By its text, which is cut: no series may stand in a page twice.
+            if len(series) >= DOOR_SERIES_MAX and _label_text(shown) not in series:
+                shown = dict.fromkeys(metric.labels, "other")
+            text, kind = _label_text(shown), _Histogram if metric.buckets else _Series
+            found = series.get(text) or series.setdefault(text, kind(metric, shown))
+            if len(self._found) < DOOR_SERIES_MAX * len(DOOR_METRICS):
+                self._found[name, labels] = found
+        return found
+
+    def add(self, name: str, labels: Tuple[str, ...] = (), amount: float = 1.0) -> None:
+        with self._lock:
+            self._of(name, labels).value += amount
+
+    def set(self, name: str, value: float) -> None:
+        with self._lock:
+            self._of(name, ()).value = value
+
+    def histogram(self, name: str, labels: Tuple[str, ...] = ()) -> Any:
+        """To be kept by who observes."""
+        with self._lock:
+            return self._of(name, labels)
+
+    def lines(self) -> Iterator[str]:
+        """From any thread.  What has not happened yet is left out."""
+        for name, metric in DOOR_METRICS.items():
+            with self._lock:
+                series = list(self._series[name].values())
+            if series:
+                yield f"# HELP {name} {metric.help}"
+                yield f"# TYPE {name} {metric.kind}"
+            for one in series:
+                yield from one.lines()
+
+
 def render_metrics(view: MetricsView) -> str:
     """The page.  A family of which nothing is known is left out whole."""
     lines: List[str] = []
@@ -9437,6 +9769,7 @@ def render_metrics(view: MetricsView) -> str:
         if rows:
             kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows]
+    lines += view.door.lines() if view.door else ()
     return "\n".join(lines) + "\n"
 
 
@@ -9726,11 +10059,11 @@ def agent_address(state_dir: AgentPlace) -> Tuple[Endpoint, Dict[str, str]]:
 
 
 def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
-              limit_s: float = 5.0) -> HttpReply:
+              limit_s: float = 5.0, max_bytes: int = 1 << 20) -> HttpReply:
     """GET something of the agent that runs on this state folder.  Raises: as agent_address()."""
     endpoint, headers = agent_address(state_dir)
     try:
-        reply = http_request("GET", endpoint, path, headers, None, limit_s)
+        reply = http_request("GET", endpoint, path, headers, None, limit_s, max_bytes)
     except HttpFailure as failure:
         raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
                                  "Its log says why: is it being started or stopped?") from failure
@@ -9806,7 +10139,8 @@ def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
 def read_agent_metrics(state_dir: str) -> bytes:
     """GET /metrics.  Raises: as ask_agent()."""
     return ask_agent(state_dir, "/metrics",
-                     lambda reply: reply.body.startswith(b"# HELP b9agent_")).body
+                     lambda reply: reply.body.startswith(b"# HELP b9agent_"),
+                     max_bytes=16 << 20).body
 
 
 # ----------------------------------------------------------------------
