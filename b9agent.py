@@ -1233,6 +1233,50 @@ def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
     return "".join(out)
 
 
+# -- JSON, as strictly -------------------------------------------------
+
+JSON_DEPTH_MAX = 32
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_number(text: str) -> Any:
+    if len(text) > 32 or abs(float(text)) == float("inf"):
+        raise ValueError("a number out of range")
+    return int(text) if re.fullmatch("-?[0-9]+", text) else float(text)
+
+
+def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is there twice")
+    return found
+
+
+def decode_json(raw: bytes) -> Any:
+    """Strictly RFC 8259: UTF-8, each name once, finite numbers, no half of a surrogate pair.
+
+    Nesting is bounded before the decoder, which recurses, sees it.  Raises: ValueError.
+    >>> decode_json(b'{"a": [1, 2.5, "["]}')
+    {'a': [1, 2.5, '[']}
+    """
+    text, depth, quoted = raw.decode("utf-8"), 0, False
+    for match in re.finditer(r'\\.|["\[{\]}]', text):
+        mark = match.group()
+        if mark == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += 1 if mark in "[{" else -1
+            if depth > JSON_DEPTH_MAX:
+                raise ValueError(f"nested deeper than {JSON_DEPTH_MAX}")
+    value = json.loads(text, object_pairs_hook=_json_pairs, parse_constant=_no_constant,
+                       parse_int=_json_number, parse_float=_json_number)
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
 # ----------------------------------------------------------------------
 # 3b. Settings                      reads the config file, the token file
 # ----------------------------------------------------------------------
@@ -1260,7 +1304,7 @@ def matching(pattern: str, expected: str,
 def number_within(what: str, lowest: int, highest: int,
                   kind: Callable[[str], Any] = float) -> Callable[[str], Any]:
     """A parser for a number without sign or exponent; of kind int also without a point."""
-    pattern = "[0-9]{1,8}" if kind is int else r"[0-9]{1,6}(\.[0-9]{1,3})?"
+    pattern = "[0-9]{1,13}" if kind is int else r"[0-9]{1,9}(\.[0-9]{1,3})?"
 
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text) or not lowest <= kind(text) <= highest:
@@ -1617,6 +1661,24 @@ def refuse_if_shared(path: str, what: str) -> None:
     if mode is not None:
         raise UsageError(f"{path} holds {what} and others may read it (mode {mode:04o})",
                          f"Mend it with: chmod 600 {path}")
+
+
+def kept_secret(path: str) -> str:
+    """The token in a file of ours, 0600; made at first use, and anew where others could read it.
+
+    Raises: UsageError.
+    """
+    token = (read_text(path, 4096) or "").strip()
+    if shared_mode(path) or not re.fullmatch(r"[0-9a-f]{64}", token):
+        token = os.urandom(32).hex()
+        try:
+            write_atomic(path, token + "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}",
+                             "The state folder must be writable; choose one with --state-dir"
+                             ) from error
+    REDACTOR.add(token)
+    return token
 
 
 def _given_here(flags: Dict[str, str], environ: Dict[str, str]) -> Dict[str, _Given]:
@@ -8304,6 +8366,840 @@ class Inference:
 
 
 # ----------------------------------------------------------------------
+# 11. Access    STATE/tenants.yaml, inference.token, usage.json; keys of OIDC
+# ----------------------------------------------------------------------
+# Who asks, and what is theirs.  A tenant is known by a token, of which only
+# the SHA-256 is kept, by what Tailscale says of the address, or by a token of
+# an OpenID provider; the gateway's router, which sends none, by its address.
+# What a request may cost is reserved before it and settled after it, so that
+# no burst gets past a limit.
+
+GATEWAY_TENANT, DEFAULT_TENANT = "gateway", "default"
+PRIORITIES = ("high", "normal", "low")
+TENANTS_MAX = 1000
+
+
+def glob_matches(pattern: str, text: str) -> bool:
+    """`*` stands for any characters, or none.
+
+    >>> glob_matches("llama*:8b", "llama3.1:8b"), glob_matches("a*a", "a")
+    (True, False)
+    """
+    first, *parts = pattern.split("*")
+    if not parts or not text.startswith(first):
+        return pattern == text
+    at = len(first)
+    for part in parts[:-1]:
+        at = text.find(part, at) + len(part)
+        if at < len(part):
+            return False
+    return text[at:].endswith(parts[-1])
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_allowed(patterns: Tuple[str, ...], key: str) -> bool:
+    short = key[:-len(":latest")] if key.endswith(":latest") else key
+    return any(glob_matches(pattern, key) or glob_matches(pattern, short) for pattern in patterns)
+
+
+class Limits(NamedTuple):
+    """Of one tenant; None is no limit.  Days are those of UTC."""
+    requests_per_minute: Optional[int] = None
+    concurrent_requests: Optional[int] = None
+    tokens_per_day: Optional[int] = None
+    gpu_seconds_per_day: Optional[float] = None
+    usd_per_day: Optional[float] = None
+    max_context_tokens: Optional[int] = None
+    max_output_tokens: Optional[int] = None
+
+
+class Tenant(NamedTuple):
+    """token_sha256: as hex; two while one token takes the other's place, the new one first, and the
+    old one counts until old_token_until, a time as utc_stamp() writes it, "" for ever."""
+    name: str
+    token_sha256: Tuple[str, ...] = ()
+    models: Tuple[str, ...] = ("*",)
+    admin: bool = False
+    priority: str = "normal"
+    limits: Limits = Limits()
+    tailnet: Tuple[str, ...] = ()
+    oidc: Tuple[str, ...] = ()
+    old_token_until: str = ""
+
+    def may_use(self, key: str) -> bool:
+        """key: of model_key()."""
+        return _is_allowed(self.models, key)
+
+
+def parse_model_pattern(text: str) -> str:
+    if not re.fullmatch(r"[\w.:/*@+-]{1,200}", text, re.ASCII):
+        raise ValueError("a model's name, with `*` for any characters")
+    return re.sub("^(registry.ollama.ai/)?(library/)?", "", text.lower()) if "*" in text else (
+        model_key(text))
+
+
+def parse_tailnet_name(text: str) -> str:
+    if not re.fullmatch(r"tag:[A-Za-z][A-Za-z0-9-]{0,62}|[^@\s,]{1,128}@[^@\s,*]{1,128}", text):
+        raise ValueError("ada@example.com, *@example.com for all of a domain, or tag:NAME (`*` "
+                         "alone would let in whoever is given a share of this machine)")
+    return text if text.startswith("tag:") else text.lower()
+
+
+_parse_count = number_within("a whole number", 1, 10**12, int)
+
+
+class TenantField(NamedTuple):
+    """A row: a name in tenants.yaml, and the flag of `tenant add`.  kind: metavar of the flag, ""
+    for a switch, "-" where there is no flag.  many: a list, with commas in the flag."""
+    key: str
+    kind: str
+    parse: Callable[[str], Any]
+    about: str
+    many: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.key.replace("_", "-")
+
+
+TENANT_FIELDS = (
+    TenantField("name", "-", matching("[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "at most 63 letters, "
+                                      "digits, dots, dashes and underscores"),
+                "what logs and metrics call it; `gateway` is the gateway's own router, which needs "
+                "no token"),
+    TenantField("token_sha256", "-", matching("[0-9a-fA-F]{64}", "64 hexadecimal digits, as "
+                                              "`tenant add` writes them", str.lower),
+                "SHA-256 of its token; two while one takes the other's place", True),
+    TenantField("old_token_until", "-", matching(
+        r"2[0-9]{3}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}Z", "a time such as 2026-01-31T12:00:00Z"),
+                "when the second of two tokens ends"),
+    TenantField("models", "PATTERNS", parse_model_pattern,
+                "models it may use, `*` for any characters; default: all", True),
+    TenantField("admin", "", parse_switch, "it may load, pull and delete models"),
+    TenantField("priority", "CLASS", one_of(*PRIORITIES),
+                "high, normal or low: who waits for a higher one; default normal"),
+    TenantField("tailnet", "NAMES", parse_tailnet_name,
+                "who of the tailnet it is, without a token: ada@example.com, *@example.com or "
+                "tag:NAME", True),
+    TenantField("oidc", "CLAIMS", matching(r"[^\s,*]([^,*]{0,253}[^\s,*])?", "a subject, an e-mail "
+                                           "address or group:NAME, without `*`"),
+                "who of the OpenID provider it is: a `sub`, a verified `email`, or group:NAME",
+                True),
+    TenantField("requests_per_minute", "N", number_within("a whole number", 1, 60000, int),
+                "requests in any 60 seconds"),
+    TenantField("concurrent_requests", "N", _parse_count, "requests at once, waiting ones too"),
+    TenantField("tokens_per_day", "N", _parse_count, "tokens of prompts and answers"),
+    TenantField("gpu_seconds_per_day", "SECONDS", number_within("seconds", 1, 10**8),
+                "seconds of a GPU; two GPUs for a second are two, and requests that are computed "
+                "together share them"),
+    TenantField("usd_per_day", "USD", number_within("dollars", 0, 10**6),
+                "the same in money; wants inference.gpu_usd_per_hour"),
+    TenantField("max_context_tokens", "N", _parse_count, "largest context of a request"),
+    TenantField("max_output_tokens", "N", _parse_count, "longest answer; more is cut to it"),
+)
+TENANT_FIELD_BY_KEY = {row.key: row for row in TENANT_FIELDS}
+
+
+def _field_value(row: TenantField, node: Node) -> Any:
+    """Raises: ValueError with what is expected."""
+    items = node.value if isinstance(node.value, list) and row.many else [node]
+    if not items or any(not isinstance(item.value, str) or item == Node("", item.line, True)
+                        for item in items):
+        raise ValueError("a list, or one value" if row.many else "one value")
+    values = tuple(dict.fromkeys(row.parse(item.value) for item in items))
+    return values if row.many else values[0]
+
+
+def _tenant_faults(values: Dict[str, Any], priced: bool) -> Iterator[Tuple[str, str]]:
+    """(what is wrong, what is expected) of a tenant whose values are each of their kind."""
+    name, known_by = values.get("name", "").lower(), {"token_sha256", "tailnet", "oidc"}
+    if not name:
+        yield "it has no name", "`name: NAME`"
+    elif name == DEFAULT_TENANT:
+        yield "this is the tenant of a machine without this file", "another name"
+    elif name == GATEWAY_TENANT and (known_by | {"admin", "old_token_until"}) & values.keys():
+        yield "the gateway is known by its address alone", "models, priority and limits only"
+    elif name != GATEWAY_TENANT and not known_by & values.keys():
+        yield "nobody could be this tenant", "one of token_sha256, tailnet, oidc"
+    if len(values.get("token_sha256", ())) > 2:
+        yield "it has more than two tokens", "one, and for a while the old one"
+    if "usd_per_day" in values and not priced:
+        yield "`usd_per_day` without a price", "inference.gpu_usd_per_hour to be set"
+
+
+def _tenant_of(node: Node, path: str, priced: bool) -> Tenant:
+    """Raises: UsageError."""
+    if not isinstance(node.value, dict):
+        raise UsageError(f"{path}:{node.line}: this is no tenant, expected `- name: NAME` and what "
+                         "is theirs in lines below it")
+    named = node.value.get("name")
+    who = f"tenant `{printable(str(named.value)[:63])}`" if named else "a tenant"
+    values: Dict[str, Any] = {}
+    for key, child in node.value.items():
+        if key not in TENANT_FIELD_BY_KEY:
+            raise UsageError(f"{path}:{child.line}: {who}: unknown name `{printable(key[:60])}`, "
+                             f"expected {_nearest(key, TENANT_FIELD_BY_KEY, 'config --tenants')}")
+        try:
+            values[key] = _field_value(TENANT_FIELD_BY_KEY[key], child)
+        except ValueError as error:  # of a token, for which the wrong thing was pasted, no value
+            shown = f" `{printable(str(child.value)[:60])}`" if isinstance(
+                child.value, str) and key != "token_sha256" else ""
+            raise UsageError(f"{path}:{child.line}: {who}: `{key}`{shown} cannot be used, expected "
+                             f"{error}") from error
+    for what, expected in _tenant_faults(values, priced):
+        raise UsageError(f"{path}:{node.line}: {who}: {what}, expected {expected}")
+    limits = Limits(**{key: values.pop(key) for key in Limits._fields if key in values})
+    return Tenant(limits=limits, **values)
+
+
+def tenants_of(tree: Node, path: str, priced: bool) -> Tuple[Tenant, ...]:
+    """priced: whether a GPU's hour has a price.  Raises: UsageError with file, line and tenant."""
+    listed = tree.value.get("tenants", Node(None, 1))
+    for name in tree.value.keys() - {"tenants"}:
+        raise UsageError(f"{path}:{tree.value[name].line}: unknown name `{printable(name[:60])}`, "
+                         "expected `tenants`")
+    rows = [] if listed.value == "" and listed.plain else listed.value
+    if not isinstance(rows, list) or len(rows) > TENANTS_MAX:
+        raise UsageError(f"{path}:{listed.line}: no list of tenants, expected `tenants:` and below "
+                         f"it {TENANTS_MAX} at most, each begun with `- name: NAME`")
+    seen: Dict[Tuple[str, str], str] = {}
+    found = []
+    for node in rows:
+        tenant = _tenant_of(node, path, priced)
+        for key in ("name", "token_sha256", "tailnet", "oidc"):
+            values = (tenant.name.lower(),) if key == "name" else getattr(tenant, key)
+            for value in values:
+                other = seen.setdefault((key, value), tenant.name)
+                if other is not tenant.name:
+                    shown = "" if key == "token_sha256" else f" `{printable(value)}`"
+                    raise UsageError(f"{path}:{node.line}: tenant `{tenant.name}`: {key}{shown} is "
+                                     f"that of tenant `{other}` too, expected each once")
+        found.append(tenant)
+    return tuple(found)
+
+
+def load_tenants(path: str, priced: bool) -> Tuple[Tenant, ...]:
+    """Raises: UsageError."""
+    refuse_if_shared(path, "who may use the models")
+    return tenants_of(_read_config_tree(path, True), path, priced)
+
+
+def token_hash(token: str) -> str:
+    import hashlib
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _file_stamp(path: str) -> Optional[Tuple[int, ...]]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
+
+
+class TenantTables(NamedTuple):
+    """The tenants, by what they are known by.  gateway: None where nobody is let in."""
+    tenants: Tuple[Tenant, ...] = ()
+    by_hash: Dict[str, Tenant] = {}
+    by_tailnet: Dict[str, Tenant] = {}
+    by_oidc: Dict[str, Tenant] = {}
+    gateway: Optional[Tenant] = None
+
+
+def tables_of(tenants: Tuple[Tenant, ...]) -> TenantTables:
+    def by(key: str) -> Dict[str, Tenant]:
+        return {value: tenant for tenant in tenants for value in getattr(tenant, key)}
+    gateway = [tenant for tenant in tenants if tenant.name.lower() == GATEWAY_TENANT]
+    return TenantTables(tenants, by("token_sha256"), by("tailnet"), by("oidc"),
+                        gateway[0]._replace(name=GATEWAY_TENANT) if gateway else
+                        Tenant(GATEWAY_TENANT))
+
+
+class TenantBook:
+    """STATE/tenants.yaml as it is now; without it one tenant, with the token of inference.token.
+
+    tables is replaced whole.  _lock is held while the files are read: who needs them waits.
+    """
+
+    def __init__(self, state_dir: str, log: Log, priced: bool,
+                 clock: Callable[[], float] = now_s) -> None:
+        self._path = os.path.join(state_dir, "tenants.yaml")
+        self._token_path = os.path.join(state_dir, "inference.token")
+        self._log, self._priced, self._clock = log, priced, clock
+        self._lock = threading.Lock()
+        self._stamp: Any = ()
+        self._look_s, self._changed = 0.0, True
+        self.tables = TenantTables()
+        self.refresh()
+
+    def _stamp_now(self) -> Any:
+        return _file_stamp(self._path) or (_file_stamp(self._token_path),)
+
+    def stale(self) -> bool:
+        """Whether refresh() has something to do; a look at the file once a second.  No waiting."""
+        now = self._clock()
+        if now >= self._look_s:
+            self._look_s = now + 1.0
+            self._changed = self._stamp_now() != self._stamp
+        return self._changed
+
+    def refresh(self) -> None:
+        """Reads what has changed.  A file that cannot be used leaves what was in force, which at
+        the start is nobody."""
+        with self._lock:
+            stamp = self._stamp_now()
+            if stamp != self._stamp:
+                try:
+                    self.tables = tables_of(self._load(len(stamp) > 1))
+                except UsageError as error:
+                    kept = ("Those known before stay in force" if self.tables.tenants
+                            or self.tables.gateway else "Until then nobody is let in")
+                    self._log("error", "tenants_refused", what=error.what,
+                              do=" ".join(filter(None, (error.hint and error.hint + ".", kept))))
+                else:
+                    self._log("info", "tenants", names=len(self.tables.tenants),
+                              file=self._path if len(stamp) > 1 else None)
+                self._stamp = stamp if len(stamp) > 1 else self._stamp_now()
+            self._changed = False
+
+    def _load(self, listed: bool) -> Tuple[Tenant, ...]:
+        if listed:
+            return load_tenants(self._path, self._priced)
+        return (Tenant(DEFAULT_TENANT, (token_hash(kept_secret(self._token_path)),), admin=True),)
+
+
+# -- who asks ------------------------------------------------------------
+
+TOKEN_FAILURES, TOKEN_FAILURES_S = 10, 60.0  # of an address, before it has to wait
+WHOIS_KEPT_S, WHOIS_FAILURE_KEPT_S = 60.0, 5.0
+ACCESS_KEPT = 4096                           # addresses, and verified tokens, that are remembered
+
+
+class Caller(NamedTuple):
+    """identity: token, gateway, tailnet:LOGIN or oidc:SUB."""
+    tenant: Tenant
+    identity: str
+
+
+class WhoIs(NamedTuple):
+    """Who a tailnet says that an address is.  A node with tags is theirs, and no person's."""
+    login: str
+    tags: Tuple[str, ...]
+    node: str
+
+
+class AccessRefused(Exception):
+    """status: 401, 403 or 429.  challenge: the WWW-Authenticate of a 401."""
+
+    challenge = 'Bearer realm="b9agent"'
+
+    def __init__(self, status: int, code: str, what: str, hint: str = "",
+                 retry_after_s: Optional[int] = None) -> None:
+        super().__init__(what)
+        self.status, self.code, self.what, self.hint = status, code, what, hint
+        self.retry_after_s = retry_after_s
+
+
+def credentials(headers: Dict[str, str]) -> Optional[str]:
+    """The token that a request brings; None where it brings none.  Raises: AccessRefused."""
+    given, key = headers.get("authorization"), headers.get("x-api-key")
+    if given is None:
+        return key
+    scheme, _, token = given.partition(" ")
+    token = token.strip(" ")
+    if scheme.lower() != "bearer" or not token or key not in (None, token):
+        raise AccessRefused(401, "bad_credentials", "the Authorization header is of no use here",
+                            "Authorization: Bearer TOKEN, or x-api-key: TOKEN")
+    return token
+
+
+def plain_address(host: str) -> str:
+    """
+    >>> plain_address("::ffff:10.0.0.1"), plain_address("fe80::1%eth0")
+    ('10.0.0.1', 'fe80::1')
+    """
+    return host[7:] if host.startswith("::ffff:") and "." in host else host.partition("%")[0]
+
+
+def _address_block(host: str) -> str:
+    """An IPv6 address by its /64, which one customer has whole."""
+    try:
+        return socket.inet_pton(socket.AF_INET6, host)[:8].hex() if ":" in host else host
+    except OSError:
+        return host
+
+
+class Recent:
+    """What is remembered of at most ACCESS_KEPT keys; those that were used last.
+
+    _lock guards _items."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._items: Any = collections.OrderedDict()
+
+    def get(self, key: Any) -> Any:
+        with self._lock:
+            if key not in self._items:
+                return None
+            self._items.move_to_end(key)
+            return self._items[key]
+
+    def put(self, key: Any, value: Any) -> None:
+        with self._lock:
+            self._items[key] = value
+            self._items.move_to_end(key)
+            if len(self._items) > ACCESS_KEPT:
+                self._items.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._items.clear()
+
+
+class Access:
+    """Whose a request is.  Credentials that it brings count alone: bad ones are refused, and never
+    looked past.  whois(host, port) may take its time; gateway_addresses() may not."""
+
+    def __init__(self, book: TenantBook, oidc: Optional["Oidc"],
+                 whois: Callable[[str, int], Optional[WhoIs]],
+                 gateway_addresses: Callable[[], Sequence[str]], log: Log,
+                 clock: Callable[[], float] = now_s) -> None:
+        self._book, self._oidc, self._whois, self._log = book, oidc, whois, log
+        self._gateway_addresses, self._clock = gateway_addresses, clock
+        self._failures, self._known = Recent(), Recent()
+
+    def recognise(self, headers: Dict[str, str], peer: Tuple[str, int],
+                  on_tailnet: bool) -> Optional[Caller]:
+        """None where identify() is to be asked.  No waiting.  Raises: AccessRefused."""
+        if self._book.stale():
+            return None
+        return self._find(headers, peer, on_tailnet, False)
+
+    def identify(self, headers: Dict[str, str], peer: Tuple[str, int],
+                 on_tailnet: bool) -> Caller:
+        """As recognise(), with what takes time.  Raises: AccessRefused."""
+        self._book.refresh()
+        return self._find(headers, peer, on_tailnet, True)
+
+    def _find(self, headers: Dict[str, str], peer: Tuple[str, int], on_tailnet: bool,
+              wait: bool) -> Any:
+        host = plain_address(peer[0])
+        try:
+            token = credentials(headers)
+        except AccessRefused as refused:
+            raise self._failed(host, refused)
+        if token is not None:
+            return self._by_token(token, host, wait)
+        gateway = self._book.tables.gateway
+        if gateway is not None and host in self._gateway_addresses():
+            return Caller(gateway, "gateway")
+        if on_tailnet and self._book.tables.by_tailnet:
+            return self._by_tailnet(host, peer[1], wait)
+        raise AccessRefused(401, "no_token", "this machine's models want a token",
+                            "Send Authorization: Bearer TOKEN; `b9agent.py tenant add` makes one")
+
+    def _failed(self, host: str, refused: AccessRefused) -> AccessRefused:
+        """What to answer to credentials that are no use; guesses are slowed down."""
+        now, block = self._clock(), _address_block(host)
+        times = [at for at in self._failures.get(block) or () if at > now - TOKEN_FAILURES_S]
+        if len(times) < TOKEN_FAILURES:
+            self._failures.put(block, (*times, now))
+            if len(times) == TOKEN_FAILURES - 1:
+                self._log("warning", "bad_tokens", address=host, times=TOKEN_FAILURES,
+                          do="More from there are put off for a minute")
+            return refused
+        wait_s = int(times[0] + TOKEN_FAILURES_S - now) + 1
+        return AccessRefused(429, "too_many_failures", "too many bad tokens came from this address",
+                             f"Come again in {wait_s} s, with a good one", wait_s)
+
+    def _by_token(self, token: str, host: str, wait: bool) -> Optional[Caller]:
+        import hmac
+        digest = token_hash(token)
+        tenant = self._book.tables.by_hash.get(digest)
+        if tenant is not None:
+            place = [hmac.compare_digest(digest, kept) for kept in tenant.token_sha256].index(True)
+            if not place or not tenant.old_token_until or utc_stamp() < tenant.old_token_until:
+                return Caller(tenant, "token")
+        if self._oidc is not None and token.count(".") == 2:
+            return self._by_claims(token, digest, host, wait)
+        raise self._failed(host, AccessRefused(
+            401, "bad_token", "this token is not one of a tenant",
+            "Was it rotated? `b9agent.py tenant rotate NAME` makes a new one"))
+
+    def _by_claims(self, token: str, digest: str, host: str, wait: bool) -> Optional[Caller]:
+        claims = self._oidc.known(digest)
+        if claims is None and not wait:
+            return None
+        try:
+            claims = claims or self._oidc.verify(token, digest)
+        except ValueError as error:
+            raise self._failed(host, AccessRefused(
+                401, "bad_token", f"this token cannot be used: {error}", "Get a new one"))
+        by_oidc = self._book.tables.by_oidc
+        tenant = next((by_oidc[name] for name in claims.names if name in by_oidc), None)
+        who = printable(claims.subject)
+        if tenant is None:
+            raise AccessRefused(403, "no_tenant", f"{who} is none of this machine's tenants",
+                                "Its owner can name you under `oidc` of one, in tenants.yaml")
+        return Caller(tenant, f"oidc:{who}")
+
+    def _by_tailnet(self, host: str, port: int, wait: bool) -> Optional[Caller]:
+        until_s, found = self._known.get(host) or (0.0, None)
+        if self._clock() >= until_s:
+            if not wait:
+                return None
+            found = self._whois(host, port)
+            self._known.put(host, (self._clock() + (WHOIS_KEPT_S if found else
+                                                    WHOIS_FAILURE_KEPT_S), found))
+        if found is None:
+            raise AccessRefused(401, "no_token", "Tailscale does not say who asks, and no token "
+                                "came", "Send Authorization: Bearer TOKEN")
+        by_tailnet, login = self._book.tables.by_tailnet, found.login.lower()
+        names = found.tags or (login,)
+        tenant = next((by_tailnet[name] for name in names if name in by_tailnet), None)
+        if tenant is None and not found.tags:
+            tenant = next((other for pattern, other in by_tailnet.items() if "*" in pattern
+                           and glob_matches(pattern, login)), None)
+        who = printable(",".join(names)[:200])
+        if tenant is None:
+            raise AccessRefused(403, "no_tenant", f"{who} is none of this machine's tenants",
+                                "Its owner can name you under `tailnet` of one, in tenants.yaml")
+        return Caller(tenant, f"tailnet:{who}")
+
+
+# -- what is theirs ------------------------------------------------------
+
+GPU_SLICE_S, GPU_SPARE_S = 30.0, 0.5  # reserved at a time, and how early more is to be asked for
+GPU_LEAST_S = 1.0                     # less than this is nothing
+HELD_RETRY_S = 5                      # where a tenant's own requests hold what is left
+USAGE_FIELDS = ("requests", "prompt_tokens", "completion_tokens", "gpu_seconds", "usd")
+
+
+class LimitReached(Exception):
+    """limit: its name in Limits.  numbers: what it is, what is used and held, what was asked."""
+
+    def __init__(self, limit: str, what: str, retry_after_s: int, numbers: Dict[str, Any]) -> None:
+        super().__init__(what)
+        self.limit, self.what, self.numbers = limit, what, numbers
+        self.status = 402 if limit == "usd_per_day" else 429
+        self.retry_after_s = max(1, retry_after_s)
+        self.hint = f"Come again in {self.retry_after_s} s, or ask this machine's owner for more"
+
+
+class Bill(NamedTuple):
+    gpu_seconds: float
+    usd: float
+
+
+class _Account:
+    """A tenant's day, and what is reserved now."""
+    __slots__ = USAGE_FIELDS + ("active", "held_tokens", "held_gpu_s", "times")
+
+    def __init__(self) -> None:
+        self.active = self.held_tokens = 0
+        self.held_gpu_s, self.times = 0.0, collections.deque()
+        self.clear()
+
+    def clear(self) -> None:
+        self.requests = self.prompt_tokens = self.completion_tokens = 0
+        self.gpu_seconds = self.usd = 0.0
+
+    def usage(self) -> Dict[str, Any]:
+        return {field: getattr(self, field) for field in USAGE_FIELDS}
+
+
+class Grant:
+    """What was reserved for one request.  output_tokens: it may come to so many.  extend_at_s: when
+    Ledger.extend() is due at the latest, on its clock.  bill: what it has come to so far."""
+    __slots__ = ("tenant", "account", "output_tokens", "tokens", "gpus", "mark", "held_gpu_s",
+                 "extend_at_s", "bill", "settled")
+
+    def __init__(self, tenant: Tenant, account: _Account, tokens: int, output_tokens: int) -> None:
+        self.tenant, self.account, self.tokens = tenant, account, tokens
+        self.output_tokens, self.gpus, self.mark = output_tokens, None, 0.0
+        self.held_gpu_s, self.extend_at_s = 0.0, float("inf")
+        self.bill, self.settled = Bill(0.0, 0.0), False
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e18
+
+
+def _is_day(value: Any) -> bool:
+    return isinstance(value, int) and _is_amount(value)
+
+
+def read_usage(path: str, today: int) -> Optional[Tuple[int, Dict[str, Dict[str, Any]]]]:
+    """(day since 1970, {tenant: what it has used}) of usage.json; None for what is not ours.  A
+    clock that was set back within a day opens no new one; further back it was wrong before."""
+    found = _json_object((read_text(path, 8 << 20) or "").encode("utf-8"))
+    day, rows = found.get("day"), found.get("tenants")
+    if not _is_day(day) or not isinstance(rows, dict) or not all(
+            isinstance(row, dict) and all(_is_amount(row.get(field)) for field in USAGE_FIELDS)
+            for row in rows.values()):
+        return None
+    return (day, rows) if today <= day <= today + 1 else (today, {})
+
+
+class Ledger:
+    """What each tenant has used today, and what its running requests may still come to.
+
+    Requests that are computed at once share the GPUs: _share_s grows by the n-th part of the time
+    that passes while n run, so that what one has had is the difference between two readings.
+    _lock guards all.  Accounts are those of tenants in the file; a day's turn forgets idle ones.
+    """
+
+    def __init__(self, path: Optional[str], log: Log, usd_per_gpu_second: Optional[float],
+                 clock: Callable[[], float] = now_s, wall: Callable[[], float] = time.time) -> None:
+        self._path, self._log, self._price = path, log, usd_per_gpu_second or 0.0
+        self._clock, self._wall, self._lock = clock, wall, threading.Lock()
+        self._accounts: Dict[str, _Account] = {}
+        self._running, self._share_s, self._last_s = 0, 0.0, 0.0
+        self._dirty = self._failing = False
+        self._day = int(wall() // 86400)
+        if path is not None and os.path.lexists(path):
+            kept = read_usage(path, self._day)
+            self._day, rows = kept or (self._day, {})
+            for name, row in rows.items():
+                account = self._accounts.setdefault(name, _Account())
+                for field in USAGE_FIELDS:
+                    setattr(account, field, row[field])
+            if kept is None:
+                log("warning", "usage_file", what=f"{path} is not one of ours",
+                    do="What tenants have used today is counted from 0")
+
+    def reserve(self, tenant: Tenant, prompt_tokens: int, output_tokens: Optional[int],
+                default_output_tokens: int) -> Grant:
+        """prompt_tokens: no fewer than it can be.  output_tokens: asked for, None where the client
+        did not say.  No waiting.  Raises: LimitReached, and then it has cost nothing."""
+        limits = tenant.limits
+        with self._lock:
+            now = self._turn()
+            account = self._accounts.get(tenant.name)
+            if account is None:
+                account = self._accounts[tenant.name] = _Account()
+            if limits.concurrent_requests is not None and (
+                    account.active >= limits.concurrent_requests):
+                raise self._reached("concurrent_requests", tenant, account.active, 0, 1, 1)
+            self._check_rate(tenant, account, now)
+            self._check_gpu(tenant, account, GPU_LEAST_S)
+            output = self._output(tenant, account, prompt_tokens, output_tokens,
+                                  default_output_tokens)
+            if limits.requests_per_minute is not None:
+                account.times.append(now)
+            account.active += 1
+            account.held_tokens += prompt_tokens + output
+            return Grant(tenant, account, prompt_tokens + output, output)
+
+    def begin(self, grant: Grant, gpus: int) -> None:
+        """The engine works on it from now on.  No waiting.  Raises: LimitReached."""
+        with self._lock:
+            if grant.settled or grant.gpus is not None:
+                return
+            now = self._turn()
+            self._hold(grant, gpus, now)
+            self._pass(now)
+            grant.gpus, grant.mark = gpus, self._share_s
+            self._running += 1
+
+    def extend(self, grant: Grant) -> None:
+        """Reserve another slice of time.  No waiting.  Raises: LimitReached, and the caller ends
+        the request."""
+        with self._lock:
+            if not grant.settled and grant.gpus:
+                now = self._turn()
+                self._charge(grant, now)
+                self._hold(grant, grant.gpus, now)
+
+    def settle(self, grant: Grant, prompt_tokens: int, completion_tokens: int) -> Bill:
+        """Once, at its end; a second time changes nothing.  No waiting."""
+        account = grant.account
+        with self._lock:
+            if grant.settled:
+                return grant.bill
+            self._charge(grant, self._turn())
+            grant.settled = self._dirty = True
+            self._running -= grant.gpus is not None
+            account.active -= 1
+            account.held_tokens -= grant.tokens
+            account.requests += 1
+            account.prompt_tokens += prompt_tokens
+            account.completion_tokens += completion_tokens
+            if not account.active:
+                account.held_gpu_s = 0.0  # exactly: sums of fractions are not
+            return grant.bill
+
+    def usage(self) -> Dict[str, Dict[str, Any]]:
+        """Of today; running: requests that are not settled."""
+        with self._lock:
+            self._turn()
+            return {name: dict(account.usage(), running=account.active)
+                    for name, account in self._accounts.items()}
+
+    def save(self) -> None:
+        """To STATE/usage.json, where something has changed."""
+        with self._lock:
+            self._turn()
+            if not self._dirty or self._path is None:
+                return
+            self._dirty = False
+            record = {"day": self._day, "date": utc_stamp(self._day * 86400)[:10], "tenants": {
+                name: account.usage() for name, account in self._accounts.items()}}
+        try:
+            write_atomic(self._path, json.dumps(record, indent=1) + "\n")
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._log("error", "usage_not_kept", what=f"{self._path}: {error.strerror}",
+                          do="It is known until the agent ends, and tried again")
+            self._dirty = self._failing = True
+
+    # -- under the lock
+
+    def _turn(self) -> float:
+        """The clock, after a new day has begun where it has."""
+        day = int(self._wall() // 86400)
+        if day > self._day or day < self._day - 1:
+            now = self._clock()
+            self._accounts = {name: account for name, account in self._accounts.items()
+                              if account.active or account.times and account.times[-1] > now - 60.0}
+            for account in self._accounts.values():
+                account.clear()
+            self._day, self._dirty = day, True
+        return self._clock()
+
+    def _reached(self, limit: str, tenant: Tenant, used: float, held: float, asked: float,
+                 retry_after_s: Optional[int] = None) -> LimitReached:
+        """retry_after_s: None where tomorrow is the time, or sooner where it is but held."""
+        allowed = getattr(tenant.limits, limit)
+        if retry_after_s is None:
+            midnight = int((self._day + 1) * 86400 - self._wall()) + 1
+            retry_after_s = HELD_RETRY_S if used + asked <= allowed else midnight
+        numbers = rounded({"limit": allowed, "used": used, "held": held, "asked": asked})
+        return LimitReached(limit, f"{limit} of tenant {tenant.name} is {allowed:.10g}: "
+                            f"{used + held:.10g} are used or reserved, and this request wants "
+                            f"{asked:.10g}", retry_after_s, numbers)
+
+    def _check_rate(self, tenant: Tenant, account: _Account, now: float) -> None:
+        allowed, times = tenant.limits.requests_per_minute, account.times
+        while times and times[0] < now - 60.0:
+            times.popleft()
+        if allowed is not None and len(times) >= allowed:
+            raise self._reached("requests_per_minute", tenant, len(times), 0, 1,
+                                int(times[-allowed] + 60.0 - now) + 1)
+
+    def _gpu_left(self, tenant: Tenant, account: _Account) -> Tuple[float, str]:
+        """(GPU seconds that are neither used nor held, the limit that leaves no more)."""
+        limits, left_s, limit = tenant.limits, float("inf"), ""
+        if limits.gpu_seconds_per_day is not None:
+            left_s, limit = limits.gpu_seconds_per_day - account.gpu_seconds, "gpu_seconds_per_day"
+        if limits.usd_per_day is not None and self._price:
+            paid_s = (limits.usd_per_day - account.usd) / self._price
+            left_s, limit = min((left_s, limit), (paid_s, "usd_per_day"))
+        return left_s - account.held_gpu_s, limit
+
+    def _check_gpu(self, tenant: Tenant, account: _Account, least_s: float) -> None:
+        left_s, limit = self._gpu_left(tenant, account)
+        if left_s < least_s:
+            used, each = ((account.usd, self._price) if limit == "usd_per_day" else
+                          (account.gpu_seconds, 1.0))
+            raise self._reached(limit, tenant, used, account.held_gpu_s * each, least_s * each)
+
+    def _output(self, tenant: Tenant, account: _Account, prompt: int, asked: Optional[int],
+                default: int) -> int:
+        """Tokens that the answer may have."""
+        limits = tenant.limits
+        wanted = default if asked is None else asked
+        if limits.max_output_tokens is not None:
+            wanted = min(wanted, limits.max_output_tokens)
+        if limits.tokens_per_day is None:
+            return wanted
+        used = account.prompt_tokens + account.completion_tokens
+        left = limits.tokens_per_day - used - account.held_tokens - prompt
+        if left < (min(wanted, 1) if asked is None else wanted):
+            raise self._reached("tokens_per_day", tenant, used, account.held_tokens,
+                                prompt + (1 if asked is None else wanted))
+        return min(wanted, left)
+
+    def _pass(self, now: float) -> None:
+        if self._running:
+            self._share_s += max(0.0, now - self._last_s) / self._running
+        self._last_s = now
+
+    def _charge(self, grant: Grant, now: float) -> None:
+        """What it has had since the last time is used, and no longer held."""
+        account = grant.account
+        account.held_gpu_s = max(0.0, account.held_gpu_s - grant.held_gpu_s)
+        grant.held_gpu_s = 0.0
+        if grant.gpus is None:
+            return
+        self._pass(now)
+        used_s = grant.gpus * (self._share_s - grant.mark)
+        grant.mark = self._share_s
+        grant.bill = Bill(grant.bill.gpu_seconds + used_s, grant.bill.usd + used_s * self._price)
+        account.gpu_seconds += used_s
+        account.usd += used_s * self._price
+        self._dirty = True
+
+    def _hold(self, grant: Grant, gpus: int, now: float) -> None:
+        """For as long as a slice lasts where nobody shares the GPUs."""
+        account = grant.account
+        left_s, limit = self._gpu_left(grant.tenant, account)
+        if not limit or not gpus:
+            return
+        try:
+            self._check_gpu(grant.tenant, account, GPU_LEAST_S * gpus)
+        finally:  # the rest is for its last moments, and nobody else's
+            grant.held_gpu_s = max(0.0, min(left_s, GPU_SLICE_S * gpus))
+            account.held_gpu_s += grant.held_gpu_s
+            grant.extend_at_s = now + grant.held_gpu_s / gpus - GPU_SPARE_S
+
+
+class FairQueue:
+    """What waits, by tenant: within a class each tenant has its turn, whoever came first.  Its
+    caller bounds it, and is its only user."""
+
+    def __init__(self) -> None:
+        self._classes: Dict[str, Any] = {name: collections.OrderedDict() for name in PRIORITIES}
+        self._places: Dict[int, Tuple[str, str]] = {}  # id(item) -> class and tenant
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def waiting_of(self, tenant_name: str) -> int:
+        return sum(len(rows.get(tenant_name, ())) for rows in self._classes.values())
+
+    def push(self, item: Any, tenant_name: str, priority: str, model: str) -> None:
+        self._classes[priority].setdefault(tenant_name, []).append((model, item))
+        self._places[id(item)] = priority, tenant_name
+
+    def pop(self, ready: Callable[[Any], bool]) -> Any:
+        """The next that can go; None where none can.  Of a tenant's items for one model, the first
+        goes first."""
+        for rows in self._classes.values():
+            for tenant_name, items in rows.items():
+                tried: Set[str] = set()
+                for model, item in items:
+                    if model not in tried and ready(item):
+                        self.remove(item)
+                        if tenant_name in rows:
+                            rows.move_to_end(tenant_name)
+                        return item
+                    tried.add(model)
+        return None
+
+    def remove(self, item: Any) -> None:
+        """One that is not there is none the less gone."""
+        priority, tenant_name = self._places.pop(id(item), ("", ""))
+        if priority:
+            rows = self._classes[priority]
+            rows[tenant_name] = [row for row in rows[tenant_name] if row[1] is not item]
+            if not rows[tenant_name]:
+                del rows[tenant_name]
+
+
+# ----------------------------------------------------------------------
 # 12. HTTP server core                          sockets it was told to open
 # ----------------------------------------------------------------------
 # For the two small servers in this file: a table of routes from which
@@ -8319,7 +9215,6 @@ HTTP_REQUEST_LIMIT_S = 10.0   # from the first byte of a request to the last of 
 HTTP_PEER_LIMIT_S = 30.0      # between requests on a kept connection; to take what is sent
 STREAM_LOOK_S = 1.0           # how often a stream in which nothing happens looks for its reader
 STREAM_QUIET_S = 15.0         # after which it says so
-JSON_DEPTH_MAX = 32
 
 
 class Field(NamedTuple):
@@ -8401,46 +9296,7 @@ def _too_many(what: str, wait_s: int) -> HttpError:
                      (("Retry-After", str(wait_s)),))
 
 
-# -- JSON and fields ---------------------------------------------------
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _json_number(text: str) -> Any:
-    if len(text) > 32 or abs(float(text)) == float("inf"):
-        raise ValueError("a number out of range")
-    return int(text) if re.fullmatch("-?[0-9]+", text) else float(text)
-
-
-def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name that is there twice")
-    return found
-
-
-def decode_json(raw: bytes) -> Any:
-    """Strictly RFC 8259: UTF-8, each name once, finite numbers, no half of a surrogate pair.
-
-    Nesting is bounded before the decoder, which recurses, sees it.  Raises: ValueError.
-    >>> decode_json(b'{"a": [1, 2.5, "["]}')
-    {'a': [1, 2.5, '[']}
-    """
-    text, depth, quoted = raw.decode("utf-8"), 0, False
-    for match in re.finditer(r'\\.|["\[{\]}]', text):
-        mark = match.group()
-        if mark == '"':
-            quoted = not quoted
-        elif not quoted:
-            depth += 1 if mark in "[{" else -1
-            if depth > JSON_DEPTH_MAX:
-                raise ValueError(f"nested deeper than {JSON_DEPTH_MAX}")
-    value = json.loads(text, object_pairs_hook=_json_pairs, parse_constant=_no_constant,
-                       parse_int=_json_number, parse_float=_json_number)
-    json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
+# -- fields ----------------------------------------------------------
 
 _JSON_KINDS: Any = {"string": str, "integer": int, "number": (int, float), "boolean": bool,
                     "object": dict, "array": list}
@@ -9780,25 +10636,6 @@ def render_metrics(view: MetricsView) -> str:
 # the running agent.  All but /health want the token of control.token; the
 # Host header must be an address of ours, so that a web page in a browser
 # cannot reach it under a name of its own (DNS rebinding).
-
-
-def kept_secret(path: str) -> str:
-    """The token in a file of ours, 0600; made at first use, and anew where others could read it.
-
-    Raises: UsageError.
-    """
-    token = (read_text(path, 4096) or "").strip()
-    if shared_mode(path) or not re.fullmatch(r"[0-9a-f]{64}", token):
-        token = os.urandom(32).hex()
-        try:
-            write_atomic(path, token + "\n")
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}",
-                             "The state folder must be writable; choose one with --state-dir"
-                             ) from error
-    REDACTOR.add(token)
-    return token
-
 
 # What a handler's error is to HTTP; and what an answer's error_code is to the command line.
 AGENT_ERRORS: Tuple[Tuple[Any, int, str], ...] = (
