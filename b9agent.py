@@ -6553,7 +6553,8 @@ class Engine(NamedTuple):
     answers.  many: serves every model of a store, and starts without one.  formats: what it loads;
     vendors: the GPUs it computes on, "" for the CPU.  never: paths that nobody but the machine's
     owner may reach.  counts: what its GET /metrics calls the counter of finished requests, the
-    counter of tokens made, and the requests that wait; "" for what it does not tell."""
+    counter of tokens made, and the requests that wait; "" for what it does not tell.  slots: how
+    many requests it computes at once; 0: as many as it was told to."""
     name: str
     title: str
     program: str
@@ -6567,6 +6568,7 @@ class Engine(NamedTuple):
     stop_grace_s: float
     never: Tuple[str, ...]
     counts: Tuple[str, str, str] = ("", "", "")
+    slots: int = 0
 
 
 ENGINES = (
@@ -6578,13 +6580,13 @@ ENGINES = (
            "/health", False, ("safetensors", "hub"), ("nvidia", "amd", "intel", ""), 15.0,
            ("/sleep", "/wake_up", "/is_sleeping", "/tokenize", "/pooling", "/invocations"),
            ("vllm:request_success_total", "vllm:generation_tokens_total",
-            "vllm:num_requests_waiting")),
+            "vllm:num_requests_waiting"), 256),
     Engine("sglang", "SGLang", "sglang", 'pip install "sglang[all]"', _sglang_command,
            lambda _launch: {}, "/ready", False, ("safetensors", "hub", "gguf"),
            ("nvidia", "amd", "intel", ""), 30.0,
            ("/flush_cache", "/update_weights", "/release_memory_occupation", "/server_info"),
            ("sglang:num_requests_total", "sglang:generation_tokens_total",
-            "sglang:num_queue_reqs")),
+            "sglang:num_queue_reqs"), 256),
     Engine("llama-server", "llama.cpp", "llama-server",
            "apt install llama.cpp   # or: brew install llama.cpp", _llama_command,
            lambda _launch: {}, "/health", False, ("gguf",),
@@ -6592,7 +6594,7 @@ ENGINES = (
            ("/slots", "/props", "/models/load", "/models/unload"),
            ("", "llamacpp:tokens_predicted_total", "llamacpp:requests_deferred")),
     Engine("mlx", "MLX", "mlx_lm.server", "pip install mlx-lm", _mlx_command, _mlx_environment,
-           "/health", False, ("mlx", "safetensors", "hub"), ("apple", ""), 10.0, ()),
+           "/health", False, ("mlx", "safetensors", "hub"), ("apple", ""), 10.0, (), slots=32),
 )
 ENGINE_BY_NAME = {engine.name: engine for engine in ENGINES}
 # What is tried for a model of this format on GPUs of this vendor, in this order.
@@ -6696,14 +6698,31 @@ def choose_engine(wanted: str, model: Reference, vendor: str,
                         + ", and none is installed", f"Install it: {first.install}")
 
 
+def ollama_place(named: str) -> Endpoint:
+    """Where an Ollama that is here would listen, by what its own variable OLLAMA_HOST says; what
+    is not on this machine is none that is here.
+
+    >>> ollama_place("").url, ollama_place("0.0.0.0:11500").url, ollama_place("gpu.lan").url
+    ('http://127.0.0.1:11434', 'http://127.0.0.1:11500', 'http://127.0.0.1:11434')
+    """
+    match = re.fullmatch(r"(?:http://)?(127\.[0-9.]+|localhost|0\.0\.0\.0)?:?([0-9]{1,5})?/?",
+                         named.strip())
+    host, port = match.groups() if match else (None, None)
+    return Endpoint("http", "127.0.0.1" if host in (None, "0.0.0.0") else host,
+                    int(port) if port and 0 < int(port) < 65536 else 11434)
+
+
 def is_ollama(endpoint: Endpoint) -> str:
-    """The version of the Ollama that answers there, or "".  (SGLang answers /api/tags, too.)"""
+    """The version of the Ollama that answers there, or "".  (SGLang answers /api/tags, too, and a
+    front door all of it.)"""
     try:
         root = http_request("GET", endpoint, "/", {}, None, 2.0)
         version = http_request("GET", endpoint, "/api/version", {}, None, 2.0)
     except HttpFailure:
         return ""
     said = _json_object(version.body).get("version")
+    if version.headers.get("server", "").startswith("b9agent"):
+        return ""
     return said if b"Ollama is running" in root.body and isinstance(said, str) else ""
 
 
@@ -7627,7 +7646,8 @@ def model_list(api: Optional[OllamaApi], book: ModelBook) -> List[Dict[str, Any]
 # ----------------------------------------------------------------------
 # The engine of this machine: one at a time, ours or an Ollama that was here
 # before us, which is used and never ended.  What is called running has
-# answered a real token, or, without a model yet, a request.
+# answered a real token, or, without a model yet, a request.  It listens on a
+# port of loopback that nobody is told of: its users come by the front door.
 
 
 def progress_record(progress: Progress) -> Dict[str, Any]:
@@ -7675,15 +7695,15 @@ def free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def reachable_host(engine_host: str, gateway_host: str, private_ip: str) -> Optional[str]:
-    """The address under which the gateway can reach an engine; None where it cannot.
+def reachable_host(door_host: str, gateway_host: str, private_ip: str) -> Optional[str]:
+    """The address under which the gateway can reach the front door; None where it cannot.
 
     >>> reachable_host("127.0.0.1", "gw", "10.0.0.5"), reachable_host("0.0.0.0", "gw", "10.0.0.5")
     (None, '10.0.0.5')
     """
-    if loopback(engine_host):
+    if loopback(door_host):
         return "127.0.0.1" if loopback(gateway_host) else None
-    return private_ip if engine_host in ("0.0.0.0", "::") else engine_host
+    return private_ip if door_host in ("0.0.0.0", "::") else door_host
 
 
 def gpus_for(facts: Optional[ModelFacts], hardware: Hardware,
@@ -7710,6 +7730,30 @@ class EngineFigures(NamedTuple):
     models: Optional[int] = None
 
 
+class DoorPlace(NamedTuple):
+    """Where the front door is reached: by its users, and by the gateway, which is let in there;
+    None where it is not."""
+    users: Optional[Endpoint] = None
+    gateway: Optional[Endpoint] = None
+
+
+class Target(NamedTuple):
+    """What the front door sends requests to.  models: that it serves; of Ollama as model_key()
+    spells them.  loaded: of these, in memory at the last look.  gpus: that it computes on, 0 is the
+    CPU alone.  context_tokens: of each request.  slots: requests of a model at once."""
+    state: str
+    engine: Optional[Engine]
+    endpoint: Optional[Endpoint]
+    models: Tuple[str, ...]
+    loaded: Tuple[str, ...]
+    gpus: int
+    context_tokens: int
+    slots: int
+
+
+_NO_TARGET = Target("stopped", None, None, (), (), 0, CONTEXT_TOKENS, 1)
+
+
 class _Up(NamedTuple):
     """An engine that was started, or found.  child: None for one that is not ours."""
     engine: Engine
@@ -7719,6 +7763,8 @@ class _Up(NamedTuple):
     child: Optional[Child]
     why: str
     since_s: float
+    gpus: int
+    context_tokens: int
 
 
 _WIRE_STATES = {ChildState.STOPPED: "stopped", ChildState.STARTING: "starting",
@@ -7732,10 +7778,10 @@ MODELS_TOLD = 1000        # to the gateway, of an Ollama
 class Inference:
     """The engine and its models.
 
-    _lock guards _up, _place, _ending, _closed, _models, _told and _watch_thread, and is held for
+    _lock guards _up, _ending, _closed, _models, _target, _told and _watch_thread, and is held for
     nothing that takes time.  _up stays until its processes have ended.  hardware(): what is here
     now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.  keep: whether what is
-    known of models is read and written.
+    known of models is read and written.  place: to be set by who opens the front door.
     """
 
     def __init__(self, settings: Any, log: Log, hardware: Callable[[], Hardware],
@@ -7747,10 +7793,11 @@ class Inference:
         self._beat = beat
         self._on_change = on_change
         self._lock = threading.Lock()
+        self.place: Callable[[], DoorPlace] = DoorPlace
         self._up: Optional[_Up] = None
-        self._place: Optional[Endpoint] = None  # of the engine, or of the last one
-        self._ending = self._closed = False
+        self._started = self._ending = self._closed = False
         self._models: Tuple[str, ...] = ()
+        self._target = _NO_TARGET  # replaced whole
         self._silent = 0  # checks in a row that it did not answer
         self._load: Optional[EngineLoad] = None  # at the last check
         self._told = self._version = ""
@@ -7770,6 +7817,21 @@ class Inference:
         state = "running" if up.child is None else _WIRE_STATES[up.child.snapshot.state]
         return "error" if state == "running" and self._silent >= SILENT_CHECKS else state
 
+    def target(self) -> Target:
+        """For each request: nothing is waited for."""
+        target, state = self._target, self.state()
+        return target if target.state == state else target._replace(state=state)
+
+    def _set(self, up: Optional[_Up], models: Tuple[str, ...] = (),
+             loaded: Tuple[str, ...] = ()) -> None:
+        """Of who holds _lock."""
+        self._up, self._models, self._target = up, models, _NO_TARGET
+        if up is not None:
+            names = tuple(map(model_key, models)) if up.engine.many else models
+            self._target = Target(self.state(), up.engine, up.endpoint, names, loaded, up.gpus,
+                                  up.context_tokens, self._settings.inference_slots
+                                  or up.engine.slots or self._settings.inference_parallel)
+
     def _message(self, up: _Up) -> str:
         if self._ending:
             return f"{up.engine.title} is being stopped"
@@ -7783,10 +7845,10 @@ class Inference:
 
     def status(self) -> Dict[str, Any]:
         """The fields of GET /inference/status: the predecessor's, and ours."""
-        up, state = self._up, self.state()
+        up, state, users = self._up, self.state(), self.place().users
         record: Dict[str, Any] = {
-            "status": state, "running": state == "running", "endpoint": None, "models": [],
-            "message": self._told, "engine": None,
+            "status": state, "running": state == "running", "endpoint": users and users.url,
+            "engine_endpoint": None, "models": [], "message": self._told, "engine": None,
             "transfers": [dict(progress_record(progress), layers=len(progress.layers))
                           for progress in self.transfers.all() if progress.state == "running"],
             **dict.fromkeys(("requests_per_second", "tokens_per_second", "queue"))}
@@ -7794,7 +7856,8 @@ class Inference:
             return record
         child = up.child.snapshot if up.child else None
         record.update(
-            endpoint=up.endpoint.url, models=list(self._models) if state == "running" else [],
+            engine_endpoint=up.endpoint.url,
+            models=list(self._models) if state == "running" else [],
             message=self._message(up),
             engine=up.engine.name, version=up.engine.many and self._version or None,
             adopted=up.child is None,
@@ -7809,8 +7872,9 @@ class Inference:
         return record
 
     def port(self) -> Optional[int]:
-        up = self._up
-        return up.endpoint.port if up else None
+        """Of the front door."""
+        users = self.place().users
+        return users and users.port
 
     def figures(self) -> EngineFigures:
         """For the metrics."""
@@ -7820,15 +7884,13 @@ class Inference:
         return EngineFigures(up.engine.name, state, up.child and up.child.snapshot.starts,
                              now_s() - up.since_s, len(self._models))
 
-    def wire(self, private_ip: str) -> Optional[Dict[str, Any]]:
-        """The `inference` of a keepalive; None where the gateway could not reach the engine, for
-        it would send its users there, and before the first start."""
-        place, state = self._place, self.state()
-        # A gateway that is local to the tunnel's far end is far from here.
-        gateway = "" if self._settings.tunnel else self._settings.gateway_host
-        host = place and reachable_host(place.host, gateway, private_ip)
-        return host and {"status": state, "ip": host, "port": place.port,
-                         "models": list(self._models) if state == "running" else []}
+    def wire(self) -> Optional[Dict[str, Any]]:
+        """The `inference` of a keepalive; None where the gateway cannot reach the front door or is
+        not let in, for it would send its users there, and before the first start."""
+        gateway, state = self.place().gateway, self.state()
+        return gateway and {"status": state, "ip": gateway.host, "port": gateway.port,
+                            "models": list(self._models) if state == "running" else []
+                            } if self._started else None
 
     # -- start ----------------------------------------------------------
 
@@ -7862,10 +7924,11 @@ class Inference:
             self._note_served(up.name, up.engine, reference.facts)
         if self._up is not up or self._ending:
             raise EngineConflict("it was stopped while it started")
-        self._log("notice", "inference_ready", engine=up.engine.name, endpoint=up.endpoint.url,
+        status = self.status()
+        self._log("notice", "inference_ready", engine=up.engine.name, endpoint=status["endpoint"],
                   models=",".join(self._models) or None)
         self._on_change()
-        return self.status()
+        return status
 
     def _load_first(self, reference: Reference) -> None:
         """The model that a start names, in an engine with many.  Raises: EngineError."""
@@ -7903,38 +7966,32 @@ class Inference:
                force: bool) -> Optional[_Up]:
         """What was chosen and started; None where another start was faster."""
         before = self._up
-        try:
-            up = self._choose(wanted, reference, context_tokens, force)
-        except EngineConflict:
-            if self._up is before:
-                raise
-            return None  # it is the faster one that holds the port
+        up = self._choose(wanted, reference, context_tokens, force)
         with self._lock:
             if self._closed:
                 raise EngineConflict("the agent is being stopped")
             if self._up is not before or self._ending:
                 return None
-            self._up, self._models, self._silent, self._told = up, (), 0, ""
-            self._load = None
-            self._place = up.endpoint
+            self._silent, self._told, self._load, self._started = 0, "", None, True
+            self._set(up)
             if up.child is not None:
                 up.child.start()  # here, so that a stop finds it started; its thread does the rest
         self._log("info", "inference_starting", engine=up.engine.name, model=up.name or None,
-                  why=up.why, endpoint=up.endpoint.url, adopted=up.child is None or None)
+                  why=up.why, engine_endpoint=up.endpoint.url, adopted=up.child is None or None)
         self._start_watch()
         return up
 
     def _choose(self, wanted: str, reference: Reference, context_tokens: Optional[int],
                 force: bool) -> _Up:
-        """The engine for it, once it fits and its port is free; not started yet."""
-        hardware, port = self._hardware(), self._settings.inference_port
-        place = Endpoint("http", "127.0.0.1", port)
+        """The engine for it, once it fits; not started yet."""
+        hardware, place = self._hardware(), ollama_place(os.environ.get("OLLAMA_HOST", ""))
         choice = choose_engine(wanted, reference, hardware.vendor, self._find,
-                               ("ollama",) if port and is_ollama(place) else ())
+                               ("ollama",) if is_ollama(place) else ())
         if reference.facts is not None and not force:
             self._check_fit(choice.engine, reference.facts, hardware, context_tokens)
         if choice.program is None:
-            return _Up(choice.engine, reference, "", place, None, choice.why, now_s())
+            return _Up(choice.engine, reference, "", place, None, choice.why, now_s(),
+                       self._gpus(choice.engine, None, hardware, None), CONTEXT_TOKENS)
         return self._launch(choice, reference, hardware, context_tokens)
 
     def _find(self, engine: Engine) -> Optional[str]:
@@ -7962,40 +8019,37 @@ class Inference:
         return estimate_fit(facts, known, context_tokens or settings.inference_context,
                             settings.inference_parallel, max(1, len(hardware.gpu_free_bytes)))
 
+    def _gpus(self, engine: Engine, facts: Optional[ModelFacts], hardware: Hardware,
+              context_tokens: Optional[int]) -> int:
+        return gpus_for(facts, hardware, context_tokens, self._settings.inference_parallel
+                        ) if hardware.vendor in engine.vendors else 0
+
     def _launch(self, choice: Choice, reference: Reference, hardware: Hardware,
                 context_tokens: Optional[int]) -> _Up:
         settings, engine, facts = self._settings, choice.engine, reference.facts
-        host = settings.inference_host or "127.0.0.1"
         try:
-            port = settings.inference_port or free_port(host)
-            held = port_holder(host, port)
+            endpoint = Endpoint("http", "127.0.0.1", free_port("127.0.0.1"))
         except OSError as error:
-            raise UsageError(f"no engine can listen on {printable(host)}: {error.strerror}",
-                             "Set inference.host to an address of this machine") from error
-        if held:
-            raise EngineConflict(f"port {port} is taken by {held}", "End that program, or choose "
-                                 "another port with inference.port (0 takes a free one)")
+            raise EngineConflict(f"no port of 127.0.0.1 is to be had: {error.strerror}") from error
         context = context_tokens or settings.inference_context
         if context is None and facts is not None and facts.context_tokens:
             context = min(CONTEXT_TOKENS, facts.context_tokens)
         name = "" if engine.many else reference.text if engine.name == "mlx" or not facts else (
             facts.name)
-        gpus = gpus_for(facts, hardware, context, settings.inference_parallel
-                        ) if hardware.vendor in engine.vendors else 0
-        launch = Launch(choice.program, "" if engine.many else reference.text, name, host, port,
-                        context, settings.inference_parallel, gpus, settings.state_dir,
-                        run_command([choice.program, "--help"], 10.0).output
+        gpus = self._gpus(engine, facts, hardware, context)
+        launch = Launch(choice.program, "" if engine.many else reference.text, name, endpoint.host,
+                        endpoint.port, context, settings.inference_parallel, gpus,
+                        settings.state_dir, run_command([choice.program, "--help"], 10.0).output
                         if engine.name == "llama-server" else "")
-        endpoint = Endpoint("http", "127.0.0.1" if host == "0.0.0.0" else host, port)
         chosen = settings.gpu_ids is not None or settings.max_gpus is not None
         environment = dict(engine.environment(launch), **(visible_gpus(hardware) if chosen else {}))
         spec = ChildSpec(
-            "engine", tuple(engine.command(launch)), environment, ((host, port),),
-            TokenProbe(engine, endpoint, name), stop_grace_s=engine.stop_grace_s,
-            still_held=self._still_held(hardware))
+            "engine", tuple(engine.command(launch)), environment,
+            ((endpoint.host, endpoint.port),), TokenProbe(engine, endpoint, name),
+            stop_grace_s=engine.stop_grace_s, still_held=self._still_held(hardware))
         child = Child(spec, settings.state_dir, self._log, self._on_change)
-        return _Up(engine, reference, name, endpoint._replace(host=host), child, choice.why,
-                   now_s())
+        return _Up(engine, reference, name, endpoint, child, choice.why, now_s(), gpus,
+                   context or CONTEXT_TOKENS)
 
     def _still_held(self, before: Hardware) -> Callable[[], str]:
         """What is gone from the GPUs' free memory since before the engine started."""
@@ -8024,21 +8078,28 @@ class Inference:
     # -- while it runs ---------------------------------------------------
 
     def _refresh(self, up: _Up) -> None:
-        """Ask whether it answers and what it serves; an engine with one model serves that."""
+        """Ask whether it answers, what it serves, and what of it is in memory; an engine with one
+        model serves that."""
         models: Tuple[str, ...] = (up.name,) if up.name else ()
+        loaded = models
         try:
             if up.engine.many:
-                names = (row["name"] for row in OllamaApi(up.endpoint).tags())
+                api = OllamaApi(up.endpoint)
+                names = (row["name"] for row in api.tags())
                 models = tuple(name for name in names if len(name) <= 512 and name.isprintable()
                                )[:MODELS_TOLD]
+                loaded = tuple({model_key(row["name"]) for row in api.loaded()}
+                               & set(map(model_key, models)))
             elif http_request("GET", up.endpoint, up.engine.alive, {}, None, 5.0).status != 200:
                 raise EngineError(f"{up.engine.title} is unwell")
             silent = 0
         except (AgentError, HttpFailure):
-            models, silent = self._models or models, self._silent + 1
+            models, loaded = self._models or models, self._target.loaded or loaded
+            silent = self._silent + 1
         with self._lock:
             if self._up is up and not self._ending:
-                self._models, self._silent = models, silent
+                self._silent = silent
+                self._set(up, models, loaded)
 
     def _start_watch(self) -> None:
         with self._lock:
@@ -8096,13 +8157,15 @@ class Inference:
         """Returns when it has ended, however many ask for it: "", or what is left."""
         with self._lock:
             if self._up is up:
-                self._ending, self._models = True, ()
+                self._ending = True
+                self._set(up)
         left = up.child.stop() if up.child else ""
         with self._lock:
             if self._up is not up:
                 return left  # another was as fast, and told
             lives_on = up.child is not None and up.child.snapshot.state is ChildState.ERROR
-            self._up, self._models, self._ending = up if lives_on else None, (), False
+            self._ending = False
+            self._set(up if lives_on else None)
             self._told = left if up.child else (
                 f"the Ollama at {up.endpoint.url} was here before, and runs on")
         self._watch_wake.set()
@@ -8245,8 +8308,10 @@ class Inference:
             check_name(model)
             api = self._ollama()
             api.load(model)
-            model = model_key(model)
+            model, up = model_key(model), self._up
             self._note(api, model)
+            if up is not None:
+                self._refresh(up)
         self.book.used(model)
         return {"status": "loaded", "model": model, "message": "it is in memory and gave a token"}
 
@@ -13604,7 +13669,7 @@ STATUS_FIELDS = fields_of(
     ("number!", "uptime_seconds state_seconds"),
     ("integer!", "pid keepalives registrations failures running_jobs total_jobs"),
     ("object!", "host energy metrics inference pods tailnet"), ("array!", "gpus"),
-    ("string", "last_keepalive"), ("object", "k3s tunnel"),
+    ("string", "last_keepalive"), ("object", "k3s tunnel front_door"),
     ("number", "cpu_percent memory_percent last_keepalive_seconds_ago clock_offset_seconds"),
     ("integer", "gpu_count network_received_bytes network_sent_bytes inference_port"),
 ) + (Field("gpu_problems", "array", "of GPUs and their drivers", True),)
@@ -13612,7 +13677,7 @@ STATUS_FIELDS = fields_of(
 
 INFERENCE_FIELDS = fields_of(
     ("string!", "status message"), ("boolean!", "running"),
-    ("string", "endpoint engine version model why log"), ("boolean", "adopted"),
+    ("string", "endpoint engine_endpoint engine version model why log"), ("boolean", "adopted"),
     ("integer", "pid starts queue"),
     ("number", "uptime_seconds requests_per_second tokens_per_second"), ("array!", "transfers"),
 ) + (Field("models", "array", "names that the engine serves", True),)
@@ -17053,6 +17118,22 @@ def parse_answer(answer: Dict[str, Any], streams: bool = False) -> InferenceResu
                            _dict_at(answer, "usage"), str(answer.get("model") or ""))
 
 
+def local_door(state_dir: str) -> Optional[Tuple[Endpoint, str]]:
+    """(where the front door of the agent that runs here listens, its own token); None where none
+    runs: after a kill -9 the port may be anybody's."""
+    place = (read_text(os.path.join(state_dir, "inference.addr"), 512) or "").strip()
+    token = (read_text(os.path.join(state_dir, "inference.token"), 4096) or "").strip()
+    match = re.fullmatch(r"(https?)://(.+):([0-9]{1,5})", place)
+    try:
+        if not match or not token or not agent_holds(state_dir):
+            return None
+    except UsageError:
+        return None
+    REDACTOR.add(token)
+    host = match.group(2).strip("[]").replace("0.0.0.0", "127.0.0.1")
+    return Endpoint(match.group(1), host, int(match.group(3))), token
+
+
 class InferenceClient:
     """One front of models.  Every method may be called from any thread."""
 
@@ -17062,22 +17143,36 @@ class InferenceClient:
     def configure(self, host: Optional[str] = None, port: Optional[int] = None,
                   token: Optional[str] = None, scheme: str = "http", timeout_s: float = 300.0,
                   raise_errors: bool = False, ca_file: Optional[str] = None) -> None:
-        """Where the models are.  timeout_s: to an answer, or between two pieces of a stream.
-        raise_errors: raise a typed InferenceError instead of giving a result that is not ok."""
-        host = host or os.environ.get("BETA9_INFERENCE_HOST") or "127.0.0.1"
+        """Where the models are, and the token for it; INFERENCE_TOKEN says that, too.  Where
+        nothing does, the agent of this user and machine is asked, with its own.  timeout_s: to an
+        answer, or between two pieces of a stream.  raise_errors: raise a typed InferenceError
+        instead of giving a result that is not ok."""
+        host = host or os.environ.get("BETA9_INFERENCE_HOST")
         text = os.environ.get("B9AGENT_INFERENCE_PORT", "")
+        given = host or port
         port = port or (int(text) if re.fullmatch("[0-9]{1,5}", text) and 0 < int(text) < 65536
                         else 11434)
+        token = token or os.environ.get("INFERENCE_TOKEN")
         if token:
             REDACTOR.add(token)
         if scheme not in ("http", "https") or not 0 < port < 65536:
             raise UsageError(f"`{scheme}` and {port} are no scheme and port of a server",
                              "Such as http and 11434; B9AGENT_INFERENCE_PORT may say otherwise")
         # At once: a token goes to the host that it was given with, whichever thread asks.
-        self._target = (Endpoint(scheme, host, port, ca_file),
-                        {"Authorization": f"Bearer {token}"} if token else {})
+        self._target = (Endpoint(scheme, host or "127.0.0.1", port, ca_file),
+                        {"Authorization": f"Bearer {token}"} if token else {}, not given)
         self._timeout_s = timeout_s
         self._raise = raise_errors
+
+    def _place(self) -> Tuple[Endpoint, Dict[str, str]]:
+        endpoint, headers, anywhere = self._target
+        found = None if headers else local_door(os.path.expanduser(
+            os.environ.get("B9AGENT_HOME") or "~/.b9agent"))
+        # Its token goes to its own door and nowhere else.
+        here = endpoint.host.replace("localhost", "127.0.0.1"), endpoint.port
+        if found and (anywhere or found[0][1:3] == here):
+            return found[0], {"Authorization": f"Bearer {found[1]}"}
+        return endpoint, headers
 
     # -- requests --------------------------------------------------------
 
@@ -17085,14 +17180,14 @@ class InferenceClient:
               streams: bool = False) -> HttpStream:
         """The head of a 200.  Raises: InferenceError."""
         data = None if body is None else json.dumps(body).encode("utf-8")
-        endpoint, headers = self._target
+        endpoint, headers = self._place()
         headers = dict(headers, **({"Content-Type": "application/json"} if data else {}))
         try:
             stream = http_stream(method, endpoint, path, headers, data, self._timeout_s,
                                  self._timeout_s if streams else None)
         except HttpFailure as failure:
             raise InferenceUnreachable(f"{endpoint.url} cannot be asked: {failure}",
-                                       "Is an engine running there? b9agent.py status") from failure
+                                       "Does an agent run there? b9agent.py status") from failure
         if stream.status == 200:
             return stream
         with stream:
@@ -17375,6 +17470,193 @@ def host_record(facts: HostFacts, sample: Optional[HostSample]) -> Dict[str, Any
 
 
 LIVE_LIMIT_S = 2.0  # who watches waits so long for the drivers
+GATEWAY_ADDRESS_S = 600.0  # so often it is looked up where the gateway's router comes from
+DOOR_PORT_BESIDE_OLLAMA = 11435
+
+
+def is_own_address(address: str) -> bool:
+    """Whether what comes from there comes from this machine, which is any user of it."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET,
+                           socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+            return True
+    except OSError:
+        return False
+
+
+def gateway_addresses(host: str, access: str) -> Optional[Tuple[str, ...]]:
+    """From which the gateway's router comes; None where its name cannot be looked up now, which
+    may take long.  Our own count only where that is asked for."""
+    try:
+        found = {str(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        return None
+    return tuple(sorted(address for address in found
+                        if access == "loopback" or not is_own_address(address)))
+
+
+def make_tls(settings: Any, log: Log) -> Optional[ServerTls]:
+    """Raises: UsageError."""
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise UsageError(f"tls.{'key' if settings.tls_cert else 'cert'} is not set",
+                         "tls.cert and tls.key go together; or tls: tailscale")
+    return ServerTls(settings.tls_cert, settings.tls_key, log) if settings.tls_cert else None
+
+
+def open_listening(settings: Any) -> List[str]:
+    """What would cross a network in clear text, in sentences."""
+    if settings.tls == "tailscale" or settings.tls_cert:
+        return []
+    ours = tailnet_interface_address()
+
+    def crosses(host: Optional[str]) -> bool:
+        # At boot its interface may be on its way.
+        tailnet = ours or (host if is_tailnet_address(host) and tailnet_trace(
+            settings.tailnet_socket) else "")
+        return host is not None and wants_tls(host, tailnet or "")
+    return [f"the {what} listens on {host} without TLS: whoever is on the way reads {reads}"
+            for what, host, reads in (
+                ("control API", settings.control_host, "the control token, and has the agent"),
+                ("front door", settings.inference_host, "tokens, prompts and answers"))
+            if crosses(host)]
+
+
+class Entrance:
+    """The front door with what it needs, as long as an agent lives.
+
+    _addresses is replaced whole, by a thread of look_up(); the rest is of who starts and stops.
+    private_ip(): this machine's address on the way to the gateway.
+    """
+
+    def __init__(self, loaded: Loaded, log: Log, inference: Inference, tailnet: Tailnet,
+                 tls: Optional[ServerTls]) -> None:
+        self._settings, self._origins, self._log = loaded.settings, loaded.origins, log
+        self._inference, self._tailnet, self._tls = inference, tailnet, tls
+        self._addresses: Tuple[str, ...] = ()
+        self._look_up_s = 0.0
+        self.private_ip: Callable[[], str] = str
+        self.on_change: Callable[[], None] = lambda: None
+        self.tally = DoorTally()
+        self._door: Any = None
+        self._here: Any = None        # its listener where it is told to listen, or on loopback
+        self._on_tailnet: Any = None  # the last one of the tailnet's address
+
+    # -- where it is reached ---------------------------------------------
+
+    def place(self) -> DoorPlace:
+        here, tailnet, settings = self._here, self._on_tailnet, self._settings
+        if here is None:
+            return DoorPlace()
+        reading, addresses = self._tailnet.reading, self._addresses
+        if tailnet is not None and not (reading.tun and reading.address == tailnet.host):
+            tailnet = None
+        users = tailnet or here
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(users.host, users.host)
+        if users.url.startswith("https") and users is tailnet:
+            host = reading.name or host  # as its certificate has it
+        users_place = Endpoint(users.url.partition(":")[0], host, users.port)
+        if not addresses or settings.tunnel:
+            return DoorPlace(users_place)
+        # Who comes to the tailnet's address comes from one of the tailnet.
+        door = tailnet if tailnet and any(map(is_tailnet_address, addresses)) else here
+        reached = door.host if door is tailnet else reachable_host(
+            door.host, settings.gateway_host, self.private_ip())
+        told = reached and not door.url.startswith("https")  # the router speaks plain http
+        return DoorPlace(users_place, Endpoint("http", reached, door.port) if told else None)
+
+    def addresses(self) -> Tuple[str, ...]:
+        """Of the gateway, which is let in by them."""
+        return self._addresses
+
+    def look_up(self) -> None:
+        """Where the gateway comes from, when it is time; in a thread that nobody waits for."""
+        settings = self._settings
+        if (self._door is None or settings.tunnel or settings.inference_gateway_access == "off"
+                or now_s() < self._look_up_s):
+            return
+        self._look_up_s = now_s() + GATEWAY_ADDRESS_S
+
+        def look() -> None:
+            found = gateway_addresses(settings.gateway_host, settings.inference_gateway_access)
+            if found is None:
+                self._look_up_s = now_s() + 30.0  # what is known is kept
+            elif found != self._addresses:
+                self._addresses = found
+                self.on_change()
+        threading.Thread(target=look, name="gateway-address", daemon=True).start()
+
+    # -- its life ----------------------------------------------------------
+
+    def _make(self) -> Any:
+        """Raises: UsageError."""
+        settings, log = self._settings, self._log
+        def path(name: str) -> str:
+            return os.path.join(settings.state_dir, name)
+        book = TenantBook(path("tenants.yaml"), path("inference.token"), log)
+        oidc = Oidc(settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks, log
+                    ) if settings.oidc_issuer else None
+        access = Access(book, oidc, self._tailnet.whois, self.addresses, log)
+        price = settings.inference_gpu_usd_per_hour
+        ledger = Ledger(path("usage.json"), log, None if price is None else price / 3600)
+        return FrontDoor(log, access, ledger, self._inference.target, self.tally, DoorLimits(
+            settings.inference_queue, settings.inference_queue_wait,
+            settings.inference_silence_limit), self._tls)
+
+    def _port(self, host: str) -> int:
+        """Raises: OSError, LockedError with who holds it."""
+        port = self._settings.inference_port
+        holder = port_holder(host, port) if port else None
+        if holder and loopback(host) and self._origins["inference_port"] == "default":
+            self._log("notice", "front_door", what=f"port {port} is held by {holder}: the front "
+                      f"door listens on {DOOR_PORT_BESIDE_OLLAMA}")
+            port = DOOR_PORT_BESIDE_OLLAMA
+            holder = port_holder(host, port)
+        if holder:
+            raise LockedError(f"port {port} is held by {holder}")
+        return port
+
+    def _serve_tailnet(self, host: str) -> Any:
+        self._on_tailnet = self._door.listen(host, self._settings.inference_port or self._here.port,
+                                             on_tailnet=True)
+        return self._on_tailnet
+
+    def start(self) -> None:
+        """A port that cannot be had costs the front door, never the keepalive."""
+        host = self._settings.inference_host or "127.0.0.1"
+        address_file = os.path.join(self._settings.state_dir, "inference.addr")
+        remove_file(address_file)
+        try:
+            self._door = self._make()
+            self._door.start()
+            here = self._door.listen(host, self._port(host))
+            here.start()
+            self._here = here
+            write_atomic(address_file, self._here.url + "\n")
+        except (AgentError, OSError) as error:
+            self.stop()
+            self._log("error", "no_front_door", where=host_port(host, self._settings.inference_port),
+                      what=getattr(error, "strerror", None) or getattr(error, "what", error),
+                      do="The machine is kept alive without it, and nobody reaches its models. "
+                         + (getattr(error, "hint", "") or "A taken port? Free it, or set "
+                            "inference.port (0 takes a free one)"))
+            return
+        self._inference.place = self.place
+        if self._settings.inference_host is None:
+            self._tailnet.serve("inference", self._serve_tailnet)
+        self._log("info", "listening", api="inference", url=here.url)
+
+    def status(self) -> Optional[Dict[str, Any]]:
+        door = self._door
+        return None if door is None else door.status()
+
+    def stop(self) -> None:
+        """The tailnet's listener is the tailnet's to stop."""
+        remove_file(os.path.join(self._settings.state_dir, "inference.addr"))
+        self._inference.place = DoorPlace
+        door, self._door, self._here = self._door, None, None
+        if door is not None:
+            door.stop()
 
 
 class Agent:
@@ -17400,6 +17682,11 @@ class Agent:
         self.k3s = TokenKeeper(self._mint_k3s_token, lambda token: self.change_identity(
             k3s_token=token), log) if settings.k3s_service_account else None
         self.tailnet = Tailnet(settings.tailnet_socket, log, self._tell_tailnet)
+        self.tls = make_tls(settings, log)
+        self._open = open_listening(settings)
+        if self._open and not settings.insecure:
+            raise UsageError("; and ".join(self._open), "Set tls.cert and tls.key, or tls: "
+                             "tailscale; or `insecure: true`, if that network is yours alone")
         # Behind a tunnel the gateway is on no tailnet of ours: it could not dial that address.
         self._offers_tailnet = not settings.hostname and self.tunnel is None
         self._tailnet_control = (settings.tailnet_control
@@ -17442,6 +17729,9 @@ class Agent:
         self._private_ip, self._beat_after_s = "", 0.0
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
+        self.entrance = Entrance(loaded, log, self.inference, self.tailnet, self.tls)
+        self.entrance.private_ip = lambda: self._private_ip
+        self.entrance.on_change = self._tell_place
         self.pods = PodWatch(settings, machine_id, log, read=self._pods_kubeconfig)
 
     # -- what is said of this machine ----------------------------------
@@ -17596,7 +17886,7 @@ class Agent:
 
     def _beat(self, models: Sequence[str]) -> None:
         """To the gateway's router, where it has one; a gateway without is asked again later."""
-        if now_s() < self._beat_after_s or self.inference.wire(self._private_ip) is None:
+        if now_s() < self._beat_after_s or self.inference.wire() is None:
             return
         try:
             known = self.client.heartbeat(self.identity.machine_id, models)
@@ -17612,6 +17902,12 @@ class Agent:
             "status", "engine", "endpoint", "models", "message")})
         self.membership.hurry()
         self._wake_membership.set()
+
+    def _tell_place(self) -> None:
+        """The gateway may be let in elsewhere now."""
+        if self.inference.wire() is not None:
+            self.membership.hurry((State.READY,))
+            self._wake_membership.set()
 
     def keepalive_payload(self) -> Dict[str, Any]:
         look = self.look()
@@ -17631,8 +17927,7 @@ class Agent:
             # This agent has no cache of its own: true zeros.
             "cache_usage_pct": 0.0, "cache_capacity": 0, "cache_memory_usage": 0,
             "cache_cpu_usage": 0.0}
-        return keepalive_payload(self.identity, self._metrics,
-                                 self.inference.wire(self._private_ip))
+        return keepalive_payload(self.identity, self._metrics, self.inference.wire())
 
     def _send_keepalive(self, client: GatewayClient) -> None:
         payload, begun_s = self.keepalive_payload(), now_s()
@@ -17653,7 +17948,8 @@ class Agent:
             pods_state=self.pods.state, pods=self.pods.counts())
 
     def metrics_text(self) -> str:
-        return render_metrics(self.metrics_view())
+        return render_metrics(self.metrics_view()) + "".join(
+            f"{line}\n" for line in self.entrance.tally.lines())
 
     def status(self, fresh: bool = False) -> Dict[str, Any]:
         """The fields of GET /status: the predecessor's names, and ours.  fresh: figures of now;
@@ -17688,7 +17984,7 @@ class Agent:
             "inference_status": inference["status"],
             "inference_port": self.inference.port(), "pods": self.pods.status(),
             "running_jobs": jobs.get("RUNNING", 0), "total_jobs": sum(jobs.values()),
-            "inference": inference, "metrics": metrics,
+            "inference": inference, "front_door": self.entrance.status(), "metrics": metrics,
             "k3s": self._k3s_status(), "tailnet": self.tailnet.status(),
             "tunnel": self.tunnel.status() if self.tunnel else None}
 
@@ -17725,7 +18021,10 @@ class Agent:
         folder's lock.  Raises: TokenRefused, RequestRefused."""
         try:
             end_leftovers(self.settings.state_dir, self._log)
+            for what in self._open:
+                self._log("warning", "insecure", what=what)
             self._start_control()
+            self.entrance.start()
             if self.tunnel:
                 self.tunnel.start()
             self.tailnet.start()
@@ -17744,6 +18043,7 @@ class Agent:
         finally:
             self.pods.stop()
             self.tailnet.stop()
+            self.entrance.stop()
             self._stop_inference()
             if self.k3s:
                 self.k3s.stop()
@@ -17795,6 +18095,7 @@ class Agent:
     def _tick(self, within_s: float) -> None:
         self._alive_until_s = now_s() + within_s
         self.tailnet.start()
+        self.entrance.look_up()
         if self._sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
         if self.membership.snapshot.state is not State.STARTING:
@@ -17825,7 +18126,8 @@ class Agent:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
             api = ControlApi(self._log, token, agent_routes(self.status, self.metrics_text)
                              + inference_routes(self.inference))
-            server = ApiServer(api, settings.control_host, settings.control_port)
+            server = ApiServer(api, settings.control_host, settings.control_port,
+                               self.tls if wants_tls(settings.control_host) else None)
             server.start()
             self._control = server
             write_atomic(address_file, host_port(server.host, server.port) + "\n")
@@ -20590,8 +20892,8 @@ def demo_agent(loaded: Loaded, log: Log, folder: str, server: ApiServer, machine
     defaults = load_settings({"config": os.devnull, "state_dir": folder}, {}).settings
     settings = defaults._replace(
         token=token, machine_id=machine_id, pool_name="demo", gateway_host="127.0.0.1",
-        gateway_port=server.port, control_port=0, keepalive_interval=DEMO_INTERVAL_S,
-        tailnet_socket="none")
+        gateway_port=server.port, control_port=0, inference_port=0,
+        keepalive_interval=DEMO_INTERVAL_S, tailnet_socket="none")
     return Agent(loaded._replace(settings=settings), log)
 
 
@@ -21132,9 +21434,11 @@ class Smoke:
 
     def _start(self) -> str:
         status = call_agent(self._state_dir, "/inference/start", {}, 7200.0)
-        where = re.match(r"http://(.+):([0-9]+)$", status["endpoint"])
-        self._client.configure(self._host or where.group(1).strip("[]"), int(where.group(2)),
-                               raise_errors=True)
+        door = local_door(self._state_dir)
+        if door is None:
+            raise EngineConflict("the agent has no front door", "Its log says why: b9agent.py logs")
+        (scheme, host, port), token = door[0][:3], os.environ.get("INFERENCE_TOKEN") or door[1]
+        self._client.configure(self._host or host, port, token, scheme, raise_errors=True)
         return f"{status['engine']} at {status['endpoint']}"
 
     def _health(self) -> str:

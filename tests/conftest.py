@@ -26,8 +26,9 @@ def own_environment(monkeypatch):
     for name in list(os.environ):
         if (name.startswith(("BETA9_", "B9AGENT_")) or name.lower().endswith("_proxy")
                 or name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM",
-                            "INVOCATION_ID")):
+                            "INVOCATION_ID", "INFERENCE_TOKEN")):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")  # nor is an Ollama of theirs
 
 
 @pytest.fixture

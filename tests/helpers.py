@@ -53,7 +53,9 @@ def environment(home, **extra):
     """
     kept = {name: os.environ[name] for name in ("PATH", "TMPDIR", "B9TESTS_RUN", "LD_LIBRARY_PATH")
             if name in os.environ}
-    kept.update(HOME=str(home), LANG="C.UTF-8", PYTHONDONTWRITEBYTECODE="1")
+    kept.update(HOME=str(home), LANG="C.UTF-8", PYTHONDONTWRITEBYTECODE="1",
+                # No port that others hold, and no Ollama of whoever runs the tests.
+                B9AGENT_INFERENCE_PORT="0", OLLAMA_HOST="127.0.0.1:9")
     kept.update({name: str(value) for name, value in extra.items() if value is not None})
     return kept
 

@@ -4,6 +4,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -73,8 +74,9 @@ class World:
     def __init__(self, agent, hostile, home, state, folders):
         self._agent, self.hostile, self.home, self.state = agent, hostile, home, state
         self.path = engines.path_with(*folders)
-        self.port = free_port()
+        self.port = free_port()  # of the front door
         self.program = self.control = None
+        self._engine_ports = set()
 
     def start(self, *flags, **extra):
         # stand-ins keep their files below this home
@@ -84,18 +86,35 @@ class World:
             "--control-port", "0", "--keepalive-interval", "1",
             *(flags if "--inference-port" in flags else flags + ("--inference-port",
                                                                  str(self.port))),
+            # the gateway is on this machine, and is told of the door only where that lets it in
+            *(() if any("gateway-access" in flag for flag in flags) else
+              ("--inference-gateway-access", "loopback")),
             BETA9_TOKEN=TOKEN, PATH=self.path, **extra)
         self.program.wait_line(r"notice ready\b")
         self.control = Control(self.program, self.state)
         return self
 
+    @property
+    def token(self):
+        return (self.state / "inference.token").read_text().strip()
+
     def post(self, path, body=None):
         status, answer, _ = self.control.call(
             "POST", path, {"Content-Type": "application/json"}, json.dumps(body or {}))
-        return status, answer
+        return status, self._seen(answer)
 
     def get(self, path):
-        return self.control.call("GET", path)[1]
+        return self._seen(self.control.call("GET", path)[1])
+
+    def _seen(self, answer):
+        place = answer.get("engine_endpoint")
+        self._engine_ports |= {int(place.rpartition(":")[2])} if place else set()
+        return answer
+
+    def engine_listens(self):
+        """Whether any engine that was seen here still has its port."""
+        assert self.port not in self._engine_ports
+        return any(map(listens, self._engine_ports))
 
     def cli(self, *arguments, **extra):
         return run_agent(self.home, *arguments, PATH=self.path, **extra)
@@ -131,6 +150,8 @@ def test_start_a_token_and_stop_by_http(world):
     status, answer = here.post("/inference/start", {"engine": "ollama"})
     assert (status, answer["status"], answer["running"]) == (200, "running", True)
     assert answer["endpoint"] == "http://127.0.0.1:%d" % here.port and answer["models"] == []
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", answer["engine_endpoint"])
+    assert answer["engine_endpoint"] != answer["endpoint"]
     assert here.post("/inference/pull", {"model": "llama3.2"})[1]["status"] == "success"
     status, answer = here.post("/models/load", {"model": "llama3.2"})
     assert (status, answer["status"]) == (200, "loaded")
@@ -138,7 +159,8 @@ def test_start_a_token_and_stop_by_http(world):
     assert row["loaded"] and row["pulled_by"] == "control API" and row["license"] and row["layers"]
     link = http.client.HTTPConnection("127.0.0.1", here.port, timeout=30)
     link.request("POST", "/api/generate", json.dumps({"model": "llama3.2", "prompt": "Hi",
-                                                      "stream": False}))
+                                                      "stream": False}),
+                 {"Authorization": "Bearer " + here.token})
     assert json.loads(link.getresponse().read())["response"]
     link.close()
     assert here.last_inference(lambda said: said and said["models"] == ["llama3.2:latest"]) == {
@@ -157,7 +179,7 @@ def test_start_a_token_and_stop_by_http(world):
     assert seen.index(("pull", "running")) < seen.index(("pull", "success"))
     status, answer = here.post("/inference/stop")
     assert (status, answer["status"]) == (200, "stopped")
-    assert engine_processes(here.home) == {} and not listens(here.port)
+    assert engine_processes(here.home) == {} and not here.engine_listens()
     assert here.get("/inference/status")["engine"] is None
 
 
@@ -205,7 +227,7 @@ def test_the_python_client_and_the_official_ones_reach_the_engine(world):
         assert here.post("/inference/pull", {"model": name})[0] == 200
     url = here.get("/inference/status")["endpoint"]
     client = b9agent.InferenceClient()
-    client.configure("127.0.0.1", here.port)
+    client.configure("127.0.0.1", here.port, here.token)
     said = client.chat("llama3.2", [{"role": "user", "content": "hello"}])
     assert said.ok and said.content and said.finish_reason == "stop" and said.usage["total_tokens"]
     pieces = list(client.chat("llama3.2", [{"role": "user", "content": "hello"}], stream=True))
@@ -217,16 +239,16 @@ def test_the_python_client_and_the_official_ones_reach_the_engine(world):
     assert set(client.list_models()) == {"llama3.2:latest", "nomic-embed-text:latest"}
     assert client.health()
     assert client.load_model("llama3.2") and client.unload_model("llama3.2")
-    theirs = ollama.Client(host=url)
+    theirs = ollama.Client(host=url, headers={"Authorization": "Bearer " + here.token})
     assert theirs.chat("llama3.2", [{"role": "user", "content": "hello"}]
                        )["message"]["content"] == said.content
     theirs._client.close()
-    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as official:
+    with openai.OpenAI(base_url=url + "/v1", api_key=here.token, max_retries=0) as official:
         assert official.chat.completions.create(model="llama3.2", messages=[
             {"role": "user", "content": "hello"}]).choices[0].message.content == said.content
     missing = client.chat("nobody", [{"role": "user", "content": "x"}])
     assert not missing.ok and "nobody" in missing.error
-    client.configure("127.0.0.1", here.port, raise_errors=True)
+    client.configure("127.0.0.1", here.port, here.token, raise_errors=True)
     with pytest.raises(b9agent.InferenceModelMissing):
         client.chat("nobody", [{"role": "user", "content": "x"}])
     client.configure("127.0.0.1", free_port(), raise_errors=True)
@@ -301,18 +323,20 @@ def test_a_pull_can_be_cancelled(world):
 
 
 def test_an_ollama_that_is_here_is_used_and_never_ended(world):
-    here = world("ollama")
-    env = environment(here.home, PATH=here.path, OLLAMA_HOST="127.0.0.1:%d" % here.port)
+    here, port = world("ollama"), free_port()
+    env = environment(here.home, PATH=here.path, OLLAMA_HOST="127.0.0.1:%d" % port)
     with Program([here.path.split(":")[0] + "/ollama", "serve"], env) as theirs:
-        wait_until(lambda: listens(here.port), "their Ollama listens")
-        here.start()
+        wait_until(lambda: listens(port), "their Ollama listens")
+        here.start(OLLAMA_HOST="0.0.0.0:%d" % port)
         status, answer = here.post("/inference/start")
         assert status == 200 and answer["adopted"] and answer["pid"] is None
+        assert answer["engine_endpoint"] == "http://127.0.0.1:%d" % port
+        assert answer["endpoint"] == "http://127.0.0.1:%d" % here.port
         assert here.post("/inference/pull", {"model": "llama3.2"})[0] == 200
         assert here.post("/models/load", {"model": "llama3.2"})[0] == 200
         status, answer = here.post("/inference/stop")
         assert status == 200 and "runs on" in answer["message"]
-        assert theirs.process.poll() is None and listens(here.port)
+        assert theirs.process.poll() is None and listens(port)
         here.post("/inference/start")
         here.program.stop()
         assert theirs.process.poll() is None
@@ -331,14 +355,26 @@ def test_a_missing_engine_is_an_error_that_names_its_installer(world):
     assert done.code == 1 and "SGLang is not installed" in done.err and "pip install" in done.err
 
 
-def test_a_taken_port_names_who_holds_it(world):
-    here = world("ollama").start()
+def test_a_taken_port_costs_the_front_door_and_names_who_holds_it(world):
+    here = world("ollama")
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", here.port))
         holder.listen(1)
+        here.start()
+        here.program.wait_line("error no_front_door .*held by .*pid %d" % os.getpid())
         status, answer = here.post("/inference/start")
-    assert status == 409 and "taken by" in answer["error"] and "pid %d" % os.getpid() in answer["error"]
-    assert here.post("/inference/start")[0] == 200
+        assert (status, answer["status"], answer["endpoint"]) == (200, "running", None)
+        assert all(
+            request.body.get("inference") is None for request in here.hostile.named("keepalive"))
+    assert here.get("/status")["front_door"] is None
+
+
+def test_the_gateway_is_not_told_of_a_door_that_would_not_let_it_in(world):
+    here = world("ollama").start("--inference-gateway-access", "address")
+    assert here.post("/inference/start")[1]["endpoint"]
+    here.hostile.wait_count(len(here.hostile.named("keepalive")) + 3, "keepalive")
+    assert all(request.body.get("inference") is None
+               for request in here.hostile.named("keepalive"))
 
 
 def test_an_engine_that_crashes_at_its_start_is_an_error_with_its_last_words(world):
@@ -383,7 +419,7 @@ def test_an_engine_that_will_not_go_is_gone(world, fault):
     here.post("/models/load", {"model": "llama3.2"})
     assert len(engine_processes(here.home)) == 2
     assert here.post("/inference/stop")[0] == 200
-    assert engine_processes(here.home) == {} and not listens(here.port)
+    assert engine_processes(here.home) == {} and not here.engine_listens()
 
 
 def test_what_a_killed_agent_leaves_is_ended_by_the_next(world):
@@ -396,7 +432,7 @@ def test_what_a_killed_agent_leaves_is_ended_by_the_next(world):
     left = engine_processes(here.home)
     assert len(left) == 2
     here.start()
-    assert engine_processes(here.home) == {} and not listens(here.port)
+    assert engine_processes(here.home) == {} and not here.engine_listens()
     assert here.get("/inference/status")["status"] == "stopped"
 
 
@@ -404,7 +440,7 @@ def test_an_agent_that_is_told_to_stop_takes_its_engine_with_it(world):
     here = world("ollama").start("--inference-autostart=true")
     wait_until(lambda: here.get("/inference/status")["running"], "it started by itself")
     assert here.program.stop() == 0
-    assert processes_of(here.home) == {} and not listens(here.port)
+    assert processes_of(here.home) == {} and not here.engine_listens()
 
 
 def test_a_second_engine_waits_for_the_first_to_stop(world):
@@ -575,12 +611,12 @@ def test_vllm_and_sglang_start_give_a_token_and_leave_nothing(world, name, tmp_p
     status, answer = here.post("/inference/start", {"engine": name, "model": str(folder)})
     assert (status, answer.get("models")) == (200, ["tiny-model"]), answer
     client = b9agent.InferenceClient()
-    client.configure("127.0.0.1", here.port)
+    client.configure("127.0.0.1", here.port, here.token)
     assert client.chat("tiny-model", [{"role": "user", "content": "hello"}]).content
     status, answer = here.post("/inference/pull", {"model": "llama3.2"})
     assert status == 409 and "serves tiny-model alone" in answer["error"]
     assert here.post("/inference/stop")[0] == 200
-    assert engine_processes(here.home) == {} and not listens(here.port)
+    assert engine_processes(here.home) == {} and not here.engine_listens()
 
 
 REAL = {"llama-server": (engines.llama_server, engines.tiny_gguf),
@@ -601,16 +637,17 @@ def test_a_real_engine_starts_gives_a_token_and_is_gone(real_world, name):
     status = here.get("/inference/status")
     (served,) = status["models"]
     client = b9agent.InferenceClient()
-    client.configure("127.0.0.1", here.port, raise_errors=True)
+    client.configure("127.0.0.1", here.port, here.token, raise_errors=True)
     said = client.chat(served, [{"role": "user", "content": "hello"}], max_tokens=8)
     assert said.usage["completion_tokens"] >= 1 and said.finish_reason in ("length", "stop")
     assert any(client.chat(served, [{"role": "user", "content": "hello"}], max_tokens=8, stream=True))
-    with openai.OpenAI(base_url=status["endpoint"] + "/v1", api_key="none",
+    with openai.OpenAI(base_url=status["endpoint"] + "/v1", api_key=here.token,
                        max_retries=0) as official:
         assert official.chat.completions.create(model=served, max_tokens=4, messages=[
             {"role": "user", "content": "hello"}]).usage.completion_tokens >= 1
     if any(b9agent.ENGINE_BY_NAME[name].counts):
-        place = b9agent.Endpoint("http", "127.0.0.1", here.port)
+        place = b9agent.Endpoint("http", "127.0.0.1",
+                                 int(status["engine_endpoint"].rpartition(":")[2]))
         assert b9agent.read_engine_load(b9agent.ENGINE_BY_NAME[name], place, None).tokens >= 8
         said = wait_until(lambda: here.get("/inference/status")["tokens_per_second"] is not None
                           and here.get("/inference/status"), "two looks at its load", 60)
@@ -624,7 +661,7 @@ def test_a_real_engine_starts_gives_a_token_and_is_gone(real_world, name):
     wait_until(lambda: here.get("/inference/status")["running"] and here.pid() != first,
                "it came back", limit_s)
     assert here.cli("smoke", "--model", served, within_s=limit_s).code == 0
-    assert engine_processes(here.home) == {} and not listens(here.port)
+    assert engine_processes(here.home) == {} and not here.engine_listens()
 
 
 def test_a_real_ollama_imports_loads_verifies_and_forgets_a_model(real_world):
@@ -638,13 +675,14 @@ def test_a_real_ollama_imports_loads_verifies_and_forgets_a_model(real_world):
     (row,) = here.get("/models")["models"]
     assert row["loaded"] and row["name"] == "tiny:latest" and row["manifest_digest"] and row["layers"]
     client = b9agent.InferenceClient()
-    client.configure("127.0.0.1", here.port, raise_errors=True)
+    client.configure("127.0.0.1", here.port, here.token, raise_errors=True)
     assert client.generate("tiny", "hello", max_tokens=4).usage["completion_tokens"] >= 1
     status = here.get("/inference/status")
-    theirs = pytest.importorskip("ollama").Client(host=status["endpoint"])
+    theirs = pytest.importorskip("ollama").Client(
+        host=status["endpoint"], headers={"Authorization": "Bearer " + here.token})
     assert theirs.generate("tiny", "hello", options={"num_predict": 4})["eval_count"] >= 1
     theirs._client.close()
-    with pytest.importorskip("openai").OpenAI(base_url=status["endpoint"] + "/v1", api_key="none",
+    with pytest.importorskip("openai").OpenAI(base_url=status["endpoint"] + "/v1", api_key=here.token,
                                               max_retries=0) as official:
         assert official.completions.create(model="tiny", prompt="hello", max_tokens=4).usage
     runner = next(pid for pid in engine_processes(here.home) if pid != status["pid"])
@@ -665,7 +703,7 @@ def test_a_real_ollama_imports_loads_verifies_and_forgets_a_model(real_world):
     other = here.cli("start", "--model", model)
     assert other.code == 1 and "One engine runs at a time" in other.err, other
     assert here.cli("smoke", "--model", "tiny", within_s=120).code == 0
-    assert engine_processes(here.home) == {} and not listens(here.port)
+    assert engine_processes(here.home) == {} and not here.engine_listens()
 
 
 def test_secrets_of_the_agent_are_not_in_an_engines_environment_or_command(world):

@@ -51,6 +51,11 @@ class Embedded:
             lambda models: None, lambda: self.told.append(self.inference.state()))
 
 
+def DOOR():
+    place = b9agent.Endpoint("http", "127.0.0.1", 4711)
+    return b9agent.DoorPlace(place, place)
+
+
 # -- starts and stops that cross ---------------------------------------------
 
 def test_what_is_asked_while_an_engine_is_being_stopped_waits_for_its_end(world):
@@ -106,7 +111,6 @@ def test_an_agent_that_ends_during_a_start_leaves_nothing(world):
 def test_nothing_is_started_once_the_agent_ends(tmp_path):
     inference = Embedded(tmp_path).inference
     inference._find = lambda engine: "/bin/true"
-    inference._settings = inference._settings._replace(inference_port=0)
     inference.close()
     with pytest.raises(b9agent.EngineConflict, match="being stopped"):
         inference.start("ollama", "")
@@ -127,7 +131,7 @@ def test_starts_and_stops_in_a_heap_end_in_one_truth(world):
     for _ in range(3):
         assert {status for status, _ in together(*calls)} <= {200, 409}
     assert here.post("/inference/stop")[0] == 200
-    assert engine_processes(here.home) == {} and not listens(here.port)
+    assert engine_processes(here.home) == {} and not here.engine_listens()
 
 
 # -- engines that go, come back, or say nothing --------------------------------
@@ -137,7 +141,8 @@ def test_an_ollama_of_others_that_comes_back_is_running_again(world, tmp_path, m
     here = world("ollama")
     env = environment(here.home, PATH=here.path, OLLAMA_HOST="127.0.0.1:%d" % here.port)
     words = [here.path.split(":")[0] + "/ollama", "serve"]
-    one = Embedded(tmp_path, inference_port=str(here.port))
+    monkeypatch.setenv("OLLAMA_HOST", env["OLLAMA_HOST"])
+    one = Embedded(tmp_path)
     with Program(words, env):
         wait_until(lambda: listens(here.port), "their Ollama listens")
         assert one.inference.start("ollama", "")["adopted"]
@@ -220,7 +225,8 @@ def test_an_engine_of_ours_that_hangs_is_no_longer_said_to_run_and_a_start_mends
     here, silent = world("ollama"), []
     monkeypatch.setenv("PATH", here.path)
     monkeypatch.setenv("HOME", str(here.home))
-    one = Embedded(tmp_path, inference_port=str(here.port), gateway_host="localhost")
+    one = Embedded(tmp_path)
+    one.inference.place = DOOR
     try:
         first = one.inference.start("ollama", "")["pid"]
         tags = b9agent.OllamaApi.tags
@@ -234,7 +240,8 @@ def test_an_engine_of_ours_that_hangs_is_no_longer_said_to_run_and_a_start_mends
         wait_until(lambda: one.told[-1] == "error", "it is told")
         said = one.inference.status()
         assert not said["running"] and "does not answer" in said["message"] and said["models"] == []
-        assert one.inference.wire("10.0.0.1")["status"] == "error"
+        assert one.inference.wire()["status"] == "error"
+        assert one.inference.target()[:4] == ("error",) + one.inference.target()[1:3] + ((),)
         silent.clear()
         wait_until(lambda: one.told[-1] == "running", "it answers again")
         silent.append(True)
@@ -254,17 +261,19 @@ def test_a_stopped_engine_is_told_to_the_gateway(world):
         "status": "stopped", "ip": "127.0.0.1", "port": here.port, "models": []}
 
 
-def test_a_lying_ollama_cannot_blow_up_a_keepalive(tmp_path):
+def test_a_lying_ollama_cannot_blow_up_a_keepalive(tmp_path, monkeypatch):
     names = [{"name": "m%d" % number} for number in range(5000)] + [{"name": "x" * 100000}, 5, {}]
     tags = json.dumps({"models": names[::-1]}).encode()
 
     def say(method, path, body):
         return 200, {"/": b"Ollama is running", "/api/version": b'{"version": "1"}'}.get(path, tags)
     with Liar(say) as engine:
-        one = Embedded(tmp_path, inference_port=str(engine.port), gateway_host="localhost")
+        monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:%d" % engine.port)
+        one = Embedded(tmp_path)
+        one.inference.place = DOOR
         one.inference.start("ollama", "")
-        assert len(one.inference.wire("10.0.0.1")["models"]) == 1000
-        assert len(json.dumps(one.inference.wire("10.0.0.1"))) < 20000
+        assert len(one.inference.wire()["models"]) == 1000
+        assert len(json.dumps(one.inference.wire())) < 20000
         one.inference.close()
 
 
@@ -289,10 +298,11 @@ def test_a_users_model_of_ollamas_library_is_one_for_ollama(world):
     assert here.post("/inference/start", {"engine": "ollama", "model": "someone/tiny"})[0] == 200
 
 
-def test_an_address_that_is_not_ours_is_a_wrong_setting_and_no_defect(world):
-    here = world("ollama").start("--inference-host", "203.0.113.9")
+def test_an_address_that_is_not_ours_costs_the_front_door_and_no_more(world):
+    here = world("ollama").start("--inference-host", "203.0.113.9", "--insecure")
+    here.program.wait_line("error no_front_door where=203.0.113.9:%d" % here.port)
     status, answer = here.post("/inference/start")
-    assert status == 400 and "inference.host" in answer["suggestion"], answer
+    assert (status, answer["running"], answer["endpoint"]) == (200, True, None)
 
 
 def test_files_that_are_being_hashed_are_not_hashed_twice_at_once(tmp_path, monkeypatch):
@@ -401,7 +411,7 @@ def test_a_token_stays_with_the_host_it_was_given_for():
         finally:
             stop.set()
             thread.join()
-        assert all((endpoint.port == one.port) == bool(headers) for endpoint, headers in targets)
+        assert all((endpoint.port == one.port) == bool(headers) for endpoint, headers, _ in targets)
 
 
 def test_smoke_does_not_pass_what_says_nothing(monkeypatch, tmp_path):
@@ -412,6 +422,8 @@ def test_smoke_does_not_pass_what_says_nothing(monkeypatch, tmp_path):
     with Liar(say) as liar:
         monkeypatch.setattr(b9agent, "call_agent", lambda *_: {
             "engine": "ollama", "endpoint": "http://127.0.0.1:%d" % liar.port})
+        monkeypatch.setattr(b9agent, "local_door", lambda state_dir: (
+            b9agent.Endpoint("http", "127.0.0.1", liar.port), "token-of-the-door"))
         steps = b9agent.Smoke(str(tmp_path), "127.0.0.1", "llama3.2").steps
         for _, step in steps[:3]:
             step()
@@ -501,12 +513,13 @@ def test_an_odd_name_is_a_wrong_request_before_any_engine_is_asked(name, tmp_pat
 
 
 @pytest.mark.parametrize("garbage", [b"", b"<html>", b"{}", b"[]", b'{"error": "x"}'])
-def test_an_engine_that_tells_garbage_unloads_and_deletes_nothing(garbage, tmp_path):
+def test_an_engine_that_tells_garbage_unloads_and_deletes_nothing(garbage, tmp_path, monkeypatch):
     def say(method, path, body):
         return 200, {"/": b"Ollama is running", "/api/version": b'{"version": "1"}'}.get(path,
                                                                                         garbage)
     with Liar(say) as engine:
-        one = Embedded(tmp_path, inference_port=str(engine.port))
+        monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:%d" % engine.port)
+        one = Embedded(tmp_path)
         one.inference.start("ollama", "")
         for call in (one.inference.load, one.inference.unload, one.inference.delete):
             with pytest.raises(b9agent.ModelError):
@@ -573,7 +586,8 @@ def test_a_defect_in_a_look_at_the_engine_costs_one_look(tmp_path, monkeypatch):
         return 200, {"/": b"Ollama is running", "/api/version": b'{"version": "1"}'}.get(
             path, b'{"models": [{"name": "m"}]}')
     with Liar(say) as engine:
-        one, beats = Embedded(tmp_path, inference_port=str(engine.port)), []
+        monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:%d" % engine.port)
+        one, beats = Embedded(tmp_path), []
 
         def beat(models):
             beats.append(models)
