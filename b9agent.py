@@ -12027,6 +12027,17 @@ def _model_facts(name: str, context_tokens: int, since_s: float) -> Dict[str, An
             "details": details, "capabilities": ["completion", "tools"]}
 
 
+def model_answer(path: str, name: str, context_tokens: int, since_s: float) -> Dict[str, Any]:
+    """To POST /api/show or GET /v1/models/NAME."""
+    if path == "/api/show":
+        facts = _model_facts(name, context_tokens, since_s)
+        return {"modelfile": "", "parameters": "", "template": "", "license": "",
+                "details": facts["details"], "capabilities": facts["capabilities"],
+                "modified_at": facts["modified_at"], "model_info": {
+                    "general.architecture": "unknown", "unknown.context_length": context_tokens}}
+    return {"id": name, "object": "model", "created": int(since_s), "owned_by": "b9agent"}
+
+
 def model_list_answer(path: str, names: Sequence[str], context_tokens: int,
                       since_s: float) -> Dict[str, Any]:
     """To GET /v1/models, /api/tags or /api/ps (names: those in memory).  since_s: of the wall
@@ -12039,17 +12050,6 @@ def model_list_answer(path: str, names: Sequence[str], context_tokens: int,
         models = [dict(model, size_vram=0, context_length=context_tokens,
                        expires_at="2318-01-01T00:00:00Z") for model in models]  # for ever
     return {"models": models}
-
-
-def model_answer(path: str, name: str, context_tokens: int, since_s: float) -> Dict[str, Any]:
-    """To POST /api/show or GET /v1/models/NAME."""
-    if path == "/api/show":
-        facts = _model_facts(name, context_tokens, since_s)
-        return {"modelfile": "", "parameters": "", "template": "", "license": "",
-                "details": facts["details"], "capabilities": facts["capabilities"],
-                "modified_at": facts["modified_at"], "model_info": {
-                    "general.architecture": "unknown", "unknown.context_length": context_tokens}}
-    return {"id": name, "object": "model", "created": int(since_s), "owned_by": "b9agent"}
 
 
 # ----------------------------------------------------------------------
@@ -12176,8 +12176,8 @@ class Errands:
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
-    sweep(): called every RELAY_SWEEP_S while a connection is open.  _lock guards _ended, and _wake's
-    life with it.
+    sweep(): called every RELAY_SWEEP_S while a connection is open.  _lock guards _ended, and the
+    life of _wake with it.
     """
 
     def __init__(self, name: str, log: Log, sweep: Callable[[], None]) -> None:
@@ -12534,7 +12534,7 @@ class EngineWire(RelaySocket):
 class ClientWire(RelaySocket):
     """A connection of a client: one request after the other.
 
-    owner: is told head_came(client), whole_came(client) once its body is there, too; drained(client)
+    owner: is told head_came(client), and whole_came(client) once its body is there; drained(client)
     when a slow reader has caught up; left(client) at the end, in every case and once.
     phase: tls, head, asked (its owner has it, or its body is on its way), sent (only bytes remain),
     linger.
