@@ -9361,18 +9361,20 @@ _FIELDS = (
     ("CTRAcg", "own", "stream:b"),
     ("CT", "own", "max_tokens:i max_completion_tokens:i stream_options:o"),
     ("CT", "send", "temperature:n top_p:n frequency_penalty:n presence_penalty:n min_p:n n:i"
-     " top_k:i typical_p:n repetition_penalty:n repeat_penalty:n repeat_last_n:i length_penalty:n seed:i"
-     " xtc_probability:n xtc_threshold:n repetition_context_size:i min_tokens:i stop:sl"
-     " logit_bias:o thinking_token_budget:i truncate_prompt_tokens:i stop_token_ids:l allowed_token_ids:l"
-     " bad_words:l ignore_eos:b skip_special_tokens:b spaces_between_special_tokens:b"
-     " include_stop_str_in_output:b add_special_tokens:b response_format:o structured_outputs:o"
-     " guided_json:o guided_regex:s guided_grammar:s guided_choice:l cache_salt:s"),
+     " top_k:i typical_p:n repetition_penalty:n repeat_penalty:n repeat_last_n:i length_penalty:n"
+     " seed:i xtc_probability:n xtc_threshold:n repetition_context_size:i min_tokens:i stop:sl"
+     " logit_bias:o thinking_token_budget:i truncate_prompt_tokens:i stop_token_ids:l"
+     " allowed_token_ids:l bad_words:l ignore_eos:b skip_special_tokens:b"
+     " spaces_between_special_tokens:b include_stop_str_in_output:b add_special_tokens:b"
+     " response_format:o structured_outputs:o guided_json:o guided_regex:s guided_grammar:s"
+     " guided_choice:l cache_salt:s"),
     ("CT", "its work is not counted", "best_of use_beam_search prompt_logprobs"),
     ("CT", "it reaches into the machine, or to other requests", "adapters draft_model lora"
-     " lora_path num_draft_tokens chat_template mm_processor_kwargs media_io_kwargs prompt_embeds id_slot"
-     " kv_transfer_params ec_transfer_params vllm_xargs priority request_id"),
+     " lora_path num_draft_tokens chat_template mm_processor_kwargs media_io_kwargs prompt_embeds"
+     " id_slot kv_transfer_params ec_transfer_params vllm_xargs priority request_id"),
     ("CTER", "drop", "user metadata store service_tier safety_identifier prompt_cache_key"
-     " moderation prompt_cache_retention prompt_cache_options"),  # nothing is kept here, and nobody is told
+     " moderation prompt_cache_retention"
+     " prompt_cache_options"),  # nothing is kept here, and nobody is told
     ("C", "send", "messages:l tools:l documents:l reasoning_effort:s verbosity:s reasoning:o"
      " chat_template_kwargs:o logprobs:b parallel_tool_calls:b add_generation_prompt:b"
      " continue_final_message:b include_reasoning:b separate_reasoning:b tool_choice:so"
@@ -10309,7 +10311,8 @@ def whole_answer(ask: Ask, wire: Wire, status: int, body: bytes, request_id: str
 def model_answer(path: str, names: Sequence[str], context_tokens: int,
                  since_s: float) -> Dict[str, Any]:
     """To GET /v1/models, /v1/models/NAME, /api/tags, /api/ps (names: those in memory) and
-    /api/version, and to POST /api/show, of an engine that is no Ollama.  since_s: when it started, wall clock."""
+    /api/version, and to POST /api/show, of an engine that is no Ollama.  since_s: when it started,
+    in seconds since 1970."""
     if path == "/api/version":
         return {"version": "0.33.0"}  # whose API this is
     if path.startswith("/v1/models"):
