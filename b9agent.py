@@ -14487,30 +14487,19 @@ def gateway_addresses(host: str, access: str) -> Optional[Tuple[str, ...]]:
                         if access == "loopback" or not is_own_address(address)))
 
 
-def make_tls(settings: Any, log: Log) -> Optional[ServerTls]:
-    """Raises: UsageError."""
-    if bool(settings.tls_cert) != bool(settings.tls_key):
-        raise UsageError(f"tls.{'key' if settings.tls_cert else 'cert'} is not set",
-                         "tls.cert and tls.key go together; or tls: tailscale")
-    return ServerTls(settings.tls_cert, settings.tls_key, log) if settings.tls_cert else None
-
-
-def open_listening(settings: Any) -> List[str]:
-    """What would cross a network in clear text, in sentences."""
-    if settings.tls == "tailscale" or settings.tls_cert:
-        return []
-    ours = tailnet_interface_address()
-
-    def crosses(host: Optional[str]) -> bool:
+def listeners_tls(settings: Any, tls: Optional[ServerTls], log: Log) -> Optional[ServerTls]:
+    """What the control API gets.  Raises: UsageError where it, or the front door, would listen
+    beyond loopback and the tailnet without TLS, and nobody said that this may be."""
+    for name, host in (("inference.host", settings.inference_host or "127.0.0.1"),
+                       ("control.host", settings.control_host)):
         # At boot its interface may be on its way.
-        tailnet = ours or (host if is_tailnet_address(host) and tailnet_trace(
-            settings.tailnet_socket) else "")
-        return host is not None and wants_tls(host, tailnet or "")
-    return [f"the {what} listens on {host} without TLS: whoever is on the way reads {reads}"
-            for what, host, reads in (
-                ("control API", settings.control_host, "the control token, and has the agent"),
-                ("front door", settings.inference_host, "tokens, prompts and answers"))
-            if crosses(host)]
+        tailnet = tailnet_interface_address() or (host if is_tailnet_address(
+            host) and tailnet_trace(settings.tailnet_socket) else "")
+        found = listener_tls(name, host, settings, tls, tailnet)
+        if found is None and wants_tls(host, tailnet):
+            log("warning", "insecure", what=f"{name} is {host}, without TLS: tokens, prompts and "
+                "answers cross the network in clear text")
+    return found
 
 
 class Entrance:
@@ -14581,15 +14570,13 @@ class Entrance:
 
     def _make(self) -> Any:
         """Raises: UsageError."""
-        settings, log = self._settings, self._log
-        def path(name: str) -> str:
-            return os.path.join(settings.state_dir, name)
-        book = TenantBook(path("tenants.yaml"), path("inference.token"), log)
+        settings, log, price = self._settings, self._log, self._settings.inference_gpu_usd_per_hour
+        book = TenantBook(settings.state_dir, log, price is not None)
         oidc = Oidc(settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks, log
                     ) if settings.oidc_issuer else None
         access = Access(book, oidc, self._tailnet.whois, self.addresses, log)
-        price = settings.inference_gpu_usd_per_hour
-        ledger = Ledger(path("usage.json"), log, None if price is None else price / 3600)
+        ledger = Ledger(os.path.join(settings.state_dir, "usage.json"), log,
+                        None if price is None else price / 3600)
         return FrontDoor(log, access, ledger, self._inference.target, self.tally, DoorLimits(
             settings.inference_queue, settings.inference_queue_wait,
             settings.inference_silence_limit), self._tls)
@@ -14673,11 +14660,8 @@ class Agent:
         self.k3s = TokenKeeper(self._mint_k3s_token, lambda token: self.change_identity(
             k3s_token=token), log) if settings.k3s_service_account else None
         self.tailnet = Tailnet(settings.tailnet_socket, log, self._tell_tailnet)
-        self.tls = make_tls(settings, log)
-        self._open = open_listening(settings)
-        if self._open and not settings.insecure:
-            raise UsageError("; and ".join(self._open), "Set tls.cert and tls.key, or tls: "
-                             "tailscale; or `insecure: true`, if that network is yours alone")
+        self.tls = server_tls(settings, log)
+        self._control_tls = listeners_tls(settings, self.tls, log)
         # Behind a tunnel the gateway is on no tailnet of ours: it could not dial that address.
         self._offers_tailnet = not settings.hostname and self.tunnel is None
         self._tailnet_control = (settings.tailnet_control
@@ -15012,8 +14996,6 @@ class Agent:
         folder's lock.  Raises: TokenRefused, RequestRefused."""
         try:
             end_leftovers(self.settings.state_dir, self._log)
-            for what in self._open:
-                self._log("warning", "insecure", what=what)
             self._start_control()
             self.entrance.start()
             if self.tunnel:
@@ -15118,7 +15100,7 @@ class Agent:
             api = ControlApi(self._log, token, agent_routes(self.status, self.metrics_text)
                              + inference_routes(self.inference))
             server = ApiServer(api, settings.control_host, settings.control_port,
-                               self.tls if wants_tls(settings.control_host) else None)
+                               self._control_tls)
             server.start()
             self._control = server
             write_atomic(address_file, host_port(server.host, server.port) + "\n")
