@@ -8668,11 +8668,219 @@ class TenantBook:
         return (Tenant(DEFAULT_TENANT, (token_hash(kept_secret(self._token_path)),), admin=True),)
 
 
+# -- OpenID: keys of the provider, tokens of its users -------------------
+
+JWT_MAX_BYTES, JWT_LEEWAY_S = 16384, 60.0
+JWKS_KEPT_S, JWKS_EVERY_S = 3600.0, 60.0     # how long keys are good, how often they are asked for
+ACCESS_KEPT = 4096                           # addresses, and verified tokens, that are remembered
+# What a signed SHA-256 begins with: DER of its AlgorithmIdentifier.  Source: RFC 8017, section 9.2.
+_SHA256_PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")
+
+
+class Recent:
+    """What is remembered of at most ACCESS_KEPT keys; those that were used last.
+
+    _lock guards _items."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._items: Any = collections.OrderedDict()
+
+    def get(self, key: Any) -> Any:
+        with self._lock:
+            if key not in self._items:
+                return None
+            self._items.move_to_end(key)
+            return self._items[key]
+
+    def put(self, key: Any, value: Any) -> None:
+        with self._lock:
+            self._items[key] = value
+            self._items.move_to_end(key)
+            if len(self._items) > ACCESS_KEPT:
+                self._items.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._items.clear()
+
+
+def _base64url(text: Any) -> bytes:
+    """Strictly: its alphabet, no padding, no bits left over.  Raises: ValueError."""
+    import base64
+    raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) if isinstance(
+        text, str) and re.fullmatch("[A-Za-z0-9_-]*", text) else b""
+    if not raw or base64.urlsafe_b64encode(raw).rstrip(b"=") != text.encode("ascii"):
+        raise ValueError("it is not base64url")
+    return raw
+
+
+def _rsa_key(key: Dict[str, Any]) -> Optional[Tuple[int, int]]:
+    """(n, e); None where it is not for RS256, or too weak for it."""
+    try:
+        n, e = (int.from_bytes(_base64url(key.get(name)), "big") for name in "ne")
+    except ValueError:
+        return None
+    return (n, e) if (key.get("kty"), key.get("use", "sig"), key.get("alg", "RS256")) == (
+        "RSA", "sig", "RS256") and 2048 <= n.bit_length() <= 8192 and n & e & 1 and (
+            3 <= e < 1 << 33) else None
+
+
+def keys_of(body: bytes) -> Dict[str, Tuple[int, int]]:
+    """{kid: (n, e)} of the RSA keys that sign with RS256.  One kid for two keys names neither.
+    Raises: ValueError.  Source: RFC 7517, RFC 7518."""
+    document = decode_json(body)
+    keys = document.get("keys") if isinstance(document, dict) else None
+    found: Dict[str, Optional[Tuple[int, int]]] = {}
+    for key in keys if isinstance(keys, list) and len(keys) <= 100 else ():
+        kid = key.get("kid") if isinstance(key, dict) else None
+        if isinstance(kid, str):
+            found[kid] = None if kid in found else _rsa_key(key)
+    good = {kid: key for kid, key in found.items() if key}
+    if not good:
+        raise ValueError("no RSA key for RS256 of 2048 to 8192 bits is in it")
+    return good
+
+
+def is_signed(signed: bytes, signature: bytes, key: Tuple[int, int]) -> bool:
+    """RSASSA-PKCS1-v1_5 with SHA-256.  The block that must come out is made and compared whole:
+    what reads it instead takes forged ones for e=3.  Source: RFC 8017, section 8.2.2."""
+    import hashlib
+    n, e = key
+    size, number = (n.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    end = b"\0" + _SHA256_PREFIX + hashlib.sha256(signed).digest()
+    block = b"\0\1" + b"\xff" * (size - 2 - len(end)) + end
+    return (len(signature) == size and number < n
+            and pow(number, e, n).to_bytes(size, "big") == block)
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e18
+
+
+class Claims(NamedTuple):
+    """Of a verified token.  names: what a tenant's `oidc` may say.  until_s: on the wall clock."""
+    subject: str
+    names: Tuple[str, ...]
+    until_s: float
+
+
+def checked_claims(found: Any, issuer: str, audience: str, wall_s: float) -> Claims:
+    """Raises: ValueError that says what is wrong.  Source: RFC 7519, section 4.1."""
+    if not isinstance(found, dict) or found.get("iss") != issuer:
+        raise ValueError("another issuer's")
+    meant = found.get("aud")
+    if audience not in (meant if isinstance(meant, list) else [meant]):
+        raise ValueError("it is meant for another audience")
+    times = {name: found.get(name, default) for name, default in (
+        ("exp", None), ("nbf", 0), ("iat", 0))}
+    if not all(_is_amount(value) for value in times.values()):
+        raise ValueError("its times are none")
+    if times["exp"] <= wall_s:
+        raise ValueError("it has expired")
+    if max(times["nbf"], times["iat"]) > wall_s + JWT_LEEWAY_S:
+        raise ValueError("it is not valid yet")
+    subject, email, groups = found.get("sub"), found.get("email"), found.get("groups")
+    if not isinstance(subject, str) or not 0 < len(subject) <= 255 or subject.startswith("group:"):
+        raise ValueError("it names nobody")
+    names = [subject]
+    if isinstance(email, str) and "@" in email and found.get("email_verified") is True:
+        names.append(email)
+    names += [f"group:{name}" for name in (groups if isinstance(groups, list) else ())
+              if isinstance(name, str)]
+    return Claims(subject, tuple(names), times["exp"])
+
+
+class Oidc:
+    """Tokens of one OpenID provider for one audience.  jwks: a file, or an https URL (http only of
+    this machine).
+
+    _lock is held while keys are read or fetched: who needs them waits, and one asks for all.
+    """
+
+    def __init__(self, issuer: str, audience: str, jwks: str, log: Log,
+                 clock: Callable[[], float] = now_s, wall: Callable[[], float] = time.time) -> None:
+        """Raises: UsageError."""
+        self._issuer, self._audience, self._jwks, self._log = issuer, audience, jwks, log
+        self._clock, self._wall, self._lock = clock, wall, threading.Lock()
+        self._keys: Dict[str, Tuple[int, int]] = {}
+        self._stamp: Any = ()
+        self._good_until_s = self._ask_s = float("-inf")
+        self._verified = Recent()  # SHA-256 of a token -> Claims, and until when its key is good
+        self._endpoint, self._path = None, "/"
+        if "://" in jwks:
+            match = re.fullmatch(r"(https?)://(\[.*?\]|[^:/@]+)(?::([0-9]{1,5}))?(/.*)?", jwks)
+            scheme, host, port, path = match.groups() if match else ("", "", "", "")
+            host = host.strip("[]")
+            if scheme != "https" and not loopback(host):  # who changes keys on their way is anybody
+                raise UsageError("oidc.jwks cannot be used", "It is https://HOST/PATH, or a path")
+            self._endpoint = Endpoint(scheme, host, int(port or (443 if scheme == "https" else 80)))
+            self._path = path or "/"
+
+    def known(self, digest: str) -> Optional[Claims]:
+        """What verify() said of a token with this SHA-256, while that is true.  No waiting."""
+        claims, good_until_s = self._verified.get(digest) or (None, 0.0)
+        return claims if claims and claims.until_s > self._wall() and (
+            good_until_s > self._clock()) else None
+
+    def verify(self, token: str, digest: str) -> Claims:
+        """May fetch keys.  Raises: ValueError that says what is wrong."""
+        if len(token) > JWT_MAX_BYTES:
+            raise ValueError("it is too long")
+        head, body, signature = token.split(".")
+        header = decode_json(_base64url(head))
+        if not isinstance(header, dict) or header.get("alg") != "RS256" or "crit" in header:
+            raise ValueError("it is not signed with RS256")
+        claims = checked_claims(decode_json(_base64url(body)), self._issuer, self._audience,
+                                self._wall())
+        key, good_until_s = self._key(header.get("kid"))
+        if not is_signed(f"{head}.{body}".encode("ascii"), _base64url(signature), key):
+            raise ValueError("its signature is wrong")
+        self._verified.put(digest, (claims, good_until_s))
+        return claims
+
+    def _key(self, kid: Any) -> Tuple[Tuple[int, int], float]:
+        """(key, until when on the clock it is not asked for again).  Raises: ValueError."""
+        with self._lock:
+            now = self._clock()
+            due = now >= self._good_until_s or not isinstance(kid, str) or kid not in self._keys
+            if due and now >= self._ask_s:
+                self._renew(now)
+            if not isinstance(kid, str) or kid not in self._keys:
+                raise ValueError("its key is none of the issuer's" if self._keys else
+                                 "the issuer's keys are not known")
+            return self._keys[kid], max(self._good_until_s, self._ask_s)
+
+    def _renew(self, now: float) -> None:
+        """Old keys go on where there are no new ones to be had."""
+        stamp = None if self._endpoint else _file_stamp(self._jwks)
+        self._ask_s = now + (JWKS_EVERY_S if self._endpoint else 1.0)
+        if stamp is None or stamp != self._stamp:
+            try:
+                keys = keys_of(self._read())
+            except (HttpFailure, ValueError) as error:
+                self._log("warning", "oidc_keys", what=f"{self._jwks}: {error}",
+                          do="Those known before stay in force" if self._keys else
+                          "Until they can be had, its tokens are refused")
+                return
+            if keys != self._keys:
+                self._verified.clear()
+            self._keys, self._stamp = keys, stamp
+        self._good_until_s = now + (JWKS_KEPT_S if self._endpoint else JWKS_EVERY_S)
+
+    def _read(self) -> bytes:
+        if self._endpoint is None:
+            return (read_text(self._jwks, 1 << 18) or "").encode("utf-8")
+        reply = http_request("GET", self._endpoint, self._path, {}, None, 10.0, 1 << 18)
+        if reply.status != 200:
+            raise ValueError(f"answered {reply.status}")
+        return reply.body
+
+
 # -- who asks ------------------------------------------------------------
 
 TOKEN_FAILURES, TOKEN_FAILURES_S = 10, 60.0  # of an address, before it has to wait
 WHOIS_KEPT_S, WHOIS_FAILURE_KEPT_S = 60.0, 5.0
-ACCESS_KEPT = 4096                           # addresses, and verified tokens, that are remembered
 
 
 class Caller(NamedTuple):
@@ -8729,39 +8937,11 @@ def _address_block(host: str) -> str:
         return host
 
 
-class Recent:
-    """What is remembered of at most ACCESS_KEPT keys; those that were used last.
-
-    _lock guards _items."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._items: Any = collections.OrderedDict()
-
-    def get(self, key: Any) -> Any:
-        with self._lock:
-            if key not in self._items:
-                return None
-            self._items.move_to_end(key)
-            return self._items[key]
-
-    def put(self, key: Any, value: Any) -> None:
-        with self._lock:
-            self._items[key] = value
-            self._items.move_to_end(key)
-            if len(self._items) > ACCESS_KEPT:
-                self._items.popitem(last=False)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._items.clear()
-
-
 class Access:
     """Whose a request is.  Credentials that it brings count alone: bad ones are refused, and never
     looked past.  whois(host, port) may take its time; gateway_addresses() may not."""
 
-    def __init__(self, book: TenantBook, oidc: Optional["Oidc"],
+    def __init__(self, book: TenantBook, oidc: Optional[Oidc],
                  whois: Callable[[str, int], Optional[WhoIs]],
                  gateway_addresses: Callable[[], Sequence[str]], log: Log,
                  clock: Callable[[], float] = now_s) -> None:
@@ -8920,10 +9100,6 @@ class Grant:
         self.output_tokens, self.gpus, self.mark = output_tokens, None, 0.0
         self.held_gpu_s, self.extend_at_s = 0.0, float("inf")
         self.bill, self.settled = Bill(0.0, 0.0), False
-
-
-def _is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e18
 
 
 def _is_day(value: Any) -> bool:
@@ -16748,7 +16924,8 @@ _K3S_MACHINES = {"x86_64": (62, "amd64"), "aarch64": (183, "arm64"), "armv7l": (
 
 K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "hostname",
             "state_dir")
-_AGENTS_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "hostname")
+_AGENTS_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "hostname",
+                "inference_gpu_usd_per_hour")
 K3S_ACCOUNT_OPTIONS = (
     Option("--service-account", "NAME", f"the gateway's; default {GATEWAY_ACCOUNT}"),
     Option("--namespace", "NAME", "where workers run; the gateway knows `default` alone"))
@@ -17484,6 +17661,9 @@ def routes_table() -> Table:
 
 README_TABLES: Tuple[Tuple[str, Callable[[], Table]], ...] = (
     ("settings", settings_table), ("engines", engines_table), ("routes", routes_table),
+    ("tenants", lambda: (("in tenants.yaml", "flag of `tenant add`", "what"), (
+        (f"`{row.key}`", "–" if row.kind == "-" else f"`{row.flag} {row.kind}`".replace(" `", "`"),
+         row.about) for row in TENANT_FIELDS))),
     ("k3s-rights", lambda: (("account", "verb", "resource", "why"), (
         (name, right.verb, str(right).partition(" ")[2], right.why)
         for name, rights in k3s_accounts(GATEWAY_ACCOUNT).items() for right in rights))),
@@ -18157,6 +18337,233 @@ def command_logs(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
+# -- tenants --------------------------------------------------------------
+
+TENANT_OPTIONS = tuple(Option(row.flag, row.kind, row.about) for row in TENANT_FIELDS
+                       if row.kind != "-")
+parse_overlap = number_within("hours", 0, 720)
+
+
+def _node_end(node: Node) -> int:
+    below = node.value.values() if isinstance(node.value, dict) else node.value
+    return max([node.line] + [_node_end(child) for child in below
+                              if not isinstance(node.value, str)])
+
+
+def tenant_lines(values: Dict[str, Any], lead: str) -> List[str]:
+    """lead: what stands before the first name, blanks before the others.
+
+    >>> tenant_lines({"name": "ada", "models": ["m*"]}, "- ")
+    ['- name: ada', '  models: ["m*"]']
+    """
+    lines = [f"{key}: " + (value if value == "true" else _yaml_scalar(value) if isinstance(
+        value, str) else f"[{', '.join(map(_yaml_scalar, value))}]")
+             for key, value in values.items()]
+    return [lead + lines[0]] + [" " * len(lead) + line for line in lines[1:]]
+
+
+class TenantText:
+    """tenants.yaml, changed by lines, so that comments and blanks stay as somebody wrote them.
+
+    tenants: what it says now.  Raises: UsageError."""
+
+    def __init__(self, path: str, priced: bool) -> None:
+        self._path, self._priced = path, priced
+        self.tenants = load_tenants(path, priced) if os.path.lexists(path) else ()
+        text = read_text(path, CONFIG_MAX_BYTES) or "# Who may use the models of this machine.\n"
+        self._lines, listed = text.rstrip("\n").split("\n"), parse_yaml(text).value.get("tenants")
+        self._list_line = listed.line if listed else 0
+        self._nodes = dict(zip([tenant.name for tenant in self.tenants],
+                               listed.value if listed else ()))
+        for node in self._nodes.values():
+            if not re.match(r" *-(?! *[{\[])", self._lines[node.line - 1]):
+                raise self._by_hand()
+
+    def _by_hand(self) -> UsageError:
+        return UsageError(f"{self._path} is written in a way that this command cannot change",
+                          "Give each tenant lines of its own, begun with `- name: NAME`; or change "
+                          "it by hand")
+
+    def tenant(self, name: str) -> Tenant:
+        if name not in self._nodes:
+            raise UsageError(f"there is no tenant `{printable(name[:63])}` in {self._path}",
+                             "Those there: " + (", ".join(self._nodes) or "none"))
+        return next(tenant for tenant in self.tenants if tenant.name == name)
+
+    def _set_list(self, value: str) -> None:
+        if not self._list_line:
+            self._lines.append("tenants:")
+            self._list_line = len(self._lines)
+        line = self._lines[self._list_line - 1]
+        self._lines[self._list_line - 1] = re.sub(r"^([^:]*:)( *\[ *\])?", r"\1" + value, line)
+
+    def add(self, values: Dict[str, Any]) -> None:
+        nodes = list(self._nodes.values())
+        if nodes:
+            at, lead = _node_end(nodes[-1]), self._lines[nodes[-1].line - 1].partition("-")[0]
+        else:
+            self._set_list("")
+            at, lead = self._list_line, "  "
+        self._lines[at:at] = tenant_lines(values, lead + "- ")
+
+    def remove(self, name: str) -> None:
+        node = self._nodes[name]
+        del self._lines[node.line - 1:_node_end(node)]
+        if len(self._nodes) == 1:
+            self._set_list(" []")
+
+    def set_token(self, name: str, values: Dict[str, Any]) -> None:
+        """The lines of the old one are replaced, the comment at their end is kept."""
+        rows = self._nodes[name].value
+        token, until = rows.get("token_sha256"), rows.get("old_token_until")
+        line = self._lines[(token or rows["name"]).line - 1]
+        lead = re.match(r" *(?:- +)*", line).group()
+        if token:
+            new = tenant_lines(values, lead)
+            new[0] += re.search("( +#.*)?$", line).group()
+            changes = [(token.line - 1, _node_end(token), new)]
+        else:
+            at = _node_end(self._nodes[name])
+            changes = [(at, at, tenant_lines(values, " " * len(lead)))]
+        changes += [(until.line - 1, until.line, [])] if until else []
+        for start, end, new in sorted(changes, reverse=True):
+            self._lines[start:end] = new
+
+    def save(self, name: str, hashes: Optional[Sequence[str]]) -> None:
+        """Where it now says of one tenant what it should (None: nothing), and of others what it
+        did."""
+        text = "\n".join(self._lines) + "\n"
+        try:
+            found = tenants_of(parse_yaml(text), f"nothing was changed, for {self._path}",
+                               self._priced)
+        except YamlError as error:
+            raise self._by_hand() from error
+        if [list(tenant.token_sha256) for tenant in found if tenant.name == name] != (
+                [] if hashes is None else [list(hashes)]) or [
+                    tenant for tenant in found if tenant.name != name] != [
+                        tenant for tenant in self.tenants if tenant.name != name]:
+            raise self._by_hand()
+        write_atomic(self._path, text)
+
+
+def change_tenants(loaded: Loaded, change: Callable[[TenantText], None]) -> None:
+    """One command at a time.  Raises: UsageError."""
+    import fcntl
+    settings = for_the_agent(loaded).settings
+
+    def run() -> None:
+        make_private_folder(settings.state_dir)
+        folder = os.open(settings.state_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
+            change(TenantText(os.path.join(settings.state_dir, "tenants.yaml"),
+                              settings.inference_gpu_usd_per_hour is not None))
+        finally:
+            os.close(folder)
+    as_user(folder_owner(settings.state_dir), run)
+
+
+def new_token() -> str:
+    import base64
+    return "b9-" + base64.urlsafe_b64encode(os.urandom(32)).decode("ascii").rstrip("=")
+
+
+def show_token(token: str, words: str) -> int:
+    """The token alone to stdout, where a shell may keep it; and nowhere else."""
+    end_with(f"{words}. The token is shown this once", Exit.OK)
+    sys.stdout.write(token + "\n")
+    sys.stdout.flush()
+    return Exit.OK
+
+
+def command_tenant_add(loaded: Loaded, options: Dict[str, str]) -> int:
+    name = option_value({"NAME": options["operand"]}, "NAME", TENANT_FIELD_BY_KEY["name"].parse)
+    token = "" if "no-token" in options or name.lower() == GATEWAY_TENANT else new_token()
+    values: Dict[str, Any] = {"name": name}
+    if token:
+        values["token_sha256"] = [token_hash(token)]
+    first: List[bool] = []
+    for row in TENANT_FIELDS:
+        given = options.get(row.flag[2:])
+        if given is not None and row.kind != "-":
+            texts = [text.strip() for text in (given or "true").split("," if row.many else "\n")]
+            for text in texts:
+                option_value({row.flag[2:]: text}, row.flag[2:], row.parse)
+            values[row.key] = texts if row.many else texts[0]
+
+    def change(text: TenantText) -> None:
+        first.append(not text.tenants)
+        text.add(values)
+        text.save(name, values.get("token_sha256", ()))
+    change_tenants(loaded, change)
+    words = f"tenant {name} is added" + ("; the token in inference.token does not count any more"
+                                         if first[0] else "")
+    return show_token(token, words) if token else end_with(words, Exit.OK)
+
+
+def command_tenant_rotate(loaded: Loaded, options: Dict[str, str]) -> int:
+    """A new token; the old one ends at once, or after --overlap hours."""
+    hours, token, name = option_value(options, "overlap", parse_overlap), new_token(), options[
+        "operand"]
+    values: Dict[str, Any] = {"token_sha256": [token_hash(token)]}
+
+    def change(text: TenantText) -> None:
+        tenant = text.tenant(name)
+        if name.lower() == GATEWAY_TENANT:
+            raise UsageError("the gateway has no token: it is known by its address")
+        if hours and tenant.token_sha256:
+            values["token_sha256"].append(tenant.token_sha256[0])
+            values["old_token_until"] = utc_stamp(time.time() + hours * 3600)
+        text.set_token(name, values)
+        text.save(name, values["token_sha256"])
+    change_tenants(loaded, change)
+    until = values.get("old_token_until")
+    return show_token(token, f"tenant {name} has a new token, and " + (
+        f"the old one counts until {until}" if until else "no other counts any more"))
+
+
+def command_tenant_remove(loaded: Loaded, options: Dict[str, str]) -> int:
+    name = options["operand"]
+
+    def change(text: TenantText) -> None:
+        text.tenant(name)
+        text.remove(name)
+        text.save(name, None)
+    change_tenants(loaded, change)
+    return end_with(f"tenant {name} is removed; nobody else is touched", Exit.OK)
+
+
+def command_tenant_list(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Each with what it has used today."""
+    settings = for_the_agent(loaded).settings
+    path = os.path.join(settings.state_dir, "tenants.yaml")
+    tenants = (load_tenants(path, settings.inference_gpu_usd_per_hour is not None)
+               if os.path.lexists(path) else (Tenant(DEFAULT_TENANT, admin=True),))
+    used = (read_usage(os.path.join(settings.state_dir, "usage.json"), int(time.time() // 86400))
+            or (0, {}))[1]
+    rows = [dict(tenant._asdict(), limits=tenant.limits._asdict(), tokens=len(tenant.token_sha256),
+                 today=used.get(tenant.name) or dict.fromkeys(USAGE_FIELDS, 0))
+            for tenant in tenants]
+    for row in rows:
+        del row["token_sha256"]
+    if "json" in options:
+        say_json({"tenants": rows})
+        return Exit.OK
+    table = [("NAME", "MODELS", "ADMIN", "PRIORITY", "REQUESTS", "TOKENS", "GPU SECONDS", "USD",
+              "LIMITS")]
+    for row in rows:
+        today = row["today"]
+        limits = [f"{key}={value:.10g}" for key, value in row["limits"].items()
+                  if value is not None]
+        table.append((row["name"], ",".join(row["models"]), "yes" if row["admin"] else "no",
+                      row["priority"], str(today["requests"]),
+                      str(today["prompt_tokens"] + today["completion_tokens"]),
+                      f"{today['gpu_seconds']:.1f}", f"{today['usd']:.2f}",
+                      " ".join(limits) or "-"))
+    say("\n".join(table_lines(table)))
+    return Exit.OK
+
+
 # -- smoke ------------------------------------------------------------------
 
 class Smoke:
@@ -18374,6 +18781,16 @@ COMMANDS = (
         "whether a model fits this machine; exit code 1 where it does not", "MODEL"),
     Command("models verify", command_models_verify, (_JSON,), ("state_dir",),
             "hash the files of one model, or of all, again", "[NAME]"),
+    Command("tenant add", command_tenant_add, (
+        *TENANT_OPTIONS, Option("--no-token", "", "of one that is known by tailnet or oidc")),
+        ("state_dir",), "let somebody use the models; prints the token that is theirs", "NAME"),
+    Command("tenant list", command_tenant_list, (_JSON,), ("state_dir",),
+            "the tenants, their limits, and what each has used today"),
+    Command("tenant rotate", command_tenant_rotate, (
+        Option("--overlap", "HOURS", "how long the old one counts as well; default: not at all"),),
+        ("state_dir",), "a new token in place of a tenant's old one", "NAME"),
+    Command("tenant remove", command_tenant_remove, (), ("state_dir",),
+            "take a tenant out, and its token with it", "NAME"),
     Command("logs", command_logs, (Option("-n", "LINES", "how many; default 100"),
                                    Option("-f", "", "go on as they come")), ("state_dir",),
             "the running agent's newest log lines"),
