@@ -1255,25 +1255,39 @@ def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return found
 
 
+_STRICT_JSON = json.JSONDecoder(object_pairs_hook=_json_pairs, parse_constant=_no_constant,
+                                parse_int=_json_number, parse_float=_json_number)
+
+
+def _json_depth(text: str) -> int:
+    """How deep a JSON text is nested.
+
+    >>> _json_depth('{"[[": ["\\\\\\"[", [1]]}')
+    3
+    """
+    # Without escaped backslashes, then without escaped quotes, every other piece is a string.
+    bare = text.replace("\\\\", "").replace('\\"', "") if "\\" in text else text
+    depth = deepest = 0
+    for marks in re.findall(r"[\[{]+|[\]}]+", "".join(bare.split('"')[::2])):
+        depth += len(marks) if marks[0] in "[{" else -len(marks)
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def decode_json(raw: bytes) -> Any:
     """Strictly RFC 8259: UTF-8, each name once, finite numbers, no half of a surrogate pair.
 
-    Nesting is bounded before the decoder, which recurses, sees it.  Raises: ValueError.
+    Nesting is bounded before the decoder, which recurses, sees it.  Megabytes in one string (a
+    picture) cost little more than copying them.  Raises: ValueError.
     >>> decode_json(b'{"a": [1, 2.5, "["]}')
     {'a': [1, 2.5, '[']}
     """
-    text, depth, quoted = raw.decode("utf-8"), 0, False
-    for match in re.finditer(r'\\.|["\[{\]}]', text):
-        mark = match.group()
-        if mark == '"':
-            quoted = not quoted
-        elif not quoted:
-            depth += 1 if mark in "[{" else -1
-            if depth > JSON_DEPTH_MAX:
-                raise ValueError(f"nested deeper than {JSON_DEPTH_MAX}")
-    value = json.loads(text, object_pairs_hook=_json_pairs, parse_constant=_no_constant,
-                       parse_int=_json_number, parse_float=_json_number)
-    json.dumps(value, ensure_ascii=False).encode("utf-8")
+    text = raw.decode("utf-8")
+    if text.count("[") + text.count("{") > JSON_DEPTH_MAX and _json_depth(text) > JSON_DEPTH_MAX:
+        raise ValueError(f"nested deeper than {JSON_DEPTH_MAX}")
+    value = _STRICT_JSON.decode(text)
+    if "\\ud" in text or "\\uD" in text:  # the one way to half of a surrogate pair
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
@@ -9925,7 +9939,7 @@ def parse_request_head(raw: bytes) -> RequestHead:
     return RequestHead(method, target, headers, minor)
 
 
-def body_length(headers: Dict[str, str]) -> int:
+def body_length(headers: Dict[str, str], most_bytes: int = HTTP_BODY_MAX_BYTES) -> int:
     """Raises: HttpError for a body without a clear end, or one that is too long."""
     text = headers.get("content-length", "0")
     if "transfer-encoding" in headers:
@@ -9934,8 +9948,8 @@ def body_length(headers: Dict[str, str]) -> int:
         raise HttpError(411, "length_required", "a chunked body", "Send a Content-Length")
     if not re.fullmatch("[0-9]{1,15}", text):
         raise HttpError(400, "bad_length", "a Content-Length that is no number")
-    if int(text) > HTTP_BODY_MAX_BYTES:
-        raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
+    if int(text) > most_bytes:
+        raise HttpError(413, "too_large", f"a body of more than {most_bytes} bytes")
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise HttpError(417, "bad_expectation", "an Expect other than 100-continue")
     return int(text)
@@ -10803,6 +10817,2825 @@ def render_metrics(view: MetricsView) -> str:
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *rows]
     lines += view.door.lines() if view.door else ()
     return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------
+# 13a. Dialects                                                no effects
+# ----------------------------------------------------------------------
+# What a client asks in Ollama's, OpenAI's or Anthropic's words is checked
+# field by field, and a body is written anew from what was checked: an engine
+# never sees a client's bytes.  What it answers is counted as it passes, and
+# turned into the client's dialect where the engine speaks another one.
+# Source: the APIs of OpenAI and Anthropic, and the servers of Ollama 0.33,
+# vLLM 0.33, SGLang 0.5, llama.cpp b10488 and mlx-lm 0.32.
+
+IMAGE_TOKENS = 2048      # of a picture, at the most that a model in use here makes of one
+MESSAGE_TOKENS = 16      # what a chat template writes around a message
+TEMPLATE_TOKENS = 512    # what it writes by itself
+CHOICES_MAX = 16         # answers to one request
+STREAM_LINE_MAX_BYTES = 4 << 20  # Ollama's last line may hold a context of 262,144 numbers
+OLLAMA_API = "0.33.0"    # whose API this is, to clients that look at its version
+
+_TALK = "openai/chat openai/complete"
+_ASKS = "ollama/chat ollama/complete"
+_KINDS = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+          "object": (dict,), "array": (list,), "any": (str, int, float, bool, dict, list)}
+# Where a field may stand ("": in each request), its kinds, what is done with it, names, and why.
+# "send": as it is, or as the engine's dialect has it.  "own": read here, and the door writes it.
+# "drop": taken and left out.  "refuse": unless it is false.  What is not named is refused.
+_FIELDS = (
+    ("", "string", "own", "model", "the engine gets its own name of it"),
+    (_TALK + " " + _ASKS + " openai/responses anthropic/messages", "boolean", "own", "stream",
+     "an answer in pieces"),
+    ("openai/chat", "array", "send", "messages tools", "the conversation, the tools"),
+    ("openai/complete", "string array", "send", "prompt", "what is to be continued"),
+    (_TALK, "integer", "own", "max_tokens max_completion_tokens", "always sent, as max_tokens"),
+    (_TALK, "object", "own", "stream_options", "usage is always asked for, to count it"),
+    (_TALK, "number", "send", "temperature top_p frequency_penalty presence_penalty min_p typical_p"
+     " repetition_penalty repeat_penalty length_penalty xtc_probability xtc_threshold", "sampling"),
+    (_TALK, "integer", "send", "n seed top_k min_tokens repeat_last_n repetition_context_size"
+     " thinking_token_budget truncate_prompt_tokens", "sampling"),
+    (_TALK, "string array", "send", "stop", "where to end"),
+    (_TALK, "array", "send", "stop_token_ids allowed_token_ids bad_words guided_choice", ""),
+    (_TALK, "object", "send", "logit_bias response_format structured_outputs guided_json",
+     "the form of an answer"),
+    (_TALK, "string", "send", "guided_regex guided_grammar cache_salt", "the form of an answer"),
+    (_TALK, "boolean", "send", "ignore_eos skip_special_tokens spaces_between_special_tokens"
+     " include_stop_str_in_output add_special_tokens", "sampling"),
+    ("openai/chat", "boolean", "send", "logprobs parallel_tool_calls add_generation_prompt"
+     " continue_final_message include_reasoning separate_reasoning", "the form of an answer"),
+    ("openai/chat", "integer", "send", "top_logprobs", "with logprobs"),
+    ("openai/chat", "string", "send", "reasoning_effort verbosity", "how much it thinks"),
+    ("openai/chat", "object", "send", "reasoning chat_template_kwargs", "how it thinks"),
+    ("openai/chat", "string object", "send", "tool_choice", "which tool"),
+    ("openai/chat", "array", "send", "documents", "what the template shows"),
+    ("openai/chat", "any", "drop", "prediction modalities", "a hint, of no use here"),
+    ("openai/chat", "any", "refuse", "functions function_call audio web_search_options",
+     "use `tools`; nothing is searched or spoken here"),
+    ("openai/complete", "boolean", "send", "echo", "the prompt comes back"),
+    ("openai/complete", "integer", "send", "logprobs", "how many"),
+    ("openai/complete", "string", "send", "suffix", "what comes after"),
+    (_TALK, "any", "refuse", "best_of use_beam_search prompt_logprobs", "uncounted work"),
+    (_TALK, "any", "refuse", "adapters draft_model num_draft_tokens lora lora_path chat_template"
+     " mm_processor_kwargs media_io_kwargs prompt_embeds kv_transfer_params ec_transfer_params"
+     " vllm_xargs id_slot priority request_id", "it reaches into the machine or to other requests"),
+    ("openai/embed", "string array", "send", "input", "the texts"),
+    ("openai/embed", "string", "send", "encoding_format", "float or base64"),
+    ("openai/embed", "integer", "send", "dimensions truncate_prompt_tokens", "the size"),
+    (_TALK + " openai/embed openai/responses", "any", "drop", "user metadata store service_tier"
+     " safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options moderation",
+     "nothing is kept here, and nobody is told"),
+    ("openai/responses", "string array", "send", "input", "the conversation"),
+    ("openai/responses", "string", "send", "instructions truncation", "of the conversation"),
+    ("openai/responses", "array", "send", "tools include", "the tools"),
+    ("openai/responses", "string object", "send", "tool_choice", "which tool"),
+    ("openai/responses", "object", "send", "reasoning text", "the form of an answer"),
+    ("openai/responses", "number", "send", "temperature top_p", "sampling"),
+    ("openai/responses", "integer", "send", "top_logprobs", "sampling"),
+    ("openai/responses", "boolean", "send", "parallel_tool_calls", "sampling"),
+    ("openai/responses", "integer", "own", "max_output_tokens", "always sent"),
+    ("openai/responses", "any", "drop", "stream_options max_tool_calls", "of no use here"),
+    ("openai/responses", "any", "refuse", "previous_response_id conversation prompt background"
+     " context_management", "no answer is kept here: send the whole conversation"),
+    ("openai/message", "string", "send", "role name tool_call_id reasoning reasoning_content", ""),
+    ("openai/message", "string array", "send", "content", ""),
+    ("openai/message", "array", "send", "tool_calls", ""),
+    ("openai/message", "any", "drop", "refusal annotations audio", "of an answer that came before"),
+    ("anthropic/messages", "array", "send", "messages tools stop_sequences", "the conversation"),
+    ("anthropic/messages", "string array", "send", "system", "the conversation"),
+    ("anthropic/messages", "number", "send", "temperature top_p", "sampling"),
+    ("anthropic/messages", "integer", "send", "top_k", "sampling"),
+    ("anthropic/messages", "object", "send", "tool_choice thinking", "the form of an answer"),
+    ("anthropic/messages", "integer", "own", "max_tokens", "always sent"),
+    ("anthropic/messages", "any", "drop", "metadata service_tier context_management output_config"
+     " cache_control", "nothing is kept here, and nobody is told"),
+    ("anthropic/messages", "any", "refuse", "mcp_servers container", "it reaches other machines"),
+    ("anthropic/message", "string", "send", "role", ""),
+    ("anthropic/message", "string array", "send", "content", ""),
+    ("ollama/chat", "array", "send", "messages tools", "the conversation, the tools"),
+    ("ollama/complete", "string", "send", "prompt suffix system template", "what is asked"),
+    ("ollama/complete", "array", "send", "images context", "what is asked"),
+    ("ollama/complete", "boolean", "send", "raw", "without a template"),
+    (_ASKS, "string object", "send", "format", "json or a schema"),
+    (_ASKS, "string boolean", "send", "think", "whether it thinks"),
+    (_ASKS + " ollama/embed", "boolean", "send", "truncate", "of what is too long"),
+    (_ASKS, "boolean", "send", "logprobs", "how sure it is"),
+    (_ASKS, "integer", "send", "top_logprobs", "how many"),
+    (_ASKS, "boolean", "drop", "shift", "another value would reload the model"),
+    (_ASKS, "any", "refuse", "_debug_render_only", "of no use to a client"),
+    ("ollama/embed", "string array", "send", "input", "the texts"),
+    ("ollama/embed", "string", "send", "prompt", "the text, of POST /api/embeddings"),
+    ("ollama/embed", "integer", "send", "dimensions", "the size"),
+    (_ASKS + " ollama/embed", "object", "own", "options", "checked by themselves"),
+    (_ASKS + " ollama/embed", "string number", "drop", "keep_alive", "the agent keeps the models"),
+    ("ollama/options", "number", "send", "temperature seed top_k top_p min_p typical_p tfs_z"
+     " repeat_last_n repeat_penalty presence_penalty frequency_penalty num_keep mirostat"
+     " mirostat_tau mirostat_eta", "sampling"),
+    ("ollama/options", "string array", "send", "stop", "where to end"),
+    ("ollama/options", "boolean", "send", "penalize_newline", "sampling"),
+    ("ollama/options", "integer", "own", "num_predict num_ctx", "always sent"),
+    ("ollama/options", "any", "drop", "num_batch num_gpu main_gpu use_mmap num_thread use_mlock"
+     " numa draft_num_predict low_vram f16_kv logits_all vocab_only embedding_only",
+     "another value would reload the model"),
+    ("ollama/message", "string", "send", "role content thinking tool_name tool_call_id", ""),
+    ("ollama/message", "array", "send", "images tool_calls", ""),
+)
+# The parts of a message's content: where a part has its text or its picture, and what else it may
+# have.  What would make the engine fetch an address, open a file or load a tensor is not here.
+_PARTS = {"text": ("text", "citations"), "input_text": ("text",), "refusal": ("refusal",),
+          "output_text": ("text", "annotations", "logprobs"), "thinking": ("thinking", "signature"),
+          "redacted_thinking": ("data",), "image_url": ("image_url", "uuid"),
+          "input_image": ("image_url", "detail"), "image": ("source",),
+          "input_audio": ("input_audio",), "tool_use": ("input", "id", "name"),
+          "tool_result": ("content", "tool_use_id", "is_error"),
+          "function_call": ("arguments", "call_id", "name", "id", "status"),
+          "function_call_output": ("output", "call_id", "id", "status"),
+          "reasoning": ("summary", "content", "id", "status", "encrypted_content")}
+
+
+class Taken(NamedTuple):
+    """What is done with a field: a row of _FIELDS, of one name.  types: of its value."""
+    types: Tuple[type, ...]
+    what: str
+    about: str
+
+
+class Ask(NamedTuple):
+    """A request that was checked.  body: what is sent of it, with what the door writes left out.
+    prompt_tokens: an upper bound; output_tokens, context_tokens: asked for, of all answers."""
+    dialect: str
+    task: str
+    model: str
+    stream: bool
+    body: Dict[str, Any]
+    prompt_tokens: int
+    output_tokens: Optional[int]
+    context_tokens: Optional[int]
+    wants_usage: bool
+
+
+class Wire(NamedTuple):
+    """What the engine is asked, in its dialect.  path "": nothing, and body is the answer."""
+    path: str
+    body: bytes
+    dialect: str
+    task: str
+
+
+# -- what a client asks ------------------------------------------------
+
+@functools.lru_cache(maxsize=64)
+def taken_fields(place: str) -> Dict[str, Taken]:
+    """By name, what is taken in a place: "openai/chat", "ollama/options", "openai/message" …"""
+    return {name: Taken(sum((_KINDS[kind] for kind in kinds.split()), ()), what, about)
+            for places, kinds, what, names, about in _FIELDS
+            if place in places.split() or not (places or place.endswith(("message", "options")))
+            for name in names.split()}
+
+
+def _bad(what: str, hint: str = "", code: str = "bad_field") -> HttpError:
+    return HttpError(400, code, what, hint)
+
+
+def _checked(place: str, given: Any, where: str = "") -> Dict[str, Any]:
+    """What is taken of an object's fields; null is absent.  Raises: HttpError."""
+    if type(given) is not dict:
+        raise _bad(f"`{where.rstrip('.')}` must be an object")
+    fields, kept = taken_fields(place), {}
+    for name, value in given.items():
+        field = fields.get(name)
+        if field is None:
+            like = {known.casefold(): known for known in fields}.get(name.casefold())
+            raise _bad(f"there is no field `{where}{printable(name[:64])}` here",
+                       f"It is spelled `{where}{like}`" if like else "Leave it out",
+                       "unknown_field")
+        if value is None or field.what == "drop":
+            continue
+        if type(value) not in field.types:
+            if not (type(value) is float and int in field.types and value.is_integer()):
+                names = [kind for kind, types in _KINDS.items() if set(types) <= set(field.types)]
+                raise _bad(f"`{where}{name}` must be of type {' or '.join(names)}")
+            value = int(value)  # 1.0 is an integer
+        if field.what == "refuse":
+            if value is not False:
+                raise _bad(f"`{where}{name}` is not taken here: {field.about}", "Leave it out")
+            continue
+        kept[name] = value
+    return kept
+
+
+def _size(text: str) -> int:
+    """An upper bound of a text's tokens: no tokenizer makes more of it than it has bytes."""
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
+
+
+def _json_size(value: Any) -> int:
+    return len(json.dumps(value)) if value else 0
+
+
+def _picture(url: Any) -> str:
+    """The base64 of a data: URL.  Raises: HttpError for an address, which an engine would fetch."""
+    url = url.get("url") if type(url) is dict else url
+    head, comma, data = url.partition(",") if type(url) is str else ("", "", "")
+    if not (comma and len(head) < 100 and head.startswith("data:") and head.endswith(";base64")):
+        raise _bad("a picture must be within the request: nothing is fetched from an address here",
+                   "Send it as data:image/png;base64,...")
+    return data
+
+
+def _part_tokens(part: Any, where: str) -> int:
+    """The bound of one part of a message's content.  Raises: HttpError for what is not taken."""
+    kind = part.get("type") if type(part) is dict else None
+    names = _PARTS.get(kind) if type(kind) is str else None
+    if names is None or part.keys() - {"type", "cache_control", *names}:
+        extra = sorted(part.keys() - {"type", *(names or ())})[:1] if type(part) is dict else []
+        raise _bad(f"`{where}` has a part that is not taken here: "
+                   + printable(str(kind if names is None else extra[0])[:64]),
+                   "Text, pictures as data: URLs, and calls of tools with their results are")
+    value = part.get(names[0])
+    if kind in ("image_url", "input_image"):
+        _picture(value)
+        return IMAGE_TOKENS
+    if kind == "image":
+        if type(value) is not dict or value.keys() != {"type", "media_type", "data"} \
+                or value["type"] != "base64":
+            raise _bad(f"a picture in `{where}` must have a source of type base64")
+        return IMAGE_TOKENS
+    if kind == "input_audio":  # 50 tokens a second, of two kilobytes at the least
+        return IMAGE_TOKENS + _json_size(value) // 32
+    if type(value) is list and kind != "reasoning":
+        return sum(_part_tokens(inner, where) for inner in value)
+    return _size(value) if type(value) is str else _json_size(value)
+
+
+def _content_tokens(content: Any, where: str) -> int:
+    if type(content) is str:
+        return _size(content)
+    if type(content) is not list:
+        return 0
+    return sum(_part_tokens(part, where) for part in content)
+
+
+def _tool_tokens(tools: Any) -> int:
+    """Raises: HttpError for a tool that the engine itself would use, on the network or the host."""
+    for tool in tools or ():
+        if type(tool) is not dict or tool.get("type", "function") not in ("function", "custom"):
+            raise _bad("`tools` may hold functions of the client alone",
+                       'Each is {"type": "function", ...}')
+    return _json_size(tools)
+
+
+def _chat_tokens(dialect: str, body: Dict[str, Any]) -> int:
+    """The bound of a conversation, each message of which is checked.  Raises: HttpError."""
+    messages, total = body.get("messages"), 0
+    if not messages and dialect != "ollama":
+        raise _bad("`messages` must hold a message", code="missing_field")
+    for number, message in enumerate(messages or ()):
+        where = f"messages[{number}]."
+        messages[number] = message = _checked(dialect + "/message", message, where)
+        if not message.get("role"):
+            raise _bad(f"`{where}role` is missing", code="missing_field")
+        content = message.get("content")
+        if type(content) is list and dialect == "openai":
+            message["content"] = content = [
+                dict(part, image_url={"url": part["image_url"]}) if type(part) is dict
+                and type(part.get("image_url")) is str else part for part in content]
+        total += MESSAGE_TOKENS + _content_tokens(content, where + "content")
+        total += len(message.get("images", ())) * IMAGE_TOKENS
+        if len(message) > 2:
+            total += sum(_size(value) if type(value) is str else _json_size(value)
+                         for name, value in message.items() if name not in ("content", "images"))
+    return total
+
+
+def _input_tokens(body: Dict[str, Any]) -> int:
+    """The bound of what POST /v1/responses is asked.  Raises: HttpError."""
+    items, total = body.get("input"), _size(body.get("instructions", ""))
+    if not items:
+        raise _bad("`input` is missing", code="missing_field")
+    for item in [] if type(items) is str else items:
+        if type(item) is dict and item.get("type", "message") == "message":
+            if item.keys() - {"type", "role", "content", "id", "status", "phase"}:
+                raise _bad("a message in `input` has a field that is not taken here")
+            total += MESSAGE_TOKENS + _content_tokens(item.get("content"), "input")
+        else:
+            total += MESSAGE_TOKENS + _part_tokens(item, "input")
+    return total + (_size(items) if type(items) is str else 0)
+
+
+def _inputs(value: Any, name: str) -> List[Any]:
+    """Texts, or lists of tokens, as a list.  Raises: HttpError."""
+    if type(value) is list and value and type(value[0]) is not int:
+        texts = value
+    else:
+        texts = [] if value in ("", None, []) else [value]
+    for text in texts:
+        if type(text) is not str and not (
+                type(text) is list and text and all(type(token) is int for token in text)):
+            raise _bad(f"`{name}` must be a text, or a list of texts or of tokens")
+    return texts
+
+
+def _prompt_tokens(place: str, body: Dict[str, Any]) -> int:
+    """An upper bound, whatever is asked.  Raises: HttpError for parts of it that are not taken."""
+    total = TEMPLATE_TOKENS + _tool_tokens(body.get("tools"))
+    for name in ("documents", "chat_template_kwargs", "response_format", "format", "text"):
+        total += _json_size(body.get(name))
+    if place.endswith(("/chat", "/messages")):
+        total += _content_tokens(body.get("system"), "system")
+        return total + _chat_tokens(place.partition("/")[0], body)
+    if place == "openai/responses":
+        return total + _input_tokens(body)
+    name = "input" if place.endswith("/embed") and "prompt" not in body else "prompt"
+    texts = _inputs(body.get(name), name)
+    if not texts and place.startswith("openai/"):
+        raise _bad(f"`{name}` is missing", code="missing_field")
+    total += sum(map(_size, filter(None, map(body.get, ("system", "template", "suffix")))))
+    total += len(body.get("context", ())) + len(body.get("images", ())) * IMAGE_TOKENS
+    return total + sum(MESSAGE_TOKENS + (_size(text) if type(text) is str else len(text))
+                       for text in texts)
+
+
+def _choices(body: Dict[str, Any]) -> int:
+    """How many answers an OpenAI request asks for.  Raises: HttpError."""
+    prompts = len(_inputs(body["prompt"], "prompt")) if "prompt" in body else 1
+    wanted = body.get("n", 1) * prompts
+    if not 1 <= wanted <= CHOICES_MAX or body.get("n", 1) < 1:
+        raise _bad(f"`n` must be from 1 to {CHOICES_MAX}, of all prompts together")
+    return wanted
+
+
+def _wanted_tokens(body: Dict[str, Any], names: Sequence[str]) -> Optional[int]:
+    """The first of these limits that a request has, which it loses.  Raises: HttpError."""
+    found = [(name, body.pop(name)) for name in names if name in body]
+    if found and found[0][1] < 1:
+        raise _bad(f"`{found[0][0]}` must be at least 1")
+    return found[0][1] if found else None
+
+
+def _is_load(body: Dict[str, Any]) -> bool:
+    """Whether an Ollama request asks for nothing but that the model be loaded."""
+    return not (body.get("messages") or body.get("prompt") or body.get("input"))
+
+
+def _read_options(ask: Ask, keep_alive: Any) -> Ask:
+    """An Ollama request with its options checked.  Raises: HttpError."""
+    body = ask.body
+    options = _checked("ollama/options", body.pop("options", {}), "options.")
+    if options.get("num_predict", 1) in (-1, -2):  # without an end: the door has one
+        del options["num_predict"]
+    output = _wanted_tokens(options, ("num_predict",))
+    context = _wanted_tokens(options, ("num_ctx",))
+    if options:
+        body["options"] = options
+    if _is_load(body) and keep_alive is not None and re.fullmatch("0+[.0]*[a-z]*", str(keep_alive)):
+        raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
+                        "On the machine: b9agent.py stop")
+    return ask._replace(output_tokens=output, context_tokens=context)
+
+
+def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
+    """A client's request, checked field by field.  Raises: HttpError 400 with the field and the
+    mend; 403 for a request to unload."""
+    try:
+        given = decode_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise _bad("the body is not strict JSON: " + printable(str(error)[:200]),
+                   code="bad_json") from error
+    if type(given) is not dict:
+        raise _bad("the body must be a JSON object", code="bad_json")
+    place = dialect + "/" + task
+    body = _checked(place, given)
+    model = body.pop("model", "")
+    if not model.strip() or len(model) > 512:
+        raise _bad("`model` is missing" if not model.strip() else "`model` is longer than 512",
+                   "GET /v1/models lists those here", "missing_field")
+    wants_usage = (body.pop("stream_options", None) or {}).get("include_usage") is True
+    stream = body.pop("stream", dialect == "ollama" and task != "embed")
+    ask = Ask(dialect, task, model, stream, body, _prompt_tokens(place, body), None, None,
+              wants_usage)
+    if dialect == "ollama":
+        ask = _read_options(ask, given.get("keep_alive"))
+        return ask._replace(output_tokens=0) if task == "embed" else ask
+    if task == "embed":
+        return ask._replace(output_tokens=0)
+    each = _wanted_tokens(body, ("max_completion_tokens", "max_tokens", "max_output_tokens"))
+    if task == "messages" and each is None:
+        raise _bad("`max_tokens` is missing", code="missing_field")
+    choices = _choices(body) if task in ("chat", "complete") else 1
+    return ask._replace(output_tokens=each and each * choices)
+
+
+# -- what an engine is asked -------------------------------------------
+
+_SAMPLING = (("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k"),
+             ("min_p", "min_p"), ("typical_p", "typical_p"), ("seed", "seed"), ("stop", "stop"),
+             ("presence_penalty", "presence_penalty"), ("repeat_last_n", "repeat_last_n"),
+             ("frequency_penalty", "frequency_penalty"), ("repeat_penalty", "repetition_penalty"))
+_ALIKE = ("logprobs", "top_logprobs")  # the same in Ollama's chat and OpenAI's
+
+
+def _call_arguments(call: Dict[str, Any]) -> Tuple[Dict[str, Any], Any]:
+    """A call's function, and its arguments: a value, whether it was one or a JSON text."""
+    function = call.get("function") if type(call) is dict else None
+    if type(function) is not dict or type(function.get("name")) is not str:
+        raise _bad("a call in `tool_calls` must have a function with a name")
+    arguments = function.get("arguments")
+    if type(arguments) is str:
+        try:
+            arguments = decode_json(arguments.encode("utf-8")) if arguments.strip() else {}
+        except ValueError:
+            arguments = None
+    if type(arguments) is not dict:
+        raise _bad("the arguments of a call in `tool_calls` must be a JSON object")
+    return function, arguments
+
+
+def _ollama_message(message: Dict[str, Any], names: Dict[str, str]) -> Dict[str, Any]:
+    """A message of OpenAI's as Ollama has it.  names: of the functions called, by the call."""
+    content, images = message.get("content"), []
+    if type(content) is list:
+        images = [_picture(part["image_url"]) for part in content if part["type"] == "image_url"]
+        texts = [part.get("text", part.get("refusal")) for part in content
+                 if part["type"] in ("text", "refusal")]
+        if len(images) + len(texts) < len(content):
+            raise _bad("Ollama takes text and pictures alone")
+        content = "\n".join(map(str, texts))
+    turned = {"role": message["role"].replace("developer", "system"), "content": content or ""}
+    calls = []
+    for call in message.get("tool_calls", ()):
+        function, arguments = _call_arguments(call)
+        names[str(call.get("id"))] = function["name"]
+        calls.append({"id": str(call.get("id") or ""),
+                      "function": {"name": function["name"], "arguments": arguments}})
+    called = message.get("tool_call_id", "")
+    more = {"images": images, "tool_calls": calls, "tool_call_id": called,
+            "thinking": message.get("reasoning") or message.get("reasoning_content"),
+            "tool_name": names.get(called) or (message["role"] == "tool" and message.get("name"))}
+    return dict(turned, **{name: value for name, value in more.items() if value})
+
+
+def _ollama_format(asked: Dict[str, Any]) -> Any:
+    """Ollama's `format` for a `response_format`.  Raises: HttpError."""
+    kind, schema = asked.get("type"), asked.get("json_schema")
+    if kind == "json_schema" and type(schema) is dict and type(schema.get("schema")) is dict:
+        return schema["schema"]
+    if kind not in ("text", "json_object"):
+        raise _bad("`response_format` must be of type text, json_object or json_schema")
+    return "json" if kind == "json_object" else None
+
+
+def _ollama_think(body: Dict[str, Any]) -> Any:
+    effort = body.get("reasoning_effort") or body.get("reasoning", {}).get("effort")
+    if effort is not None and type(effort) is not str:
+        raise _bad("`reasoning.effort` must be of type string")
+    return {None: None, "none": False, "minimal": "low", "xhigh": "max"}.get(effort, effort)
+
+
+def _to_ollama(ask: Ask, each: int) -> Tuple[str, Dict[str, Any]]:
+    """OpenAI's words in Ollama's: what Ollama's own /v1 does, whose streams swallow errors."""
+    body, options = ask.body, {"num_predict": each}
+    if body.get("n", 1) != 1 or body.get("echo") or (
+            ask.task == "complete" and body.get("logprobs")):
+        raise _bad("`n` over 1, `echo` and `logprobs` of a completion are not in Ollama")
+    for native, name in _SAMPLING:
+        if name in body or native in body:
+            options[native] = body.get(name, body.get(native))
+    if type(options.get("stop")) is str:
+        options["stop"] = [options["stop"]]
+    found: Dict[str, Any] = {"options": options, "think": _ollama_think(body),
+                             "format": _ollama_format(body.get("response_format",
+                                                               {"type": "text"}))}
+    if ask.task == "complete":
+        texts = _inputs(body["prompt"], "prompt")
+        if len(texts) != 1 or type(texts[0]) is not str:
+            raise _bad("`prompt` must be one text: Ollama takes no tokens, and one at a time")
+        return "/api/generate", dict(found, prompt=texts[0], suffix=body.get("suffix"))
+    names: Dict[str, str] = {}
+    found["messages"] = [_ollama_message(message, names) for message in body["messages"]]
+    if body.get("tool_choice") != "none":
+        found["tools"] = body.get("tools") or None
+    return "/api/chat", dict(found, **{name: body[name] for name in _ALIKE if name in body})
+
+
+def _data_url(image: Any) -> Dict[str, Any]:
+    """A part with a picture that Ollama's clients send as bare base64."""
+    if type(image) is not str:
+        raise _bad("`images` must hold texts of base64")
+    kind = {"/9j/": "jpeg", "R0lG": "gif", "UklG": "webp"}.get(image[:4], "png")
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{image}"}}
+
+
+def _openai_messages(messages: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Ollama's messages as OpenAI has them: calls get numbers, by which their results are known."""
+    turned, waiting = [], []
+    for number, message in enumerate(messages):
+        content: Any = message.get("content", "")
+        if message.get("images"):
+            content = [{"type": "text", "text": content}] + list(map(_data_url, message["images"]))
+        new = {"role": message["role"], "content": content}
+        if message.get("thinking"):
+            new["reasoning_content"] = message["thinking"]
+        for index, call in enumerate(message.get("tool_calls", ())):
+            function, arguments = _call_arguments(call)
+            mark = str(call.get("id") or f"call_{number}_{index}")
+            waiting.append((function["name"], mark))
+            new.setdefault("tool_calls", []).append({"id": mark, "type": "function", "function": {
+                "name": function["name"], "arguments": json.dumps(arguments)}})
+        if message["role"] == "tool":
+            found = [pair for pair in waiting if message.get("tool_call_id") == pair[1]] or [
+                pair for pair in waiting if message.get("tool_name", pair[0]) == pair[0]]
+            new["tool_call_id"] = found[0][1] if found else f"call_{number}"
+            waiting = [pair for pair in waiting if pair not in found[:1]]
+        turned.append(new)
+    return turned
+
+
+def _from_ollama(ask: Ask, each: int) -> Tuple[str, Dict[str, Any]]:
+    """Ollama's words in OpenAI's.  What only Ollama's own engine knows among its sampling options
+    is left out.  Raises: HttpError."""
+    body, options = ask.body, ask.body.get("options", {})
+    found = {name: options[native] for native, name in _SAMPLING if native in options}
+    found.update(max_tokens=each, **{name: body[name] for name in _ALIKE if name in body})
+    form, think = body.get("format"), body.get("think")
+    if form:
+        found["response_format"] = {"type": "json_object"} if form == "json" else {
+            "type": "json_schema", "json_schema": {"name": "answer", "schema": form}}
+        if form != "json" and type(form) is not dict:
+            raise _bad("`format` must be json or a JSON Schema")
+    if type(think) is bool:
+        found["chat_template_kwargs"] = {"enable_thinking": think}
+    elif think:
+        found["reasoning_effort"] = think
+    if ask.task == "chat":
+        found["messages"] = _openai_messages(body["messages"])
+        return "/v1/chat/completions", dict(found, tools=body.get("tools") or None)
+    for name in ("suffix", "template", "context"):
+        if body.get(name):
+            raise _bad(f"`{name}` is known to Ollama alone, and another engine runs here")
+    if body.get("raw"):
+        return "/v1/completions", dict(found, prompt=body["prompt"])
+    messages = [{"role": "user", "content": body["prompt"], "images": body.get("images")}]
+    if body.get("system"):
+        messages.insert(0, {"role": "system", "content": body["system"]})
+    return "/v1/chat/completions", dict(found, messages=_openai_messages(messages))
+
+
+def _embed_wire(ask: Ask, native: bool) -> Tuple[str, str, Dict[str, Any]]:
+    """A request for embeddings, as (path, dialect, body).  POST /api/embeddings, which does not
+    say what it counted, is asked as POST /api/embed."""
+    body = dict(ask.body)
+    if "prompt" in body:
+        body["input"] = body.pop("prompt")
+    if not native and ask.dialect == "ollama":
+        body = {name: body[name] for name in ("input", "dimensions") if name in body}
+        return "/v1/embeddings", "openai", dict(body, encoding_format="float")
+    if native and ask.dialect == "openai":
+        if any(type(text) is not str for text in _inputs(body["input"], "input")):
+            raise _bad("`input` must be text: Ollama takes no tokens",
+                       "LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)")
+        body = {name: body[name] for name in ("input", "dimensions") if name in body}
+    return ("/api/embed", "ollama", body) if native else ("/v1/embeddings", "openai", body)
+
+
+def _cap(ask: Ask, engine: Engine, output_tokens: int, context_tokens: int) -> int:
+    """The most tokens of each answer.  Raises: HttpError."""
+    each = output_tokens // (_choices(ask.body) if ask.task in ("chat", "complete") else 1)
+    if each < 1:
+        raise _bad("fewer tokens are left than answers are asked for", "Ask for a smaller `n`")
+    if ask.output_tokens is None and engine.name in ("vllm", "sglang"):
+        # They refuse what may become longer than the context; and this was nobody's wish.
+        return min(each, max(context_tokens - ask.prompt_tokens, context_tokens // 8, 1))
+    return each
+
+
+def _loaded_answer(ask: Ask) -> Dict[str, Any]:
+    """To a request that only loads a model, of an engine that has it in memory."""
+    said = {"embeddings": []} if ask.task == "embed" else {"response": ""}
+    if ask.task == "chat":
+        said = {"message": {"role": "assistant", "content": ""}}
+    return dict({"model": ask.model, "created_at": utc_stamp()}, **said, done=True,
+                done_reason="load")
+
+
+def _same_wire(ask: Ask, each: int) -> Tuple[str, Dict[str, Any]]:
+    """A request to an engine that speaks its dialect."""
+    body = ask.body
+    if ask.dialect == "ollama":
+        options = dict(body.get("options", {}), num_predict=each)
+        return "/api/chat" if ask.task == "chat" else "/api/generate", dict(body, options=options)
+    if ask.task == "messages":
+        return "/v1/messages", dict(body, max_tokens=each)
+    if ask.task == "responses":
+        return "/v1/responses", dict(body, max_output_tokens=each, store=False)
+    path = "/v1/chat/completions" if ask.task == "chat" else "/v1/completions"
+    return path, dict(body, max_tokens=each)
+
+
+def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
+                   context_tokens: int) -> Wire:
+    """What the engine is asked.  model: as it knows it.  output_tokens: the most of all answers.
+    context_tokens: the largest here.  Raises: HttpError 400, 404."""
+    if (ask.context_tokens or 0) > context_tokens:
+        raise _bad(f"`options.num_ctx` is {ask.context_tokens}, and the largest here is "
+                   f"{context_tokens}", "Leave it out, or ask for less", "context_too_large")
+    native = engine.name == "ollama"
+    if engine.name == "mlx":
+        if ask.task not in ("chat", "complete"):
+            raise HttpError(404, "not_found", f"{engine.title} has no such route")
+        model = "default_model"  # any other name it would look for, and load
+    if ask.dialect == "ollama" and not native and _is_load(ask.body):
+        return Wire("", encode_json(_loaded_answer(ask)), "ollama", ask.task)
+    dialect, task = "ollama" if native else "openai", ask.task
+    if task == "embed":
+        path, dialect, body = _embed_wire(ask, native)
+        return Wire(path, encode_json(dict(body, model=model)), dialect, task)
+    each = _cap(ask, engine, output_tokens, context_tokens)
+    if ask.dialect == dialect or task in ("responses", "messages"):
+        dialect = ask.dialect
+        path, body = _same_wire(ask, each)
+    else:
+        path, body = (_to_ollama if native else _from_ollama)(ask, each)
+        task = "complete" if path in ("/v1/completions", "/api/generate") else "chat"
+    body = dict(body, model=model, stream=ask.stream)
+    if ask.stream and path in ("/v1/chat/completions", "/v1/completions"):
+        body["stream_options"] = {"include_usage": True}
+    return Wire(path, encode_json({name: value for name, value in body.items()
+                                   if value is not None}), dialect, task)
+
+
+# -- what an engine answers --------------------------------------------
+
+_ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error",
+                404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+                503: "overloaded_error"}
+_REASONS = {"length": "length", "tool_calls": "stop"}  # any other ends as "stop"
+_NEVER = b"\0never\n"
+
+
+def error_answer(dialect: str, status: int, code: str, what: str,
+                 numbers: Optional[Dict[str, Any]] = None) -> bytes:
+    """The body of an error as a dialect has it.  numbers: of a limit, such as what is left."""
+    if dialect == "ollama":
+        return encode_json(dict({"error": what, "code": code},
+                                **({"details": numbers} if numbers else {})))
+    kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    error: Dict[str, Any] = {"message": what, "type": kind}
+    if dialect == "openai":
+        error.update(param=None, code=code)
+    if numbers:
+        error["details"] = numbers
+    return encode_json({"error": error} if dialect == "openai" else {"type": "error",
+                                                                    "error": error})
+
+
+def _engine_words(text: Any) -> str:
+    """What a client may read of an engine's words: one line, without folders of this machine."""
+    line = " ".join(str(text)[:4000].split())
+    line = re.sub(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+", "…/", line)
+    return printable(line[:400]) if not line.startswith("<") else "a page of HTML"
+
+
+def _said_error(value: Any, failed: bool = False) -> str:
+    """The error within an engine's answer, in whichever form, or "".  failed: there is one."""
+    if type(value) is not dict:
+        return ""
+    error = value.get("error") or (failed and value.get("detail"))
+    if type(error) is list:  # FastAPI's
+        error = "; ".join(f"{item.get('loc')}: {item.get('msg')}" if type(item) is dict
+                          else str(item) for item in error[:3])
+    if type(error) is dict:
+        error = error.get("message") or error.get("type") or "an error without words"
+    if not error and (failed or "error" in (value.get("object"), value.get("type"))):
+        error = value.get("message")
+    return _engine_words(error) if error else ""
+
+
+def _json_dict(raw: bytes) -> Optional[Dict[str, Any]]:
+    """What an engine said, or None where it is no JSON object."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return value if type(value) is dict else None
+
+
+class Usage:
+    """What an answer took.  prompt_tokens, completion_tokens: the engine's own figures, or None.
+    pieces: of its content that came.  load_s: of the model, where it is told.  error: why the
+    answer is not whole, or ""."""
+
+    __slots__ = ("prompt_tokens", "completion_tokens", "pieces", "load_s", "error")
+
+    def __init__(self) -> None:
+        self.prompt_tokens: Optional[int] = None
+        self.completion_tokens: Optional[int] = None
+        self.pieces = 0
+        self.load_s: Optional[float] = None
+        self.error = ""
+
+    def take(self, figures: Any) -> None:
+        """From any dialect's figures."""
+        for name, value in figures.items() if type(figures) is dict else ():
+            if type(value) is not int or not 0 <= value < 1 << 53:
+                continue
+            if name in ("prompt_tokens", "prompt_eval_count", "input_tokens"):
+                self.prompt_tokens = value
+            elif name in ("completion_tokens", "eval_count", "output_tokens"):
+                self.completion_tokens = value
+            elif name == "load_duration":
+                self.load_s = value / 1e9
+
+    def take_ollama(self, last: Dict[str, Any]) -> None:
+        """From Ollama's last line, which leaves zeros out."""
+        self.take(dict({"prompt_eval_count": 0, "eval_count": 0}, **last))
+
+    def as_openai(self) -> Dict[str, int]:
+        prompt, made = self.prompt_tokens or 0, self.completion_tokens
+        made = self.pieces if made is None else made
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+
+def _openai_calls(calls: Any, request_id: str, first: int = 0) -> List[Dict[str, Any]]:
+    """Ollama's calls of tools as OpenAI has them."""
+    turned = []
+    for number, call in enumerate(calls if type(calls) is list else (), first):
+        function = call.get("function") if type(call) is dict else None
+        if type(function) is dict:
+            turned.append({"index": number, "id": call.get("id") or f"call_{request_id}_{number}",
+                           "type": "function", "function": {
+                               "name": function.get("name", ""),
+                               "arguments": json.dumps(function.get("arguments") or {})}})
+    return turned
+
+
+def _ollama_calls(calls: Iterable[Any]) -> List[Dict[str, Any]]:
+    """OpenAI's calls as Ollama has them.  Raises: ValueError where arguments are no object."""
+    turned = []
+    for call in calls:
+        try:
+            function, arguments = _call_arguments(call)
+        except HttpError as error:
+            raise ValueError("the model called a tool with arguments that are no JSON object"
+                             ) from error
+        turned.append({"id": call.get("id") or "", "function": {"name": function["name"],
+                                                              "arguments": arguments}})
+    return turned
+
+
+def _reasoning(message: Dict[str, Any]) -> str:
+    said = message.get("reasoning") or message.get("reasoning_content") or ""
+    return said if type(said) is str else ""
+
+
+def _logprobs(said: Any) -> Any:
+    """The list of them, in either dialect's place."""
+    return said.get("content") if type(said) is dict else said
+
+
+def _openai_head(ask: Ask, request_id: str, stream: bool) -> Dict[str, Any]:
+    """What each chunk, or a whole answer, begins with."""
+    chat = ask.task == "chat"
+    kind = "chat.completion" + (".chunk" if stream else "") if chat else "text_completion"
+    return {"id": ("chatcmpl-" if chat else "cmpl-") + request_id, "object": kind,
+            "created": int(time.time()), "model": ask.model}
+
+
+def _openai_reason(last: Dict[str, Any], calls: int) -> str:
+    reason = "length" if last.get("done_reason") == "length" else "stop"
+    return "tool_calls" if calls and reason == "stop" else reason
+
+
+def _ollama_said(ask: Ask, text: str, thinking: str, calls: Sequence[Any] = ()) -> Dict[str, Any]:
+    """What a line of Ollama's says."""
+    more = {"thinking": thinking, "tool_calls": list(calls)}
+    more = {name: value for name, value in more.items() if value}
+    if ask.task == "chat":
+        return {"message": dict({"role": "assistant", "content": text}, **more)}
+    return dict({"response": text}, **more)
+
+
+def _ollama_figures(usage: Usage, total_ns: int, eval_ns: int) -> Dict[str, int]:
+    """What Ollama's last line counts; it leaves out what is zero."""
+    made = usage.as_openai()["completion_tokens"]
+    found = {"total_duration": total_ns, "prompt_eval_count": usage.prompt_tokens,
+             "prompt_eval_duration": total_ns - eval_ns, "eval_count": made,
+             "eval_duration": eval_ns}
+    return {name: value for name, value in found.items() if value}
+
+
+class StreamFlow:
+    """An engine's stream on its way to a client: every piece goes through feed(), and at the end
+    end() says the rest.  complete: the engine said that it was done.
+
+    What most pieces are, one event with a few letters of text, is known by a mark in its bytes (the
+    key before the text) that the last event which was read whole had.  A model's words cannot forge
+    it: quotes within a string are escaped.  Every other event is read whole."""
+
+    content_type = "text/event-stream"
+    _tail, _lines = b"\n\n", 2  # of one whole event
+
+    def __init__(self, ask: Ask, wire: Wire, request_id: str, clock: Callable[[], int]) -> None:
+        self.ask, self.request_id, self.clock = ask, request_id, clock
+        self.usage, self.complete = Usage(), False
+        self.began_ns, self.first_ns = clock(), 0
+        self._mark, self._held, self._held_bytes = _NEVER, [], 0
+        self._name, self._new_name = b"", b'"model":' + json.dumps(ask.model).encode()
+
+    def feed(self, piece: bytes) -> bytes:
+        """What goes to the client for this piece of the engine's body."""
+        at = piece.find(self._mark)
+        if at >= 0 and not self._held and piece.endswith(self._tail) \
+                and piece.count(b"\n") == self._lines and b'_tokens"' not in piece:
+            if piece[at + len(self._mark)] != 34:  # not the quote that ends an empty text
+                self.usage.pieces += 1
+                return piece.replace(self._name, self._new_name, 1) if self._name else piece
+        return self._read(piece)
+
+    def _read(self, piece: bytes) -> bytes:
+        if b"\n" not in piece:
+            self._held.append(piece)
+            self._held_bytes += len(piece)
+            if self._held_bytes > STREAM_LINE_MAX_BYTES:
+                self._held, self._held_bytes = [], 0
+                return self.fail("the engine sent a line without an end")
+            return b""
+        *lines, rest = (b"".join(self._held) + piece).split(b"\n")
+        self._held, self._held_bytes = [rest] if rest else [], len(rest)
+        return b"".join([self._line(line) for line in map(bytes.strip, lines) if line])
+
+    def _line(self, line: bytes) -> bytes:
+        """One line of server-sent events.  An event of an engine ends with its line of data."""
+        if self.complete or self.usage.error:
+            return b""
+        if line.startswith((b"data:", b"{", b"error:")):
+            return self._data(line[line.find(b":") + 1:].strip() if line[:1] != b"{" else line)
+        return line + b"\n" if self.content_type == StreamFlow.content_type else b""
+
+    def _data(self, data: bytes) -> bytes:
+        if data == b"[DONE]":
+            self.complete = True
+            return self._done()
+        value = _json_dict(data)
+        error = "the engine sent what is no JSON" if value is None else _said_error(value)
+        return self.fail(error) if error else self._event(value or {}, data)
+
+    def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
+        raise NotImplementedError
+
+    def _done(self) -> bytes:
+        """After the engine's [DONE]."""
+        self._mark = _NEVER
+        return b"data: [DONE]\n\n"
+
+    def _learn(self, key: str, data: bytes) -> None:
+        """That the next text will stand behind this key, and how the engine writes a name."""
+        for form in ('"%s":"', '"%s": "'):
+            if form % key in data.decode("utf-8", "replace"):
+                self._mark = (form % key).encode()
+        name = re.search(rb'"model": ?"[^"\\]*"', data)
+        self._name = name.group() if name and name.group() != self._new_name else b""
+
+    def _named(self, data: bytes) -> bytes:
+        """An event with the model's name as the client spelled it."""
+        return re.sub(rb'"model": ?"[^"\\]*"', lambda _: self._new_name, data, 1)
+
+    def fail(self, problem: str) -> bytes:
+        """The error that ends the stream, as the client's dialect has it."""
+        self.usage.error, self._mark = problem, _NEVER
+        dialect = self.ask.dialect
+        body = error_answer(dialect, 502, "engine_failed", problem)
+        if self.ask.task == "responses":
+            body = encode_json({"type": "error", "code": "engine_failed", "message": problem,
+                                "param": None, "sequence_number": self.usage.pieces,
+                                "error": {"message": problem}})
+        if dialect == "ollama":
+            return body
+        event = b"event: error\n" if self.ask.task in ("responses", "messages") else b""
+        return event + b"data: " + body + b"\n"
+
+    def end(self, problem: str) -> bytes:
+        """problem: "" where the engine's body ended as its framing says, or why it did not."""
+        rest = self._read(b"\n") if self._held and not problem else b""
+        if self.complete or self.usage.error:
+            return rest
+        return rest + self.fail(problem or "the engine's answer ended in the middle")
+
+
+class _OpenAiFlow(StreamFlow):
+    """From OpenAI's chat or completions to the same."""
+
+    def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
+        choices, usage = value.get("choices"), value.get("usage")
+        if usage:
+            self.usage.take(usage)
+            if not choices and not self.ask.wants_usage:
+                return b""
+        for choice in choices if type(choices) is list else ():
+            delta = choice.get("delta", choice) if type(choice) is dict else {}
+            key = next((key for key in ("content", "text", "reasoning", "reasoning_content",
+                                        "tool_calls") if delta.get(key)), "") if delta else ""
+            if key:
+                self.usage.pieces += 1
+                self._learn("arguments" if key == "tool_calls" else key, data)
+        return b"data: " + self._named(data) + b"\n\n"
+
+
+class _EventFlow(StreamFlow):
+    """From Anthropic's messages, or OpenAI's responses, to the same."""
+
+    _lines = 3
+
+    def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
+        kind, delta = str(value.get("type")), value.get("delta")
+        inner = value.get("message") or value.get("response")
+        inner = inner if type(inner) is dict else value
+        self.usage.take(inner.get("usage"))
+        if type(delta) is str and delta and kind.endswith(".delta"):
+            self.usage.pieces += 1
+            self._learn("delta", data)
+        elif kind == "content_block_delta" and type(delta) is dict:
+            for key in ("text", "thinking", "partial_json"):
+                if delta.get(key):
+                    self.usage.pieces += 1
+                    self._learn(key, data)
+        if kind == "response.failed":
+            self.usage.error = _said_error(inner) or "the engine failed"
+        self.complete = kind in ("message_stop", "response.completed", "response.incomplete")
+        if self.complete or self.usage.error:
+            self._mark = _NEVER
+        return b"data: " + (data if inner is value else self._named(data)) + b"\n\n"
+
+
+class _OllamaFlow(StreamFlow):
+    """From Ollama's lines to the same."""
+
+    content_type = "application/x-ndjson"
+    _tail, _lines = b'"done":false}\n', 1
+
+    def _line(self, line: bytes) -> bytes:
+        return b"" if self.complete or self.usage.error else self._data(line)
+
+    def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
+        message = value.get("message", value)
+        if type(message) is dict:
+            key = next((key for key in ("content", "response", "thinking", "tool_calls")
+                        if message.get(key)), "")
+            if key:
+                self.usage.pieces += 1
+                self._learn(key, data)
+        if value.get("done") is True:
+            self.usage.take_ollama(value)
+            self.complete, self._mark = True, _NEVER
+        return self._named(data) + b"\n"
+
+
+class _OllamaToOpenAi(_OllamaFlow):
+    """From Ollama's lines to OpenAI's chunks."""
+
+    content_type = "text/event-stream"
+    _lines = -1  # every line is read whole
+
+    def __init__(self, ask: Ask, wire: Wire, request_id: str, clock: Callable[[], int]) -> None:
+        super().__init__(ask, wire, request_id, clock)
+        self._chat, self._calls = ask.task == "chat", 0
+        head = _openai_head(ask, request_id, True)
+        self._head = b"data: " + json.dumps(head)[:-1].encode() + b', "choices": '
+        self._role = {"role": "assistant"}
+
+    def _chunk(self, choice: Dict[str, Any], reason: Optional[str] = None) -> bytes:
+        choice = dict({"index": 0}, **choice, finish_reason=reason)
+        return self._head + json.dumps([choice]).encode() + b"}\n\n"
+
+    def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
+        message = value.get("message") if self._chat else value
+        message = message if type(message) is dict else {}
+        text, thinking = message.get("content", message.get("response")), message.get("thinking")
+        calls = _openai_calls(message.get("tool_calls"), self.request_id, self._calls)
+        self._calls += len(calls)
+        self.usage.pieces += bool(text or thinking or calls)
+        delta = {name: said for name, said in (("content", text), ("reasoning", thinking),
+                                               ("tool_calls", calls)) if said}
+        choice: Dict[str, Any] = {"delta": dict(self._role, **delta)} if self._chat else {
+            "text": text or ""}
+        if value.get("logprobs"):
+            choice["logprobs"] = {"content": value["logprobs"]}
+        out = self._chunk(choice) if delta or self._role and self._chat else b""
+        self._role = {}
+        if value.get("done") is True:
+            self.usage.take_ollama(value)
+            self.complete = True
+            reason = _openai_reason(value, self._calls)
+            out += self._chunk({"delta": {}} if self._chat else {"text": ""}, reason)
+            if self.ask.wants_usage:
+                out += self._head + b'[], "usage": ' + encode_json(self.usage.as_openai())[:-1]
+                out += b"}\n\n"
+            out += b"data: [DONE]\n\n"
+        return out
+
+
+class _OpenAiToOllama(StreamFlow):
+    """From OpenAI's chunks to Ollama's lines."""
+
+    content_type = "application/x-ndjson"
+    _lines = -1
+
+    def __init__(self, ask: Ask, wire: Wire, request_id: str, clock: Callable[[], int]) -> None:
+        super().__init__(ask, wire, request_id, clock)
+        self._head: Dict[str, Any] = {"model": ask.model, "created_at": utc_stamp()}
+        self._calls: Dict[int, Dict[str, Any]] = {}
+        self._reason = "stop"
+
+    def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
+        self.usage.take(value.get("usage"))
+        choices = value.get("choices")
+        choice = choices[0] if type(choices) is list and choices else {}
+        if type(choice) is not dict:
+            return b""
+        self._reason = _REASONS.get(choice.get("finish_reason"), self._reason)
+        delta = choice.get("delta", choice)
+        delta = delta if type(delta) is dict else {}
+        text, thinking = delta.get("content") or delta.get("text") or "", _reasoning(delta)
+        for part in delta.get("tool_calls") or ():
+            self._join(part)
+        if not (text or thinking or delta.get("tool_calls")):
+            return b""
+        self.usage.pieces += 1
+        self.first_ns = self.first_ns or self.clock()
+        if not (text or thinking):
+            return b""
+        line = dict(self._head, **_ollama_said(self.ask, text, thinking), done=False)
+        logprobs = _logprobs(choice.get("logprobs"))
+        return encode_json(dict(line, logprobs=logprobs) if logprobs else line)
+
+    def _join(self, part: Any) -> None:
+        """A fragment of a call of a tool."""
+        function = part.get("function") if type(part) is dict else None
+        if type(function) is not dict or len(self._calls) > 128:
+            return
+        call = self._calls.setdefault(part.get("index") or 0, {
+            "id": part.get("id"), "function": {"name": "", "arguments": ""}})
+        for name in ("name", "arguments"):
+            call["function"][name] += function.get(name) or ""
+
+    def _done(self) -> bytes:
+        try:
+            calls = _ollama_calls(self._calls.values())
+        except ValueError as error:
+            self.complete = False
+            return self.fail(str(error))
+        called = b"" if not calls else encode_json(dict(
+            self._head, **_ollama_said(self.ask, "", "", calls), done=False))
+        now = self.clock()
+        return called + encode_json(dict(
+            self._head, created_at=utc_stamp(), **_ollama_said(self.ask, "", ""), done=True,
+            done_reason=self._reason, **_ollama_figures(
+                self.usage, now - self.began_ns, now - (self.first_ns or now))))
+
+
+def make_flow(ask: Ask, wire: Wire, request_id: str,
+              clock: Callable[[], int] = time.perf_counter_ns) -> StreamFlow:
+    """For an answer in pieces.  clock: nanoseconds, from the start of the request on."""
+    if wire.dialect == "ollama":
+        kind: Any = _OllamaFlow if ask.dialect == "ollama" else _OllamaToOpenAi
+    elif ask.dialect == "ollama":
+        kind = _OpenAiToOllama
+    else:
+        kind = _EventFlow if ask.task in ("messages", "responses") else _OpenAiFlow
+    return kind(ask, wire, request_id, clock)
+
+
+def _failed_answer(ask: Ask, status: int, body: bytes, usage: Usage) -> Tuple[int, bytes, Usage]:
+    """An engine's refusal or failure.  What is wrong with the request is said as it is; that the
+    engine does not take us, or fails, is no business of the client's."""
+    value = _json_dict(body)
+    words = _said_error(value, True) if value is not None else _engine_words(
+        body[:4000].decode("utf-8", "replace"))
+    usage.error = words or f"the engine answered {status} without a word"
+    passed = status in (400, 404, 413, 422, 429, 501, 503)
+    code = {400: "bad_request", 404: "not_found", 429: "engine_busy",
+            503: "engine_busy"}.get(status, "engine_refused" if passed else "engine_failed")
+    what = usage.error if passed else "the engine failed: " + usage.error
+    status = status if passed else 502
+    return status, error_answer(ask.dialect, status, code, what), usage
+
+
+def _vector(numbers: bytes, base64_wanted: bool) -> bytes:
+    """One embedding as OpenAI has it: a list, or its 32-bit floats in base64."""
+    if not base64_wanted:
+        return b"[" + numbers + b"]"
+    import array
+    import base64
+    floats = array.array("f", map(float, numbers.split(b",")))
+    if sys.byteorder == "big":
+        floats.byteswap()
+    return b'"' + base64.b64encode(floats.tobytes()) + b'"'
+
+
+def _embed_answer(ask: Ask, wire: Wire, body: bytes, usage: Usage) -> bytes:
+    """Embeddings may be tens of megabytes: their numbers are moved and never read as JSON."""
+    edges = body if len(body) < 8192 else body[:4096] + b"\n" + body[-4096:]
+    usage.completion_tokens = 0
+    for found in re.finditer(rb'"prompt_(?:tokens|eval_count)"\s*:\s*(\d{1,15})\b', edges):
+        usage.prompt_tokens = int(found.group(1))
+    old_form = ask.dialect == "ollama" and "prompt" in ask.body
+    if ask.dialect == wire.dialect and not old_form:
+        return body
+    vectors = re.findall(rb"\[([-+.\deE,\s]+)\]", body)
+    model, prompt = json.dumps(ask.model).encode(), usage.prompt_tokens or 0
+    if old_form:
+        return b'{"embedding":[' + b"".join(vectors[:1]) + b"]}\n"
+    if ask.dialect == "ollama":
+        return b'{"model":%s,"embeddings":[%s],"prompt_eval_count":%d}\n' % (
+            model, b",".join([b"[" + vector + b"]" for vector in vectors]), prompt)
+    wanted = ask.body.get("encoding_format") == "base64"
+    data = [b'{"object":"embedding","index":%d,"embedding":%s}' % (
+        index, _vector(vector, wanted)) for index, vector in enumerate(vectors)]
+    return b'{"object":"list","data":[%s],"model":%s,"usage":{"prompt_tokens":%d,' \
+        b'"total_tokens":%d}}\n' % (b",".join(data), model, prompt, prompt)
+
+
+def _openai_whole(ask: Ask, value: Dict[str, Any], usage: Usage, request_id: str) -> Dict[str, Any]:
+    """Ollama's whole answer as OpenAI has it."""
+    message = value.get("message")
+    message = message if ask.task == "chat" and type(message) is dict else value
+    text = message.get("content", message.get("response")) or ""
+    calls = _openai_calls(message.get("tool_calls"), request_id)
+    choice: Dict[str, Any] = {"index": 0, "finish_reason": _openai_reason(value, len(calls))}
+    if ask.task == "chat":
+        said = {"role": "assistant", "content": text, "reasoning": message.get("thinking"),
+                "tool_calls": [{name: part for name, part in call.items() if name != "index"}
+                               for call in calls]}
+        choice["message"] = {name: part for name, part in said.items() if part or name == "content"}
+    else:
+        choice["text"] = text
+    if value.get("logprobs"):
+        choice["logprobs"] = {"content": value["logprobs"]}
+    return dict(_openai_head(ask, request_id, False), choices=[choice], usage=usage.as_openai())
+
+
+def _ollama_whole(ask: Ask, value: Dict[str, Any], usage: Usage, took_ns: int) -> Dict[str, Any]:
+    """OpenAI's whole answer as Ollama has it.  Raises: ValueError for one of no use."""
+    choices = value.get("choices")
+    choice = choices[0] if type(choices) is list and choices else None
+    message = choice.get("message", choice) if type(choice) is dict else None
+    if type(choice) is not dict or type(message) is not dict:
+        raise ValueError("the engine's answer has no choices")
+    said = _ollama_said(ask, message.get("content") or message.get("text") or "",
+                        _reasoning(message), _ollama_calls(message.get("tool_calls") or ()))
+    logprobs = _logprobs(choice.get("logprobs"))
+    return dict({"model": ask.model, "created_at": utc_stamp()}, **said, done=True,
+                done_reason=_REASONS.get(choice.get("finish_reason"), "stop"),
+                **dict({"logprobs": logprobs} if logprobs else {},
+                       **_ollama_figures(usage, took_ns, took_ns)))
+
+
+def whole_answer(ask: Ask, wire: Wire, status: int, body: bytes, request_id: str,
+                 took_ns: int = 0) -> Tuple[int, bytes, Usage]:
+    """An answer that is no stream, or an error, as (status, body, usage) for the client."""
+    usage = Usage()
+    if status != 200:
+        return _failed_answer(ask, status, body, usage)
+    if ask.task == "embed":
+        return 200, _embed_answer(ask, wire, body, usage), usage
+    value = _json_dict(body)
+    error = "its answer is no JSON object" if value is None else _said_error(value)
+    if value is None or error:
+        return _failed_answer(ask, 502, encode_json({"error": error}), usage)
+    if wire.dialect == "ollama":
+        usage.take_ollama(value)
+    else:
+        usage.take(value.get("usage"))
+    try:
+        if ask.dialect == wire.dialect:
+            turned = dict(value, model=ask.model)
+        elif ask.dialect == "ollama":
+            turned = _ollama_whole(ask, value, usage, took_ns)
+        else:
+            turned = _openai_whole(ask, value, usage, request_id)
+    except ValueError as error_of_ours:
+        return _failed_answer(ask, 502, encode_json({"error": str(error_of_ours)}), usage)
+    return 200, encode_json(turned), usage
+
+
+# -- which models there are, of an engine that is no Ollama --------------
+
+def _model_facts(name: str, context_tokens: int, since_s: float) -> Dict[str, Any]:
+    details = {"parent_model": "", "format": "", "family": "", "families": [],
+               "parameter_size": "", "quantization_level": "", "context_length": context_tokens}
+    return {"name": name, "model": name, "modified_at": utc_stamp(since_s), "size": 0, "digest": "",
+            "details": details, "capabilities": ["completion", "tools"]}
+
+
+def model_answer(path: str, name: str, context_tokens: int, since_s: float) -> Dict[str, Any]:
+    """To POST /api/show or GET /v1/models/NAME."""
+    if path == "/api/show":
+        facts = _model_facts(name, context_tokens, since_s)
+        return {"modelfile": "", "parameters": "", "template": "", "license": "",
+                "details": facts["details"], "capabilities": facts["capabilities"],
+                "modified_at": facts["modified_at"], "model_info": {
+                    "general.architecture": "unknown", "unknown.context_length": context_tokens}}
+    return {"id": name, "object": "model", "created": int(since_s), "owned_by": "b9agent"}
+
+
+def model_list_answer(path: str, names: Sequence[str], context_tokens: int,
+                      since_s: float) -> Dict[str, Any]:
+    """To GET /v1/models, /api/tags or /api/ps (names: those in memory).  since_s: of the wall
+    clock, when the engine started."""
+    if path == "/v1/models":
+        return {"object": "list", "data": [model_answer("/v1/models/", name, context_tokens,
+                                                        since_s) for name in names]}
+    models = [_model_facts(name, context_tokens, since_s) for name in names]
+    if path == "/api/ps":
+        models = [dict(model, size_vram=0, context_length=context_tokens,
+                       expires_at="2318-01-01T00:00:00Z") for model in models]  # for ever
+    return {"models": models}
+
+
+# ----------------------------------------------------------------------
+# 13b. Relay                     the sockets of the front door; its threads
+# ----------------------------------------------------------------------
+# One thread with one selector accepts, reads requests, connects to the engine
+# and passes its answer on while it is made: a thread for each stream falls
+# behind at some hundred of them.  Both sides' connections are kept.  What would
+# block goes to a few threads beside it.  Sockets are closed after a batch of
+# events, never within: a number that is used again would meet a stale event.
+
+RELAY_SWEEP_S = 0.5             # how often deadlines are looked at
+RELAY_HELD_MAX_BYTES = 1 << 20  # of an answer, for a reader who is slower than the engine
+RELAY_SLOW_S = 10.0             # so long may he keep the engine waiting
+RELAY_PIPELINED_BYTES = 65536
+RELAY_BODY_MAX_BYTES = 32 << 20
+RELAY_BODIES_MAX_BYTES = 256 << 20  # of all requests that are on their way in
+ENGINE_CONNECT_S = 5.0
+ENGINE_IDLE_S = 4.0             # uvicorn closes a kept connection after 5
+ENGINE_IDLE_MAX = 1024
+_READ, _WRITE = 1, 2            # as in selectors, which is imported when a relay starts
+
+
+class BodyReader:
+    """Takes an answer's body out of its framing.  Source: RFC 9112, 6 and 7.
+
+    length: None where it ends with the connection.
+    """
+
+    def __init__(self, length: Optional[int], chunked: bool) -> None:
+        self._left, self._chunked = 0 if chunked else length, chunked
+        self._line, self._held = "size", b""
+        self.done = self._left == 0 and not chunked
+        self.endless = length is None and not chunked
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises: HttpFailure where the framing is broken."""
+        if self._chunked:
+            return self._unchunk(data)
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise HttpFailure("garbage", "a body longer than it says")
+            self.done = not self._left
+        return data
+
+    def _unchunk(self, data: bytes) -> bytes:
+        if self._held:
+            data, self._held = self._held + data, b""
+        at, end, pieces = 0, len(data), []
+        while at < end and not self.done:
+            if self._left:
+                piece = data[at:at + self._left]
+                at += len(piece)
+                self._left -= len(piece)
+                pieces.append(piece)
+                continue
+            stop = data.find(b"\n", at)
+            if stop < 0:
+                self._held = data[at:]
+                if len(self._held) > 4096:
+                    raise HttpFailure("garbage", "a chunk without a length")
+                break
+            self._framing(data[at:stop].rstrip(b"\r"))
+            at = stop + 1
+        if self.done and at < end:
+            raise HttpFailure("garbage", "more than the body that was announced")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _framing(self, line: bytes) -> None:
+        if self._line == "size":
+            size = line.partition(b";")[0].strip()
+            if not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
+                raise HttpFailure("garbage", "a chunk without a length")
+            self._left = int(size, 16)
+            self._line = "end" if self._left else "trailer"
+        elif self._line == "end":
+            if line:
+                raise HttpFailure("garbage", "a chunk longer than it says")
+            self._line = "size"
+        else:
+            self.done = not line
+
+
+class Errands:
+    """A few threads for what would hold up a loop.  _lock guards _waiting, _idle and _threads."""
+
+    def __init__(self, name: str, most: int, waiting_max: int) -> None:
+        self._name, self._most, self._waiting_max = name, most, waiting_max
+        self._lock = threading.Condition()
+        self._waiting: Any = collections.deque()
+        self._idle = self._threads = 0
+
+    def run(self, work: Callable[[], None]) -> bool:
+        """Begin it, or put it at the end of the line; False where that is full."""
+        with self._lock:
+            if len(self._waiting) >= self._waiting_max:
+                return False
+            self._waiting.append(work)
+            if self._idle < len(self._waiting) and self._threads < self._most:
+                try:
+                    threading.Thread(target=self._serve, name=self._name, daemon=True).start()
+                    self._threads += 1
+                except RuntimeError:  # no thread is to be had
+                    if not self._threads:
+                        self._waiting.pop()
+                        return False
+            self._lock.notify()
+            return True
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+                if not self._waiting and not self._lock.wait_for(lambda: self._waiting, 30.0):
+                    self._idle -= 1
+                    self._threads -= 1
+                    return
+                self._idle -= 1
+                work = self._waiting.popleft()
+            work()
+
+
+class Relay:
+    """The loop.  All but call() and stop() are for its own thread.
+
+    sweep(): called every RELAY_SWEEP_S while a connection is open.  _lock guards _ended, and the
+    life of _wake with it.
+    """
+
+    def __init__(self, name: str, log: Log, sweep: Callable[[], None]) -> None:
+        import selectors
+        self.log = log
+        self._selector = selectors.DefaultSelector()
+        self._sweep = sweep
+        self._calls: Any = collections.deque()
+        self._wake = Wake()
+        self._selector.register(self._wake, _READ, None)
+        self._closed: List[socket.socket] = []
+        self.resting: List[Any] = []  # listeners, while no descriptor is to be had
+        self._stopping = self._ended = False
+        self._lock = threading.Lock()
+        self.waits: Any = BlockingIOError  # what a socket raises that has to be asked again
+        self.wires: Set[Any] = set()
+        self._errands = Errands(f"{name}-errand", 8, 512)
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """From any thread: to be called on the loop's own, soon; never, once that has ended."""
+        with self._lock:
+            if not self._ended:
+                self._calls.append(function)
+                self._wake.set()
+
+    def soon(self, function: Callable[[], None]) -> None:
+        """From the loop's own: after this batch of events."""
+        self._calls.append(function)
+
+    def errand(self, work: Callable[[], Any], done: Callable[[Any, Any], None]) -> None:
+        """work() on another thread, then done(what it returned, what it raised) here."""
+        def run() -> None:
+            result = problem = None
+            try:
+                result = work()
+            except Exception as error:
+                problem = error
+            self.call(lambda: done(result, problem))
+        if not self._errands.run(run):
+            busy = _too_many("too much is going on here", 5)
+            self.call(lambda: done(None, busy))
+
+    def watch(self, wire: Any, mask: int) -> None:
+        if mask == wire.mask:
+            return
+        if not wire.mask:
+            self._selector.register(wire.sock, mask, wire)
+        elif mask:
+            self._selector.modify(wire.sock, mask, wire)
+        else:
+            self._selector.unregister(wire.sock)
+        wire.mask = mask
+
+    def bury(self, wire: Any) -> None:
+        """Its socket is closed after this batch of events."""
+        self.watch(wire, 0)
+        self.wires.discard(wire)
+        self._closed.append(wire.sock)
+
+    def _guarded(self, function: Callable[..., None], wire: Any, *given: Any) -> None:
+        """A defect costs one connection, never the loop."""
+        try:
+            function(*given)
+        except Exception as error:
+            self.log.defect(error)
+            if wire is not None:
+                wire.close()
+
+    def _run(self) -> None:
+        sweep_s = 0.0
+        while not self._stopping:
+            for key, mask in self._selector.select(
+                    RELAY_SWEEP_S if self.wires or self.resting else None):
+                wire = key.data
+                if wire is None:
+                    self._wake.wait(0)
+                elif not wire.dead:
+                    self._guarded(wire.ready, wire, mask)
+            if now_s() >= sweep_s and (self.wires or self.resting):
+                sweep_s = now_s() + RELAY_SWEEP_S
+                self._guarded(self._sweep, None)
+                while self.resting:
+                    listener = self.resting.pop()
+                    if not listener.dead:
+                        self.watch(listener, _READ)
+            while self._calls:
+                self._guarded(self._calls.popleft(), None)
+            for sock in self._closed:
+                sock.close()
+            self._closed.clear()
+        for wire in list(self.wires):
+            wire.sock.close()
+        self._selector.close()
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        """From another thread, once: everything that is open is closed."""
+        def end() -> None:
+            self._stopping = True
+        self.call(end)
+        if self.thread.ident is not None:
+            self.thread.join(5.0)
+        with self._lock:
+            self._ended = True
+            if not self.thread.is_alive():
+                self._wake.close()
+
+
+class RelaySocket:
+    """A socket of the relay, and what waits to be sent on it.  until_s: when the relay's owner
+    ends it; None for never."""
+
+    def __init__(self, relay: Relay, sock: socket.socket) -> None:
+        self.relay, self.sock = relay, sock
+        self.mask = 0
+        self.dead = False
+        self.until_s: Optional[float] = None
+        self._out: Any = collections.deque()
+        self.out_bytes = 0
+        relay.wires.add(self)
+
+    def watch(self, mask: int) -> None:
+        if not self.dead:
+            self.relay.watch(self, mask)
+
+    def send(self, data: bytes) -> None:
+        """Now what can go, and the rest when it can."""
+        if not self._out and not self.dead:
+            try:
+                sent = self.sock.send(data)
+            except self.relay.waits:
+                sent = 0
+            except OSError:
+                self.lost()
+                return
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
+        if not self.dead:
+            self._out.append(data)
+            self.out_bytes += len(data)
+            self.watch(self.mask | _WRITE)
+
+    def flush(self) -> None:
+        """The socket takes more."""
+        while self._out:
+            data = self._out[0]
+            try:
+                sent = self.sock.send(data)
+            except self.relay.waits:
+                return
+            except OSError:
+                self.lost()
+                return
+            self.out_bytes -= sent
+            if sent < len(data):
+                self._out[0] = memoryview(data)[sent:]
+                return
+            self._out.popleft()
+        self.watch(self.mask & ~_WRITE)
+
+    def close(self) -> None:
+        if not self.dead:
+            self.relay.bury(self)
+            self.dead = True
+            self._out.clear()
+            self.out_bytes = 0
+
+    def lost(self) -> None:
+        """The other side is gone."""
+        self.close()
+
+    def ready(self, mask: int) -> None:
+        raise NotImplementedError
+
+
+class EngineWire(RelaySocket):
+    """A connection to the engine.  exchange: whose answer is on its way: it is told
+
+    on_head(status, headers), on_body(piece) and, in every case and once, on_end(problem), with ""
+    for a whole answer.  Kept in idle between two of them.
+    """
+
+    def __init__(self, relay: Relay, endpoint: Endpoint, idle: Any) -> None:
+        sock = socket.socket(socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET)
+        super().__init__(relay, sock)
+        self._idle = idle
+        self._reused = False
+        self.exchange: Any = None
+        self._request = self._held = b""
+        self._body: Optional[BodyReader] = None
+        self._keep = self.paused = False
+        self._endpoint = endpoint
+        self._connecting = True
+        self._method = ""
+        self._got_s = 0.0
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, exchange: Any, method: str, request: bytes) -> None:
+        """request: head and body, whole."""
+        self.exchange, self._request, self._method = exchange, request, method
+        self._held, self._body, self.paused = b"", None, False
+        if not self._connecting:
+            self._reused, self.until_s = True, None
+            self.watch(_READ)
+            self.send(request)
+            return
+        self.until_s = now_s() + ENGINE_CONNECT_S
+        try:
+            self.sock.connect((self._endpoint.host, self._endpoint.port))
+        except BlockingIOError:
+            pass
+        except OSError as error:  # loopback may refuse at once; told after the caller has returned
+            problem = error.strerror or str(error)
+            self.relay.soon(lambda: self._end(f"the engine is not there: {problem}"))
+            return
+        self.watch(_WRITE)
+
+    def lost(self) -> None:
+        self._end("the engine closed the connection")
+
+    def cut(self) -> None:
+        """Nobody wants the answer any more; on_end() is not called."""
+        self.exchange = None
+        self.close()
+
+    def pause(self, paused: bool) -> None:
+        """Let the engine wait."""
+        self.paused = paused
+        if self._body is not None:
+            self.watch(self.mask & ~_READ if paused else self.mask | _READ)
+
+    def _end(self, problem: str) -> None:
+        exchange, self.exchange = self.exchange, None
+        stale = problem and self._reused and self._body is None and not self._held
+        self.close()
+        if exchange is None:
+            return
+        if stale:
+            # It was closed while it was kept: nothing of the request was heard, perhaps.
+            fresh = EngineWire(self.relay, self._endpoint, self._idle)
+            exchange.wire_replaced(fresh)
+            fresh.ask(exchange, self._method, self._request)
+        else:
+            exchange.on_end(problem)
+
+    def ready(self, mask: int) -> None:
+        if self._connecting:
+            problem = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if problem:
+                self._end(f"the engine is not there: {os.strerror(problem)}")
+                return
+            self._connecting, self.until_s = False, None
+            self.watch(_READ)
+            self.send(self._request)
+            return
+        if mask & _WRITE:
+            self.flush()
+        if mask & _READ and not self.dead:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            data = self.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if self.exchange is None:  # it was kept: the engine closes it, or speaks unasked
+            self.close()
+            return
+        self._got_s = now_s()
+        try:
+            if not data:
+                self._stopped()
+            elif self._body is None:
+                self._head(data)
+            else:
+                self._more(data)
+        except HttpFailure as failure:
+            self._end(f"the engine's answer is broken: {failure}")
+
+    def _stopped(self) -> None:
+        if self._body is not None and self._body.endless:
+            self._whole()
+        else:
+            self._end("the engine closed the connection in the middle of its answer"
+                      if self._body is not None or self._held else "the engine closed the "
+                      "connection without an answer")
+
+    def _head(self, data: bytes) -> None:
+        self._held += data
+        end = self._held.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._held) > HTTP_HEAD_MAX_BYTES:
+                raise HttpFailure("too_large", "a head that is too long")
+            return
+        head, rest = self._held[:end], self._held[end + 4:]
+        first, headers = _read_head(io.BytesIO(head + b"\r\n\r\n"))
+        match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
+        if not match:
+            raise HttpFailure("garbage", "not an HTTP answer")
+        status = int(match.group(2))
+        if status < 200:
+            self._held = b""
+            if rest:
+                self._head(rest)
+            return
+        self._request = b""  # it was heard
+        length, encoding = headers.get("content-length"), headers.get("transfer-encoding", "")
+        if length and (encoding or not re.fullmatch("[0-9]{1,15}", length)) or (
+                encoding and encoding.lower() != "chunked"):
+            raise HttpFailure("garbage", "an answer without a clear end")
+        bare = self._method == "HEAD" or status in (204, 304)
+        self._body = BodyReader(0 if bare else int(length) if length else None,
+                                bool(encoding) and not bare)
+        said = headers.get("connection", "").lower()
+        self._keep = not self._body.endless and (
+            "close" not in said if match.group(1) == "1" else "keep-alive" in said)
+        self.exchange.on_head(status, headers)
+        if self.exchange is not None and (rest or self._body.done):
+            self._more(rest)
+
+    def _more(self, data: bytes) -> None:
+        piece = self._body.feed(data)
+        if piece:
+            self.exchange.on_body(piece)
+        if self._body.done and self.exchange is not None:
+            self._whole()
+
+    def _whole(self) -> None:
+        exchange, self.exchange = self.exchange, None
+        if self._keep and not self.dead and not self.out_bytes and len(
+                self._idle) < ENGINE_IDLE_MAX:
+            self.until_s = now_s() + ENGINE_IDLE_S
+            self.watch(_READ)
+            self._idle.append(self)
+        else:
+            self.close()
+        exchange.on_end("")
+
+    def give_up(self, problem: str) -> None:
+        self._end(problem)
+
+    def silent_s(self, since_s: float) -> float:
+        """How long nothing came, since a time or the last byte."""
+        return now_s() - max(since_s, self._got_s)
+
+
+class ClientWire(RelaySocket):
+    """A connection of a client: one request after the other.
+
+    owner: is told head_came(client), and whole_came(client) once its body is there; drained(client)
+    when a slow reader has caught up; left(client) at the end, in every case and once.
+    phase: tls, head, asked (its owner has it, or its body is on its way), sent (only bytes remain),
+    linger.
+    """
+
+    def __init__(self, relay: Relay, sock: socket.socket, peer: Tuple[str, int], owner: Any,
+                 listener: Any) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().__init__(relay, sock)
+        self.peer, self.listener = peer, listener
+        self._owner = owner
+        self.phase = "tls" if listener.tls else "head"
+        self._more_inside: Callable[[], int] = lambda: 0  # bytes that TLS has read already
+        self._held = b""
+        self.head = RequestHead("", "", {}, "0")
+        self.body: Any = None
+        self._body_left = 0
+        self._unread = False   # whether there is a body that nobody reads
+        self._goes_on = self._chunked = False
+        self._stream_head = b""
+        self.exchange: Any = None
+        self.received_s = self.begun_s = now_s()
+        # Its owner's: of the request that is there.
+        self.caller: Any = None
+        self.route: Any = None
+        self.name = ""
+        self.charged_bytes = 0
+        self.stalled_s: Optional[float] = None  # since when the engine waits for the reader
+        self.until_s = self.begun_s + HTTP_REQUEST_LIMIT_S
+        self.watch(_READ)
+
+    def close(self) -> None:
+        if not self.dead:
+            super().close()
+            self._owner.left(self)
+
+    # -- what comes -------------------------------------------------------
+
+    def ready(self, mask: int) -> None:
+        if self.phase == "tls":
+            self._shake_hands()
+            return
+        if mask & _WRITE:
+            self.flush()
+            if self.phase == "sent" and not self._out and not self.dead:
+                self._sent()
+            elif self.stalled_s is not None and self.out_bytes < RELAY_HELD_MAX_BYTES // 2:
+                self.stalled_s = None
+                self._owner.drained(self)
+        if mask & _READ and not self.dead:
+            self._receive()
+
+    def _shake_hands(self) -> None:
+        try:
+            if not hasattr(self.sock, "do_handshake"):
+                first = self.sock.recv(1, socket.MSG_PEEK)
+                if first and first != b"\x16":
+                    self.phase = "head"
+                    self._refuse(HttpError(400, "https_wanted", "this port speaks https",
+                                           "Put https:// in front of the address"))
+                    return
+                self.watch(0)
+                self.sock = self.listener.tls.wrap(self.sock)
+                self._more_inside = self.sock.pending
+            self.sock.do_handshake()
+        except self.relay.waits as wait:
+            self.watch(_WRITE if "WantWrite" in type(wait).__name__ else _READ)
+        except (OSError, ValueError):
+            self.close()
+        else:
+            self.phase = "head"
+            self.watch(_READ)
+            self._receive()  # what came with the end of it is no event any more
+
+    def _receive(self) -> None:
+        while not self.dead:
+            try:
+                data = self.sock.recv(65536)
+            except self.relay.waits:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self.close()
+                return
+            self._take(data)
+            if not self._more_inside():
+                return
+
+    def _take(self, data: bytes) -> None:
+        if self.phase == "linger":
+            self._body_left -= len(data)
+            if self._body_left < 0:
+                self.close()
+        elif self.body is not None and self._body_left:
+            self._held = data
+            self._take_body()
+        else:
+            if self.phase == "head" and not self._held:
+                self.until_s = now_s() + HTTP_REQUEST_LIMIT_S
+            self._held += data
+            if self.phase == "head":
+                self._look()
+            elif len(self._held) > HTTP_HEAD_MAX_BYTES + RELAY_PIPELINED_BYTES:
+                self.watch(self.mask & ~_READ)  # more requests than one: they can wait
+
+    def _take_body(self) -> None:
+        held = self._held
+        if len(held) > self._body_left:
+            held, self._held = held[:self._body_left], held[self._body_left:]
+        else:
+            self._held = b""
+        self.body += held
+        self._body_left -= len(held)
+        if not self._body_left:
+            self._unread, self.until_s, self.received_s = False, None, now_s()
+            self._owner.whole_came(self)
+
+    def _look(self) -> None:
+        """Whether a head is there."""
+        end = self._held.find(b"\r\n\r\n")
+        if end < 0 and len(self._held) <= HTTP_HEAD_MAX_BYTES:
+            return
+        self.phase, self._unread, self._body_left = "asked", True, 0
+        self.head, self.body, self.caller = RequestHead("", "", {}, "0"), None, None
+        try:
+            if not 0 <= end <= HTTP_HEAD_MAX_BYTES:
+                raise HttpError(431, "too_large",
+                                f"a head of more than {HTTP_HEAD_MAX_BYTES} bytes")
+            raw, self._held = self._held[:end], self._held[end + 4:]
+            self.head = parse_request_head(raw)
+            self._body_left = body_length(self.head.headers, RELAY_BODY_MAX_BYTES)
+        except HttpError as error:
+            self._refuse(error)
+            return
+        self._unread = self.head.has_body
+        self.until_s = None
+        self._owner.head_came(self)
+
+    def _refuse(self, error: HttpError) -> None:
+        self._unread = True
+        self._owner.refuse(self, error)
+
+    def too_slow(self) -> None:
+        """The time for what is going on is over."""
+        if self.phase == "head" and self._held:
+            self.head, self.caller = RequestHead("", "", {}, "0"), None
+        elif self.phase != "asked":
+            self.close()
+            return
+        self.phase, self.until_s, self._held = "asked", None, b""
+        self._refuse(HttpError(408, "too_slow", "the request did not arrive in time"))
+
+    @property
+    def body_bytes(self) -> int:
+        """Of the request that is there, or is on its way."""
+        return self._body_left if self.body is None else len(self.body) + self._body_left
+
+    def read_body(self) -> None:
+        """The head is good: take the body."""
+        self.body = bytearray()
+        if self._body_left > len(self._held) and "expect" in self.head.headers:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # A slow line is no attack, a slow head is: 100 kB for each second more.
+        self.until_s = now_s() + HTTP_REQUEST_LIMIT_S + self._body_left / 1e5
+        if not self.dead:
+            self._take_body()
+
+    # -- what is answered ---------------------------------------------------
+
+    def _may_go_on(self) -> bool:
+        return not (self._unread or self.head.minor == "0"
+                    or "close" in self.head.headers.get("connection", "").lower())
+
+    def answer(self, response: Response) -> None:
+        """response.body: bytes."""
+        self._goes_on = self._may_go_on()
+        head = render_response(response, len(response.body),
+                               "" if self._goes_on else "Connection: close\r\n")
+        self.send(head if self.head.method == "HEAD" else head + response.body)
+        self._answered()
+
+    def begin_stream(self, response: Response) -> None:
+        """Its head goes out with the first piece."""
+        self._chunked = self.head.minor != "0"
+        self._goes_on = self._chunked and self._may_go_on()
+        self._stream_head = render_response(
+            response, None, ("Transfer-Encoding: chunked\r\n" if self._chunked else "")
+            + ("" if self._goes_on else "Connection: close\r\n"))
+
+    def stream(self, piece: bytes) -> None:
+        if self._chunked:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        if self._stream_head:
+            piece, self._stream_head = self._stream_head + piece, b""
+        self.send(piece)
+
+    def end_stream(self, last: bytes) -> None:
+        if self._chunked:
+            last = (b"%x\r\n%b\r\n" % (len(last), last) if last else b"") + b"0\r\n\r\n"
+        last, self._stream_head = self._stream_head + last, b""
+        if last:
+            self.send(last)
+        self._answered()
+
+    def _answered(self) -> None:
+        if self.dead:
+            return
+        self.phase, self.exchange, self.body, self.stalled_s = "sent", None, None, None
+        self.until_s = now_s() + HTTP_PEER_LIMIT_S
+        if not self._out:
+            self._sent()
+
+    def _sent(self) -> None:
+        """The whole answer."""
+        if self._goes_on:
+            self.phase, self.begun_s = "head", now_s()
+            self.until_s = self.begun_s + HTTP_PEER_LIMIT_S
+            self.watch(_READ)
+            if self._held:  # another request has come meanwhile; called later, for they may be many
+                self.relay.soon(self._look_again)
+        elif self._unread:
+            # Closing on unread bytes makes the kernel reset the connection: the answer may be lost.
+            self.phase, self._body_left = "linger", HTTP_BODY_MAX_BYTES
+            self.until_s = now_s() + 2.0
+            try:
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)
+                self.watch(_READ)
+            except OSError:
+                self.close()
+        else:
+            self.close()
+
+    def _look_again(self) -> None:
+        if self.phase == "head" and self._held and not self.dead:
+            self.until_s = now_s() + HTTP_REQUEST_LIMIT_S
+            self._look()
+
+
+class Listener:
+    """Where clients come in.  It is bound at once, and listens from start() to stop().
+
+    Raises: OSError where the address is not to be had.  tls: None for plain http.
+    """
+
+    def __init__(self, relay: Relay, host: str, port: int, accepted: Callable[..., None],
+                 tls: Any = None, on_tailnet: bool = False) -> None:
+        self._relay, self._accepted = relay, accepted
+        self.tls, self.on_tailnet = tls, on_tailnet
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.sock.bind((host, port))
+            self.sock.listen(1024)
+        except BaseException:
+            self.sock.close()
+            raise
+        self.sock.setblocking(False)
+        self.host, self.port = self.sock.getsockname()[:2]
+        self.mask = 0
+        self.dead = False
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{host_port(self.host, self.port)}"
+
+    def start(self) -> None:
+        self._relay.call(lambda: self._relay.watch(self, _READ))
+
+    def stop(self) -> None:
+        self._relay.call(self.close)
+
+    def close(self) -> None:
+        if not self.dead:
+            self.dead = True
+            self._relay.bury(self)
+
+    def ready(self, _mask: int) -> None:
+        import errno
+        for _ in range(64):  # the others are to have their turn
+            try:
+                sock, address = self.sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._relay.log("debug", "not_accepted", what=repr(error))
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._relay.watch(self, 0)  # it stays ready: look again with the next sweep
+                    self._relay.resting.append(self)
+                return
+            try:
+                self._accepted(self, sock, address[:2])
+            except OSError:
+                sock.close()  # it left again
+
+
+# ----------------------------------------------------------------------
+# 13c. Front door     11434 on loopback and on the tailnet; the engine's port
+# ----------------------------------------------------------------------
+# Whoever wants a model comes in here.  A request is routed by a table of what
+# is allowed, its caller is known before its body is read, and what it may cost
+# is reserved before the engine hears of it (the one admission step) and settled
+# after, whatever happened (the one settlement step).
+
+DOOR_CONNECTIONS_MAX = 4096
+DOOR_LIST_LIMIT_S = 10.0
+DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
+DOOR_WHOLE_MAX_BYTES = 64 << 20
+DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
+DOOR_SAVE_S = 5.0
+
+
+class DoorLimits(NamedTuple):
+    """queue: requests that wait for the engine, of all.  queue_wait_s: each, at most.  silence_s:
+    so long an engine may say nothing."""
+    queue: int = 64
+    queue_wait_s: float = 60.0
+    silence_s: float = 300.0
+
+
+class DoorRoute(NamedTuple):
+    """kind: ask (the engine computes), list, manage (wants admin), hello (open to all).  task: of
+    an ask, what is asked; else which of its kind."""
+    method: str
+    path: str
+    dialect: str
+    kind: str
+    task: str
+    about: str
+
+
+DOOR_ROUTES = tuple(DoorRoute(*row) for row in (
+    ("GET", "/", "ollama", "hello", "", "`b9agent is running`, for whoever asks"),
+    ("GET", "/health", "ollama", "hello", "", "the same"),
+    ("POST", "/api/chat", "ollama", "ask", "chat", "Ollama's chat"),
+    ("POST", "/api/generate", "ollama", "ask", "complete", "Ollama's completion"),
+    ("POST", "/api/embed", "ollama", "ask", "embed", "Ollama's embeddings"),
+    ("POST", "/api/embeddings", "ollama", "ask", "embed", "the same, as it was once"),
+    ("GET", "/api/tags", "ollama", "list", "tags", "models that the caller may use"),
+    ("GET", "/api/ps", "ollama", "list", "ps", "those of them that are in memory"),
+    ("POST", "/api/show", "ollama", "list", "show", "what one of them is"),
+    ("GET", "/api/version", "ollama", "list", "version", "the engine's version"),
+    ("POST", "/api/pull", "ollama", "manage", "pull", "admin: fetch a model"),
+    ("POST", "/api/copy", "ollama", "manage", "copy", "admin: another name for a model"),
+    ("DELETE", "/api/delete", "ollama", "manage", "delete", "admin: remove a model"),
+    ("POST", "/v1/chat/completions", "openai", "ask", "chat", "OpenAI's chat"),
+    ("POST", "/v1/completions", "openai", "ask", "complete", "OpenAI's completion"),
+    ("POST", "/v1/embeddings", "openai", "ask", "embed", "OpenAI's embeddings"),
+    ("POST", "/v1/responses", "openai", "ask", "responses",
+     "OpenAI's responses, where the engine has them"),
+    ("POST", "/v1/messages", "anthropic", "ask", "messages",
+     "Anthropic's messages, where the engine has them"),
+    ("GET", "/v1/models", "openai", "list", "models", "models that the caller may use"),
+    ("GET", "/v1/models/NAME", "openai", "list", "model", "one of them"),
+))
+_DOOR_PATHS: Dict[str, Tuple[DoorRoute, ...]] = {
+    row.path: tuple(other for other in DOOR_ROUTES if other.path == row.path)
+    for row in DOOR_ROUTES}
+
+
+def door_dialect(path: str) -> str:
+    """Whose form an error has, also where there is no such path."""
+    if path.startswith("/v1/messages"):
+        return "anthropic"
+    return "openai" if path.startswith("/v1/") else "ollama"
+
+
+def door_route(method: str, target: str) -> Tuple[DoorRoute, str]:
+    """(its row, the name in its path).  Paths are compared as they are: nothing is decoded or made
+    simpler first, so that there is one spelling for each.  Raises: HttpError.
+
+    >>> door_route("GET", "/v1/models/m:1b?x=1")[1], door_route("HEAD", "/")[0].kind
+    ('m:1b', 'hello')
+    """
+    path, name = target.partition("?")[0], ""
+    if path.startswith("/v1/models/"):
+        from urllib.parse import unquote
+        path, name = "/v1/models/NAME", unquote(path[len("/v1/models/"):])
+    found = _DOOR_PATHS.get(path, ())
+    for row in found:
+        if row.method == method or method == "HEAD" and row.method == "GET":
+            return row, name
+    if not found:
+        raise HttpError(404, "not_found", f"there is no {printable(path[:100])} here",
+                        "What there is: " + ", ".join(_DOOR_PATHS))
+    raise HttpError(405, "method_not_allowed", f"{path} does not take {printable(method[:16])}",
+                    f"It takes {found[0].method}", (("Allow", found[0].method),))
+
+
+def refuse_browsers(headers: Dict[str, str]) -> None:
+    """For callers who are known by their address alone: a web page in their browser has it, too.
+
+    Raises: HttpError.
+    """
+    host = headers.get("host", "").lower()
+    named = re.fullmatch(r"(\[[0-9a-f:.]+\]|[0-9.]+|localhost|[a-z0-9-]+|[a-z0-9.-]+\.ts\.net)"
+                         r"(:[0-9]+)?", host)
+    if "origin" in headers or "sec-fetch-site" in headers or not named:
+        raise HttpError(403, "browser", "a web page may not use an identity that comes with the "
+                        "address", "Send a token: Authorization: Bearer …")
+
+
+# What a failure beside the loop is to HTTP.
+DOOR_ERRORS: Tuple[Tuple[Any, int, str], ...] = (
+    (UsageError, 400, "bad_request"), (ModelMissing, 404, "model_not_found"),
+    (ModelError, 502, "engine_failed"), (EngineError, 502, "engine_failed"))
+_NAMED = (Field("model", "string", "the model's name", max_length=512),
+          Field("name", "string", "the same, as it was called once", max_length=512))
+_SHOW_FIELDS = _NAMED + (Field("verbose", "boolean", "all of it"),)
+_MANAGE_FIELDS: Dict[str, Tuple[Field, ...]] = {
+    "pull": _NAMED + (Field("stream", "boolean", "progress as it goes"),
+                      Field("insecure", "boolean", "refused")),
+    "copy": tuple(Field(name, "string", "a model's name", True, max_length=512)
+                  for name in ("source", "destination")),
+    "delete": _NAMED}
+
+
+def check_and_key(name: str) -> str:
+    """Raises: UsageError."""
+    refuse_cloud(name)
+    return check_name(name).key
+
+
+class _Job:
+    """One request to the engine, from admission to settlement; it is the engine wire's exchange.
+
+    client: None once it has left, while a model that is being loaded for it serves who comes next.
+    """
+
+    def __init__(self, door: "FrontDoor", client: ClientWire, caller: Caller, ask: Ask,
+                 target: Target, model: str) -> None:
+        self.door, self.caller, self.ask, self.target, self.model = door, caller, ask, target, model
+        self.client: Optional[ClientWire] = client
+        self.id = os.urandom(8).hex()
+        self.grant: Any = None
+        self.asked: Any = None     # what the engine is asked (Wire of section 13a)
+        self.wire: Optional[EngineWire] = None
+        self.flow: Any = None      # of an answer that streams
+        self.whole: Any = None     # of one that does not
+        self.usage: Any = None
+        self.status = 0            # of the engine's answer
+        self.cold = self.settled = False
+        self.queued_s = self.sent_s = self.first_s = self.last_s = 0.0
+        self.pieces = 0
+
+    # -- what the engine says
+
+    def wire_replaced(self, wire: EngineWire) -> None:
+        self.wire = wire
+
+    def on_head(self, status: int, _headers: Dict[str, str]) -> None:
+        self.status = status
+        if self.client is None:  # the model is there now, and nobody waits for this answer
+            self.wire.cut()
+            self.door.settle(self, 499)
+        elif status == 200 and self.ask.stream:
+            self.flow = make_flow(self.ask, self.asked, self.id)
+            self.usage = self.flow.usage
+            self.client.begin_stream(Response(200, b"", self.flow.content_type,
+                                              (("X-Request-Id", self.id),)))
+        else:
+            self.whole = bytearray()
+
+    def on_body(self, piece: bytes) -> None:
+        flow = self.flow
+        if flow is None:
+            self.whole += piece
+            if len(self.whole) > DOOR_WHOLE_MAX_BYTES:
+                self.door.fail(self, 502, "too_large", "the engine's answer is too large")
+            return
+        told = flow.feed(piece)
+        if flow.usage.pieces != self.pieces:
+            self._count()
+        if told:
+            client = self.client
+            client.stream(told)
+            if client.out_bytes > RELAY_HELD_MAX_BYTES and client.stalled_s is None and (
+                    not client.dead):
+                client.stalled_s = now_s()
+                self.wire.pause(True)
+
+    def _count(self) -> None:
+        """Tokens have come."""
+        at_s = now_s()
+        if self.pieces:
+            self.door.between(self, at_s - self.last_s)
+        else:
+            self.door.first(self, at_s)
+        self.pieces, self.last_s = self.flow.usage.pieces, at_s
+
+    def on_end(self, problem: str) -> None:
+        door, client = self.door, self.client
+        if client is None:
+            door.settle(self, 499)
+        elif self.status == 0:
+            door.fail(self, 502, "engine_failed", problem)
+        elif self.flow is None:
+            if problem:
+                door.fail(self, 502, "engine_failed", problem)
+            else:
+                door.whole_answer_came(self)
+        else:
+            if not problem and not self.flow.complete:
+                problem = "the engine ended its answer before it was done"
+            last = self.flow.end(problem)
+            door.settle(self, 502 if problem or self.usage.error else 200)
+            client.end_stream(last)
+
+
+class _Errand:
+    """A request that manages models, passed on to Ollama: its answer is passed back as it comes."""
+
+    grant = None
+
+    def __init__(self, door: "FrontDoor", client: ClientWire) -> None:
+        self._door = door
+        self.client: Optional[ClientWire] = client
+        self.wire: Optional[EngineWire] = None
+        self._status = 0
+        self._last = b""
+
+    def wire_replaced(self, wire: EngineWire) -> None:
+        self.wire = wire
+
+    def on_head(self, status: int, headers: Dict[str, str]) -> None:
+        self._status = status
+        kind = printable(headers.get("content-type", "application/json")[:100])
+        self.client.begin_stream(Response(status, b"", kind))
+
+    def on_body(self, piece: bytes) -> None:
+        client = self.client
+        client.stream(piece)
+        self._last = piece[-1:]
+        if client.out_bytes > RELAY_HELD_MAX_BYTES and client.stalled_s is None and (
+                not client.dead):
+            client.stalled_s = now_s()
+            self.wire.pause(True)
+
+    def on_end(self, problem: str) -> None:
+        self._door.errands.discard(self)
+        if not self._status:
+            self._door.refuse(self.client, HttpError(502, "engine_failed", problem))
+        else:
+            self.client.end_stream(error_answer("ollama", 502, "engine_failed", problem, {}) + b"\n"
+                                   if problem else b"")
+
+
+class FrontDoor:
+    """All but listen(), start(), stop() and status() is done by the relay's thread.
+
+    target(): what the engine is now.  tls: for every listener; None for plain http.
+    """
+
+    def __init__(self, log: Log, access: Access, ledger: Ledger, target: Callable[[], Target],
+                 tally: DoorTally, limits: DoorLimits, tls: Any = None) -> None:
+        self._log, self._access, self._ledger, self._target = log, access, ledger, target
+        self._tally, self._limits, self._tls = tally, limits, tls
+        self._relay = Relay("door", log, self._sweep)
+        if tls is not None:
+            self._relay.waits = TLS_WAITS()
+        self._listeners: List[Listener] = []
+        self._clients: Dict[ClientWire, None] = {}  # in the order in which they came
+        self._queue = FairQueue()
+        self._waiting: Dict[_Job, float] = {}       # until when, the first first
+        self._running: Dict[_Job, None] = {}
+        self.errands: Set[_Errand] = set()
+        self._on_engine: Dict[str, int] = {}        # requests, by model
+        self._idle: Any = collections.deque()       # kept connections to the engine
+        self._idle_at: Optional[Endpoint] = None
+        self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
+        self._tokens_per_byte: Dict[str, float] = {}
+        self._bodies_bytes = 0
+        self._save_s, self._since_s = 0.0, time.time()
+        self._inter_token: Dict[str, Any] = {}
+
+    # -- its life -----------------------------------------------------------
+
+    def listen(self, host: str, port: int, on_tailnet: bool = False) -> Listener:
+        """Raises: OSError."""
+        listener = Listener(self._relay, host, port, self._accept, self._tls, on_tailnet)
+        self._listeners.append(listener)
+        return listener
+
+    def start(self) -> None:
+        """Two descriptors a stream: many systems grant 1,024, and macOS 256, unless asked."""
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * DOOR_CONNECTIONS_MAX + 512
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                soft = most
+        self._most = DOOR_CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(
+            16, min(DOOR_CONNECTIONS_MAX, (soft - 128) // 2))
+        self._relay.start()
+
+    def stop(self) -> None:
+        """What streams is ended in good form, as far as its reader takes it at once."""
+        def end() -> None:
+            for listener in self._listeners:
+                listener.close()
+            for job in [*self._running, *self._waiting]:
+                self.fail(job, 503, "stopping", "this machine is being stopped")
+        self._relay.call(end)
+        self._relay.stop()
+        self._ledger.save()
+
+    def status(self) -> Dict[str, Any]:
+        return {"listening": [each.url for each in self._listeners if not each.dead],
+                "connections": len(self._clients), "streams": len(self._running),
+                "waiting": len(self._waiting)}
+
+    # -- clients ------------------------------------------------------------
+
+    def _accept(self, listener: Listener, sock: socket.socket, peer: Tuple[str, int]) -> None:
+        if len(self._clients) >= self._most:
+            # Who asks for nothing makes room, the oldest first: a new one may have a token.
+            oldest = next((each for each in self._clients if each.phase in ("head", "tls")), None)
+            if oldest is None:
+                sock.close()
+                return
+            oldest.close()
+        self._clients[ClientWire(self._relay, sock, peer, self, listener)] = None
+
+    def left(self, client: ClientWire) -> None:
+        """A client is gone, and so is what the engine does for it, but for a load."""
+        self._clients.pop(client, None)
+        self._bodies_bytes -= client.charged_bytes
+        client.charged_bytes = 0
+        exchange, client.exchange = client.exchange, None
+        if isinstance(exchange, _Errand):
+            self.errands.discard(exchange)
+            self._cut(exchange)
+        elif exchange is not None:
+            exchange.client = None
+            if not (exchange.cold and exchange.status == 0 and exchange in self._running):
+                self._cut(exchange)
+                self.settle(exchange, 499)
+
+    @staticmethod
+    def _cut(exchange: Any) -> None:
+        """What the engine does for it ends; its wire may be another's already."""
+        if exchange.wire is not None and exchange.wire.exchange is exchange:
+            exchange.wire.cut()
+
+    def drained(self, client: ClientWire) -> None:
+        if client.exchange is not None and client.exchange.wire is not None:
+            client.exchange.wire.pause(False)
+
+    def refuse(self, client: ClientWire, error: HttpError) -> None:
+        """An answer in the form of the dialect that was spoken; what was reserved is given back."""
+        exchange, client.exchange = client.exchange, None
+        if isinstance(exchange, _Job):
+            self.settle(exchange, error.status)
+        if client.dead:
+            return
+        what = error.what + (f". {error.hint}" if error.hint else "")
+        body = error_answer(door_dialect(client.head.target), error.status, error.code, what,
+                            getattr(error, "numbers", {}))
+        self._tally.add("b9agent_door_refusals_total", (
+            client.caller.tenant.name if client.caller else "", error.code))
+        client.answer(Response(error.status, body, headers=error.headers))
+
+    def _attempt(self, client: ClientWire, work: Callable[[], None]) -> None:
+        """Whatever is wrong with a request is its answer."""
+        try:
+            work()
+        except HttpError as error:
+            self.refuse(client, error)
+        except AccessRefused as error:
+            wait = error.retry_after_s
+            self.refuse(client, HttpError(error.status, error.code, error.what, error.hint, (
+                (("Retry-After", str(wait)),) if wait else ()) + (
+                    (("WWW-Authenticate", error.challenge),) if error.status == 401 else ())))
+        except LimitReached as error:
+            refusal = HttpError(error.status, error.limit, error.what, error.hint,
+                                (("Retry-After", str(error.retry_after_s)),))
+            refusal.numbers = error.numbers
+            self.refuse(client, refusal)
+        except AgentError as error:
+            status, code = next(((row[1], row[2]) for row in DOOR_ERRORS
+                                 if isinstance(error, row[0])), (500, "failed"))
+            self.refuse(client, HttpError(status, code, error.what, error.hint))
+        except Exception as error:
+            number = os.urandom(4).hex()
+            self._log.defect(error, id=number, request=client.head.target[:200])
+            self.refuse(client, HttpError(500, "internal",
+                                          f"a defect of ours, number {number} in the log"))
+
+    def _beside(self, client: ClientWire, work: Callable[[], Any],
+                then: Callable[[Any], None]) -> None:
+        """work() beside the loop, and then(its result) here, if the client is still there."""
+        def done(result: Any, problem: Any) -> None:
+            def go_on() -> None:
+                if problem is not None:
+                    raise problem
+                then(result)
+            if not client.dead:
+                self._attempt(client, go_on)
+        self._relay.errand(work, done)
+
+    def head_came(self, client: ClientWire) -> None:
+        self._bodies_bytes -= client.charged_bytes
+        client.charged_bytes = 0
+        client.caller = None
+        self._attempt(client, lambda: self._look_at_head(client))
+
+    def _look_at_head(self, client: ClientWire) -> None:
+        head = client.head
+        client.route, client.name = door_route(head.method, head.target)
+        if client.route.kind == "hello":
+            client.answer(Response(200, b"b9agent is running", "text/plain"))
+            return
+        on_tailnet = client.listener.on_tailnet
+        caller = self._access.recognise(head.headers, client.peer, on_tailnet)
+        if caller is not None:
+            self._let_in(client, caller)
+        else:
+            self._beside(client, lambda: self._access.identify(head.headers, client.peer,
+                                                               on_tailnet),
+                         lambda caller: self._let_in(client, caller))
+
+    def _let_in(self, client: ClientWire, caller: Caller) -> None:
+        """Raises: HttpError."""
+        client.caller = caller
+        if caller.identity.startswith(("tailnet:", "gateway")):
+            refuse_browsers(client.head.headers)
+        if client.route.kind == "manage" and not caller.tenant.admin:
+            raise HttpError(403, "not_admin", f"{client.route.path} wants admin rights",
+                            "`admin: true` in tenants.yaml gives them")
+        size = client.body_bytes
+        if client.route.kind != "ask" and size > HTTP_BODY_MAX_BYTES:
+            raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
+        if self._bodies_bytes + size > RELAY_BODIES_MAX_BYTES:
+            raise HttpError(503, "busy", "too many large requests are on their way in",
+                            headers=(("Retry-After", "2"),))
+        client.charged_bytes = size
+        self._bodies_bytes += size
+        client.read_body()
+
+    def whole_came(self, client: ClientWire) -> None:
+        body, client.body = bytes(client.body), None
+        self._attempt(client, lambda: self._answer(client, body))
+
+    def _answer(self, client: ClientWire, body: bytes) -> None:
+        """Raises: HttpError, LimitReached."""
+        route = client.route
+        if route.kind == "list":
+            self._beside(client, lambda: self._listed(client, body),
+                         lambda found: client.answer(Response(200, found)))
+        elif route.kind == "manage":
+            self._manage(client, body)
+        elif len(body) > DOOR_BIG_BYTES:
+            self._beside(client, lambda: read_ask(route.dialect, route.task, body),
+                         lambda ask: self._admit(client, ask))
+        else:
+            self._admit(client, read_ask(route.dialect, route.task, body))
+
+    # -- lists and management -------------------------------------------------
+
+    def _known(self, target: Target, tenant: Tenant, name: str) -> str:
+        """A model's one spelling, for a name that a client sent.  What a tenant may not use is not
+        there for it.  Raises: HttpError, UsageError."""
+        key = name
+        if target.engine is not None and target.engine.many:
+            refuse_cloud(name)
+            key = model_key(name)
+        if key not in target.models or not tenant.may_use(key):
+            raise HttpError(404, "model_not_found", f"model '{printable(name[:100])}' not found",
+                            "GET /v1/models lists those that are here")
+        return key
+
+    def _listed(self, client: ClientWire, body: bytes) -> bytes:
+        """Beside the loop.  Raises: HttpError, AgentError."""
+        target, tenant, task = self._target(), client.caller.tenant, client.route.task
+        names = [name for name in target.models if tenant.may_use(name)]
+        name = ""
+        if task == "model":
+            name = self._known(target, tenant, client.name)
+        elif task == "show":
+            fields = checked_fields(_SHOW_FIELDS, self._object(body), "body")
+            sent = fields.get("model") or fields.get("name") or ""
+            name = self._known(target, tenant, sent)
+        if target.engine is None or not target.engine.many or client.route.dialect == "openai":
+            return encode_json(self._own_list(client.route, names, name, target))
+        api = OllamaApi(target.endpoint)
+        if task == "version":
+            return encode_json({"version": api.version()})
+        if task == "show":
+            return encode_json(self._shown(api.show(name), tenant))
+        rows = api.tags() if task == "tags" else api.loaded()
+        return encode_json({"models": [row for row in rows
+                                       if tenant.may_use(model_key(str(row.get("name"))))]})
+
+    def _own_list(self, route: DoorRoute, names: Sequence[str], name: str,
+                  target: Target) -> Dict[str, Any]:
+        """What an engine with one model is not asked for."""
+        context, since_s = target.context_tokens, self._since_s
+        if route.task == "version":
+            return {"version": OLLAMA_API}
+        if name:
+            return model_answer(route.path, name, context, since_s)
+        if route.task == "ps":
+            names = [each for each in names if each in target.loaded]
+        return model_list_answer(route.path, names, context, since_s)
+
+    @staticmethod
+    def _object(body: bytes) -> Any:
+        try:
+            return decode_json(body)
+        except (ValueError, UnicodeError) as error:
+            raise HttpError(400, "bad_json", f"the body is not JSON: {printable(str(error)[:100])}"
+                            ) from error
+
+    @staticmethod
+    def _shown(record: Dict[str, Any], tenant: Tenant) -> Dict[str, Any]:
+        """The Modelfile names folders of this machine."""
+        return record if tenant.admin else {name: value for name, value in record.items()
+                                            if name != "modelfile"}
+
+    def _manage(self, client: ClientWire, body: bytes) -> None:
+        target = self._running_target()
+        if not target.engine.many:
+            raise HttpError(501, "not_here", f"{target.engine.title} holds one model: there is "
+                            "nothing to manage", "b9agent.py start --engine ollama")
+        task = client.route.task
+        fields = checked_fields(_MANAGE_FIELDS[task], self._object(body), "body")
+        if task == "copy":
+            fields = {place: check_and_key(fields[place]) for place in ("source", "destination")}
+        else:
+            name = fields.pop("name", "") or fields.get("model", "")
+            fields["model"] = parse_model_name(name).key if task == "pull" else check_and_key(name)
+            if fields.pop("insecure", False):
+                raise HttpError(400, "insecure", "`insecure` is not passed on", "Leave it out")
+        errand = client.exchange = _Errand(self, client)
+        self.errands.add(errand)
+        errand.wire = self._engine_wire(target.endpoint)
+        errand.wire.ask(errand, client.route.method, self._request(
+            target.endpoint, client.route.method, client.route.path, encode_json(fields)))
+
+    # -- admission ------------------------------------------------------------
+
+    def _running_target(self, waits: bool = False) -> Target:
+        """Raises: HttpError where no engine runs; waits: or is about to."""
+        target = self._target()
+        if target.state == "running" or waits and target.state == "starting" and target.engine:
+            return target
+        raise HttpError(503, "no_engine", "no engine runs here" if target.state == "stopped" else
+                        f"the engine is {target.state}", "b9agent.py start",
+                        (("Retry-After", "10"),))
+
+    def _admit(self, client: ClientWire, ask: Ask) -> None:
+        """The one step before the engine.  Raises: HttpError, LimitReached, UsageError."""
+        target, caller = self._running_target(True), client.caller
+        model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
+        context = target.context_tokens
+        if limits.max_context_tokens is not None:
+            context = min(context, limits.max_context_tokens)
+            if ask.prompt_tokens * self._tokens_per_byte.get(model, 0.25) > context:
+                raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
+                                f"{context} tokens of context that you may use", "Send less")
+        job = _Job(self, client, caller, ask, target, model)
+        # Who does not say how long an answer may be gets the room that is left: more than that is
+        # an error to vLLM.  Two bytes are a token where such prompts have not taught better.
+        ratio = max(0.5, 1.2 * self._tokens_per_byte.get(model, 0.0))
+        job.grant = self._ledger.reserve(
+            caller.tenant, min(ask.prompt_tokens, context),
+            0 if ask.task == "embed" else ask.output_tokens,
+            max(1, context - int(ask.prompt_tokens * ratio)))
+        client.exchange = job
+
+        def form() -> Any:
+            return engine_request(ask, target.engine, model, job.grant.output_tokens, context)
+        if client.charged_bytes > DOOR_BIG_BYTES:
+            self._beside(client, form, lambda asked: self._line_up(job, asked))
+        else:
+            self._line_up(job, form())
+
+    def _line_up(self, job: _Job, asked: Any) -> None:
+        job.asked, job.queued_s = asked, now_s()
+        if not asked.path:  # there is nothing to ask: it is loaded
+            client = job.client
+            self.settle(job, 200)
+            client.answer(Response(200, asked.body))
+            return
+        tenant = job.caller.tenant
+        if len(self._waiting) >= self._limits.queue and not self._is_free(self._target(), job):
+            raise HttpError(429, "queue_full", f"{len(self._waiting)} requests wait for the engine",
+                            "Come again later", (("Retry-After", "5"),))
+        self._waiting[job] = job.queued_s + self._limits.queue_wait_s
+        self._queue.push(job, tenant.name, tenant.priority, job.model)
+        self._go_on()
+
+    def _is_free(self, target: Target, job: _Job) -> bool:
+        return target.state == "running" and self._on_engine.get(job.model, 0) < target.slots
+
+    def _go_on(self) -> None:
+        """Whose turn it is goes to the engine, as long as that takes more."""
+        if not self._waiting:
+            return
+        target = self._target()
+        while True:
+            job = self._queue.pop(lambda job: self._is_free(target, job))
+            if job is None:
+                return
+            self._waiting.pop(job, None)
+            if target.engine is not job.target.engine:
+                self.fail(job, 503, "engine_changed", "another engine runs now: ask again")
+            else:
+                self._send(job, target)
+
+    def _send(self, job: _Job, target: Target) -> None:
+        now = now_s()
+        job.sent_s = now
+        job.cold = job.model not in target.loaded and (
+            now - self._warm_s.get(job.model, -1e9) > DOOR_WARM_S)
+        self._running[job] = None
+        self._on_engine[job.model] = self._on_engine.get(job.model, 0) + 1
+        if not self._paid(job, self._ledger.begin, job.grant, target.gpus):
+            return
+        job.wire = self._engine_wire(target.endpoint)
+        job.wire.ask(job, "POST", self._request(target.endpoint, "POST", job.asked.path,
+                                                job.asked.body))
+        name = job.caller.tenant.name
+        self._tally.histogram("b9agent_door_queue_seconds", (name,)).observe(now - job.queued_s)
+        if job.client is not None:
+            self._tally.histogram("b9agent_door_overhead_seconds", ()).observe(
+                max(0.0, job.queued_s - job.client.received_s) + now_s() - now)
+
+    def _paid(self, job: _Job, reserve: Callable[..., None], *given: Any) -> bool:
+        """Whether there is GPU time left for it; it is ended where there is not."""
+        try:
+            reserve(*given)
+        except LimitReached as error:
+            self.fail(job, error.status, error.limit, error.what)
+            return False
+        return True
+
+    def _engine_wire(self, endpoint: Endpoint) -> EngineWire:
+        if endpoint != self._idle_at:
+            for wire in self._idle:
+                wire.close()
+            self._idle, self._idle_at = collections.deque(), endpoint
+        while self._idle:
+            wire = self._idle.pop()
+            if not wire.dead:
+                return wire
+        return EngineWire(self._relay, endpoint, self._idle)
+
+    @staticmethod
+    def _request(endpoint: Endpoint, method: str, path: str, body: bytes) -> bytes:
+        """Nothing of the client's own head goes on to the engine."""
+        return (f"{method} {path} HTTP/1.1\r\nHost: {host_port(endpoint.host, endpoint.port)}\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                f"User-Agent: b9agent/{VERSION}\r\n\r\n").encode("ascii") + body
+
+    # -- while it runs ----------------------------------------------------------
+
+    def first(self, job: _Job, at_s: float) -> None:
+        """The first token of an answer."""
+        job.first_s = at_s
+        self._warm_s[job.model] = at_s
+        self._tally.histogram("b9agent_door_first_token_seconds", (
+            job.caller.tenant.name, job.model)).observe(at_s - job.queued_s)
+
+    def between(self, job: _Job, seconds: float) -> None:
+        found = self._inter_token.get(job.model)
+        if found is None:
+            found = self._inter_token[job.model] = self._tally.histogram(
+                "b9agent_door_inter_token_seconds", (job.model,))
+        found.observe(seconds)
+
+    def whole_answer_came(self, job: _Job) -> None:
+        """An answer that is no stream, in the client's dialect."""
+        raw, client, took_ns = bytes(job.whole), job.client, int((now_s() - job.sent_s) * 1e9)
+        job.whole = None
+
+        def form() -> Any:
+            return whole_answer(job.ask, job.asked, job.status, raw, job.id, took_ns)
+
+        def told(found: Any) -> None:
+            status, body, job.usage = found
+            self._warm_s[job.model] = now_s()
+            self.settle(job, status)
+            client.answer(Response(status, body, headers=(("X-Request-Id", job.id),)))
+        job.wire = None  # it may serve another already
+        if len(raw) > DOOR_BIG_BYTES:
+            self._beside(client, form, told)
+        else:
+            told(form())
+
+    def fail(self, job: _Job, status: int, code: str, what: str) -> None:
+        """End it, and say why in good form."""
+        client = job.client
+        self._cut(job)
+        self.settle(job, status)
+        if client is None or client.dead:
+            return
+        client.exchange = None
+        if job.flow is not None:
+            client.end_stream(job.flow.end(what))
+        else:
+            self.refuse(client, HttpError(status, code, what, headers=(
+                (("Retry-After", "5"),) if status == 503 else ())))
+
+    # -- settlement -------------------------------------------------------------
+
+    def _tokens_of(self, job: _Job) -> Tuple[int, int]:
+        """(prompt, completion): the engine's own figures; where it was cut off before it told them,
+        what was passed on, and what such a prompt has come to so far."""
+        usage = job.usage
+        if usage is None:
+            return 0, 0
+        completion = usage.pieces if usage.completion_tokens is None else usage.completion_tokens
+        if usage.prompt_tokens is not None:
+            return usage.prompt_tokens, completion
+        ratio = self._tokens_per_byte.get(job.model, 0.25)
+        return round(job.ask.prompt_tokens * ratio) if completion else 0, completion
+
+    def settle(self, job: _Job, status: int) -> None:
+        """The one step after the engine, whatever happened; a second time it does nothing."""
+        if job.settled:
+            return
+        job.settled = True
+        prompt, completion = self._tokens_of(job)
+        bill = self._ledger.settle(job.grant, prompt, completion)
+        if job in self._running:
+            del self._running[job]
+            left = self._on_engine[job.model] - 1
+            if left:
+                self._on_engine[job.model] = left
+            else:
+                del self._on_engine[job.model]
+        elif self._waiting.pop(job, None) is not None:
+            self._queue.remove(job)
+        if job.usage is not None and job.usage.prompt_tokens and job.ask.prompt_tokens:
+            self._tokens_per_byte[job.model] = prompt / job.ask.prompt_tokens
+        name, tally = job.caller.tenant.name, self._tally
+        tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
+        for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
+                               ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):
+            if amount:
+                tally.add(f"b9agent_door_{metric}_total", (name, job.model), amount)
+        if job.cold and job.status == 200:
+            loaded_s = job.usage.load_s if job.usage is not None else None
+            tally.add("b9agent_door_cold_starts_total", (job.model,))
+            tally.add("b9agent_door_cold_start_seconds_total", (job.model,), (
+                (job.first_s or now_s()) - job.sent_s) if loaded_s is None else loaded_s)
+        self._relay.soon(self._go_on)
+
+    # -- twice a second -----------------------------------------------------------
+
+    def _sweep(self) -> None:
+        now = now_s()
+        for wire in list(self._relay.wires):
+            if wire.until_s is not None and now > wire.until_s:
+                self._late(wire)
+            elif getattr(wire, "stalled_s", None) is not None and (
+                    now - wire.stalled_s > RELAY_SLOW_S):
+                wire.close()  # the engine has waited long enough for this reader
+        for job in list(self._running):
+            self._watch(job, now)
+        for job in [job for job, until_s in self._waiting.items() if now > until_s]:
+            self.fail(job, 503, "queue_wait", "the engine had no time for this request within "
+                      f"{self._limits.queue_wait_s:g} s")
+        while self._idle and self._idle[0].dead:
+            self._idle.popleft()
+        self._go_on()
+        self._tally.set("b9agent_door_streams", len(self._running))
+        self._tally.set("b9agent_door_waiting", len(self._waiting))
+        self._tally.set("b9agent_door_connections", len(self._clients))
+        if now > self._save_s:
+            self._save_s = now + DOOR_SAVE_S
+            self._relay.errand(self._ledger.save, self._saved)
+
+    def _saved(self, _result: Any, problem: Any) -> None:
+        if problem is not None:
+            self._log.defect(problem)
+
+    def _late(self, wire: Any) -> None:
+        if isinstance(wire, EngineWire):
+            if wire.exchange is None:
+                wire.close()
+            else:
+                wire.give_up(f"the engine took no connection within {ENGINE_CONNECT_S:g} s")
+        else:
+            wire.too_slow()
+
+    def _watch(self, job: _Job, now: float) -> None:
+        """A request that the engine has."""
+        if job.client is None and (job.model in self._target().loaded):
+            job.wire.cut()
+            self.settle(job, 499)
+        elif job.wire is not None and not job.wire.paused and (
+                job.wire.silent_s(job.sent_s) > self._limits.silence_s):
+            self.fail(job, 504, "engine_silent", "the engine said nothing for "
+                      f"{self._limits.silence_s:g} s")
+        elif now >= job.grant.extend_at_s:
+            self._paid(job, self._ledger.extend, job.grant)
 
 
 # ----------------------------------------------------------------------

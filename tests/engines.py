@@ -109,15 +109,19 @@ def path_with(*folders):
 
 
 # Which file plays a program.
-STAND_INS = {"ollama": "fake_ollama.py", "vllm": "fake_engine.py", "sglang": "fake_engine.py"}
+STAND_INS = {"ollama": "fake_ollama.py", "vllm": "fake_engine.py", "sglang": "fake_engine.py",
+             "llama-server": "ledger_engine.py"}
 
 
-def stand_in(folder, *names):
-    """Put stand-ins into a folder under the names of what they play.  Returns the folder."""
+def stand_in(folder, *names, file=None):
+    """Put stand-ins into a folder under the names of what they play.  Returns the folder.
+
+    file: another than the usual one.
+    """
     folder = str(folder)
     os.makedirs(folder, exist_ok=True)
     for name in names:
-        with open(os.path.join(HERE, STAND_INS[name])) as handle:
+        with open(os.path.join(HERE, file or STAND_INS[name])) as handle:
             source = handle.read().partition("\n")[2]
         path = os.path.join(folder, name)
         # Without site, nor the environment's settings for Python: it starts in 50 ms.

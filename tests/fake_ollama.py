@@ -15,6 +15,8 @@ What a test may set beside them:
     FAKE_OLLAMA_TOKENS        how many tokens an answer has (as many words as it says)
     FAKE_OLLAMA_TOKEN_S       time for each token (0)
     FAKE_OLLAMA_VERSION       0.33.0
+    FAKE_OLLAMA_LEDGER        a file that gets a line of JSON for every generation: mark, path,
+                              prompt and sent (tokens), and how it ended
     FAKE_OLLAMA_FAULTS        "name" or "name=value", separated by commas:
         slow_start=S            the port is open, HTTP answers after S seconds
         crash_at_start[=N]      exit 1 before it listens (at its first N starts: counted in HOME)
@@ -33,6 +35,16 @@ What a test may set beside them:
         hang_generate           an answer never has a token
         stream_error            an error line inside the 200 after the first token
         runner_crash            the runner dies after the first token of an answer
+
+And what a request may say within its prompt, "[[tokens=20 delay=0.01 mark=a7]]":
+
+    tokens=N        how many the answer has        delay=S         time for each
+    mark=TEXT       its name in the ledger         fail_after=N    an error after N tokens
+    hang_after=N    nothing more after N tokens, until the client leaves
+    cut_after=N     the connection is cut there    die_after=N     the process dies there
+
+A model whose name has "llava" takes images; one that is given tools calls the first of them that the
+last message names, and then tells what came of it.
 """
 import json
 import os
@@ -376,7 +388,8 @@ class Model:
         if gguf.of("pooling_type") is not None:
             return ["embedding"]
         template = self.text("template") or str(gguf.metadata.get("tokenizer.chat_template", ""))
-        return ["completion"] + (["tools"] if "tools" in template.lower() else [])
+        return ["completion"] + (["tools"] if "tools" in template.lower() else []) + (
+            ["vision"] if self.layer("projector") else [])
 
     def details(self, more=False):
         found = {"parent_model": (self.layer("model") or {}).get("from", ""),
@@ -491,7 +504,7 @@ def manifest_bytes(config_digest, config_size, layers):
 # ---------------------------------------------------------------------- the registry and pulls
 
 CATALOGUE = ["tiny", "tiny:other", "smollm2:135m", "llama3.2", "llama3.2:1b", "qwen2.5:0.5b",
-             "nomic-embed-text"] + ENV.get("FAKE_OLLAMA_CATALOGUE", "").split()
+             "nomic-embed-text", "llava"] + ENV.get("FAKE_OLLAMA_CATALOGUE", "").split()
 LICENSE = "Apache License\nVersion 2.0, January 2004\n"
 CHATML = ("{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
           "<|im_start|>assistant\n")
@@ -508,8 +521,11 @@ def registry_image(name):
     size = LAYER_BYTES + sum(name.short.encode()) % 97 * 128
     weights = make_gguf(llama_metadata(name.short, 7, architecture), size, name.short)
     blobs, layers = {}, []
-    for kind, raw in (("model", weights), ("template", TEMPLATE.encode()),
-                      ("license", LICENSE.encode()), ("params", b'{"stop":["<|end|>"]}')):
+    parts = [("model", weights), ("template", TEMPLATE.encode()), ("license", LICENSE.encode()),
+             ("params", b'{"stop":["<|end|>"]}')]
+    if "llava" in model:
+        parts.append(("projector", make_gguf({"general.architecture": "clip"}, 1280, "projector")))
+    for kind, raw in parts:
         digest = "sha256:" + hashlib.sha256(raw).hexdigest()
         blobs[digest] = raw
         layers.append({"mediaType": MEDIA + kind, "digest": digest, "size": len(raw)})
@@ -839,7 +855,7 @@ def runner_answer(connection):
             for number, token in enumerate(task.get("tokens", ())):
                 if "hang_generate" in FAULTS:
                     threading.Event().wait()
-                time.sleep(TOKEN_S)
+                time.sleep(task.get("token_s", TOKEN_S))
                 stream.write(json.dumps({"token": token}).encode() + b"\n")
                 stream.flush()
                 if number == 0 and "runner_crash" in FAULTS:
@@ -890,11 +906,11 @@ class Runner:
         self.process.kill()
         self.process.wait()
 
-    def tokens(self, tokens, gone):
+    def tokens(self, tokens, gone, token_s=TOKEN_S):
         """Yield what it generates.  Raises: Refused where it dies, Gone."""
         try:
             with self.connect() as connection, connection.makefile("rb") as stream:
-                connection.sendall(json.dumps({"tokens": tokens}).encode() + b"\n")
+                connection.sendall(json.dumps({"tokens": tokens, "token_s": token_s}).encode() + b"\n")
                 while True:
                     while not select.select([connection], [], [], 0.02)[0]:
                         if gone():
@@ -1492,12 +1508,21 @@ def delete_route(request):
     request.reply(200)
 
 
-def answer_tokens(prompt, options, form):
+def said_in(prompt):
+    """{name: text} of the "[[name=text …]]" in it."""
+    found = re.search(r"\[\[(.*?)\]\]", prompt)
+    return dict(word.partition("=")[::2] for word in found.group(1).split()) if found else {}
+
+
+LEDGER = threading.Lock()
+
+
+def answer_tokens(prompt, options, form, count=TOKENS):
     """(tokens, finish reason)."""
     if form:
         tokens = ['{"', "said", '":', ' "', "yes", '"}']
-    elif TOKENS:
-        tokens = [" token"] * TOKENS
+    elif count:
+        tokens = [" token"] * count
     else:
         tokens = ["You", " said", ":"] + [" " + word for word in prompt.split()[-20:]]
     most = options.get("num_predict", -1)
@@ -1518,11 +1543,65 @@ class Answer:
         self.options = fields.get("options") or {}
         self.form = fields.get("format")
         self.reason, self.eval_count, self.load_ns = "stop", 0, 0
+        self.told, self.images, self.call, self.noted = said_in(prompt), [], None, False
 
     def need(self, what):
         have = self.model.capabilities()
         if "completion" not in have:
             raise Refused(400, '"%s" does not support %s' % (self.shown, what))
+        if self.images and "vision" not in have:
+            raise Refused(500, "image input is not supported - hint: if this is unexpected, you may "
+                          "need to provide the mmproj")
+
+    def look_at(self, images):
+        """Base64, as they come in a request.  Raises: Refused."""
+        import base64
+        for text in images or ():
+            try:
+                self.images.append(base64.b64decode(text, validate=True))
+            except (ValueError, TypeError):
+                raise Refused(400, "illegal base64 data at input byte 0")
+
+    def use(self, tools, messages):
+        """Whether one of the tools is called: the first that the last message names."""
+        last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+        asked = message_text([last]) if last.get("role") == "user" else ""
+        for tool in tools or ():
+            known = tool.get("function") or {}
+            if known.get("name") and known["name"] in asked:
+                wanted = (known.get("parameters") or {}).get("properties") or {}
+                words = asked.split()
+                self.call = {"name": known["name"], "arguments": {
+                    name: 7 if kind.get("type") in ("integer", "number") else words[-1]
+                    for name, kind in wanted.items()}}
+                return
+
+    def note(self, end):
+        """A line in the ledger, once."""
+        if ENV.get("FAKE_OLLAMA_LEDGER") and not self.noted:
+            self.noted = True
+            line = json_line({"mark": self.told.get("mark"), "path": self.request.path, "prompt":
+                              self.prompt_count, "sent": self.eval_count, "end": end})
+            with LEDGER, open(ENV["FAKE_OLLAMA_LEDGER"], "ab", 0) as ledger:
+                ledger.write(line)
+
+    def strike(self):
+        """What the request said is to happen after so many tokens.  Raises: Refused, Gone."""
+        here = str(self.eval_count)
+        if self.told.get("fail_after") == here:
+            self.note("error")
+            raise Refused(500, RUNNER_DIED)
+        if self.told.get("hang_after") == here:
+            while not self.request.gone():
+                time.sleep(0.01)
+            self.note("gone")
+            raise Gone()
+        if self.told.get("cut_after") == here:
+            self.note("cut")
+            self.request.cut()
+        if self.told.get("die_after") == here:
+            self.note("died")
+            die_now()
 
     def acquire(self):
         self.options = checked_options(self.options)
@@ -1552,22 +1631,38 @@ class Answer:
                 if self.form not in (None, "", "json") and not isinstance(self.form, dict):
                     raise Refused(500, 'invalid format: %s; expected "json" or a valid JSON Schema '
                                   'object' % json.dumps(json.dumps(self.form)))
-                tokens, self.reason = answer_tokens(self.prompt, self.options, self.form)
-                for token in runner.tokens(tokens, self.request.gone):
+                tokens, self.reason = self.words()
+                self.strike()
+                for token in runner.tokens(tokens, self.request.gone,
+                                           float(self.told.get("delay", TOKEN_S))):
                     self.eval_count += 1
-                    yield token
+                    if not self.call:
+                        yield token
+                    self.strike()
                     if "crash_on_generate" in FAULTS:
                         die_now()
                     if once("stream_error"):
                         raise Refused(500, RUNNER_DIED)
+                if self.call:
+                    yield self.call
+                self.note(self.reason)
             finally:
                 runner.slots.release()
+                self.note("gone")
         finally:
             SCHEDULER.release(runner)
 
+    def words(self):
+        """(tokens, finish reason)."""
+        if self.call:
+            return ["<tool_call>", self.call["name"]] + list(self.call["arguments"]), "stop"
+        seen = "".join(" image of %d bytes" % len(raw) for raw in self.images)
+        return answer_tokens(self.prompt + seen, self.options, self.form,
+                             int(self.told.get("tokens", TOKENS)))
+
     @property
     def prompt_count(self):
-        return len(self.prompt.split()) + 1
+        return len(self.prompt.split()) + 1 + 100 * len(self.images)
 
     def figures(self):
         now = time.monotonic_ns()
@@ -1585,7 +1680,8 @@ class Answer:
             if stream:
                 self.request.send(json_line(dict(line, created_at=stamp(), **body(token),
                                                  done=False)), "application/x-ndjson")
-        last = dict(line, created_at=stamp(), **body("" if stream else "".join(whole)), done=True,
+        text = self.call or "".join(whole)
+        last = dict(line, created_at=stamp(), **body("" if stream else text), done=True,
                     done_reason=self.reason, **(final or {}), **self.figures())
         if stream:
             self.request.send(json_line(last), "application/x-ndjson")
@@ -1596,6 +1692,7 @@ class Answer:
 def generate_route(request):
     fields = request.fields("GenerateRequest")
     answer = Answer(request, fields, fields["prompt"] or "", fields["model"] or "")
+    answer.look_at(fields["images"])
     answer.need("generate")
     if fields["think"]:
         raise Refused(400, '"%s" does not support thinking' % fields["model"])
@@ -1623,13 +1720,19 @@ def chat_route(request):
     if not fields["model"]:
         raise Refused(400, "model is required")
     answer = Answer(request, fields, message_text(fields["messages"]), fields["model"])
+    for message in fields["messages"] or ():
+        answer.look_at(message.get("images") if isinstance(message, dict) else ())
     answer.need("chat")
     if fields["think"]:
         raise Refused(400, '"%s" does not support thinking' % fields["model"])
     if fields["tools"] and "tools" not in answer.model.capabilities():
         raise Refused(400, "%s does not support tools" % answer.model.name.full)
+    answer.use(fields["tools"], fields["messages"])
 
     def body(text):
+        if isinstance(text, dict):
+            return {"message": {"role": "assistant", "content": "", "tool_calls": [
+                {"id": "call_b9b9b9b9", "function": dict({"index": 0}, **text)}]}}
         return {"message": {"role": "assistant", "content": text}}
     if not fields["messages"]:
         return answer.load_only(body(""))
@@ -1722,7 +1825,7 @@ def v1_send(request, answer, fields, head, choice):
     """choice(text, reason, first) -> the one choice of a chunk."""
     usage = {}
     if not fields["stream"]:
-        text = "".join(answer.tokens())
+        text = (list(answer.tokens()) and answer.call) if answer.call else "".join(answer.tokens())
         usage = {"prompt_tokens": answer.prompt_count, "completion_tokens": answer.eval_count,
                  "total_tokens": answer.prompt_count + answer.eval_count}
         return request.reply(200, dict(head, choices=[choice(text, answer.reason, None)],
@@ -1755,16 +1858,40 @@ def v1_head(kind, prefix, model):
             "created": int(time.time()), "model": model, "system_fingerprint": "fp_ollama"}
 
 
+def v1_images(content):
+    """The base64 of the data: URLs.  Raises: Refused."""
+    found = []
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and part.get("type") == "image_url":
+            address = part.get("image_url")
+            address = address.get("url", "") if isinstance(address, dict) else address or ""
+            match = re.match(r"^data:image/(?:jpeg|jpg|png|webp);base64,(.*)$", address, re.DOTALL)
+            if not match:
+                raise Refused(400, "invalid image input")
+            found.append(match.group(1))
+    return found
+
+
 def v1_chat(request):
     fields = request.fields("ChatCompletionRequest")
     if not fields["messages"]:
         raise Refused(400, "[] is too short - 'messages'")
     fields["options"] = v1_options(fields)
     answer = Answer(request, fields, message_text(fields["messages"]), fields["model"] or "")
+    for message in fields["messages"]:
+        answer.look_at(v1_images(message.get("content") if isinstance(message, dict) else ""))
     answer.need("chat")
+    answer.use(fields["tools"], fields["messages"])
     kind = "chat.completion.chunk" if fields["stream"] else "chat.completion"
 
     def choice(text, reason, first):
+        reason = "tool_calls" if reason and answer.call else reason
+        if isinstance(text, dict):
+            said = {"role": "assistant", "content": "", "tool_calls": [
+                {"id": "call_b9b9b9b9", "index": 0, "type": "function", "function": {
+                    "name": text["name"], "arguments": json.dumps(text["arguments"])}}]}
+            return {"index": 0, "message" if first is None else "delta": said,
+                    "finish_reason": reason}
         if first is None:
             return {"index": 0, "message": {"role": "assistant", "content": text},
                     "finish_reason": reason}

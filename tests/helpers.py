@@ -246,3 +246,144 @@ def ask_control(state, path):
         return connection.getresponse().read().decode()
     finally:
         connection.close()
+
+
+class RunningDoor:
+    """A real agent with an engine behind its front door: a context manager.
+
+        with RunningDoor(tmp_path, "ollama", models=["llama3.2"]) as door:
+            status, headers, body = door.ask("POST", "/api/chat", {…})
+
+    engine: "ollama" (fake_ollama.py), "ledger" or "ledger-ollama" (ledger_engine.py as llama-server or
+    as Ollama), or "none".  folder: of another program, which `model` is started with, by `kind`.
+    tenants: text of tenants.yaml; without it the token is that of inference.token.  Settings of the
+    agent and of the stand-in are given as variables: BETA9_INFERENCE_SLOTS=4.
+    """
+
+    def __init__(self, folder, engine="ollama", models=(), tenants=None, program_folder=None, kind="",
+                 model="", flags=(), **extra):
+        import engines
+        from hostile_gateway import HostileGateway
+        self.folder, self.engine, self.models = str(folder), engine, models
+        self.home = os.path.join(self.folder, "door-home")
+        self.state = os.path.join(self.home, ".b9agent")
+        os.makedirs(self.state, 0o700)
+        os.chmod(self.home, 0o700)
+        if tenants is not None:
+            self.write_tenants(tenants)
+        self.book = os.path.join(self.folder, "ledger")
+        self.kind, self.model = kind, model
+        if engine.startswith("ledger"):
+            name = "ollama" if engine == "ledger-ollama" else "llama-server"
+            program_folder = engines.stand_in(os.path.join(self.folder, "bin"), name,
+                                              file="ledger_engine.py")
+            self.kind, extra = name, dict({"LEDGER": self.book}, **extra)
+            self.model = "" if name == "ollama" else self.write_model("ledger")
+        elif engine == "ollama" and not kind:
+            program_folder = engines.stand_in(os.path.join(self.folder, "bin"), "ollama")
+            self.kind = "ollama"
+        self.gateway = HostileGateway()
+        self._flags, self._extra = flags, dict({
+            "PATH": engines.path_with(*[program_folder] if program_folder else []),
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, **extra)
+        self.agent = None
+
+    def write_model(self, name):
+        """A GGUF file of a few kilobytes."""
+        from fake_ollama import llama_metadata, make_gguf
+        path = os.path.join(self.folder, name + ".gguf")
+        with open(path, "wb") as handle:
+            handle.write(make_gguf(llama_metadata(name, 1), 4096, name))
+        return path
+
+    def write_tenants(self, text):
+        path = os.path.join(self.state, "tenants.yaml")
+        with open(os.open(path + "-new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
+            handle.write(text)
+        os.rename(path + "-new", path)
+
+    def __enter__(self):
+        from hostile_gateway import TOKEN
+        self.gateway.__enter__()
+        self.port = quiet_port()
+        self.agent = Program(agent_command(
+            "run", "--gateway-host", "127.0.0.1", "--gateway-port", self.gateway.port, "--control-port",
+            "0", "--inference-port", self.port, *self._flags),
+            environment(self.home, BETA9_TOKEN=TOKEN, **self._extra))
+        try:
+            self.agent.wait_line(r"notice ready\b")
+            if self.engine != "none":
+                self.start_engine()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        if self.agent is not None:
+            try:
+                self.agent.stop()  # which ends its engine too
+            except AssertionError:
+                pass
+            self.agent.__exit__()
+        self.gateway.__exit__(None, None, None)
+
+    def start_engine(self):
+        status, answer = self.control("POST", "/inference/start", {"engine": self.kind,
+                                                                   "model": self.model})
+        assert status == 200 and answer["status"] == "running", answer
+        for name in self.models:
+            status, answer = self.control("POST", "/inference/pull", {"model": name})
+            assert status == 200, answer
+        return self.status()
+
+    def control(self, method, path, body=None):
+        """(status, answer) of the agent's control API."""
+        import json
+        address, token = (open(os.path.join(self.state, name)).read().strip()
+                          for name in ("control.addr", "control.token"))
+        link = http.client.HTTPConnection(address, timeout=120)
+        try:
+            link.request(method, path, None if method == "GET" else json.dumps(body or {}),
+                         {"Authorization": "Bearer " + token, "Content-Type": "application/json"})
+            reply = link.getresponse()
+            raw = reply.read()
+            return reply.status, json.loads(raw) if raw[:1] in b"{[" else raw.decode()
+        finally:
+            link.close()
+
+    def status(self):
+        return self.control("GET", "/inference/status")[1]
+
+    @property
+    def url(self):
+        return self.status()["endpoint"]
+
+    @property
+    def token(self):
+        with open(os.path.join(self.state, "inference.token")) as handle:
+            return handle.read().strip()
+
+    def ask(self, method, path, body=None, token=None, headers=None, timeout=PATIENCE_S):
+        """(status, headers, body) of the door.  token: "" sends none."""
+        import json
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        token = self.token if token is None else token
+        sent = dict({"Authorization": "Bearer " + token} if token else {}, **headers or {})
+        try:
+            link.request(method, path, body if body is None or isinstance(body, bytes)
+                         else json.dumps(body), sent)
+            reply = link.getresponse()
+            return reply.status, reply.headers, reply.read()
+        finally:
+            link.close()
+
+    def metrics(self):
+        """{(name, ((label, value), …)): number} of the agent's metrics."""
+        found = {}
+        for line in self.control("GET", "/metrics")[1].splitlines():
+            match = re.match(r"^(\w+)(?:\{(.*)\})? (\S+)$", line)
+            if match and not line.startswith("#"):
+                labels = tuple(sorted(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', match.group(2) or "")))
+                found[match.group(1), labels] = float(match.group(3))
+        return found

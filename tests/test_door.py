@@ -1,0 +1,795 @@
+"""The front door: what passes through it, whatever engine and client do (sections 13b and 13c)."""
+import contextlib
+import json
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings, strategies
+
+from door_rig import (COMPLETION, DONE, STOP, STREAM_HEAD, TOKEN, Rig, ScriptedEngine, b9agent, chunk,
+                      event, events_of, read_answer, streamed, token, usage, whole)
+from helpers import PATIENCE_S, wait_until
+
+TENANTS = """tenants:
+  - name: t
+    token_sha256: %s
+    admin: true
+"""
+
+
+@contextlib.contextmanager
+def rig_at(folder, **given):
+    given.setdefault("tenants", TENANTS % b9agent.token_hash(TOKEN))
+    made = Rig(folder, **given)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def rig(tmp_path):
+    with rig_at(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Deadlines that a test can wait for."""
+    monkeypatch.setattr(b9agent, "HTTP_REQUEST_LIMIT_S", 0.4)
+    monkeypatch.setattr(b9agent, "RELAY_SWEEP_S", 0.05)
+    monkeypatch.setattr(b9agent, "RELAY_SLOW_S", 0.4)
+
+
+# -- the framing of bodies --------------------------------------------------
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=300)
+@given(strategies.lists(strategies.binary(min_size=1, max_size=40), max_size=6),
+       strategies.lists(strategies.integers(1, 30), max_size=40))
+def test_a_chunked_body_is_the_same_however_it_is_cut(chunks, cuts):
+    data = b"".join(map(chunk, chunks)) + b"0\r\nTrailer: x\r\n\r\n"
+    reader, got, at = b9agent.BodyReader(None, True), b"", 0
+    for size in cuts + [len(data)]:
+        if at < len(data):
+            assert not reader.done
+            got += reader.feed(data[at:at + size])
+            at += size
+    assert reader.done and got == b"".join(chunks)
+
+
+@pytest.mark.parametrize("data", [
+    b"x\r\n", b"-1\r\n", b"0x3\r\nabc\r\n", b"+3\r\nabc\r\n", b"1_0\r\n", b"\r\n", b"123456789\r\n",
+    b"3\r\nabcd\r\n", b"0\r\n\r\nmore", b"f" * 5000], ids=repr)
+def test_a_broken_framing_is_said_to_be_broken(data):
+    with pytest.raises(b9agent.HttpFailure):
+        b9agent.BodyReader(None, True).feed(data)
+
+
+def test_a_body_longer_than_it_says_is_broken():
+    reader = b9agent.BodyReader(3, False)
+    assert reader.feed(b"ab") == b"ab" and not reader.done
+    with pytest.raises(b9agent.HttpFailure):
+        reader.feed(b"cd")
+
+
+# -- what passes --------------------------------------------------------------
+
+def test_an_answer_passes_and_the_engine_sees_nothing_of_the_client(rig):
+    status, answer = rig.ask(rig.chat(), headers=[("Cookie", "a=b"), ("X-Forwarded-For", "1.2.3.4"),
+                                                  ("User-Agent", "Mozilla")])
+    assert status == 200 and answer["choices"][0]["message"]["content"] == "Hi"
+    asked = rig.engine.asked[0]
+    assert asked.line == "POST /v1/chat/completions HTTP/1.1"
+    assert set(asked.headers) == {"host", "content-type", "content-length", "user-agent"}
+    assert asked.headers["host"] == f"127.0.0.1:{rig.engine.port}"
+    assert TOKEN.encode() not in asked.raw
+
+
+def test_a_stream_passes_piece_by_piece(rig):
+    more, seen = threading.Event(), threading.Event()
+
+    def script(_asked, sock):
+        sock.sendall(STREAM_HEAD + chunk(token("one")))
+        assert seen.wait(PATIENCE_S)
+        sock.sendall(b"".join(map(chunk, [token("two"), STOP, usage(7, 2), DONE])) + b"0\r\n\r\n")
+        more.set()
+    rig.engine.script = script
+    with rig.connect() as sock:
+        sock.sendall(rig.request(rig.chat(True)))
+        got = b""
+        while b"one" not in got:
+            got += sock.recv(65536)
+        assert not more.is_set(), "the first token came while the engine was still at work"
+        seen.set()
+        while not got.endswith(b"0\r\n\r\n"):
+            got += sock.recv(65536)
+    assert b"two" in got and b"[DONE]" in got and b'"usage"' not in got
+    assert (rig.used()["prompt_tokens"], rig.used()["completion_tokens"]) == (7, 2)
+
+
+def test_requests_on_one_connection_are_answered_in_order(rig):
+    rig.engine.script = lambda asked, sock: sock.sendall(whole(dict(
+        COMPLETION, id=asked.body["messages"][0]["content"])))
+    texts = [str(number) for number in range(20)]
+    with rig.connect() as sock:
+        sock.sendall(b"".join(rig.request(dict(rig.chat(), messages=[
+            {"role": "user", "content": text}])) for text in texts))
+        file_sock = sock.makefile("rb")
+        for _ in texts:
+            assert file_sock.readline().startswith(b"HTTP/1.1 200")
+            length = 0
+            while True:
+                line = file_sock.readline().strip()
+                if not line:
+                    break
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            json.loads(file_sock.read(length))
+    assert [asked.body["messages"][0]["content"] for asked in rig.engine.asked] == texts
+    assert rig.engine.connections == 1, "the engine's connection is kept"
+
+
+def test_a_large_body_passes_and_100_continue_is_said(rig):
+    body = dict(rig.chat(), messages=[{"role": "user", "content": [
+        {"type": "text", "text": "what is this?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * (6 << 20)}}]}])
+    raw = rig.request(body, headers=[("Expect", "100-continue")])
+    head, _, payload = raw.partition(b"\r\n\r\n")
+    with rig.connect() as sock:
+        sock.sendall(head + b"\r\n\r\n")
+        assert sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(payload)
+        status, _, answer = read_answer(sock)
+    assert status == 200 and json.loads(answer)["usage"]["total_tokens"] == 9
+    assert len(rig.engine.asked[0].raw) > 6 << 20
+
+
+def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(rig):
+    raw = rig.request(rig.chat(True)).replace(b"HTTP/1.1", b"HTTP/1.0")
+    status, headers, body = rig.raw(raw, until_closed=True)
+    assert status == 200 and "transfer-encoding" not in headers
+    assert events_of(body)[-1] == "[DONE]"
+
+
+# -- what engines do ----------------------------------------------------------
+
+ANSWER = json.dumps(COMPLETION).encode()
+BROKEN = {
+    "nothing": b"",
+    "half a head": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "no HTTP": b"hello\r\n\r\n",
+    "an endless head": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 20000,
+    "a status of no kind": b"HTTP/1.1 999999 X\r\n\r\n",
+    "two lengths that differ": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked"
+                               b"\r\n\r\n0\r\n\r\n",
+    "a negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
+    "a coding that nobody knows": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nabc",
+    "a body cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + ANSWER,
+    "more than the body": b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n" + ANSWER,
+    "a chunk without a length": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "100 for ever": b"HTTP/1.1 100 Continue\r\n\r\n" * 3,
+    "a body that is no JSON": whole(b"<html>oops</html>"),
+}
+
+
+@pytest.mark.parametrize("said", BROKEN.values(), ids=BROKEN)
+def test_an_engine_that_breaks_off_or_talks_nonsense_is_a_502_and_costs_no_token(rig, said):
+    def script(_asked, sock):
+        sock.sendall(said)
+        return True
+    rig.engine.script = script
+    status, answer = rig.ask(rig.chat())
+    assert status == 502 and answer["error"]["message"], answer
+    rig.settled()
+    assert rig.used().get("completion_tokens", 0) == rig.used().get("prompt_tokens", 0) == 0
+    rig.engine.script = ScriptedEngine.plain
+    assert rig.ask(rig.chat())[0] == 200
+
+
+GOOD = {
+    "an end with the connection": b"HTTP/1.0 200 OK\r\n\r\n" + ANSWER,
+    "a 100 before": b"HTTP/1.1 100 Continue\r\n\r\n" + whole(COMPLETION),
+    "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(ANSWER[:9]) + chunk(
+        ANSWER[9:]) + b"0\r\n\r\n",
+    "a close that is announced": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+                                 % len(ANSWER) + ANSWER,
+}
+
+
+@pytest.mark.parametrize("said", GOOD.values(), ids=GOOD)
+def test_every_form_of_an_answer_is_read(rig, said):
+    def script(_asked, sock):
+        for at in range(0, len(said), 7):
+            sock.sendall(said[at:at + 7])
+        return True
+    rig.engine.script = script
+    for _ in range(2):
+        status, answer = rig.ask(rig.chat())
+        assert status == 200 and answer["usage"]["total_tokens"] == 9
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_in_good_form_and_is_billed_as_far_as_it_came(
+        rig):
+    def script(_asked, sock):
+        sock.sendall(streamed(5, end=False))
+        return True
+    rig.engine.script = script
+    status, body = rig.ask(rig.chat(True))
+    events = events_of(body)
+    assert status == 200 and "error" in events[-1] and "[DONE]" not in events
+    assert len([each for each in events if "choices" in each]) == 5
+    rig.settled()
+    used = rig.used()
+    assert used["completion_tokens"] == 5 and used["prompt_tokens"] > 0
+
+
+def test_a_stream_without_its_last_word_counts_as_broken(rig):
+    rig.engine.script = lambda _asked, sock: sock.sendall(
+        STREAM_HEAD + chunk(token()) + b"0\r\n\r\n")
+    events = events_of(rig.ask(rig.chat(True))[1])
+    assert "error" in events[-1] and "[DONE]" not in events
+
+
+def test_an_engine_that_is_not_there_is_a_502_and_it_is_found_when_it_is_back(rig):
+    port = rig.engine.port
+    rig.engine.close()
+    assert rig.ask(rig.chat())[0] == 502
+    other = ScriptedEngine()
+    rig.target = rig.target._replace(endpoint=rig.target.endpoint._replace(port=other.port))
+    assert rig.ask(rig.chat())[0] == 200
+    assert other.port != port or other.asked
+    other.close()
+
+
+def test_an_engine_that_closes_kept_connections_is_asked_again_on_a_fresh_one(rig):
+    """The race of every kept connection: it is closed while the request is on its way."""
+    def script(_asked, sock):
+        sock.sendall(whole(COMPLETION))
+        return True
+    rig.engine.script = script
+    for _ in range(20):
+        assert rig.ask(rig.chat())[0] == 200
+    assert len(rig.engine.asked) == 20
+
+
+def test_a_wedged_engine_is_given_up_and_the_door_goes_on(tmp_path, quick):
+    limits = b9agent.DoorLimits(silence_s=0.3)
+    with rig_at(tmp_path, limits=limits) as rig:
+        rig.engine.script = lambda _asked, sock: rig.engine.wait_until_left(sock)
+        status, answer = rig.ask(rig.chat())
+        assert status == 504 and "0.3 s" in answer["error"]["message"]
+        assert rig.engine.left.wait(PATIENCE_S), "its work is ended"
+
+        def script(_asked, sock):
+            sock.sendall(STREAM_HEAD + chunk(token()))
+            return rig.engine.wait_until_left(sock)
+        rig.engine.script = script
+        events = events_of(rig.ask(rig.chat(True))[1])
+        assert len(events) == 2 and "error" in events[1]
+        rig.engine.script = ScriptedEngine.plain
+        assert rig.ask(rig.chat())[0] == 200
+        assert rig.used()["completion_tokens"] == 3
+
+
+def test_another_engine_in_place_of_the_one_that_was_asked_for_is_a_503(tmp_path, quick):
+    with rig_at(tmp_path) as rig:
+        rig.target = rig.target._replace(state="starting")
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.door.status()["waiting"], "it waits for the engine")
+            rig.target = rig.target._replace(state="running",
+                                             engine=b9agent.ENGINE_BY_NAME["sglang"])
+            assert read_answer(sock)[0] == 503
+        assert not rig.engine.asked
+
+
+def test_a_request_waits_for_an_engine_that_is_being_started_again(tmp_path, quick):
+    with rig_at(tmp_path) as rig:
+        rig.target = rig.target._replace(state="starting")
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.door.status()["waiting"], "it waits for the engine")
+            rig.target = rig.target._replace(state="running")
+            assert read_answer(sock)[0] == 200
+
+
+@pytest.mark.parametrize("state", ["stopped", "error"])
+def test_without_an_engine_there_is_a_503_that_says_so(rig, state):
+    rig.target = rig.target._replace(state=state)
+    status, headers, body = rig.raw(rig.request(rig.chat()))
+    assert status == 503 and "retry-after" in headers and b"engine" in body
+
+
+# -- what clients do ------------------------------------------------------------
+
+def test_a_client_that_leaves_ends_the_engines_work(rig):
+    def script(_asked, sock):
+        sock.sendall(STREAM_HEAD + chunk(token()))
+        return rig.engine.wait_until_left(sock)
+    rig.engine.script = script
+    with rig.connect() as sock:
+        sock.sendall(rig.request(rig.chat(True)))
+        sock.recv(65536)
+    assert rig.engine.left.wait(PATIENCE_S)
+    rig.settled()
+    assert rig.used()["completion_tokens"] == 1
+
+
+def test_a_client_that_leaves_during_a_cold_load_leaves_it_to_whoever_comes_next(tmp_path, quick):
+    loaded = threading.Event()
+
+    def script(_asked, sock):
+        assert loaded.wait(PATIENCE_S)
+        sock.sendall(STREAM_HEAD + chunk(token()))
+        return rig.engine.wait_until_left(sock)
+    with rig_at(tmp_path, loaded=(), script=script) as rig:
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat(True)))
+            wait_until(lambda: rig.engine.asked, "the engine was asked")
+        wait_until(lambda: not rig.door.status()["connections"], "the client is gone")
+        assert rig.engine.open == 1 and not rig.engine.left.is_set(), "the load goes on"
+        loaded.set()
+        assert rig.engine.left.wait(PATIENCE_S), "and its work ends once the model is there"
+        rig.settled()
+        assert rig.used().get("completion_tokens", 0) == 0
+
+
+def test_a_cold_load_whose_answer_is_no_stream_ends_once_the_model_is_loaded(tmp_path, quick):
+    with rig_at(tmp_path, loaded=()) as rig:
+        rig.engine.script = lambda _asked, sock: rig.engine.wait_until_left(sock)
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.engine.asked, "the engine was asked")
+        wait_until(lambda: not rig.door.status()["connections"], "the client is gone")
+        assert rig.door.status()["streams"] == 1
+        rig.target = rig.target._replace(loaded=("m",))
+        assert rig.engine.left.wait(PATIENCE_S)
+        rig.settled()
+
+
+def test_a_slow_reader_holds_the_engine_up_for_a_while_and_is_closed_then(tmp_path, quick):
+    filler, sent = token("x" * 60000), [0]
+
+    def script(_asked, sock):
+        sock.sendall(STREAM_HEAD)
+        for _ in range(1000):
+            sock.sendall(chunk(filler))
+            sent[0] += len(filler)
+        return True
+    with rig_at(tmp_path, script=script) as rig:
+        with rig.connect() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.sendall(rig.request(rig.chat(True)))
+            wait_until(lambda: not rig.door.status()["connections"], "it is closed")
+        rig.settled()
+        assert sent[0] < 30 << 20, "the engine was held up, and nothing without bound kept here"
+        rig.engine.script = ScriptedEngine.plain
+        assert rig.ask(rig.chat())[0] == 200
+
+
+def is_stalled(rig):
+    return any(client.stalled_s for client in list(rig.door._clients))
+
+
+def test_a_slow_reader_who_catches_up_gets_all_of_it(tmp_path):
+    filler = token("x" * 60000)
+
+    def script(_asked, sock):
+        sock.sendall(STREAM_HEAD)
+        for _ in range(300):
+            sock.sendall(chunk(filler))
+        sock.sendall(chunk(usage(7, 300)) + chunk(DONE) + b"0\r\n\r\n")
+    with rig_at(tmp_path, script=script) as rig:
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat(True)))
+            wait_until(lambda: is_stalled(rig), "the engine waits for the reader")
+            status, _, body = read_answer(sock)
+        events = events_of(body)
+        assert status == 200 and len(events) == 301 and events[-1] == "[DONE]"
+        assert rig.used()["completion_tokens"] == 300
+
+
+def test_any_client_may_leave_at_any_time_and_nothing_is_left_of_it(tmp_path):
+    shots = random.Random(7)
+
+    def script(asked, sock):
+        if asked.body["stream"]:
+            sock.sendall(streamed(3)[:shots.randrange(10, 900)] if shots.random() < 0.2 else
+                         streamed(3))
+            return shots.random() < 0.3
+        sock.sendall(whole(COMPLETION))
+        return shots.random() < 0.3
+    with rig_at(tmp_path, script=script, slots=4) as rig:
+        def one(seed):
+            dice = random.Random(seed)
+            with contextlib.suppress(OSError, EOFError), rig.connect() as sock:
+                raw = rig.request(rig.chat(dice.random() < 0.5))
+                sock.sendall(raw[:dice.randrange(1, len(raw))] if dice.random() < 0.3 else raw)
+                if dice.random() < 0.4:
+                    sock.settimeout(dice.random() / 20)
+                    sock.recv(dice.randrange(1, 300))
+                elif dice.random() < 0.8:
+                    read_answer(sock, within_s=0.2)
+        threads = [threading.Thread(target=lambda base=base: [one(base * 50 + n) for n in range(50)])
+                   for base in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rig.settled()
+        wait_until(lambda: not rig.door.status()["connections"], "all connections are gone")
+        assert rig.ask(rig.chat())[0] == 200
+        rig.settled()
+        for account in rig.ledger._accounts.values():
+            assert not (account.active or account.held_tokens or account.held_gpu_s), "all is given back"
+
+
+def test_who_has_no_time_for_a_head_or_a_body_is_told_so(tmp_path, quick):
+    with rig_at(tmp_path) as rig:
+        for part in (b"POST /v1/chat/completions HTTP/1.1\r\nHost:", rig.request(rig.chat())[:-5]):
+            status, _, _ = rig.raw(part, until_closed=True)
+            assert status == 408
+        with rig.connect() as sock:
+            assert sock.recv(1) == b"", "who says nothing is closed without a word"
+
+
+def test_the_oldest_who_asks_for_nothing_makes_room(tmp_path, monkeypatch):
+    with rig_at(tmp_path) as rig:
+        rig.door._most = 20
+        idle = [rig.connect() for _ in range(20)]
+        wait_until(lambda: rig.door.status()["connections"] == 20, "they are in")
+        assert rig.ask(rig.chat())[0] == 200
+        assert idle[0].recv(1) == b"", "the oldest was closed"
+        for sock in idle:
+            sock.close()
+
+
+# -- requests that are to fool somebody -----------------------------------------------
+
+AUTH = b"Authorization: Bearer " + TOKEN.encode() + b"\r\n"
+CHAT = b'{"model":"m","messages":[{"role":"user","content":"x"}]}'
+FORGED = {
+    "a length and chunks": (400, b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "chunks": (411, b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "chunks in disguise": (411, b"Transfer-Encoding: xchunked\r\n\r\n"),
+    "two lengths": (400, b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
+    "two lengths in one": (400, b"Content-Length: 3, 3\r\n\r\nabc"),
+    "a length with a sign": (400, b"Content-Length: +3\r\n\r\nabc"),
+    "a negative length": (400, b"Content-Length: -1\r\n\r\n"),
+    "a length in hex": (400, b"Content-Length: 0x3\r\n\r\nabc"),
+    "a length without end": (400, b"Content-Length: 99999999999999999999\r\n\r\n"),
+    "a length too large": (413, b"Content-Length: 99999999999\r\n\r\n"),
+    "a blank before the colon": (400, b"Content-Length : 3\r\n\r\nabc"),
+    "a folded header": (400, b"X: a\r\n b: c\r\n\r\n"),
+    "a bare line feed": (400, b"X: a\nContent-Length: 3\r\n\r\nabc"),
+    "a NUL": (400, b"X: a\0b\r\n\r\n"),
+    "no header": (400, b"nonsense\r\n\r\n"),
+    "many headers": (431, b"".join(b"X-%d: y\r\n" % n for n in range(100)) + b"\r\n"),
+    "a head without end": (431, b"X: " + b"y" * 20000),
+    "two tokens": (400, AUTH + b"Content-Length: 0\r\n\r\n"),
+    "two hosts": (400, b"Host: b\r\nContent-Length: 0\r\n\r\n"),
+    "an expectation": (417, b"Expect: miracles\r\nContent-Length: 3\r\n\r\nabc"),
+}
+
+
+@pytest.mark.parametrize("status, rest", FORGED.values(), ids=FORGED)
+def test_a_request_with_two_meanings_is_refused_and_the_connection_closed(rig, status, rest):
+    smuggled = rig.request(rig.chat())
+    raw = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n" + AUTH + rest + smuggled
+    assert rig.raw(raw, until_closed=True)[0] == status
+    assert not rig.engine.asked
+
+
+@pytest.mark.parametrize("line", [
+    b"GET http://x/v1/models HTTP/1.1", b"CONNECT x:80 HTTP/1.1", b"GET * HTTP/1.1",
+    b"POST //api/chat HTTP/1.1", b"POST /api/./chat HTTP/1.1", b"POST /v1/../api/pull HTTP/1.1",
+    b"POST /api/%63hat HTTP/1.1", b"POST /API/chat HTTP/1.1", b"POST /api/chat/ HTTP/1.1",
+    b"POST /api/chat;x HTTP/1.1", b"POST /api\\chat HTTP/1.1", b"POST /api/chat%00 HTTP/1.1",
+    b"GET /metrics HTTP/1.1", b"GET /slots HTTP/1.1", b"POST /api/push HTTP/1.1",
+    b"POST /api/me HTTP/1.1", b"POST /api/signout HTTP/1.1", b"DELETE /api/user/keys/x HTTP/1.1",
+    b"POST /api/experimental/web_search HTTP/1.1", b"POST /api/blobs/sha256:00 HTTP/1.1",
+    b"POST /api/create HTTP/1.1", b"POST /sleep HTTP/1.1", b"POST /tokenize HTTP/1.1"],
+    ids=lambda line: line.split(b" ")[1].decode())
+def test_what_is_not_on_the_list_is_not_there(rig, line):
+    raw = line + b"\r\nHost: a\r\n" + AUTH + b"Content-Length: 0\r\n\r\n"
+    assert rig.raw(raw)[0] in (404, 405)
+    assert not rig.engine.asked
+
+
+@pytest.mark.parametrize("line", [b"GET / HTTP/2.0", b"PRI * HTTP/2.0", b"GET /", b"\x16\x03\x01",
+                                  b"GET  / HTTP/1.1", b"G\tT / HTTP/1.1", b"GET / HTTP/1.1 x"],
+                         ids=repr)
+def test_what_is_no_http_1_1_is_refused(rig, line):
+    assert rig.raw(line + b"\r\nHost: a\r\n\r\n", until_closed=True)[0] in (400, 505)
+
+
+def test_hello_is_open_and_says_nothing(rig):
+    for path in ("/", "/health"):
+        assert rig.ask(method="GET", path=path, token="")[1] == b"b9agent is running"
+    with rig.connect() as sock:
+        sock.sendall(b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        got = b""
+        while True:
+            data = sock.recv(1000)
+            if not data:
+                break
+            got += data
+    assert got.startswith(b"HTTP/1.1 200") and got.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/api/tags", "/api/version", "/v1/models/m"])
+def test_without_a_token_nothing_is_told(rig, path):
+    for wrong in ("", "wrong", TOKEN + "x", TOKEN[:-1]):
+        status, headers, _ = rig.raw(rig.request(None, path=path, method="GET", token=wrong))
+        assert status == 401 and headers["www-authenticate"].startswith("Bearer")
+
+
+def test_a_body_is_not_read_before_its_sender_is_known(rig):
+    head = rig.request(b"x" * 100, token="wrong").partition(b"\r\n\r\n")[0]
+    head = head.replace(b"Content-Length: 100", b"Content-Length: 30000000")
+    assert rig.raw(head + b"\r\n\r\n")[0] == 401
+    status = rig.raw(head.replace(b"Bearer wrong", b"Bearer x") + b"\r\nExpect: 100-continue\r\n\r\n")
+    assert status[0] == 401
+
+
+# -- models ------------------------------------------------------------------------------
+
+SCOPED = """tenants:
+  - name: t
+    token_sha256: %s
+    models: [m, "small*"]
+  - name: other
+    token_sha256: %s
+    models: ["secret*"]
+"""
+
+
+def test_a_model_of_others_is_not_there(tmp_path):
+    with rig_at(tmp_path, tenants=SCOPED % (b9agent.token_hash(TOKEN), b9agent.token_hash("y" * 40)),
+                engine="ollama", models=("m:latest", "small:1b", "secret:latest")) as rig:
+        listed = rig.ask(method="GET", path="/v1/models")[1]["data"]
+        assert sorted(each["id"] for each in listed) == ["m:latest", "small:1b"]
+        for name in ("secret", "secret:latest", "SECRET", "library/secret", " secret ",
+                     "registry.ollama.ai/library/secret:latest", "secret:local", "missing", "",
+                     "m:cloud", "m:120b-cloud", "secret:cloud:local", "../m", "m\0", "m" * 600):
+            for path in ("/v1/chat/completions", "/api/chat", "/api/generate", "/api/embed"):
+                body = dict(rig.chat(), model=name)
+                if path != "/v1/chat/completions":
+                    body = {"model": name, "messages": [{"role": "user", "content": "x"}]} if (
+                        "chat" in path) else {"model": name, "prompt": "x"} if (
+                        "generate" in path) else {"model": name, "input": "x"}
+                assert rig.ask(body, path=path)[0] in (400, 404), (name, path)
+        assert not rig.engine.asked
+
+
+def test_one_model_has_many_spellings_and_the_answer_has_the_one_that_was_sent(tmp_path):
+    def script(asked, sock):
+        sock.sendall(whole({"model": "m:latest", "message": {"role": "assistant", "content": "Hi"},
+                            "done": True, "done_reason": "stop", "prompt_eval_count": 7,
+                            "eval_count": 2}))
+    with rig_at(tmp_path, engine="ollama", models=("m:latest",), loaded=("m:latest",),
+                script=script) as rig:
+        for name in ("m", "M:Latest", "library/m", "registry.ollama.ai/library/m:latest", "m:local"):
+            status, answer = rig.ask({"model": name, "stream": False, "messages": [
+                {"role": "user", "content": "x"}]}, path="/api/chat")
+            assert status == 200 and answer["model"] == name
+        assert {asked.body["model"] for asked in rig.engine.asked} == {"m:latest"}
+
+
+def test_managing_models_wants_admin_and_goes_to_ollama_alone(tmp_path):
+    plain = (TENANTS % b9agent.token_hash(TOKEN)).replace("admin: true", "admin: false")
+    with rig_at(tmp_path, tenants=plain, engine="ollama") as rig:
+        for method, path, body in (("POST", "/api/pull", {"model": "m"}),
+                                   ("DELETE", "/api/delete", {"model": "m"}),
+                                   ("POST", "/api/copy", {"source": "m", "destination": "n"})):
+            assert rig.ask(body, path=path, method=method)[0] == 403
+        assert not rig.engine.asked
+
+
+def test_an_admin_pulls_and_hears_of_it_as_it_goes(tmp_path):
+    lines = [b'{"status":"pulling manifest"}\n', b'{"status":"success"}\n']
+
+    def script(_asked, sock):
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
+                     b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(map(chunk, lines))
+                     + b"0\r\n\r\n")
+    with rig_at(tmp_path, engine="ollama", script=script) as rig:
+        status, body = rig.ask({"model": "Library/M"}, path="/api/pull")
+        assert status == 200 and body == b"".join(lines)
+        assert rig.engine.asked[0].body == {"model": "m:latest"}
+        for bad in ({"model": "m", "insecure": True}, {"model": "evil.example/a/b"},
+                    {"model": "m:cloud"}, {"model": "m", "x": 1}, {"model": ""}, {}, [], "x"):
+            assert rig.ask(bad, path="/api/pull")[0] == 400, bad
+        assert len(rig.engine.asked) == 1
+
+
+# -- limits ---------------------------------------------------------------------------------
+
+def limited(**limits):
+    return TENANTS % b9agent.token_hash(TOKEN) + "".join(
+        f"    {name}: {value}\n" for name, value in limits.items())
+
+
+def test_a_limit_that_is_reached_is_a_429_that_says_which(tmp_path):
+    with rig_at(tmp_path, tenants=limited(requests_per_minute=2)) as rig:
+        assert [rig.ask(rig.chat())[0] for _ in range(2)] == [200, 200]
+        status, headers, body = rig.raw(rig.request(rig.chat()))
+        assert status == 429 and 0 < int(headers["retry-after"]) <= 60
+        assert b"requests_per_minute" in body
+        assert len(rig.engine.asked) == 2
+
+
+def test_money_that_is_spent_is_a_402_in_the_middle_of_a_stream_too(tmp_path, quick):
+    def script(_asked, sock):
+        sock.sendall(STREAM_HEAD + chunk(token()))
+        return rig.engine.wait_until_left(sock)
+    # A GPU second costs 1 dollar: a second and a half of it is there.
+    with rig_at(tmp_path, tenants=limited(usd_per_day=1.5), usd=1.0, script=script) as rig:
+        events = events_of(rig.ask(rig.chat(True))[1])
+        assert "usd_per_day" in json.dumps(events[-1]) or "usd" in json.dumps(events[-1])
+        assert rig.engine.left.wait(PATIENCE_S)
+        assert rig.used()["usd"] <= 1.5
+        assert rig.ask(rig.chat(True))[0] == 402
+
+
+def test_concurrent_requests_are_limited_and_given_back(tmp_path):
+    go_on = threading.Event()
+
+    def script(_asked, sock):
+        assert go_on.wait(PATIENCE_S)
+        sock.sendall(whole(COMPLETION))
+    with rig_at(tmp_path, tenants=limited(concurrent_requests=2), script=script) as rig:
+        socks = [rig.connect() for _ in range(2)]
+        for sock in socks:
+            sock.sendall(rig.request(rig.chat()))
+        wait_until(lambda: len(rig.engine.asked) == 2, "both are at the engine")
+        assert rig.ask(rig.chat())[0] == 429
+        go_on.set()
+        assert [read_answer(sock)[0] for sock in socks] == [200, 200]
+        assert rig.ask(rig.chat())[0] == 200
+        for sock in socks:
+            sock.close()
+
+
+def test_the_queue_is_bounded_and_fair(tmp_path):
+    """One tenant's flood does not hold up another's first request."""
+    tenants = "tenants:\n" + "".join(
+        f"  - name: {name}\n    token_sha256: {b9agent.token_hash(name * 40)}\n" for name in "ab")
+    go_on = threading.Semaphore(0)
+
+    def script(_asked, sock):
+        assert go_on.acquire(timeout=PATIENCE_S)
+        sock.sendall(whole(COMPLETION))
+    with rig_at(tmp_path, tenants=tenants, script=script, slots=1,
+                limits=b9agent.DoorLimits(queue=6)) as rig:
+        socks, order = [], []
+
+        def send(name):
+            sock = rig.connect()
+            sock.sendall(rig.request(dict(rig.chat(), seed=ord(name)), token=name * 40))
+            socks.append(sock)
+        send("a")
+        wait_until(lambda: len(rig.engine.asked) == 1, "the first is at the engine")
+        for number in range(5):
+            send("a")
+            wait_until(lambda: rig.door.status()["waiting"] == number + 1, "it waits")
+        send("b")
+        wait_until(lambda: rig.door.status()["waiting"] == 6, "it waits")
+        status, body = rig.ask(rig.chat(), token="a" * 40)
+        assert status == 429 and "6" in body["error"]["message"]
+        for _ in socks:
+            go_on.release()
+        assert [read_answer(sock)[0] for sock in socks] == [200] * 7
+        order = [chr(asked.body["seed"]) for asked in rig.engine.asked]
+        assert "b" in order[1:3], order
+        for sock in socks:
+            sock.close()
+
+
+def test_who_waits_too_long_is_told_so(tmp_path, quick):
+    with rig_at(tmp_path, slots=1, limits=b9agent.DoorLimits(queue_wait_s=0.3)) as rig:
+        rig.engine.script = lambda _asked, sock: rig.engine.wait_until_left(sock)
+        with rig.connect() as first:
+            first.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.engine.asked, "it is at the engine")
+            status, headers, body = rig.raw(rig.request(rig.chat()))
+            assert status == 503 and "retry-after" in headers and b"0.3 s" in body
+
+
+# -- identities that come with the address -----------------------------------------------------
+
+def test_a_web_page_cannot_use_the_identity_of_an_address(tmp_path):
+    with rig_at(tmp_path, gateway=("127.0.0.1",)) as rig:
+        assert rig.ask(rig.chat(), token="")[0] == 200
+        for name, value in (("Origin", "http://evil.example"), ("Sec-Fetch-Site", "cross-site")):
+            assert rig.ask(rig.chat(), token="", headers=[(name, value)])[0] == 403
+        raw = rig.request(rig.chat(), token="").replace(b"Host: 127.0.0.1", b"Host: evil.example")
+        assert rig.raw(raw)[0] == 403
+        assert rig.ask(rig.chat(), headers=[("Origin", "http://app.example")])[0] == 200
+
+
+# -- TLS -----------------------------------------------------------------------------------------
+
+TLS_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tls")
+
+
+@pytest.fixture
+def tls_rig(tmp_path, quick):
+    key = tmp_path / "server.key"
+    with open(os.path.join(TLS_FOLDER, "server.key")) as source:
+        key.touch(0o600)
+        key.write_text(source.read())
+    made = b9agent.ServerTls(os.path.join(TLS_FOLDER, "server.pem"), str(key), lambda *a, **b: None)
+    with rig_at(tmp_path, tls=made) as rig:
+        yield rig
+
+
+def tls_client(rig, **given):
+    context = ssl.create_default_context(cafile=os.path.join(TLS_FOLDER, "ca.pem"))
+    for name, value in given.items():
+        setattr(context, name, value)
+    return context.wrap_socket(rig.connect(), server_hostname="localhost")
+
+
+def test_requests_and_streams_pass_over_tls(tls_rig):
+    assert tls_rig.listener.url.startswith("https://")
+    for stream in (False, True):
+        with tls_client(tls_rig) as sock:
+            sock.sendall(tls_rig.request(tls_rig.chat(stream)))
+            status, _, body = read_answer(sock)
+        assert status == 200 and (b"[DONE]" if stream else b"Hi") in body
+
+
+def test_a_body_of_many_tls_records_arrives_whole(tls_rig):
+    with tls_client(tls_rig) as sock:
+        text = "x" * 900000
+        sock.sendall(tls_rig.request(dict(tls_rig.chat(), messages=[
+            {"role": "user", "content": text}])))
+        assert read_answer(sock)[0] == 200
+    assert tls_rig.engine.asked[0].body["messages"][0]["content"] == text
+
+
+def test_a_slow_reader_over_tls_gets_all_of_it(tls_rig):
+    filler = token("x" * 60000)
+
+    def script(_asked, sock):
+        sock.sendall(STREAM_HEAD + b"".join(chunk(filler) for _ in range(100)))
+        sock.sendall(chunk(usage(7, 100)) + chunk(DONE) + b"0\r\n\r\n")
+    tls_rig.engine.script = script
+    with tls_client(tls_rig) as sock:
+        sock.sendall(tls_rig.request(tls_rig.chat(True)))
+        wait_until(lambda: tls_rig.engine.asked, "the engine was asked")
+        assert len(events_of(read_answer(sock)[2])) == 101
+
+
+def test_plain_http_at_a_tls_port_is_told_so(tls_rig):
+    status, _, body = tls_rig.raw(tls_rig.request(tls_rig.chat()), until_closed=True)
+    assert status == 400 and b"https" in body
+    assert not tls_rig.engine.asked
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16", b"\x16\x03\x01\x02\x00\x01", b"\x16" + b"x" * 3000],
+                         ids=repr)
+def test_a_handshake_that_stalls_or_is_nonsense_is_closed_and_holds_nobody_up(tls_rig, said):
+    with tls_rig.connect() as stalled:
+        stalled.sendall(said)
+        with tls_client(tls_rig) as sock:
+            sock.sendall(tls_rig.request(tls_rig.chat()))
+            assert read_answer(sock)[0] == 200
+        stalled.settimeout(PATIENCE_S)
+        with contextlib.suppress(ConnectionError):
+            while stalled.recv(1000):
+                pass
+    wait_until(lambda: not tls_rig.door.status()["connections"], "all are closed")
+
+
+def test_old_tls_is_refused(tls_rig):
+    with pytest.raises((ssl.SSLError, OSError)), pytest.warns(DeprecationWarning):
+        tls_client(tls_rig, minimum_version=ssl.TLSVersion.TLSv1,
+                   maximum_version=ssl.TLSVersion.TLSv1_1)
