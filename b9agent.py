@@ -17264,30 +17264,21 @@ def gateway_addresses(host: str, access: str) -> Optional[Tuple[str, ...]]:
                         if access == "loopback" or not is_own_address(address)))
 
 
-def make_tls(settings: Any, log: Log) -> Optional[ServerTls]:
-    """Raises: UsageError."""
-    if bool(settings.tls_cert) != bool(settings.tls_key):
-        raise UsageError(f"tls.{'key' if settings.tls_cert else 'cert'} is not set",
-                         "tls.cert and tls.key go together; or tls: tailscale")
-    return ServerTls(settings.tls_cert, settings.tls_key, log) if settings.tls_cert else None
-
-
-def open_listening(settings: Any) -> List[str]:
-    """What would cross a network in clear text, in sentences."""
-    if settings.tls == "tailscale" or settings.tls_cert:
-        return []
-    ours = tailnet_interface_address()
-
-    def crosses(host: Optional[str]) -> bool:
+def listeners_tls(settings: Any, tls: Optional[ServerTls]
+                  ) -> Tuple[Optional[ServerTls], List[str]]:
+    """(what the control API gets, what will cross a network in clear text).  Raises: UsageError
+    where something would and nobody said that it may."""
+    control, clear = None, []
+    for name, host in (("inference.host", settings.inference_host or "127.0.0.1"),
+                       ("control.host", settings.control_host)):
         # At boot its interface may be on its way.
-        tailnet = ours or (host if is_tailnet_address(host) and tailnet_trace(
-            settings.tailnet_socket) else "")
-        return host is not None and wants_tls(host, tailnet or "")
-    return [f"the {what} listens on {host} without TLS: whoever is on the way reads {reads}"
-            for what, host, reads in (
-                ("control API", settings.control_host, "the control token, and has the agent"),
-                ("front door", settings.inference_host, "tokens, prompts and answers"))
-            if crosses(host)]
+        tailnet = tailnet_interface_address() or (host if is_tailnet_address(
+            host) and tailnet_trace(settings.tailnet_socket) else "")
+        control = listener_tls(name, host, settings, tls, tailnet)
+        if control is None and wants_tls(host, tailnet):
+            clear.append(f"{name} is {host}, without TLS: tokens, prompts and answers cross the "
+                         "network in clear text, and whoever reads one may use it")
+    return control, clear
 
 
 class Entrance:
@@ -17358,15 +17349,13 @@ class Entrance:
 
     def _make(self) -> Any:
         """Raises: UsageError."""
-        settings, log = self._settings, self._log
-        def path(name: str) -> str:
-            return os.path.join(settings.state_dir, name)
-        book = TenantBook(path("tenants.yaml"), path("inference.token"), log)
+        settings, log, price = self._settings, self._log, self._settings.inference_gpu_usd_per_hour
+        book = TenantBook(settings.state_dir, log, price is not None)
         oidc = Oidc(settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks, log
                     ) if settings.oidc_issuer else None
         access = Access(book, oidc, self._tailnet.whois, self.addresses, log)
-        price = settings.inference_gpu_usd_per_hour
-        ledger = Ledger(path("usage.json"), log, None if price is None else price / 3600)
+        ledger = Ledger(os.path.join(settings.state_dir, "usage.json"), log,
+                        None if price is None else price / 3600)
         return FrontDoor(log, access, ledger, self._inference.target, self.tally, DoorLimits(
             settings.inference_queue, settings.inference_queue_wait,
             settings.inference_silence_limit), self._tls)
@@ -17409,6 +17398,10 @@ class Entrance:
                          + (getattr(error, "hint", "") or "A taken port? Free it, or set "
                             "inference.port (0 takes a free one)"))
             return
+        except Exception as error:
+            self.stop()
+            self._log.defect(error)
+            return
         self._inference.place = self.place
         if self._settings.inference_host is None:
             self._tailnet.serve("inference", self._serve_tailnet)
@@ -17450,11 +17443,10 @@ class Agent:
         self.k3s = TokenKeeper(self._mint_k3s_token, lambda token: self.change_identity(
             k3s_token=token), log) if settings.k3s_service_account else None
         self.tailnet = Tailnet(settings.tailnet_socket, log, self._tell_tailnet)
-        self.tls = make_tls(settings, log)
-        self._open = open_listening(settings)
-        if self._open and not settings.insecure:
-            raise UsageError("; and ".join(self._open), "Set tls.cert and tls.key, or tls: "
-                             "tailscale; or `insecure: true`, if that network is yours alone")
+        self.tls = server_tls(settings, log)
+        self._control_tls, clear = listeners_tls(settings, self.tls)
+        for what in clear:
+            log("warning", "insecure", what=what)
         # Behind a tunnel the gateway is on no tailnet of ours: it could not dial that address.
         self._offers_tailnet = not settings.hostname and self.tunnel is None
         self._tailnet_control = (settings.tailnet_control
@@ -17789,8 +17781,6 @@ class Agent:
         folder's lock.  Raises: TokenRefused, RequestRefused."""
         try:
             end_leftovers(self.settings.state_dir, self._log)
-            for what in self._open:
-                self._log("warning", "insecure", what=what)
             self._start_control()
             self.entrance.start()
             if self.tunnel:
@@ -17895,7 +17885,7 @@ class Agent:
             api = ControlApi(self._log, token, agent_routes(self.status, self.metrics_text)
                              + inference_routes(self.inference))
             server = ApiServer(api, settings.control_host, settings.control_port,
-                               self.tls if wants_tls(settings.control_host) else None)
+                               self._control_tls)
             server.start()
             self._control = server
             write_atomic(address_file, host_port(server.host, server.port) + "\n")
@@ -18947,7 +18937,7 @@ _STATE_LOW_BYTES, _STATE_LEAST_BYTES = 1 << 30, 16 << 20
 _MODELS_LOW_BYTES = 20 << 30      # one model of 30 billion parameters, quantised
 _PRIVATE_FILES = ("config.yaml", "config.yaml.old", "control.token", "agent.log", "agent.log.1",
                   "agent.lock", "k3s.kubeconfig", "gateway.db", "models.json", "energy.json",
-                  "logs")
+                  "inference.token", "tenants.yaml", "usage.json", "tls", "logs")
 _K3S = Endpoint("https", "127.0.0.1", 6443)
 
 
@@ -19287,16 +19277,52 @@ def why_not_listening(host: str, port: int) -> str:
     return f"held by {holder}" if holder else ""
 
 
-def judge_engine_port(settings: Any, state: str) -> Finding:
-    """The engine's port.  state: of the running agent's engine."""
+def judge_front_door(loaded: Loaded, status: Dict[str, Any]) -> Finding:
+    """status: of the running agent; {} for none."""
+    settings, place = loaded.settings, (status.get("inference") or {}).get("endpoint")
+    if status and not place:
+        return warn("front door: the agent has none: nobody reaches its models",
+                    "b9agent.py logs   # says why")
+    found = local_door(settings.state_dir) if status else None
+    if found:
+        try:
+            http_request("GET", found[0], "/", {}, None, _REQUEST_LIMIT_S)
+        except HttpFailure as failure:
+            if failure.kind != "tls":
+                return warn(f"front door: {found[0].url} does not answer: {failure}",
+                            "b9agent.py logs   # then restart it")
+        return ok(f"front door: the agent listens, {place}")
     host, port = settings.inference_host or "127.0.0.1", settings.inference_port
-    what = f"engine: {host_port(host, port) if port else 'a free port'}"
-    why = why_not_listening(host, port) if port and state == "stopped" else ""
-    version = is_ollama(Endpoint("http", "127.0.0.1", port)) if why else ""
-    if version:
-        return ok(f"{what}: Ollama {version} is here, and would be used")
-    return warn(f"{what}: {why}", "Set inference.port (0 takes a free one), or end that program"
-                ) if why else ok(what + (f", {state}" if state != "stopped" else ""))
+    why = why_not_listening(host, port) if port else ""
+    if why and loopback(host) and loaded.origins["inference_port"] == "default":
+        port, version = DOOR_PORT_BESIDE_OLLAMA, is_ollama(Endpoint("http", "127.0.0.1", port))
+        if version and not why_not_listening(host, port):
+            return ok(f"front door: {host}:{port}, for Ollama {version} is here, and would be used")
+        why = why_not_listening(host, port)
+    what = f"front door: {host_port(host, port) if port else 'a free port'}"
+    return warn(f"{what}: {why}; nobody would reach the models", "Set inference.port (0 takes a "
+                "free one), or end that program") if why else ok(what)
+
+
+def check_door(loaded: Loaded) -> Iterator[Finding]:
+    """Who may come in, and whether what they say is encrypted."""
+    settings = loaded.settings
+    path = os.path.join(settings.state_dir, "tenants.yaml")
+    try:
+        yield ok(f"{len(load_tenants(path, settings.inference_gpu_usd_per_hour is not None))} "
+                 f"tenants in {path}") if os.path.lexists(path) else ok(
+                     "one tenant, with the token in inference.token; b9agent.py tenant add makes "
+                     "others")
+    except UsageError as error:
+        yield warn(error.what, error.hint)
+    tls = server_tls(settings, Log(settings.log_format, "error"))
+    for what in listeners_tls(settings, tls)[1]:
+        yield warn(what, "Set tls.cert and tls.key, or tls: tailscale")
+    ends_s = tls.ends_s if tls else None
+    if ends_s is not None:
+        left = f"the certificate ends at {utc_stamp(ends_s)}"
+        yield ok(left) if ends_s > time.time() + 7 * 86400 else warn(left, "Renew it: the new one "
+                                                                     "is taken up by itself")
 
 
 def check_ports(loaded: Loaded) -> Iterator[Finding]:
@@ -19309,7 +19335,7 @@ def check_ports(loaded: Loaded) -> Iterator[Finding]:
                    "b9agent.py run --control-port 0   # a free one")
     else:
         yield ok("control API: " + (f"the agent listens, pid {status['pid']}" if status else where))
-    yield judge_engine_port(loaded.settings, (status or {}).get("inference_status", "stopped"))
+    yield judge_front_door(loaded, status)
 
 
 def check_engines(loaded: Loaded) -> Iterator[Finding]:
@@ -19460,6 +19486,7 @@ CHECKS = (
     Check("token", check_token),
     Check("pool", check_pool),
     Check("ports", check_ports),
+    Check("door", check_door, Exit.USAGE),
     Check("engines", check_engines),
     Check("k3s", check_k3s),
     Check("tailnet", check_tailnet),
@@ -20408,9 +20435,10 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
     rows += [("k3s", k3s["message"] or f"token ends {k3s['token_expires']}")] if k3s else []
     if inference.get("engine"):
         rows.append(("inference", ", ".join(filter(None, (
-            f"{inference['engine']} {inference['status']}", inference.get("endpoint"),
+            f"{inference['engine']} {inference['status']}",
             "models " + (" ".join(inference["models"]) or "none yet"),
             inference["message"].partition("\n")[0])))))
+    rows.append(("front door", inference.get("endpoint") or "none; its log says why"))
     rows += pod_rows(status.get("pods") or {})
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))
