@@ -13056,14 +13056,10 @@ class FrontDoor:
     def _own_list(self, route: DoorRoute, names: Sequence[str], name: str,
                   target: Target) -> Dict[str, Any]:
         """What an engine with one model is not asked for."""
-        context, since_s = target.context_tokens, self._since_s
-        if route.task == "version":
-            return {"version": OLLAMA_API}
-        if name:
-            return model_answer(route.path, name, context, since_s)
         if route.task == "ps":
             names = [each for each in names if each in target.loaded]
-        return model_list_answer(route.path, names, context, since_s)
+        return model_answer(route.path, [name] if name else names, target.context_tokens,
+                            self._since_s)
 
     @staticmethod
     def _object(body: bytes) -> Any:
