@@ -725,8 +725,16 @@ def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
     return line
 
 
-def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
+def _split_head(lines: Sequence[str]) -> Tuple[str, Dict[str, str]]:
     """(status line, headers with names in lower case)."""
+    pairs = [line.partition(":") for line in lines[1:]]
+    if not lines or any([not colon or name != name.strip() for name, colon, _ in pairs]):
+        raise HttpFailure("garbage", "not an HTTP answer")
+    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
+
+
+def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
+    """As _split_head()."""
     left_bytes, lines = 65536, []
     while True:
         line = _read_line(stream, left_bytes)
@@ -735,10 +743,7 @@ def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
         if not text:
             break
         lines.append(text)
-    pairs = [line.partition(":") for line in lines[1:]]
-    if not lines or any(not colon or name != name.strip() for name, colon, _ in pairs):
-        raise HttpFailure("garbage", "not an HTTP answer")
-    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
+    return _split_head(lines)
 
 
 def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
@@ -9899,14 +9904,15 @@ def listener_tls(name: str, host: str, settings: Any, tls: Optional[ServerTls],
 
 _HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = f"({_HTTP_TOKEN}) ([!-~]+) HTTP/([0-9])[.]([0-9])"
-_HEADER_LINE = f"{_HTTP_TOKEN}:[\t -~\x80-\xff]*"
+_HEADER_LINES = f"(?:\r\n{_HTTP_TOKEN}:[\t -~\x80-\xff]*)*"
 _HTTP_ONCE = ("authorization", "content-length", "content-type", "expect", "host",
               "transfer-encoding")
 
 
 def parse_request_head(raw: bytes) -> RequestHead:
     """A request's head without its empty line.  Raises: HttpError.  Source: RFC 9112, 2 to 5."""
-    first, *lines = raw.decode("latin-1").split("\r\n")
+    text = raw.decode("latin-1")
+    first, *lines = text.split("\r\n")
     match = re.fullmatch(_REQUEST_LINE, first)
     if not match:
         raise HttpError(400, "bad_request", "this is no HTTP request")
@@ -9915,10 +9921,10 @@ def parse_request_head(raw: bytes) -> RequestHead:
         raise HttpError(505, "bad_version", "HTTP/1.1 is spoken here")
     if len(lines) > HTTP_HEADERS_MAX:
         raise HttpError(431, "too_many_headers", f"more than {HTTP_HEADERS_MAX} headers")
+    if not re.fullmatch(_HEADER_LINES, text[len(first):]):
+        raise HttpError(400, "bad_header", "a malformed header")
     headers: Dict[str, str] = {}
     for line in lines:
-        if not re.fullmatch(_HEADER_LINE, line):
-            raise HttpError(400, "bad_header", "a malformed header")
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
@@ -11792,7 +11798,7 @@ RELAY_BODIES_MAX_BYTES = 256 << 20  # of all requests that are on their way in
 ENGINE_CONNECT_S = 5.0
 ENGINE_IDLE_S = 4.0             # uvicorn closes a kept connection after 5
 ENGINE_IDLE_MAX = 1024
-_READ, _WRITE = 1, 2            # as in selectors, which is imported when a relay starts
+_READ, _WRITE = select.POLLIN, select.POLLOUT  # and EPOLLIN, EPOLLOUT
 
 
 class BodyReader:
@@ -11903,13 +11909,15 @@ class Relay:
     """
 
     def __init__(self, name: str, log: Log, sweep: Callable[[], None]) -> None:
-        import selectors
         self.log = log
-        self._selector = selectors.DefaultSelector()
+        # By descriptor, without what `selectors` puts around it: it costs as much as the call.
+        self._poll, self._second = (select.epoll(), 1) if hasattr(select, "epoll") else (
+            select.poll(), 1000)
+        self._watched: Dict[int, Any] = {}
         self._sweep = sweep
         self._calls: Any = collections.deque()
         self._wake = Wake()
-        self._selector.register(self._wake, _READ, None)
+        self._poll.register(self._wake.fileno(), _READ)
         self._closed: List[socket.socket] = []
         self.resting: List[Any] = []  # listeners, while no descriptor is to be had
         self._stopping = self._ended = False
@@ -11946,12 +11954,15 @@ class Relay:
     def watch(self, wire: Any, mask: int) -> None:
         if mask == wire.mask:
             return
+        number = wire.sock.fileno()
         if not wire.mask:
-            self._selector.register(wire.sock, mask, wire)
+            self._poll.register(number, mask)
+            self._watched[number] = wire
         elif mask:
-            self._selector.modify(wire.sock, mask, wire)
+            self._poll.modify(number, mask)
         else:
-            self._selector.unregister(wire.sock)
+            self._poll.unregister(number)
+            del self._watched[number]
         wire.mask = mask
 
     def bury(self, wire: Any) -> None:
@@ -11960,40 +11971,40 @@ class Relay:
         self.wires.discard(wire)
         self._closed.append(wire.sock)
 
-    def _guarded(self, function: Callable[..., None], wire: Any, *given: Any) -> None:
-        """A defect costs one connection, never the loop."""
+    def _guarded(self, function: Callable[[], None]) -> None:
         try:
-            function(*given)
+            function()
         except Exception as error:
             self.log.defect(error)
-            if wire is not None:
-                wire.close()
 
     def _run(self) -> None:
         sweep_s = 0.0
         while not self._stopping:
-            for key, mask in self._selector.select(
-                    RELAY_SWEEP_S if self.wires or self.resting else None):
-                wire = key.data
+            wait_s = RELAY_SWEEP_S if self.wires or self.resting else 3600.0
+            for number, mask in self._poll.poll(wait_s * self._second):
+                wire = self._watched.get(number)
                 if wire is None:
                     self._wake.wait(0)
                 elif not wire.dead:
-                    self._guarded(wire.ready, wire, mask)
+                    try:
+                        wire.ready(mask)
+                    except Exception as error:  # a defect costs one connection, never the loop
+                        self.log.defect(error)
+                        wire.close()
             if now_s() >= sweep_s and (self.wires or self.resting):
                 sweep_s = now_s() + RELAY_SWEEP_S
-                self._guarded(self._sweep, None)
+                self._guarded(self._sweep)
                 while self.resting:
                     listener = self.resting.pop()
                     if not listener.dead:
                         self.watch(listener, _READ)
             while self._calls:
-                self._guarded(self._calls.popleft(), None)
+                self._guarded(self._calls.popleft())
             for sock in self._closed:
                 sock.close()
             self._closed.clear()
         for wire in list(self.wires):
             wire.sock.close()
-        self._selector.close()
 
     def start(self) -> None:
         self.thread.start()
@@ -12162,7 +12173,7 @@ class EngineWire(RelaySocket):
             return
         if mask & _WRITE:
             self.flush()
-        if mask & _READ and not self.dead:
+        if mask & ~_WRITE and not self.dead:
             self._receive()
 
     def _receive(self) -> None:
@@ -12202,7 +12213,7 @@ class EngineWire(RelaySocket):
                 raise HttpFailure("too_large", "a head that is too long")
             return
         head, rest = self._held[:end], self._held[end + 4:]
-        first, headers = _read_head(io.BytesIO(head + b"\r\n\r\n"))
+        first, headers = _split_head(head.decode("latin-1").split("\r\n"))
         match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
         if not match:
             raise HttpFailure("garbage", "not an HTTP answer")
@@ -12307,7 +12318,7 @@ class ClientWire(RelaySocket):
             elif self.stalled_s is not None and self.out_bytes < RELAY_HELD_MAX_BYTES // 2:
                 self.stalled_s = None
                 self._owner.drained(self)
-        if mask & _READ and not self.dead:
+        if mask & ~_WRITE and not self.dead:
             self._receive()
 
     def _shake_hands(self) -> None:
@@ -12729,8 +12740,6 @@ class _Job:
                 self.door.fail(self, 502, "too_large", "the engine's answer is too large")
             return
         told = flow.feed(piece)
-        if flow.usage.pieces != self.pieces:
-            self._count()
         if told:
             client = self.client
             client.stream(told)
@@ -12738,6 +12747,8 @@ class _Job:
                     not client.dead):
                 client.stalled_s = now_s()
                 self.wire.pause(True)
+        if flow.usage.pieces != self.pieces:
+            self._count()
 
     def _count(self) -> None:
         """Tokens have come."""
