@@ -5530,7 +5530,7 @@ class Child:
         self._family: Any = None
         self._written: Any = None
         self._served = False
-        self._left = self._lives_on = ""
+        self._left = self._lives_on = self._useless = ""
         self.output = Output(self._logs, spec.name, log)
         self.snapshot = ChildSnapshot()
 
@@ -5565,6 +5565,10 @@ class Child:
             if not self._living and not self._lives_on:
                 self.snapshot = self.snapshot._replace(state=ChildState.STOPPED, message=self._left)
         return self._left
+
+    def give_up(self, why: str) -> None:
+        """It lives, and is of no use: it is ended, and started again as after any other end."""
+        self._useless = why
 
     def wait(self, states: Sequence[ChildState], limit_s: float) -> ChildSnapshot:
         """The snapshot once it is in one of the states, or after limit_s."""
@@ -5628,7 +5632,7 @@ class Child:
 
     def _run_once(self) -> Tuple[str, bool]:
         """From its start to its end: (what it came to, whether it ended by itself)."""
-        self._left = self._lives_on = ""
+        self._left = self._lives_on = self._useless = ""
         self.snapshot = self.snapshot._replace(state=ChildState.STARTING,
                                                starts=self.snapshot.starts + 1)
         problem = self._spawn()
@@ -5637,6 +5641,7 @@ class Child:
         late = self._await_ready()
         while not late and self._process.poll() is None and not self._stopping:
             _pause(WATCH_S)
+            late = self._useless
         code = self._process.poll()
         problem = late if code is None else f"ended with {exit_words(code)}"
         if code == -signal.SIGKILL:
@@ -7776,6 +7781,7 @@ _WIRE_STATES = {ChildState.STOPPED: "stopped", ChildState.STARTING: "starting",
                 ChildState.RUNNING: "running", ChildState.BACKOFF: "starting",
                 ChildState.STOPPING: "running", ChildState.ERROR: "error"}
 INFERENCE_CHECK_S = 10.0  # the gateway's router drops a node that is silent for 30 s
+SUSPECT_LIMIT_S = 60.0    # for one token of an engine that seems to be wedged
 SILENT_CHECKS = 3         # in a row without an answer: it is no longer said to run
 MODELS_TOLD = 1000        # to the gateway, of an Ollama
 
@@ -7804,6 +7810,7 @@ class Inference:
         self._models: Tuple[str, ...] = ()
         self._target = _NO_TARGET  # replaced whole
         self._silent = 0  # checks in a row that it did not answer
+        self._suspected = False
         self._load: Optional[EngineLoad] = None  # at the last check
         self._told = self._version = ""
         self._watch_wake = Wake()
@@ -8319,6 +8326,25 @@ class Inference:
                 self._refresh(up)
         self.book.used(model)
         return {"status": "loaded", "model": model, "message": "it is in memory and gave a token"}
+
+    def suspect(self, model: str) -> None:
+        """Nothing has come of a request for long: ask for one token, and start an engine of ours
+        again that gives none.  (Where a client leaves, Ollama may lose a slot for ever.)"""
+        up = self._up
+        if up is None or self._suspected or self.state() != "running":
+            return
+        self._suspected = True
+        try:
+            generate_one_token(up.endpoint, up.name or model, SUSPECT_LIMIT_S)
+        except EngineRefused:
+            pass  # it answers
+        except EngineError as error:
+            self._log("warning", "engine_wedged", engine=up.engine.name, model=model,
+                      what=error.what)
+            if up.child is not None and self._up is up:
+                up.child.give_up(f"gave no token within {SUSPECT_LIMIT_S:g} s")
+        finally:
+            self._suspected = False
 
     def unload(self, model: str) -> Dict[str, Any]:
         up = self._alone(model)
@@ -12819,11 +12845,14 @@ class _Errand:
 class FrontDoor:
     """All but listen(), start(), stop() and status() is done by the relay's thread.
 
-    target(): what the engine is now.  tls: for every listener; None for plain http.
+    target(): what the engine is now.  tls: for every listener; None for plain http.  suspect(model)
+    is told of an engine that says nothing, and may take its time to see about it.
     """
 
     def __init__(self, log: Log, access: Access, ledger: Ledger, target: Callable[[], Target],
-                 tally: DoorTally, limits: DoorLimits, tls: Any = None) -> None:
+                 tally: DoorTally, limits: DoorLimits, tls: Any = None,
+                 suspect: Callable[[str], None] = lambda model: None) -> None:
+        self._suspect = suspect
         self._log, self._access, self._ledger, self._target = log, access, ledger, target
         self._tally, self._limits, self._tls = tally, limits, tls
         self._relay = Relay("door", log, self._sweep)
@@ -13152,9 +13181,13 @@ class FrontDoor:
             client.answer(Response(200, asked.body))
             return
         tenant = job.caller.tenant
-        if len(self._waiting) >= self._limits.queue and not self._is_free(self._target(), job):
+        if len(self._waiting) >= self._limits.queue:
             raise HttpError(429, "queue_full", f"{len(self._waiting)} requests wait for the engine",
                             "Come again later", (("Retry-After", "5"),))
+        target = self._target()
+        if not self._waiting and self._is_free(target, job) and target.engine is job.target.engine:
+            self._send(job, target)
+            return
         self._waiting[job] = job.queued_s + self._limits.queue_wait_s
         self._queue.push(job, tenant.name, tenant.priority, job.model)
         self._go_on()
@@ -13339,9 +13372,9 @@ class FrontDoor:
         self._tally.set("b9agent_door_connections", len(self._clients))
         if now > self._save_s:
             self._save_s = now + DOOR_SAVE_S
-            self._relay.errand(self._ledger.save, self._saved)
+            self._relay.errand(self._ledger.save, self._told)
 
-    def _saved(self, _result: Any, problem: Any) -> None:
+    def _told(self, _result: Any, problem: Any) -> None:
         if problem is not None:
             self._log.defect(problem)
 
@@ -13363,6 +13396,7 @@ class FrontDoor:
                 job.wire.silent_s(job.sent_s) > self._limits.silence_s):
             self.fail(job, 504, "engine_silent", "the engine said nothing for "
                       f"{self._limits.silence_s:g} s")
+            self._relay.errand(lambda: self._suspect(job.model), self._told)
         elif now >= job.grant.extend_at_s:
             self._paid(job, self._ledger.extend, job.grant)
 
@@ -17402,7 +17436,7 @@ class Entrance:
                         None if price is None else price / 3600)
         return FrontDoor(log, access, ledger, self._inference.target, self.tally, DoorLimits(
             settings.inference_queue, settings.inference_queue_wait,
-            settings.inference_silence_limit), self._tls)
+            settings.inference_silence_limit), self._tls, self._inference.suspect)
 
     def _port(self, host: str) -> int:
         """Raises: OSError, LockedError with who holds it."""
