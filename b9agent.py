@@ -7652,7 +7652,7 @@ def visible_gpus(hardware: Hardware) -> Dict[str, str]:
 
 
 def loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 def free_port(host: str) -> int:
@@ -8971,7 +8971,7 @@ class Access:
             raise AccessRefused(401, "no_token", "Tailscale does not say who asks, and no token "
                                 "came", "Send Authorization: Bearer TOKEN")
         by_tailnet, login = self._book.tables.by_tailnet, found.login.lower()
-        names = found.tags or (login,)
+        names = found.tags or (() if login.startswith("tag:") else (login,))
         tenant = next((by_tailnet[name] for name in names if name in by_tailnet), None)
         if tenant is None and not found.tags:
             tenant = next((other for pattern, other in by_tailnet.items() if "*" in pattern
