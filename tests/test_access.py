@@ -141,9 +141,11 @@ TOKEN_LINE = "token_sha256: " + HASH
     (one_entry("token_sha256: " + TOKEN), "expected 64 hexadecimal digits"),
     (one_entry("token_sha256: [%s, %s, %s]" % ("a" * 64, "b" * 64, "c" * 64)), "more than two"),
     (one_entry(TOKEN_LINE, "old_token_until: tomorrow"), "expected a time such as"),
-    ("tenants:\n  - name: Default\n    %s\n" % TOKEN_LINE, "the tenant of a machine without this"),
+    ("tenants:\n  - name: Default\n    %s\n" % TOKEN_LINE, "the name is this machine's own"),
     ("tenants:\n  - name: gateway\n    %s\n" % TOKEN_LINE, "known by its address alone"),
-    ("tenants:\n  - name: Gateway\n    admin: true\n", "known by its address alone"),
+    ("tenants:\n  - name: gateway\n    admin: true\n", "known by its address alone"),
+    ("tenants:\n  - name: Gateway\n", "expected another name"),
+    ("tenants:\n  - {name: a, oidc: x}\n  - {name: a, oidc: y}\n", "name `a` is that of tenant `a`"),
     ("tenants:\n  - name: a b\n    %s\n" % TOKEN_LINE, "`name` `a b` cannot be used"),
     (one_entry(TOKEN_LINE) + "  - name: ADA\n    tailnet: a@b.c\n",
      "tenants.yaml:4: tenant `ADA`: name `ada` is that of tenant `ada` too"),
@@ -332,7 +334,7 @@ def test_a_file_that_is_broken_at_the_start_lets_nobody_in(tmp_path):
 
 
 def test_the_gateway_has_the_models_and_limits_of_its_entry(tmp_path):
-    write(tmp_path, "tenants:\n  - name: Gateway\n    models: llama*\n    tokens_per_day: 7\n")
+    write(tmp_path, "tenants:\n  - name: gateway\n    models: llama*\n    tokens_per_day: 7\n")
     access = access_of(book_of(tmp_path), gateway=["10.0.0.1"])
     tenant = asked(access, {}, ("::ffff:10.0.0.1", 1, 0, 0)).tenant
     assert (tenant.name, tenant.admin, tenant.limits.tokens_per_day) == ("gateway", False, 7)
