@@ -7696,7 +7696,7 @@ def visible_gpus(hardware: Hardware) -> Dict[str, str]:
 
 
 def loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 def free_port(host: str) -> int:
@@ -8420,7 +8420,7 @@ class Inference:
 # no burst gets past a limit.
 
 GATEWAY_TENANT, DEFAULT_TENANT = "gateway", "default"
-PRIORITIES = ("high", "normal", "low")
+PRIORITIES, KNOWN_BY = ("high", "normal", "low"), ("token_sha256", "tailnet", "oidc")
 TENANTS_MAX = 1000
 
 
@@ -8557,15 +8557,15 @@ def _field_value(row: TenantField, node: Node) -> Any:
 
 def _tenant_faults(values: Dict[str, Any], priced: bool) -> Iterator[Tuple[str, str]]:
     """(what is wrong, what is expected) of a tenant whose values are each of their kind."""
-    name, known_by = values.get("name", "").lower(), {"token_sha256", "tailnet", "oidc"}
+    name, known_by = values.get("name", ""), values.keys() & set(KNOWN_BY)
     if not name:
         yield "it has no name", "`name: NAME`"
-    elif name == DEFAULT_TENANT:
-        yield "this is the tenant of a machine without this file", "another name"
-    elif name == GATEWAY_TENANT and (known_by | {"admin", "old_token_until"}) & values.keys():
+    elif name.lower() in (DEFAULT_TENANT, GATEWAY_TENANT) and name != GATEWAY_TENANT:
+        yield "the name is this machine's own", "another name"
+    elif name == GATEWAY_TENANT and (known_by or values.keys() & {"admin", "old_token_until"}):
         yield "the gateway is known by its address alone", "models, priority and limits only"
-    elif name != GATEWAY_TENANT and not known_by & values.keys():
-        yield "nobody could be this tenant", "one of token_sha256, tailnet, oidc"
+    elif name != GATEWAY_TENANT and not known_by:
+        yield "nobody could be this tenant", f"one of {', '.join(KNOWN_BY)}"
     if len(values.get("token_sha256", ())) > 2:
         yield "it has more than two tokens", "one, and for a while the old one"
     if "usd_per_day" in values and not priced:
@@ -8607,20 +8607,17 @@ def tenants_of(tree: Node, path: str, priced: bool) -> Tuple[Tenant, ...]:
     if not isinstance(rows, list) or len(rows) > TENANTS_MAX:
         raise UsageError(f"{path}:{listed.line}: no list of tenants, expected `tenants:` and below "
                          f"it {TENANTS_MAX} at most, each begun with `- name: NAME`")
-    seen: Dict[Tuple[str, str], str] = {}
-    found = []
-    for node in rows:
-        tenant = _tenant_of(node, path, priced)
-        for key in ("name", "token_sha256", "tailnet", "oidc"):
-            values = (tenant.name.lower(),) if key == "name" else getattr(tenant, key)
-            for value in values:
-                other = seen.setdefault((key, value), tenant.name)
-                if other is not tenant.name:
-                    shown = "" if key == "token_sha256" else f" `{printable(value)}`"
-                    raise UsageError(f"{path}:{node.line}: tenant `{tenant.name}`: {key}{shown} is "
-                                     f"that of tenant `{other}` too, expected each once")
-        found.append(tenant)
-    return tuple(found)
+    seen: Dict[Tuple[str, str], Tenant] = {}
+    found = tuple(_tenant_of(node, path, priced) for node in rows)
+    for node, tenant in zip(rows, found):
+        own = [(key, value) for key in KNOWN_BY for value in getattr(tenant, key)]
+        for key, value in [("name", tenant.name.lower())] + own:
+            other = seen.setdefault((key, value), tenant)
+            if other is not tenant:
+                shown = "" if key == "token_sha256" else f" `{printable(value)}`"
+                raise UsageError(f"{path}:{node.line}: tenant `{tenant.name}`: {key}{shown} is "
+                                 f"that of tenant `{other.name}` too, expected each once")
+    return found
 
 
 def load_tenants(path: str, priced: bool) -> Tuple[Tenant, ...]:
@@ -8631,7 +8628,7 @@ def load_tenants(path: str, priced: bool) -> Tuple[Tenant, ...]:
 
 def token_hash(token: str) -> str:
     import hashlib
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _file_stamp(path: str) -> Optional[Tuple[int, ...]]:
@@ -8643,7 +8640,7 @@ def _file_stamp(path: str) -> Optional[Tuple[int, ...]]:
 
 
 class TenantTables(NamedTuple):
-    """The tenants, by what they are known by.  gateway: None where nobody is let in."""
+    """The tenants, by what they are KNOWN_BY.  gateway: None where nobody is let in."""
     tenants: Tuple[Tenant, ...] = ()
     by_hash: Dict[str, Tenant] = {}
     by_tailnet: Dict[str, Tenant] = {}
@@ -8654,10 +8651,9 @@ class TenantTables(NamedTuple):
 def tables_of(tenants: Tuple[Tenant, ...]) -> TenantTables:
     def by(key: str) -> Dict[str, Tenant]:
         return {value: tenant for tenant in tenants for value in getattr(tenant, key)}
-    gateway = [tenant for tenant in tenants if tenant.name.lower() == GATEWAY_TENANT]
-    return TenantTables(tenants, by("token_sha256"), by("tailnet"), by("oidc"),
-                        gateway[0]._replace(name=GATEWAY_TENANT) if gateway else
-                        Tenant(GATEWAY_TENANT))
+    gateway = next((tenant for tenant in tenants if tenant.name == GATEWAY_TENANT),
+                   Tenant(GATEWAY_TENANT))
+    return TenantTables(tenants, *map(by, KNOWN_BY), gateway)
 
 
 class TenantBook:
@@ -8696,14 +8692,12 @@ class TenantBook:
             if stamp != self._stamp:
                 try:
                     self.tables = tables_of(self._load(len(stamp) > 1))
+                    self._log("info", "tenants", names=len(self.tables.tenants))
                 except UsageError as error:
-                    kept = ("Those known before stay in force" if self.tables.tenants
-                            or self.tables.gateway else "Until then nobody is let in")
+                    kept = ("Those known before stay in force" if self.tables.gateway else
+                            "Until then nobody is let in")
                     self._log("error", "tenants_refused", what=error.what,
-                              do=" ".join(filter(None, (error.hint and error.hint + ".", kept))))
-                else:
-                    self._log("info", "tenants", names=len(self.tables.tenants),
-                              file=self._path if len(stamp) > 1 else None)
+                              do=f"{error.hint}. {kept}" if error.hint else kept)
                 self._stamp = stamp if len(stamp) > 1 else self._stamp_now()
             self._changed = False
 
@@ -8902,7 +8896,12 @@ class Oidc:
         self._ask_s = now + (JWKS_EVERY_S if self._endpoint else 1.0)
         if stamp is None or stamp != self._stamp:
             try:
-                keys = keys_of(self._read())
+                if self._endpoint is None:
+                    body = (read_text(self._jwks, 1 << 18) or "").encode("utf-8")
+                else:
+                    reply = http_request("GET", self._endpoint, self._path, {}, None, 10.0, 1 << 18)
+                    body = reply.body if reply.status == 200 else b""
+                keys = keys_of(body)
             except (HttpFailure, ValueError) as error:
                 self._log("warning", "oidc_keys", what=f"{self._jwks}: {error}",
                           do="Those known before stay in force" if self._keys else
@@ -8912,14 +8911,6 @@ class Oidc:
                 self._verified.clear()
             self._keys, self._stamp = keys, stamp
         self._good_until_s = now + (JWKS_KEPT_S if self._endpoint else JWKS_EVERY_S)
-
-    def _read(self) -> bytes:
-        if self._endpoint is None:
-            return (read_text(self._jwks, 1 << 18) or "").encode("utf-8")
-        reply = http_request("GET", self._endpoint, self._path, {}, None, 10.0, 1 << 18)
-        if reply.status != 200:
-            raise ValueError(f"answered {reply.status}")
-        return reply.body
 
 
 # -- who asks ------------------------------------------------------------
@@ -9081,7 +9072,7 @@ class Access:
             raise AccessRefused(401, "no_token", "Tailscale does not say who asks, and no token "
                                 "came", "Send Authorization: Bearer TOKEN")
         by_tailnet, login = self._book.tables.by_tailnet, found.login.lower()
-        names = found.tags or (login,)
+        names = found.tags or (() if login.startswith("tag:") else (login,))
         tenant = next((by_tailnet[name] for name in names if name in by_tailnet), None)
         if tenant is None and not found.tags:
             tenant = next((other for pattern, other in by_tailnet.items() if "*" in pattern
@@ -9118,17 +9109,17 @@ class Bill(NamedTuple):
 
 
 class _Account:
-    """A tenant's day, and what is reserved now."""
+    """A tenant's day, and what is reserved now.  times: of its newest requests."""
     __slots__ = USAGE_FIELDS + ("active", "held_tokens", "held_gpu_s", "times")
 
     def __init__(self) -> None:
-        self.active = self.held_tokens = 0
-        self.held_gpu_s, self.times = 0.0, collections.deque()
-        self.clear()
+        self.active, self.held_tokens, self.held_gpu_s = 0, 0, 0.0
+        self.times: Any = collections.deque()
+        self.set({})
 
-    def clear(self) -> None:
-        self.requests = self.prompt_tokens = self.completion_tokens = 0
-        self.gpu_seconds = self.usd = 0.0
+    def set(self, day: Dict[str, Any]) -> None:
+        for field in USAGE_FIELDS:
+            setattr(self, field, day.get(field, 0))
 
     def usage(self) -> Dict[str, Any]:
         return {field: getattr(self, field) for field in USAGE_FIELDS}
@@ -9147,16 +9138,12 @@ class Grant:
         self.bill, self.settled = Bill(0.0, 0.0), False
 
 
-def _is_day(value: Any) -> bool:
-    return isinstance(value, int) and _is_amount(value)
-
-
 def read_usage(path: str, today: int) -> Optional[Tuple[int, Dict[str, Dict[str, Any]]]]:
     """(day since 1970, {tenant: what it has used}) of usage.json; None for what is not ours.  A
     clock that was set back within a day opens no new one; further back it was wrong before."""
     found = _json_object((read_text(path, 8 << 20) or "").encode("utf-8"))
     day, rows = found.get("day"), found.get("tenants")
-    if not _is_day(day) or not isinstance(rows, dict) or not all(
+    if not isinstance(day, int) or not _is_amount(day) or not isinstance(rows, dict) or not all(
             isinstance(row, dict) and all(_is_amount(row.get(field)) for field in USAGE_FIELDS)
             for row in rows.values()):
         return None
@@ -9183,9 +9170,7 @@ class Ledger:
             kept = read_usage(path, self._day)
             self._day, rows = kept or (self._day, {})
             for name, row in rows.items():
-                account = self._accounts.setdefault(name, _Account())
-                for field in USAGE_FIELDS:
-                    setattr(account, field, row[field])
+                self._accounts.setdefault(name, _Account()).set(row)
             if kept is None:
                 log("warning", "usage_file", what=f"{path} is not one of ours",
                     do="What tenants have used today is counted from 0")
@@ -9286,7 +9271,7 @@ class Ledger:
             self._accounts = {name: account for name, account in self._accounts.items()
                               if account.active or account.times and account.times[-1] > now - 60.0}
             for account in self._accounts.values():
-                account.clear()
+                account.set({})
             self._day, self._dirty = day, True
         return self._clock()
 
