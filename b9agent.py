@@ -8711,7 +8711,7 @@ class ServerTls:
     def _read_stamp(self) -> Any:
         try:
             found = [os.stat(path) for path in self._paths]
-            return [(one.st_dev, one.st_ino, one.st_ctime_ns) for one in found]
+            return [(one.st_ino, one.st_size, one.st_ctime_ns) for one in found]
         except OSError:
             return None
 

@@ -19,7 +19,6 @@ import b9agent
 from helpers import Program, agent_command, environment, run_agent, wait_until
 from hostile_gateway import TOKEN
 from test_http_hostile import GOOD, HOST, TestApi, read_answer, read_head
-from test_tailnet import Namespace, network  # noqa: F401
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TLS = os.path.join(HERE, "tls")
@@ -629,9 +628,12 @@ def test_on_loopback_the_control_api_stays_plain(agent, hostile, pair, home):
 
 
 @pytest.fixture
-def elsewhere(network):  # noqa: F811
+def elsewhere():
     """(our network, another one) with a wire between them: 192.0.2.1 and 192.0.2.2."""
-    with Namespace() as other:
+    Namespace = pytest.importorskip("test_tailnet", reason="needs hypothesis").Namespace
+    if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "nsenter", "ip", "curl"))):
+        pytest.skip("needs root, unshare, nsenter, ip and curl")
+    with Namespace() as network, Namespace() as other:
         network.ip("link add wire0 type veth peer name wire1 netns %d" % other.holder.pid)
         for one, name, address in ((network, "wire0", "192.0.2.1"), (other, "wire1", "192.0.2.2")):
             one.ip("addr add %s/24 dev %s" % (address, name))
