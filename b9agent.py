@@ -9827,7 +9827,7 @@ class ServerTls:
     def _read_stamp(self) -> Any:
         try:
             found = [os.stat(path) for path in self._paths]
-            return [(one.st_dev, one.st_ino, one.st_ctime_ns) for one in found]
+            return [(one.st_ino, one.st_size, one.st_ctime_ns) for one in found]
         except OSError:
             return None
 
@@ -17957,9 +17957,10 @@ class Agent:
             self._stop_control()
             self._log("error", "no_control_api", where=host_port(settings.control_host,
                                                                  settings.control_port),
-                      what=getattr(error, "strerror", None) or error,
-                      do="The machine is kept alive without it. A taken port? Free it, or set "
-                         "control.port (0 takes a free one)")
+                      what=getattr(error, "strerror", None) or getattr(error, "what", error),
+                      do="The machine is kept alive without it. " + getattr(
+                          error, "hint", "A taken port? Free it, or set control.port (0 takes a "
+                          "free one)"))
             return
         self._log("info", "listening", api="control", url=server.url)
 
@@ -20580,11 +20581,11 @@ def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
 # -- top --------------------------------------------------------------------
 
 def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dict[str, str]]:
-    """An agent on another machine, by its address: it takes no name in a Host header.
+    """An agent on another machine; without TLS by its address: it takes no name in a Host header.
 
     Raises: UsageError, GatewayUnreachable.
     """
-    host, port = split_gateway(text, "--host")
+    host, port = split_gateway(text[8:] if text.startswith("https://") else text, "--host")
     token: Optional[str] = os.environ.get("B9AGENT_CONTROL_TOKEN", "")
     if token_file:
         token = read_text(token_file, 4096)
@@ -20600,13 +20601,15 @@ def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dic
             "control.token: copy it here, then --control-token-file PATH")
     token = token.strip()
     REDACTOR.add(token)
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    if text.startswith("https://"):  # by its name, for which it has a certificate
+        return Endpoint("https", host, int(port or 9999)), headers
     try:
         found = socket.getaddrinfo(host, int(port or 9999), type=socket.SOCK_STREAM)[0][4]
     except (OSError, UnicodeError) as error:
         said = getattr(error, "strerror", None) or error
         raise GatewayUnreachable(f"--host: cannot look up {host}: {said}") from error
-    return (Endpoint("http", found[0], found[1]),
-            {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+    return Endpoint("http", found[0], found[1]), headers
 
 
 def command_top(loaded: Loaded, options: Dict[str, str]) -> int:
@@ -21452,8 +21455,8 @@ COMMANDS = (
         _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),
         ("state_dir",), "ask the running agent"),
     Command("top", command_top, (
-        Option("--host", "HOST[:PORT]", "an agent elsewhere: in a tailnet or at the end of a "
-               "tunnel, for it is asked in plain http; its control.token is wanted"),
+        Option("--host", "HOST[:PORT]", "an agent elsewhere, which wants its control.token: "
+               "https://HOST[:PORT]; in plain http in a tailnet or at the end of a tunnel"),
         Option("--control-token-file", "PATH", "a copy of it, mode 0600; or B9AGENT_CONTROL_TOKEN"),
         Option("--once", "", "print one frame, and end")), ("state_dir",),
         "the dashboard of an agent that runs"),
