@@ -9766,40 +9766,25 @@ def wants_tls(host: str, tailnet: str = "") -> bool:
     >>> [wants_tls(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "box.lan")]
     [False, False, False, True, True, True]
     """
-    bare = host.lower()
-    bare = bare[7:] if bare.startswith("::ffff:") else bare
+    bare = re.sub("^::ffff:", "", host.lower())
     return not (bare in ("localhost", "::1", tailnet or "::1")
                 or re.fullmatch(r"127(\.[0-9]{1,3}){3}", bare))
 
 
-def _der_value(data: bytes, at: int) -> Tuple[int, int]:
-    """(begin, end) of the content of the value that stands there.  Source: X.690, 8.1."""
-    begin, length = at + 2, data[at + 1]
-    if length > 127:
-        begin += length - 128
-        length = int.from_bytes(data[at + 2:begin], "big")
-    return begin, begin + length
-
-
-def certificate_end_s(pem: str) -> Optional[float]:
-    """When the first certificate of a PEM text ends, in seconds since 1970.  The standard library
-    tells that of a peer's certificate alone.  Source: RFC 5280, 4.1."""
+def certificate_end(pem: str) -> str:
+    """When the first certificate of a text ends, as utc_stamp() says it; "" where that is unknown.
+    By the form of its validity: the standard library tells that of a peer's alone.  Source: RFC
+    5280, 4.1.2.5."""
     import binascii
-    import calendar
-    match = re.search("-----BEGIN CERTIFICATE-----([^-]+)-----END", pem)
+    body = re.search("-----BEGIN CERTIFICATE-----([^-]+)-----END", pem)
+    moment = rb"(?:\x17\x0d|\x18\x0f([0-9]{2}))([0-9]{12})Z"  # UTCTime, or with the century
     try:
-        data = binascii.a2b_base64(match.group(1) if match else "")
-        at = _der_value(data, _der_value(data, 0)[0])[0]  # Certificate, in it TBSCertificate
-        for _ in range(4 if data[at] == 0xA0 else 3):  # version, serial, signature, issuer
-            at = _der_value(data, at)[1]
-        at = _der_value(data, _der_value(data, at)[0])[1]  # validity, in it behind notBefore
-        begin, end = _der_value(data, at)
-        text = data[begin:end].decode("ascii")
-        if data[at] == 0x17:  # UTCTime, of a year in two digits
-            text = ("20" if text < "5" else "19") + text
-        return float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ")))
-    except (ValueError, IndexError):
-        return None
+        found = re.search(b"\x30[\x1e-\x22]" + moment + moment,
+                          binascii.a2b_base64(body.group(1) if body else ""))
+    except ValueError:
+        return ""
+    digits = ((found.group(3) or b"20") + found.group(4)).decode("ascii") if found else ""
+    return re.sub("(....)(..)(..)(..)(..)(..)", r"\1-\2-\3T\4:\5:\6Z", digits)
 
 
 def TLS_WAITS() -> Tuple[Any, ...]:
@@ -9810,18 +9795,17 @@ def TLS_WAITS() -> Tuple[Any, ...]:
 
 class ServerTls:
     """A server's certificate and its key, taken up anew when their files change; what cannot be
-    used then leaves the old pair in use.
+    used then leaves the old pair in use.  later: the files may come after this.
 
-    later: the files may come after this.  ends_s: when the certificate does, if that is known.
     Raises: UsageError.
     """
 
     def __init__(self, cert_path: str, key_path: str, log: Log, later: bool = False) -> None:
         self._paths, self._log = (cert_path, key_path), log
         self._context: Any = None  # replaced whole
-        self.ends_s: Optional[float] = None
-        self._stamp, self._look_s = self._read_stamp(), now_s() + TLS_LOOK_S
-        if self._stamp or not later:
+        self._stamp, self._look_s = None, 0.0
+        if not later:
+            self._stamp, self._look_s = self._read_stamp(), now_s() + TLS_LOOK_S
             self._load()
 
     def _read_stamp(self) -> Any:
@@ -9831,27 +9815,15 @@ class ServerTls:
         except OSError:
             return None
 
-    def _checked(self) -> str:
-        """The certificate's text, once it is clear that the files may be used."""
-        texts = [read_text(path) for path in self._paths]
-        for path, text, kind in zip(self._paths, texts, ("CERTIFICATE", "PRIVATE KEY")):
+    def _load(self) -> None:
+        import ssl
+        (cert_path, key_path), texts = self._paths, [read_text(path) for path in self._paths]
+        for path, text in zip(self._paths, texts):
             if text is None:
                 raise UsageError(f"cannot read {path}", "tls.cert and tls.key name two files that "
                                  "the agent's user may read")
-            if not re.search(f"-----BEGIN [A-Z0-9 ]*{kind}-----", text):
-                raise UsageError(f"{path} holds no {kind.lower()} in PEM form",
-                                 "It is text with -----BEGIN …; tls.cert is the certificate with "
-                                 "its chain, tls.key its key")
-            if "PRIVATE KEY-----" in text:
+            if path == key_path or "PRIVATE KEY-----" in text:
                 refuse_if_shared(path, "a private key")
-                if "ENCRYPTED" in text:
-                    raise UsageError(f"the key in {path} has a passphrase, which nobody is here to "
-                                     "type", f"Make one without: openssl pkey -in {path} -out NEW")
-        return texts[0] or ""
-
-    def _load(self) -> None:
-        import ssl
-        (cert_path, key_path), text = self._paths, self._checked()
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -9861,32 +9833,24 @@ class ServerTls:
             context.set_alpn_protocols(["http/1.1"])
             context.load_cert_chain(cert_path, key_path, password="")
         except (OSError, ValueError) as error:  # SSLError; gone since it was read
-            reason = str(getattr(error, "reason", None) or error)
-            if "MISMATCH" in reason:
-                raise UsageError(f"the key in {key_path} is not that of the certificate in "
-                                 f"{cert_path}", "They are made as a pair: is one of them of "
-                                 "before the renewal, or tls.cert not the leaf first?") from error
-            raise UsageError(f"{cert_path} and {key_path} cannot be used: {reason}",
-                             f"`openssl x509 -in {cert_path} -text` says more") from error
-        self._context, self.ends_s = context, certificate_end_s(text)
-        if self.ends_s is not None and self.ends_s < time.time():
-            self._log("warning", "certificate_ended", path=cert_path, at=utc_stamp(self.ends_s),
-                      do="Clients will refuse it: renew it; the new one is taken up by itself")
+            raise UsageError(f"the certificate {cert_path} and the key {key_path} cannot be used: "
+                             f"{getattr(error, 'reason', None) or error}", "Both are PEM, made as "
+                             "a pair; the certificate stands before its chain, and the key has no "
+                             "passphrase") from error
+        self._context, end = context, certificate_end(texts[0] or "")
+        ended = "" < end < utc_stamp()
+        self._log("warning" if ended else "info", "certificate", path=cert_path, until=end or None,
+                  do="It has ended: renew it; the new one is taken up by itself" if ended else None)
 
     def _look(self) -> None:
-        self._look_s = now_s() + TLS_LOOK_S
-        stamp = self._read_stamp()
-        if stamp == self._stamp:
-            return
-        self._stamp, begun = stamp, self._context is None
-        try:
-            self._load()
-        except UsageError as error:
-            self._log.error("certificate_not_taken", error, "warning",
-                            still=None if begun else "the one from before is in use")
-            return
-        self._log("info", "certificate_taken", path=self._paths[0],
-                  until=None if self.ends_s is None else utc_stamp(self.ends_s))
+        self._look_s, stamp = now_s() + TLS_LOOK_S, self._read_stamp()
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                self._load()
+            except UsageError as error:
+                self._log.error("certificate_not_taken", error, "warning",
+                                still="the one from before is in use" if self._context else None)
 
     def context(self) -> Any:
         """No waiting, but for a look at the files now and then.  Raises: OSError where there is no
@@ -9901,6 +9865,34 @@ class ServerTls:
         """The same connection, under TLS once its do_handshake() is through; the socket that was
         given is of no use any more.  Raises: OSError."""
         return self.context().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+
+
+def tls_pair(settings: Any) -> List[str]:
+    """Where `tls: tailscale` keeps the certificate and its key."""
+    return [os.path.join(settings.state_dir, "tls", "tailnet." + end) for end in ("crt", "key")
+            ] if settings.tls == "tailscale" else []
+
+
+def server_tls(settings: Any, log: Log) -> Optional[ServerTls]:
+    """As it is set.  Raises: UsageError."""
+    cert_path, key_path = tls_pair(settings) or (settings.tls_cert, settings.tls_key)
+    if bool(cert_path) != bool(key_path):
+        raise UsageError("of tls.cert and tls.key only one is set", "They belong together")
+    return ServerTls(cert_path, key_path, log, settings.tls == "tailscale") if cert_path else None
+
+
+def listener_tls(name: str, host: str, settings: Any, tls: Optional[ServerTls],
+                 tailnet: str = "") -> Optional[ServerTls]:
+    """What a listener at this address gets.  name: of the setting that names it; tailnet: as for
+    wants_tls().  Raises: UsageError."""
+    if not wants_tls(host, tailnet):
+        return None
+    if tls is None and not settings.insecure:
+        raise UsageError(f"{name} {host} is beyond loopback and the tailnet, and there is no TLS: "
+                         "tokens, prompts and answers would cross the network in clear text",
+                         "Set tls.cert and tls.key, or tls: tailscale; or insecure: true, where "
+                         "whoever is on the way may read them")
+    return tls
 
 
 # -- a connection ------------------------------------------------------
@@ -10005,29 +9997,26 @@ class _Connection:
         self._tls, self._unread = None, True
         try:
             self.sock.settimeout(HTTP_REQUEST_LIMIT_S)
-            if self.sock.recv(1, socket.MSG_PEEK) != b"\x16":  # a handshake, RFC 8446, 5.1
-                here, there = self.sock.getsockname()[0], self.sock.getpeername()[0]
-                if wants_tls(here) and here != there:
-                    raise HttpError(400, "https_wanted", "plain http on a port that speaks https",
-                                    "Use https:// with the same address. A token that came with "
-                                    "this crossed the network in clear text: make a new one")
+            if self.sock.recv(1, socket.MSG_PEEK) == b"\x16":  # a handshake, RFC 8446, 5.1
+                self.sock = tls.wrap(self.sock)
+                self.sock.do_handshake()  # all of it within the limit
+                self._under_tls = True
                 return
-            self.sock = tls.wrap(self.sock)
-            self.sock.settimeout(HTTP_REQUEST_LIMIT_S)
-            self.sock.do_handshake()  # its limit is one for the whole of it
+            here, there = self.sock.getsockname()[0], self.sock.getpeername()[0]
         except (OSError, ValueError) as error:
             self._api.log("debug", "no_tls", api=self._api.name, what=str(error)[:200])
             raise _Gone from error
-        self._under_tls = True
+        if wants_tls(here) and here != there:
+            raise HttpError(400, "https_wanted", "plain http on a port that speaks https",
+                            "Use https:// with the same address. A token that came with this has "
+                            "crossed the network in clear text: make a new one")
 
     def _end_tls(self) -> None:
         """Say that what was sent was all of it; the answer to that is not waited for."""
-        if self._under_tls:
-            try:
-                self.sock.settimeout(0)
+        with contextlib.suppress(OSError, ValueError):
+            self.sock.settimeout(0)
+            if self._under_tls:
                 self.sock.unwrap()
-            except (OSError, ValueError):
-                pass  # it is closed next in any case
 
     def _receive(self, until_s: float, begun: bool = True) -> bytes:
         """More of a request, or the beginning of one.  Raises: HttpError, _Gone."""
@@ -10674,134 +10663,99 @@ def _is_number(value: Optional[float]) -> bool:
     return value is not None and -float("inf") < value < float("inf")
 
 
-class DoorMetric(NamedTuple):
-    """kind: counter, gauge, histogram.  buckets: the upper bounds of a histogram, but +Inf."""
-    name: str
-    kind: str
-    labels: Tuple[str, ...]
-    help: str
-    buckets: Tuple[float, ...] = ()
+_WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-
-_WAIT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-DOOR_METRICS = {row.name: row for row in (
-    DoorMetric("b9agent_door_requests_total", "counter", ("tenant", "model", "code"),
-               "Requests that the front door answered, by status."),
-    DoorMetric("b9agent_door_refusals_total", "counter", ("tenant", "reason"),
-               "Requests that it refused."),
-    DoorMetric("b9agent_door_prompt_tokens_total", "counter", ("tenant", "model"),
-               "Tokens of prompts, as the engine counts them."),
-    DoorMetric("b9agent_door_completion_tokens_total", "counter", ("tenant", "model"),
-               "Tokens of answers, as the engine counts them."),
-    DoorMetric("b9agent_door_gpu_seconds_total", "counter", ("tenant", "model"),
-               "Share of the time of GPUs, each counted."),
-    DoorMetric("b9agent_door_usd_total", "counter", ("tenant", "model"), "Price of that time."),
-    DoorMetric("b9agent_door_cold_starts_total", "counter", ("model",),
-               "Requests for which a model had to be loaded."),
-    DoorMetric("b9agent_door_cold_start_seconds_total", "counter", ("model",),
-               "Time that these loads took."),
-    DoorMetric("b9agent_door_first_token_seconds", "histogram", ("tenant", "model"),
-               "Time from a request to the first token of its answer.", _WAIT_BUCKETS),
-    DoorMetric("b9agent_door_inter_token_seconds", "histogram", ("model",),
-               "Time between two pieces of an answer.",
-               (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)),
-    DoorMetric("b9agent_door_queue_seconds", "histogram", ("tenant",),
-               "Time that a request waited for its turn.", _WAIT_BUCKETS),
-    DoorMetric("b9agent_door_overhead_seconds", "histogram", (),
-               "Time that the door itself added to a request.",
-               (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.1, 1.0)),
-    DoorMetric("b9agent_door_streams", "gauge", (), "Answers that are on their way."),
-    DoorMetric("b9agent_door_waiting", "gauge", (), "Requests that wait for their turn."),
-    DoorMetric("b9agent_door_connections", "gauge", (), "Open connections of clients."),
-)}
+# Names after b9agent_door_: labels, help, and the upper bounds of a histogram's buckets but +Inf.
+DOOR_METRICS: Dict[str, Tuple[str, str, Tuple[float, ...]]] = {
+    "b9agent_door_" + name: (labels, text, buckets) for name, labels, text, buckets in (
+        ("requests_total", "tenant model code", "Requests that it answered, by status.", ()),
+        ("refusals_total", "tenant reason", "Requests that the front door refused.", ()),
+        ("prompt_tokens_total", "tenant model", "Tokens of prompts, as engines count them.", ()),
+        ("completion_tokens_total", "tenant model", "Tokens of answers, as they count.", ()),
+        ("gpu_seconds_total", "tenant model", "Time on GPUs, a share of what others used too.", ()),
+        ("usd_total", "tenant model", "Price of that time, in dollars.", ()),
+        ("cold_starts_total", "model", "Requests for which a model had to be loaded.", ()),
+        ("cold_start_seconds_total", "model", "Time that loading models took.", ()),
+        ("first_token_seconds", "tenant model", "Time to the first token of an answer.", _WAITS_S),
+        ("inter_token_seconds", "model", "Time between two pieces of an answer.",
+         (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)),
+        ("queue_seconds", "tenant", "Time that a request waited for its turn.", _WAITS_S),
+        ("overhead_seconds", "", "Time that the front door itself added to a request.",
+         (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)),
+        ("streams", "", "Answers on their way.", ()),
+        ("waiting", "", "Requests that wait for their turn.", ()),
+        ("connections", "", "Open connections of clients.", ()))}
 DOOR_SERIES_MAX = 256  # of one metric; what comes after them is all "other"
 
 
-class _Series:
-    """One set of labels of a counter or a gauge."""
+class _DoorSeries:
+    """One metric with one set of labels.  total: its value, or a histogram's sum."""
 
-    __slots__ = ("_head", "value")
+    __slots__ = ("total", "_bounds", "_find", "_counts", "_heads")
 
-    def __init__(self, metric: DoorMetric, labels: Dict[str, Any]) -> None:
-        self._head = metric.name + _label_text(labels)
-        self.value = 0.0
-
-    def lines(self) -> List[str]:
-        return [f"{self._head} {self.value}"] if _is_number(self.value) else []
-
-
-class _Histogram:
-    """The same of a histogram.  observe(): of one thread at a time, and without a lock; a reader
-    may see a value that the sum does not have yet."""
-
-    __slots__ = ("_bounds", "_counts", "_sum", "_find", "_heads")
-
-    def __init__(self, metric: DoorMetric, labels: Dict[str, Any]) -> None:
+    def __init__(self, name: str, values: Tuple[str, ...]) -> None:
         from bisect import bisect_left
-        self._bounds, self._find = metric.buckets, bisect_left
-        self._counts, self._sum = [0] * (len(metric.buckets) + 1), 0.0
-        bounds = [_label_text(dict(labels, le=bound)) for bound in (*metric.buckets, "+Inf")]
-        self._heads = [f"{metric.name}_bucket{text}" for text in bounds] + [
-            f"{metric.name}_{part}{_label_text(labels)}" for part in ("sum", "count")]
+        names, _, self._bounds = DOOR_METRICS[name]
+        labels: Dict[str, Any] = dict(zip(names.split(), values))
+        self.total, self._find = 0.0, bisect_left
+        bounds = (*self._bounds, "+Inf") if self._bounds else ()
+        self._counts = [0] * len(bounds)
+        parts = [("_bucket", dict(labels, le=bound)) for bound in bounds]
+        parts += [("_sum", labels), ("_count", labels)] if bounds else [("", labels)]
+        self._heads = [name + part + _label_text(shown) for part, shown in parts]
 
     def observe(self, seconds: float) -> None:
+        """Without a lock: of one thread at a time."""
         self._counts[self._find(self._bounds, seconds)] += 1
-        self._sum += seconds
+        self.total += seconds
 
     def lines(self) -> List[str]:
-        total, counts = self._sum, []
-        for count in self._counts[:]:
-            counts.append(count + (counts[-1] if counts else 0))
-        return [f"{head} {value}" for head, value in zip(self._heads, [*counts, total, counts[-1]])]
+        from itertools import accumulate
+        counts = list(accumulate(self._counts[:]))
+        values = [*counts, self.total, *counts[-1:]]
+        return [f"{head} {value}" for head, value in zip(self._heads, values)]
 
 
 class DoorTally:
     """What the front door counts, as DOOR_METRICS names it.  Labels are configured names, not what
-    a stranger sent; their number is bounded all the same.
-
-    _lock guards the dictionaries and what is added; nothing waits under it.
-    """
+    a stranger sent; their number is bounded all the same.  _lock guards what is added."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: Dict[Any, Any] = {}  # by (name, labels): what add() looks for
-        self._series: Dict[str, Dict[str, Any]] = {name: {} for name in DOOR_METRICS}  # by text
+        self._series: Dict[str, Dict[Tuple[str, ...], _DoorSeries]] = {
+            name: {} for name in DOOR_METRICS}
 
-    def _of(self, name: str, labels: Tuple[str, ...]) -> Any:
-        found = self._found.get((name, labels))
-        if found is None:
-            metric, series = DOOR_METRICS[name], self._series[name]
-            shown = dict(zip(metric.labels, labels))
-            # By its text, which is cut: no series may stand in a page twice.
-            if len(series) >= DOOR_SERIES_MAX and _label_text(shown) not in series:
-                shown = dict.fromkeys(metric.labels, "other")
-            text, kind = _label_text(shown), _Histogram if metric.buckets else _Series
-            found = series.get(text) or series.setdefault(text, kind(metric, shown))
-            if len(self._found) < DOOR_SERIES_MAX * len(DOOR_METRICS):
-                self._found[name, labels] = found
-        return found
+    def _of(self, name: str, labels: Tuple[str, ...]) -> _DoorSeries:
+        series = self._series[name]
+        if labels not in series:  # as they are shown: no series may stand in a page twice
+            labels = tuple([printable(label)[:METRIC_LABEL_MAX] for label in labels])
+            if len(series) >= DOOR_SERIES_MAX and labels not in series:
+                labels = ("other",) * len(labels)
+            if labels not in series:
+                series[labels] = _DoorSeries(name, labels)
+        return series[labels]
 
     def add(self, name: str, labels: Tuple[str, ...] = (), amount: float = 1.0) -> None:
         with self._lock:
-            self._of(name, labels).value += amount
+            self._of(name, labels).total += amount
 
     def set(self, name: str, value: float) -> None:
         with self._lock:
-            self._of(name, ()).value = value
+            self._of(name, ()).total = value
 
-    def histogram(self, name: str, labels: Tuple[str, ...] = ()) -> Any:
+    def histogram(self, name: str, labels: Tuple[str, ...] = ()) -> _DoorSeries:
         """To be kept by who observes."""
         with self._lock:
             return self._of(name, labels)
 
     def lines(self) -> Iterator[str]:
         """From any thread.  What has not happened yet is left out."""
-        for name, metric in DOOR_METRICS.items():
+        for name, (_, text, buckets) in DOOR_METRICS.items():
             with self._lock:
                 series = list(self._series[name].values())
             if series:
-                yield f"# HELP {name} {metric.help}"
-                yield f"# TYPE {name} {metric.kind}"
+                kind = "counter" if name.endswith("_total") else "gauge"
+                yield f"# HELP {name} {text}\n# TYPE {name} {'histogram' if buckets else kind}"
             for one in series:
                 yield from one.lines()
 
@@ -13905,11 +13859,11 @@ def agent_address(state_dir: AgentPlace) -> Tuple[Endpoint, Dict[str, str]]:
 
 
 def ask_agent(state_dir: str, path: str, is_ours: Callable[[HttpReply], bool],
-              limit_s: float = 5.0, max_bytes: int = 1 << 20) -> HttpReply:
+              limit_s: float = 5.0) -> HttpReply:
     """GET something of the agent that runs on this state folder.  Raises: as agent_address()."""
     endpoint, headers = agent_address(state_dir)
     try:
-        reply = http_request("GET", endpoint, path, headers, None, limit_s, max_bytes)
+        reply = http_request("GET", endpoint, path, headers, None, limit_s, 16 << 20)
     except HttpFailure as failure:
         raise GatewayUnreachable(f"the agent at {endpoint.url} does not answer: {failure}",
                                  "Its log says why: is it being started or stopped?") from failure
@@ -13985,8 +13939,7 @@ def read_agent_status(state_dir: str, limit_s: float = 5.0) -> Dict[str, Any]:
 def read_agent_metrics(state_dir: str) -> bytes:
     """GET /metrics.  Raises: as ask_agent()."""
     return ask_agent(state_dir, "/metrics",
-                     lambda reply: reply.body.startswith(b"# HELP b9agent_"),
-                     max_bytes=16 << 20).body
+                     lambda reply: reply.body.startswith(b"# HELP b9agent_")).body
 
 
 # ----------------------------------------------------------------------
@@ -14195,6 +14148,11 @@ TAILSCALED_SERVICES = (  # started at boot: systemd, OpenRC, launchd
     "/etc/systemd/system/multi-user.target.wants/tailscaled.service",
     "/etc/runlevels/default/tailscale", "/Library/LaunchDaemons/com.tailscale.tailscaled.plist")
 _MAC_APP = "/Applications/Tailscale.app/Contents/MacOS"
+TAILNET_CERT_LIMIT_S = 120.0
+_CERT_MENDS = (  # what `tailscale cert` says, and what helps
+    ("does not support getting TLS certs", "Enable HTTPS Certificates, and MagicDNS, on the DNS "
+     "page of the tailnet's admin console"),
+    ("ccess denied", "Let the agent's user have it: sudo tailscale set --operator=USER"))
 
 # Its ipn.State, what that is to us, and what to say.  What passes by itself is worth a wait.
 _BACKEND_STATES = {
@@ -14248,12 +14206,34 @@ def parse_tailscale_status(body: bytes) -> Optional[TailnetReading]:
                           message=message, tun=found.get("TUN") is not False) if state else None
 
 
-def ask_tailscaled(path: str) -> TailnetReading:
-    """By its local API, which any user may read."""
+def parse_whois(body: bytes) -> Optional[WhoIs]:
+    """From what `tailscale whois --json` and the local API say; None for anything else.  Tags of a
+    machine that is shared between tailnets are those of the other one, and say nothing here."""
+    found = _json_object(body)
+    node, user = found.get("Node"), found.get("UserProfile")
+    if not isinstance(node, dict) or not isinstance(user, dict):
+        return None
+    tags, login, name = node.get("Tags") or [], user.get("LoginName"), node.get("Name")
+    host = node.get("Hostinfo")
+    shared = node.get("Sharer") or isinstance(host, dict) and host.get("ShareeNode")
+    is_word = lambda text: isinstance(text, str) and re.fullmatch("[!-~]{1,254}", text)
+    if (not isinstance(tags, list) or not all(map(is_word, (login, name, *tags)))
+            or login.startswith("tag:") or not all(tag.startswith("tag:") for tag in tags)):
+        return None
+    return WhoIs("" if tags or login == "tagged-devices" else login, () if shared else tuple(tags),
+                 name.rstrip("."))
+
+
+def ask_local_api(path: str, question: str) -> HttpReply:
+    """tailscaled's, at a socket that any user may read.  Raises: HttpFailure."""
     endpoint = Endpoint("http", "local-tailscaled.sock", 80, dial=path)
+    return http_request("GET", endpoint, "/localapi/v0/" + question, {"Host": endpoint.host}, None,
+                        TAILNET_LIMIT_S)
+
+
+def ask_tailscaled(path: str) -> TailnetReading:
     try:
-        reply = http_request("GET", endpoint, "/localapi/v0/status?peers=false",
-                             {"Host": endpoint.host}, None, TAILNET_LIMIT_S)
+        reply = ask_local_api(path, "status?peers=false")
         found, problem = parse_tailscale_status(reply.body), "an answer of no use"
     except HttpFailure as failure:
         found, problem = None, str(failure)
@@ -14297,14 +14277,39 @@ def tailnet_trace(wanted: Optional[str]) -> bool:
         or tailscale_program() or tailnet_interface_address())
 
 
+def tailscaled_sockets(wanted: Optional[str]) -> List[str]:
+    return [wanted] if wanted else [path for path in dict.fromkeys(
+        map(os.path.realpath, TAILSCALED_SOCKETS)) if os.path.exists(path)]
+
+
+def fetch_tailnet_certificate(name: str, wanted: Optional[str], paths: Sequence[str]) -> None:
+    """The certificate with its chain and the key, 0600, from tailscaled, which renews them.  The
+    first takes a minute: the authority looks at the tailnet's DNS.  Raises: AgentError, OSError."""
+    result = run_command([tailscale_program() or "tailscale",
+                          *(["--socket", wanted] if wanted else []), "cert", "--cert-file", "-",
+                          "--key-file", "-", name], TAILNET_CERT_LIMIT_S)
+    blocks = re.findall("(-----BEGIN ([A-Z ]+)-----[^-]+-----END \\2-----\n?)", result.output)
+    key = "".join(text for text, kind in blocks if kind.endswith("PRIVATE KEY"))
+    chain = "".join(text for text, kind in blocks if kind == "CERTIFICATE")
+    if result.exit_code != 0 or not key or not chain:
+        said = result.problem or ("" if key else result.output.strip().rpartition("\n")[2])
+        mend = next((mend for words, mend in _CERT_MENDS if words in said), "It is tried again by "
+                    f"itself; `tailscale cert {name}` by hand shows more")
+        raise UsageError(f"tailscale gives no certificate: {printable(said[:200])}", mend)
+    make_private_folder(os.path.dirname(paths[0]))
+    for path, text in zip(paths, (chain, key)):
+        if read_text(path) != text or shared_mode(path):
+            write_atomic(path, text)
+
+
 def read_tailnet(wanted: Optional[str]) -> TailnetReading:
     """By tailscaled's socket, else by its program, else by the interface; within some 10 s.
     wanted: the one socket to ask instead, or none."""
     if wanted == "none":
         return TailnetReading()
     found = TailnetReading()
-    for path in [wanted] if wanted else dict.fromkeys(map(os.path.realpath, TAILSCALED_SOCKETS)):
-        found = ask_tailscaled(path) if wanted or os.path.exists(path) else found
+    for path in tailscaled_sockets(wanted):
+        found = ask_tailscaled(path)
         if wanted or found.source:
             return found
     program = tailscale_program()
@@ -14358,17 +14363,19 @@ class TailnetListener:
 class Tailnet:
     """What is known of it, kept up by a thread; start() and stop() from others.
 
-    on_change(status()): from who looks.  _lock is held for what follows a look, and by stop().
+    on_change(status()): from who looks.  pair: tls_pair().  _lock is held for what follows a look,
+    and by stop().
     """
 
-    def __init__(self, wanted: Optional[str], log: Log,
-                 on_change: Callable[[Dict[str, Any]], None]) -> None:
-        self._wanted, self._log, self._on_change = wanted, log, on_change
+    def __init__(self, wanted: Optional[str], log: Log, on_change: Callable[[Dict[str, Any]], None],
+                 pair: Sequence[str] = ()) -> None:
+        self._wanted, self._log, self._on_change, self._pair = wanted, log, on_change, pair
         self.reading = TailnetReading()  # replaced whole
         self._listeners: List[TailnetListener] = []
         self._lock, self._wake, self._stopping = threading.Lock(), Wake(), False
         self._heeded = "waiting"  # the state that on_change has been told of
         self._boot_until_s, self._trace_s = 0.0, 0.0
+        self._pair_name, self._pair_due_s, self._pair_said = "", 0.0, ""
         self._thread = threading.Thread(target=self._run, name="tailnet", daemon=True)
 
     def serve(self, name: str, make: Callable[[str], Any]) -> None:
@@ -14427,7 +14434,36 @@ class Tailnet:
             for listener in self._listeners:
                 listener.follow(reading.address if reading.tun else "")
 
+    def whois(self, host: str, port: int) -> Optional[WhoIs]:
+        """Who connects from there; None where nobody of the tailnet does, or nobody tells.  From
+        any thread; takes TAILNET_LIMIT_S at most where Tailscale hangs."""
+        until_s, host = now_s() + TAILNET_LIMIT_S, re.sub("^::ffff:", "", host)
+        if self._wanted == "none" or not re.fullmatch("[0-9a-fA-F.:]{2,45}", host):
+            return None
+        peer = host_port(host, port)
+        for path in tailscaled_sockets(self._wanted):
+            with contextlib.suppress(HttpFailure):
+                return parse_whois(ask_local_api(path, f"whois?addr={peer}").body)
+        program, left_s = tailscale_program(), until_s - now_s()
+        if self._wanted or not program or left_s <= 0:
+            return None
+        return parse_whois(run_command([program, "whois", "--json", peer], left_s).output.encode())
+
     # -- its thread
+
+    def _keep_pair(self, name: str) -> None:
+        """At first, after a day, and for a new name; a failure is tried again in five minutes."""
+        if not name or name == self._pair_name and now_s() < self._pair_due_s:
+            return
+        self._pair_name, self._pair_due_s = name, now_s() + 300.0
+        try:
+            fetch_tailnet_certificate(name, self._wanted, self._pair)
+            self._pair_due_s, self._pair_said = now_s() + 86400.0, ""
+        except (AgentError, OSError) as error:
+            if str(error) != self._pair_said:
+                self._log("warning", "no_certificate", what=getattr(error, "what", error),
+                          do=getattr(error, "hint", None))
+            self._pair_said = str(error)
 
     def _interval_s(self) -> float:
         if not self.settled:
@@ -14440,6 +14476,7 @@ class Tailnet:
         while not self._stopping:
             try:
                 self.look()
+                self._keep_pair(self.reading.name if self._pair else "")
             except Exception as error:  # a defect costs one look
                 self._log.defect(error)
             self._wake.wait(self._interval_s())
@@ -17497,27 +17534,27 @@ def gateway_addresses(host: str, access: str) -> Optional[Tuple[str, ...]]:
 
 
 def listeners_tls(settings: Any, tls: Optional[ServerTls]
-                  ) -> Tuple[Optional[ServerTls], List[str]]:
-    """(what the control API gets, what will cross a network in clear text).  Raises: UsageError
-    where something would and nobody said that it may."""
-    control, clear = None, []
-    for name, host in (("inference.host", settings.inference_host or "127.0.0.1"),
-                       ("control.host", settings.control_host)):
+                  ) -> Tuple[Optional[ServerTls], Optional[ServerTls], List[str]]:
+    """(what the control API gets, what the front door gets, what will cross a network in clear
+    text).  Raises: UsageError where something would and nobody said that it may."""
+    found, clear = [], []
+    for name, host in (("control.host", settings.control_host),
+                       ("inference.host", settings.inference_host or "127.0.0.1")):
         # At boot its interface may be on its way.
         tailnet = tailnet_interface_address() or (host if is_tailnet_address(
             host) and tailnet_trace(settings.tailnet_socket) else "")
-        control = listener_tls(name, host, settings, tls, tailnet)
-        if control is None and wants_tls(host, tailnet):
+        found.append(listener_tls(name, host, settings, tls, tailnet))
+        if found[-1] is None and wants_tls(host, tailnet):
             clear.append(f"{name} is {host}, without TLS: tokens, prompts and answers cross the "
                          "network in clear text, and whoever reads one may use it")
-    return control, clear
+    return found[0], found[1], clear
 
 
 class Entrance:
     """The front door with what it needs, as long as an agent lives.
 
     _addresses is replaced whole, by a thread of look_up(); the rest is of who starts and stops.
-    private_ip(): this machine's address on the way to the gateway.
+    private_ip: this machine's address on the way to the gateway.
     """
 
     def __init__(self, loaded: Loaded, log: Log, inference: Inference, tailnet: Tailnet,
@@ -17526,7 +17563,7 @@ class Entrance:
         self._inference, self._tailnet, self._tls = inference, tailnet, tls
         self._addresses: Tuple[str, ...] = ()
         self._look_up_s = 0.0
-        self.private_ip: Callable[[], str] = str
+        self.private_ip = ""
         self.on_change: Callable[[], None] = lambda: None
         self.tally = DoorTally()
         self._door: Any = None
@@ -17552,7 +17589,7 @@ class Entrance:
         # Who comes to the tailnet's address comes from one of the tailnet.
         door = tailnet if tailnet and any(map(is_tailnet_address, addresses)) else here
         reached = door.host if door is tailnet else reachable_host(
-            door.host, settings.gateway_host, self.private_ip())
+            door.host, settings.gateway_host, self.private_ip)
         told = reached and not door.url.startswith("https")  # the router speaks plain http
         return DoorPlace(users_place, Endpoint("http", reached, door.port) if told else None)
 
@@ -17583,8 +17620,11 @@ class Entrance:
         """Raises: UsageError."""
         settings, log, price = self._settings, self._log, self._settings.inference_gpu_usd_per_hour
         book = TenantBook(settings.state_dir, log, price is not None)
-        oidc = Oidc(settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks, log
-                    ) if settings.oidc_issuer else None
+        given = settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks
+        if any(given) and not all(given):
+            raise UsageError("of oidc.issuer, oidc.audience and oidc.jwks not all are set",
+                             "They belong together")
+        oidc = Oidc(*given, log) if all(given) else None
         access = Access(book, oidc, self._tailnet.whois, self.addresses, log)
         ledger = Ledger(os.path.join(settings.state_dir, "usage.json"), log,
                         None if price is None else price / 3600)
@@ -17624,8 +17664,9 @@ class Entrance:
             write_atomic(address_file, self._here.url + "\n")
         except (AgentError, OSError) as error:
             self.stop()
-            self._log("error", "no_front_door", where=host_port(host, self._settings.inference_port),
-                      what=getattr(error, "strerror", None) or getattr(error, "what", error),
+            what = getattr(error, "strerror", None) or getattr(error, "what", error)
+            self._log("error", "no_front_door", what=what,
+                      where=host_port(host, self._settings.inference_port),
                       do="The machine is kept alive without it, and nobody reaches its models. "
                          + (getattr(error, "hint", "") or "A taken port? Free it, or set "
                             "inference.port (0 takes a free one)"))
@@ -17674,11 +17715,8 @@ class Agent:
                              "Keep one: tokens of the account are made and renewed by the agent")
         self.k3s = TokenKeeper(self._mint_k3s_token, lambda token: self.change_identity(
             k3s_token=token), log) if settings.k3s_service_account else None
-        self.tailnet = Tailnet(settings.tailnet_socket, log, self._tell_tailnet)
-        self.tls = server_tls(settings, log)
-        self._control_tls, clear = listeners_tls(settings, self.tls)
-        for what in clear:
-            log("warning", "insecure", what=what)
+        self._control_tls, door_tls = self._make_tls()
+        self.tailnet = Tailnet(settings.tailnet_socket, log, self._tell_tailnet, tls_pair(settings))
         # Behind a tunnel the gateway is on no tailnet of ours: it could not dial that address.
         self._offers_tailnet = not settings.hostname and self.tunnel is None
         self._tailnet_control = (settings.tailnet_control
@@ -17691,10 +17729,10 @@ class Agent:
         self._looking = threading.Lock()
         self._energy = EnergyMeter(os.path.join(settings.state_dir, "energy.json") if keep
                                    else None, settings, log)
-        client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
-                               # A request that hangs costs one interval at most.
-                               min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
-        self.client = client
+        client = self.client = GatewayClient(
+            self.endpoint, settings.token, settings.pool_name, log,
+            # A request that hangs costs one interval at most.
+            min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
         if self.tunnel:
             client.before_request = self.tunnel.await_running
         self.send_register = lambda: client.register(self.register_payload())
@@ -17712,19 +17750,25 @@ class Agent:
         self._live_lock = threading.Lock()  # guards _live_host and _live_due_s, for a look
         self._live_host: Optional[Host] = None
         self._live: Optional[MachineSample] = None
-        self._live_due_s = 0.0
         self.wake_main, self._wake_membership = Wake(), Wake()
         self._stopping = False
         self._told: Optional[State] = None
         self._failure: Optional[AgentError] = None
         self._control: Optional[ApiServer] = None
-        self._private_ip, self._beat_after_s = "", 0.0
+        self._beat_after_s, self._live_due_s = 0.0, 0.0
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
-        self.entrance = Entrance(loaded, log, self.inference, self.tailnet, self.tls)
-        self.entrance.private_ip = lambda: self._private_ip
+        self.entrance = Entrance(loaded, log, self.inference, self.tailnet, door_tls)
         self.entrance.on_change = self._tell_place
         self.pods = PodWatch(settings, machine_id, log, read=self._pods_kubeconfig)
+
+    def _make_tls(self) -> Tuple[Optional[ServerTls], Optional[ServerTls]]:
+        """What the control API and the front door get.  Raises: UsageError."""
+        tls = server_tls(self.settings, self._log)
+        control, door, clear = listeners_tls(self.settings, tls)
+        for what in clear:
+            self._log("warning", "insecure", what=what)
+        return control, door
 
     # -- what is said of this machine ----------------------------------
 
@@ -17802,9 +17846,9 @@ class Agent:
         if offered is None:
             self._log("warning", "gpus_unknown", what="; ".join(gpus.problems),
                       do="Registering without GPUs; see `b9agent.py doctor`, then restart")
-        self._private_ip = read_private_ip(self.settings.gateway_host)
+        self.entrance.private_ip = read_private_ip(self.settings.gateway_host)
         return register_payload(self.identity, cpu_millicores, memory_bytes, len(offered or ()),
-                                self._private_ip)
+                                self.entrance.private_ip)
 
     def change_identity(self, **facts: str) -> None:
         """From any thread: the gateway is to know what is another now, such as hostname=NAME."""
@@ -19548,13 +19592,14 @@ def check_door(loaded: Loaded) -> Iterator[Finding]:
     except UsageError as error:
         yield warn(error.what, error.hint)
     tls = server_tls(settings, Log(settings.log_format, "error"))
-    for what in listeners_tls(settings, tls)[1]:
+    for what in listeners_tls(settings, tls)[2]:
         yield warn(what, "Set tls.cert and tls.key, or tls: tailscale")
-    ends_s = tls.ends_s if tls else None
-    if ends_s is not None:
-        left = f"the certificate ends at {utc_stamp(ends_s)}"
-        yield ok(left) if ends_s > time.time() + 7 * 86400 else warn(left, "Renew it: the new one "
-                                                                     "is taken up by itself")
+    cert_path = (tls_pair(settings) or [settings.tls_cert or ""])[0]
+    end = certificate_end(read_text(cert_path) or "")
+    if end:
+        left = f"the certificate {cert_path} ends at {end}"
+        yield ok(left) if end > utc_stamp(time.time() + 7 * 86400) else warn(
+            left, "Renew it: the new one is taken up by itself")
 
 
 def check_ports(loaded: Loaded) -> Iterator[Finding]:

@@ -64,7 +64,7 @@ def entrance(tmp_path, monkeypatch):
         if address:
             tailnet.reading = b9agent.TailnetReading("up", address, "box.tail.ts.net", "socket")
         one = b9agent.Entrance(loaded, log, Embedded(tmp_path).inference, tailnet, None)
-        one.private_ip = lambda: "10.0.0.9"
+        one.private_ip = "10.0.0.9"
         return one
     return make
 
@@ -218,7 +218,7 @@ def test_a_tailnets_address_needs_no_tls_where_there_is_a_tailnet(monkeypatch):
         monkeypatch.setattr(b9agent, "tailnet_interface_address", lambda: interface)
         monkeypatch.setattr(b9agent, "tailnet_trace", lambda wanted: trace)
         if fine:
-            assert b9agent.listeners_tls(settings, None) == (None, [])
+            assert b9agent.listeners_tls(settings, None) == (None, None, [])
         else:
             with pytest.raises(b9agent.UsageError, match="clear text"):
                 b9agent.listeners_tls(settings, None)

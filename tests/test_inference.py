@@ -361,7 +361,7 @@ def test_a_taken_port_costs_the_front_door_and_names_who_holds_it(world):
         holder.bind(("127.0.0.1", here.port))
         holder.listen(1)
         here.start()
-        here.program.wait_line("error no_front_door .*held by .*pid %d" % os.getpid())
+        here.program.wait_line("error no_front_door what=.*held by .*pid %d" % os.getpid())
         status, answer = here.post("/inference/start")
         assert (status, answer["status"], answer["endpoint"]) == (200, "running", None)
         assert all(

@@ -58,9 +58,11 @@ def well_formed(text):
             assert family not in seen
             seen.append(family)
         elif line.startswith("# TYPE "):
-            assert line.split(" ")[2] == family and line.split(" ")[3] in ("gauge", "counter")
+            kind = line.split(" ")[3]
+            assert line.split(" ")[2] == family and kind in ("gauge", "counter", "histogram")
         else:
-            assert re.match(r"[a-z0-9_]+", line).group() == family, line
+            name = re.match(r"[a-z0-9_]+", line).group()
+            assert re.sub("_(bucket|sum|count)$", "", name) == family if kind == "histogram" else name == family, line
             value = float(line.rpartition(" ")[2])
             assert math.isfinite(value), line
     return seen
@@ -430,6 +432,133 @@ def test_the_largest_page_fits_in_what_its_reader_takes():
     assert len(page.encode()) < 1 << 20
 
 
+# -- what the front door counts
+
+
+def tally_of(events):
+    """A tally of (name, label, value)."""
+    tally = b9agent.DoorTally()
+    for name, label, value in events:
+        names, _, buckets = b9agent.DOOR_METRICS[name]
+        labels = (label,) * len(names.split())
+        if buckets:
+            tally.histogram(name, labels).observe(value)
+        elif labels:
+            tally.add(name, labels, value)
+        else:
+            tally.set(name, value)
+    return tally
+
+
+def door_page(tally):
+    text = b9agent.render_metrics(NOTHING._replace(door=tally))
+    well_formed(text)
+    return text
+
+
+def test_the_page_of_a_door():
+    tally, door = b9agent.DoorTally(), "b9agent_door_"
+    assert door_page(tally) == b9agent.render_metrics(NOTHING)
+    for _ in range(3):
+        tally.add(door + "requests_total", ("acme", "llama3.2:1b", "200"))
+    tally.add(door + "requests_total", ("acme", 'a "quoted" \\ name', "429"))
+    tally.add(door + "prompt_tokens_total", ("acme", "llama3.2:1b"), 41)
+    tally.add(door + "prompt_tokens_total", ("acme", "llama3.2:1b"), 1)
+    waited = tally.histogram(door + "queue_seconds", ("acme",))
+    for seconds in (0.0, 0.01, 0.010001, 59.9, 1e6):
+        waited.observe(seconds)
+    assert tally.histogram(door + "queue_seconds", ("acme",)) is waited
+    tally.set(door + "streams", 7)
+    tally.set(door + "streams", 2)
+    samples, families = parse(door_page(tally))
+    found = {key: value for key, value in samples.items() if key[0].startswith(door)}
+    acme = ("tenant", "acme")
+    bounds = ["0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "30.0", "60.0", "300.0", "+Inf"]
+    assert found == dict({
+        (door + "requests_total", (("code", "200"), ("model", "llama3.2:1b"), acme)): 3,
+        (door + "requests_total", (("code", "429"), ("model", 'a "quoted" \\ name'), acme)): 1,
+        (door + "prompt_tokens_total", (("model", "llama3.2:1b"), acme)): 42,
+        (door + "queue_seconds_sum", (acme,)): 1000059.920001, (door + "queue_seconds_count", (acme,)): 5,
+        (door + "streams", ()): 2}.items() | {
+        (door + "queue_seconds_bucket", (("le", bound), acme)): count
+        for bound, count in zip(bounds, [2] + [3] * 10 + [4, 4, 5])}.items())
+    assert {families[door + name][0] for name in ("requests_total", "prompt_tokens_total")} == {"counter"}
+    assert families[door + "queue_seconds"][0] == "histogram" and families[door + "streams"][0] == "gauge"
+
+
+def test_every_metric_of_the_door_has_a_good_name_and_help():
+    texts = set()
+    for name, (labels, text, buckets) in b9agent.DOOR_METRICS.items():
+        assert re.fullmatch("b9agent_door_[a-z]+(_[a-z]+)*", name) and text.endswith(".") and " " in text
+        assert set(labels.split()) <= {"tenant", "model", "code", "reason"}
+        assert list(buckets) == sorted(set(buckets)) and bool(buckets) == name.endswith("_seconds")
+        assert bool(labels) == (name.endswith("_total") or bool(buckets)) or name.endswith("overhead_seconds")
+        texts.add(text)
+    assert len(texts) == len(b9agent.DOOR_METRICS) == 15
+    assert not set(b9agent.DOOR_METRICS) & {name for name, _, _ in b9agent.METRIC_FAMILIES}
+
+
+def test_strangers_cannot_fill_the_page_or_the_memory():
+    tally, most = b9agent.DoorTally(), b9agent.DOOR_SERIES_MAX
+    for number in range(most + 500):
+        tally.add("b9agent_door_refusals_total", ("t%d" % number, "no_token"))
+        tally.histogram("b9agent_door_first_token_seconds", ("t", "m%d" % number)).observe(1.0)
+    tally.add("b9agent_door_refusals_total", ("t0", "no_token"))  # who was there goes on
+    samples = parse(door_page(tally))[0]
+    refusals = {key[1]: value for key, value in samples.items() if key[0] == "b9agent_door_refusals_total"}
+    assert len(refusals) == most + 1 and sum(refusals.values()) == most + 501
+    assert refusals[("reason", "other"), ("tenant", "other")] == 500
+    assert refusals[("reason", "no_token"), ("tenant", "t0")] == 2
+    assert samples["b9agent_door_first_token_seconds_count", (("model", "other"), ("tenant", "other"))] == 500
+    assert all(len(series) <= most + 1 for series in tally._series.values())
+
+
+@pytest.mark.parametrize("one, other", [("x" * 128, "x" * 129), ("a\nb", "a\\nb"), ("\x00" * 40, "\x00" * 41)])
+def test_labels_that_look_alike_are_one_series(one, other):
+    tally = b9agent.DoorTally()
+    for model in (one, other, one):
+        tally.add("b9agent_door_cold_starts_total", (model,))
+    assert [value for key, value in parse(door_page(tally))[0].items() if "cold_starts" in key[0]] == [3]
+
+
+def test_a_page_is_made_while_it_is_counted():
+    import threading
+    tally, stop = b9agent.DoorTally(), threading.Event()
+    shown = tally.histogram("b9agent_door_inter_token_seconds", ("m",))
+
+    def count():
+        number = 0
+        while not stop.is_set():
+            number += 1
+            shown.observe(0.02)
+            tally.add("b9agent_door_requests_total", ("t", "m%d" % (number % 300), "200"))
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        last = 0
+        for _ in range(40):
+            samples = parse(door_page(tally))[0]
+            counted = samples.get(("b9agent_door_inter_token_seconds_count", (("model", "m"),)), 0)
+            assert counted >= last
+            assert counted == samples["b9agent_door_inter_token_seconds_bucket", (("le", "+Inf"), ("model", "m"))]
+            last = counted
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_largest_page_of_a_door_fits_in_what_its_reader_takes():
+    assert len(door_page(tally_of([(name, "%03d" % number + "\\" * 500, 1.5) for number in range(b9agent.DOOR_SERIES_MAX)
+                                   for name in b9agent.DOOR_METRICS]))) < 15 << 20
+
+
+@needs_promtool
+def test_promtool_has_nothing_to_object_to_in_what_a_door_counts():
+    tally = tally_of([(name, label, 1.5) for name in b9agent.DOOR_METRICS for label in ("a", "b")])
+    code, words = lint(door_page(tally))
+    assert code == 0 and not words.strip(), words
+
+
 # Any shape of a view, with anything in its fields that their types allow.
 number = st.none() | st.integers(0, 1 << 64) | st.floats()
 words = st.text(max_size=20)
@@ -455,7 +584,8 @@ views = some(MetricsView, some(Snapshot, st.sampled_from(State), st.floats(0), n
              some(HostFacts, words, words, words, words, number, number, words, truth),
              some(Capacity, number, number), st.none() | some(Identity, *[words] * 5),
              st.none() | some(ProcessFigures, st.floats(0), st.floats(0), number, number, number),
-             st.floats(0), number, number, number, number, words)
+             st.floats(0), number, number, number, number, words, door=st.none() | st.builds(tally_of, st.lists(
+                 st.tuples(st.sampled_from(sorted(b9agent.DOOR_METRICS)), words, st.floats(0, 1e9)), max_size=30)))
 
 
 @hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=150,

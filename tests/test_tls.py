@@ -422,14 +422,14 @@ def test_a_handshake_on_a_socket_that_does_not_block(pair):
 # -- the files --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cert, key, mode, said, mend", [
-    ("server.pem", "k3s-server.key", 0o600, "is not that of the certificate in", "pair"),
-    ("ca.pem", "server.key", 0o600, "is not that of the certificate in", "leaf first"),
-    ("server.key", "server.pem", 0o600, "tls.crt holds no certificate in PEM form", "tls.cert is the certificate"),
-    ("server.pem", "server.pem", 0o600, "tls.key holds no private key in PEM form", "-----BEGIN"),
-    ("README", "server.key", 0o600, "tls.crt holds no certificate", "PEM|BEGIN"),
+    ("server.pem", "k3s-server.key", 0o600, "cannot be used: KEY_VALUES_MISMATCH", "made as a pair"),
+    ("ca.pem", "server.key", 0o600, "cannot be used: KEY_VALUES_MISMATCH", "before its chain"),
+    ("server.pem", "server.pem", 0o600, "cannot be used: ", "PEM"),
+    ("README", "server.key", 0o600, "cannot be used: ", "PEM"),
+    ("server.key", "server.pem", 0o600, "tls.crt holds a private key and others may read it", "chmod 600"),
     ("server.pem", "server.key", 0o644, "others may read it (mode 0644)", "chmod 600"),
     ("server.pem", "server.key", 0o640, "others may read it (mode 0640)", "chmod 600"),
-    ("server.pem", "locked.key", 0o600, "has a passphrase", "openssl pkey -in"),
+    ("server.pem", "locked.key", 0o600, "cannot be used: ", "no passphrase"),
     ("server.pem", None, 0o600, "cannot read", "tls.cert and tls.key"),
     (None, "server.key", 0o600, "cannot read", "tls.cert and tls.key")])
 def test_files_of_no_use_are_refused_with_their_name_and_a_mend(tmp_path, cert, key, mode, said, mend):
@@ -465,26 +465,27 @@ def test_one_file_may_hold_both(pair):
 def test_a_certificate_that_has_ended_is_served_with_a_warning(tmp_path):
     one = Secured(Pair(tmp_path).put("ended.pem"))
     try:
-        line, = one.lines("certificate_ended")
-        assert " warning " in line and "tls.crt" in line and "2020-01-02T03:04:05Z" in line
+        line, = one.lines("certificate")
+        assert " warning " in line and "tls.crt until=2020-01-02T03:04:05Z" in line and "renew it" in line
         with pytest.raises(ssl.SSLCertVerificationError), one.connect():
             pass
     finally:
         one.server.stop()
 
 
-ENDS = {"server.pem": 4948835794.0, "ended.pem": 1577934245.0, "k3s-server.pem": 4948890988.0}
+ENDS = {"server.pem": "2126-10-28T04:36:34Z", "ended.pem": "2020-01-02T03:04:05Z",
+        "k3s-server.pem": "2126-10-28T19:56:28Z"}
 
 
 @pytest.mark.parametrize("name", sorted(ENDS))
 def test_the_end_of_a_certificate_is_what_openssl_says(name):
     path = os.path.join(TLS, name)
     with open(path) as handle:
-        assert b9agent.certificate_end_s("a remark\n" + handle.read()) == ENDS[name]
+        assert b9agent.certificate_end("a remark\n" + handle.read()) == ENDS[name]
     if shutil.which("openssl"):
         shown = subprocess.run(["openssl", "x509", "-in", path, "-noout", "-enddate"],
                                stdout=subprocess.PIPE, timeout=30).stdout.decode().strip()
-        assert ssl.cert_time_to_seconds(shown.partition("=")[2]) == ENDS[name]
+        assert b9agent.utc_stamp(ssl.cert_time_to_seconds(shown.partition("=")[2])) == ENDS[name]
 
 
 def test_any_bytes_for_a_certificate_have_an_end_or_none():
@@ -499,11 +500,12 @@ def test_any_bytes_for_a_certificate_have_an_end_or_none():
         raw = bytearray(good)
         for at, put in changes:
             raw[at:at + len(put)] = put
-        found = b9agent.certificate_end_s(ssl.DER_cert_to_PEM_cert(bytes(raw[:length])))
-        assert found is None or isinstance(found, float)
+        found = b9agent.certificate_end(ssl.DER_cert_to_PEM_cert(bytes(raw[:length])))
+        assert found == "" or re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found)
     check()
-    for text in ("", "-----BEGIN CERTIFICATE----------END CERTIFICATE-----", "-----BEGIN CERTIFICATE-----é-----END"):
-        assert b9agent.certificate_end_s(text) is None
+    for text in ("", "-----BEGIN CERTIFICATE----------END CERTIFICATE-----", "-----BEGIN CERTIFICATE-----é-----END",
+                 "-----BEGIN CERTIFICATE-----A-----END"):
+        assert b9agent.certificate_end(text) == ""
 
 
 # -- renewal ----------------------------------------------------------------------------
@@ -530,13 +532,13 @@ def test_renewed_files_are_taken_up_and_open_connections_stay(secured, pair, mon
         assert is_shown(secured, "server.pem")  # nobody has looked yet
         secured.tls._look_s = 0.0
         assert is_shown(secured, "k3s-server.pem") and ask(link) == 200
-    line, = secured.lines("certificate_taken")
-    assert "2126-10-28T19:56:28Z" in line
+    assert [line.rpartition("until=")[2] for line in secured.lines("certificate")] == [
+        "2126-10-28T04:36:34Z", "2126-10-28T19:56:28Z"]
 
 
 @pytest.mark.parametrize("cert, key, mode, said", [
-    ("k3s-server.pem", None, 0o600, "is not that of the certificate"), (None, "k3s-server.key", 0o600, "is not that"),
-    ("README", None, 0o600, "holds no certificate"), ("k3s-server.pem", "k3s-server.key", 0o644, "others may read")])
+    ("k3s-server.pem", None, 0o600, "KEY_VALUES_MISMATCH"), (None, "k3s-server.key", 0o600, "KEY_VALUES_MISMATCH"),
+    ("README", None, 0o600, "cannot be used"), ("k3s-server.pem", "k3s-server.key", 0o644, "others may read")])
 def test_a_broken_renewal_leaves_the_old_pair_in_use_and_is_told_once(secured, pair, cert, key, mode, said):
     pair.put(cert, key, mode)
     for _ in range(3):
@@ -579,6 +581,10 @@ def test_files_may_come_later_where_that_is_said(tmp_path):
         tls.wrap(near)
     pair.put()
     tls._look_s = 0.0
-    assert tls.context() and "certificate_taken" in text.getvalue()
-    with pytest.raises(b9agent.UsageError):
-        b9agent.ServerTls(pair.key, pair.cert, b9agent.Log(stream=text), later=True)
+    assert tls.context() and " info certificate " in text.getvalue()
+    # What was left broken is mended by who brings it anew, and keeps nobody from starting.
+    pair.put("README")
+    tls = b9agent.ServerTls(pair.cert, pair.key, b9agent.Log(stream=text), later=True)
+    with pytest.raises(OSError):
+        tls.context()
+    assert "certificate_not_taken" in text.getvalue() and "still=" not in text.getvalue()
