@@ -9787,7 +9787,7 @@ def certificate_end(pem: str) -> str:
     return re.sub("(....)(..)(..)(..)(..)(..)", r"\1-\2-\3T\4:\5:\6Z", digits)
 
 
-def TLS_WAITS() -> Tuple[Any, ...]:
+def tls_waits() -> Tuple[Any, ...]:
     """What a socket that does not block raises, under TLS too, where it would have to."""
     import ssl
     return BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
@@ -10152,7 +10152,7 @@ class _Connection:
             piece = self.sock.recv(65536)
             self._held += piece
             return not piece or len(self._held) > HTTP_BODY_MAX_BYTES
-        except (BlockingIOError, *(TLS_WAITS() if self._under_tls else ())):
+        except (BlockingIOError, *(tls_waits() if self._under_tls else ())):
             return False
         except OSError:
             return True
@@ -10788,135 +10788,89 @@ MESSAGE_TOKENS = 16      # what a chat template writes around a message
 TEMPLATE_TOKENS = 512    # what it writes by itself
 CHOICES_MAX = 16         # answers to one request
 STREAM_LINE_MAX_BYTES = 4 << 20  # Ollama's last line may hold a context of 262,144 numbers
-OLLAMA_API = "0.33.0"    # whose API this is, to clients that look at its version
 
-_TALK = "openai/chat openai/complete"
-_ASKS = "ollama/chat ollama/complete"
-_KINDS = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
-          "object": (dict,), "array": (list,), "any": (str, int, float, bool, dict, list)}
-# Where a field may stand ("": in each request), its kinds, what is done with it, names, and why.
-# "send": as it is, or as the engine's dialect has it.  "own": read here, and the door writes it.
-# "drop": taken and left out.  "refuse": unless it is false.  What is not named is refused.
+_PLACES = {"C": "openai/chat", "T": "openai/complete", "E": "openai/embed",
+           "R": "openai/responses", "M": "openai/message", "A": "anthropic/messages",
+           "B": "anthropic/message", "c": "ollama/chat", "g": "ollama/complete",
+           "e": "ollama/embed", "o": "ollama/options", "m": "ollama/message"}
+_KINDS = {"s": str, "i": int, "n": float, "b": bool, "o": dict, "l": list}
+# Where, what is done, and names with the kinds of their values (string, integer, number, boolean,
+# object, list; none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
+# by the door.  "drop": taken, and left out.  Any other word is why it is refused, unless it is
+# false.  What has no row is refused.
 _FIELDS = (
-    ("", "string", "own", "model", "the engine gets its own name of it"),
-    (_TALK + " " + _ASKS + " openai/responses anthropic/messages", "boolean", "own", "stream",
-     "an answer in pieces"),
-    ("openai/chat", "array", "send", "messages tools", "the conversation, the tools"),
-    ("openai/complete", "string array", "send", "prompt", "what is to be continued"),
-    (_TALK, "integer", "own", "max_tokens max_completion_tokens", "always sent, as max_tokens"),
-    (_TALK, "object", "own", "stream_options", "usage is always asked for, to count it"),
-    (_TALK, "number", "send", "temperature top_p frequency_penalty presence_penalty min_p typical_p"
-     " repetition_penalty repeat_penalty length_penalty xtc_probability xtc_threshold", "sampling"),
-    (_TALK, "integer", "send", "n seed top_k min_tokens repeat_last_n repetition_context_size"
-     " thinking_token_budget truncate_prompt_tokens", "sampling"),
-    (_TALK, "string array", "send", "stop", "where to end"),
-    (_TALK, "array", "send", "stop_token_ids allowed_token_ids bad_words guided_choice", ""),
-    (_TALK, "object", "send", "logit_bias response_format structured_outputs guided_json",
-     "the form of an answer"),
-    (_TALK, "string", "send", "guided_regex guided_grammar cache_salt", "the form of an answer"),
-    (_TALK, "boolean", "send", "ignore_eos skip_special_tokens spaces_between_special_tokens"
-     " include_stop_str_in_output add_special_tokens", "sampling"),
-    ("openai/chat", "boolean", "send", "logprobs parallel_tool_calls add_generation_prompt"
-     " continue_final_message include_reasoning separate_reasoning", "the form of an answer"),
-    ("openai/chat", "integer", "send", "top_logprobs", "with logprobs"),
-    ("openai/chat", "string", "send", "reasoning_effort verbosity", "how much it thinks"),
-    ("openai/chat", "object", "send", "reasoning chat_template_kwargs", "how it thinks"),
-    ("openai/chat", "string object", "send", "tool_choice", "which tool"),
-    ("openai/chat", "array", "send", "documents", "what the template shows"),
-    ("openai/chat", "any", "drop", "prediction modalities", "a hint, of no use here"),
-    ("openai/chat", "any", "refuse", "functions function_call audio web_search_options",
-     "use `tools`; nothing is searched or spoken here"),
-    ("openai/complete", "boolean", "send", "echo", "the prompt comes back"),
-    ("openai/complete", "integer", "send", "logprobs", "how many"),
-    ("openai/complete", "string", "send", "suffix", "what comes after"),
-    (_TALK, "any", "refuse", "best_of use_beam_search prompt_logprobs", "uncounted work"),
-    (_TALK, "any", "refuse", "adapters draft_model num_draft_tokens lora lora_path chat_template"
-     " mm_processor_kwargs media_io_kwargs prompt_embeds kv_transfer_params ec_transfer_params"
-     " vllm_xargs id_slot priority request_id", "it reaches into the machine or to other requests"),
-    ("openai/embed", "string array", "send", "input", "the texts"),
-    ("openai/embed", "string", "send", "encoding_format", "float or base64"),
-    ("openai/embed", "integer", "send", "dimensions truncate_prompt_tokens", "the size"),
-    (_TALK + " openai/embed openai/responses", "any", "drop", "user metadata store service_tier"
-     " safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options moderation",
-     "nothing is kept here, and nobody is told"),
-    ("openai/responses", "string array", "send", "input", "the conversation"),
-    ("openai/responses", "string", "send", "instructions truncation", "of the conversation"),
-    ("openai/responses", "array", "send", "tools include", "the tools"),
-    ("openai/responses", "string object", "send", "tool_choice", "which tool"),
-    ("openai/responses", "object", "send", "reasoning text", "the form of an answer"),
-    ("openai/responses", "number", "send", "temperature top_p", "sampling"),
-    ("openai/responses", "integer", "send", "top_logprobs", "sampling"),
-    ("openai/responses", "boolean", "send", "parallel_tool_calls", "sampling"),
-    ("openai/responses", "integer", "own", "max_output_tokens", "always sent"),
-    ("openai/responses", "any", "drop", "stream_options max_tool_calls", "of no use here"),
-    ("openai/responses", "any", "refuse", "previous_response_id conversation prompt background"
-     " context_management", "no answer is kept here: send the whole conversation"),
-    ("openai/message", "string", "send", "role name tool_call_id reasoning reasoning_content", ""),
-    ("openai/message", "string array", "send", "content", ""),
-    ("openai/message", "array", "send", "tool_calls", ""),
-    ("openai/message", "any", "drop", "refusal annotations audio", "of an answer that came before"),
-    ("anthropic/messages", "array", "send", "messages tools stop_sequences", "the conversation"),
-    ("anthropic/messages", "string array", "send", "system", "the conversation"),
-    ("anthropic/messages", "number", "send", "temperature top_p", "sampling"),
-    ("anthropic/messages", "integer", "send", "top_k", "sampling"),
-    ("anthropic/messages", "object", "send", "tool_choice thinking", "the form of an answer"),
-    ("anthropic/messages", "integer", "own", "max_tokens", "always sent"),
-    ("anthropic/messages", "any", "drop", "metadata service_tier context_management output_config"
-     " cache_control", "nothing is kept here, and nobody is told"),
-    ("anthropic/messages", "any", "refuse", "mcp_servers container", "it reaches other machines"),
-    ("anthropic/message", "string", "send", "role", ""),
-    ("anthropic/message", "string array", "send", "content", ""),
-    ("ollama/chat", "array", "send", "messages tools", "the conversation, the tools"),
-    ("ollama/complete", "string", "send", "prompt suffix system template", "what is asked"),
-    ("ollama/complete", "array", "send", "images context", "what is asked"),
-    ("ollama/complete", "boolean", "send", "raw", "without a template"),
-    (_ASKS, "string object", "send", "format", "json or a schema"),
-    (_ASKS, "string boolean", "send", "think", "whether it thinks"),
-    (_ASKS + " ollama/embed", "boolean", "send", "truncate", "of what is too long"),
-    (_ASKS, "boolean", "send", "logprobs", "how sure it is"),
-    (_ASKS, "integer", "send", "top_logprobs", "how many"),
-    (_ASKS, "boolean", "drop", "shift", "another value would reload the model"),
-    (_ASKS, "any", "refuse", "_debug_render_only", "of no use to a client"),
-    ("ollama/embed", "string array", "send", "input", "the texts"),
-    ("ollama/embed", "string", "send", "prompt", "the text, of POST /api/embeddings"),
-    ("ollama/embed", "integer", "send", "dimensions", "the size"),
-    (_ASKS + " ollama/embed", "object", "own", "options", "checked by themselves"),
-    (_ASKS + " ollama/embed", "string number", "drop", "keep_alive", "the agent keeps the models"),
-    ("ollama/options", "number", "send", "temperature seed top_k top_p min_p typical_p tfs_z"
-     " repeat_last_n repeat_penalty presence_penalty frequency_penalty num_keep mirostat"
-     " mirostat_tau mirostat_eta", "sampling"),
-    ("ollama/options", "string array", "send", "stop", "where to end"),
-    ("ollama/options", "boolean", "send", "penalize_newline", "sampling"),
-    ("ollama/options", "integer", "own", "num_predict num_ctx", "always sent"),
-    ("ollama/options", "any", "drop", "num_batch num_gpu main_gpu use_mmap num_thread use_mlock"
-     " numa draft_num_predict low_vram f16_kv logits_all vocab_only embedding_only",
-     "another value would reload the model"),
-    ("ollama/message", "string", "send", "role content thinking tool_name tool_call_id", ""),
-    ("ollama/message", "array", "send", "images tool_calls", ""),
+    ("CTERAcge", "own", "model:s"),  # the engine gets its own name of it
+    ("CTRAcg", "own", "stream:b"),
+    ("CT", "own", "max_tokens:i max_completion_tokens:i stream_options:o"),
+    ("CT", "send", "temperature:n top_p:n frequency_penalty:n presence_penalty:n min_p:n n:i"
+     " top_k:i typical_p:n repetition_penalty:n repeat_penalty:n repeat_last_n:i length_penalty:n"
+     " seed:i xtc_probability:n xtc_threshold:n repetition_context_size:i min_tokens:i stop:sl"
+     " logit_bias:o thinking_token_budget:i truncate_prompt_tokens:i stop_token_ids:l"
+     " allowed_token_ids:l bad_words:l ignore_eos:b skip_special_tokens:b"
+     " spaces_between_special_tokens:b include_stop_str_in_output:b add_special_tokens:b"
+     " response_format:o structured_outputs:o guided_json:o guided_regex:s guided_grammar:s"
+     " guided_choice:l cache_salt:s"),
+    ("CT", "its work is not counted", "best_of use_beam_search prompt_logprobs"),
+    ("CT", "it reaches into the machine, or to other requests", "adapters draft_model lora"
+     " lora_path num_draft_tokens chat_template mm_processor_kwargs media_io_kwargs prompt_embeds"
+     " id_slot kv_transfer_params ec_transfer_params vllm_xargs priority request_id"),
+    ("CTER", "drop", "user metadata store service_tier safety_identifier prompt_cache_key"
+     " moderation prompt_cache_retention"
+     " prompt_cache_options"),  # nothing is kept here, and nobody is told
+    ("C", "send", "messages:l tools:l documents:l reasoning_effort:s verbosity:s reasoning:o"
+     " chat_template_kwargs:o logprobs:b parallel_tool_calls:b add_generation_prompt:b"
+     " continue_final_message:b include_reasoning:b separate_reasoning:b tool_choice:so"
+     " top_logprobs:i"),
+    ("C", "drop", "prediction modalities"),  # hints
+    ("C", "use `tools`", "functions function_call"),
+    ("C", "nothing is searched or spoken here", "audio web_search_options"),
+    ("T", "send", "prompt:sl suffix:s echo:b logprobs:i"),
+    ("E", "send", "input:sl encoding_format:s dimensions:i truncate_prompt_tokens:i"),
+    ("R", "send", "input:sl instructions:s truncation:s tools:l include:l reasoning:o text:o"
+     " tool_choice:so temperature:n top_p:n top_logprobs:i parallel_tool_calls:b"),
+    ("R", "own", "max_output_tokens:i"),
+    ("R", "drop", "stream_options max_tool_calls"),
+    ("R", "no answer is kept here, so send the whole conversation", "previous_response_id prompt"
+     " conversation background context_management"),
+    ("A", "send", "messages:l tools:l stop_sequences:l system:sl temperature:n top_p:n top_k:i"
+     " tool_choice:o thinking:o"),
+    ("A", "own", "max_tokens:i"),
+    ("A", "drop", "metadata service_tier context_management output_config cache_control"),
+    ("A", "it reaches other machines", "mcp_servers container"),
+    ("c", "send", "messages:l tools:l"),
+    ("g", "send", "prompt:s suffix:s system:s template:s images:l context:l raw:b"),
+    ("cg", "send", "format:so think:sb logprobs:b top_logprobs:i truncate:b"),
+    ("cg", "of no use to a client", "_debug_render_only"),
+    ("e", "send", "input:sl prompt:s dimensions:i truncate:b"),
+    ("cge", "own", "options:o"),
+    ("cge", "drop", "keep_alive shift"),  # the agent loads and unloads; it would reload the model
+    ("o", "send", "temperature:n seed:n top_k:n top_p:n min_p:n typical_p:n tfs_z:n repeat_last_n:n"
+     " repeat_penalty:n presence_penalty:n frequency_penalty:n num_keep:n mirostat:n mirostat_tau:n"
+     " mirostat_eta:n stop:sl penalize_newline:b"),
+    ("o", "own", "num_predict:i num_ctx:i"),
+    ("o", "drop", "num_batch num_gpu main_gpu use_mmap num_thread draft_num_predict shift use_mlock"
+     " numa low_vram f16_kv logits_all vocab_only embedding_only"),  # they would reload the model
+    ("MBm", "send", "role:s content:sl"),
+    ("Mm", "send", "tool_calls:l tool_call_id:s"),
+    ("M", "send", "name:s reasoning:s reasoning_content:s"),
+    ("M", "drop", "refusal annotations audio"),  # of an answer that came before
+    ("m", "send", "thinking:s tool_name:s images:l"),
 )
-# The parts of a message's content: where a part has its text or its picture, and what else it may
-# have.  What would make the engine fetch an address, open a file or load a tensor is not here.
-_PARTS = {"text": ("text", "citations"), "input_text": ("text",), "refusal": ("refusal",),
-          "output_text": ("text", "annotations", "logprobs"), "thinking": ("thinking", "signature"),
-          "redacted_thinking": ("data",), "image_url": ("image_url", "uuid"),
-          "input_image": ("image_url", "detail"), "image": ("source",),
-          "input_audio": ("input_audio",), "tool_use": ("input", "id", "name"),
-          "tool_result": ("content", "tool_use_id", "is_error"),
-          "function_call": ("arguments", "call_id", "name", "id", "status"),
-          "function_call_output": ("output", "call_id", "id", "status"),
-          "reasoning": ("summary", "content", "id", "status", "encrypted_content")}
-
-
-class Taken(NamedTuple):
-    """What is done with a field: a row of _FIELDS, of one name.  types: of its value."""
-    types: Tuple[type, ...]
-    what: str
-    about: str
+# The parts of a message, and what each may have.  What would make the engine fetch an address, open
+# a file or load a tensor is not among them.
+_PARTS = {
+    "text": "text citations", "input_text": "text", "output_text": "text annotations logprobs",
+    "refusal": "refusal", "thinking": "thinking signature", "redacted_thinking": "data",
+    "reasoning": "summary content id status encrypted_content", "image_url": "image_url uuid",
+    "input_image": "image_url detail", "image": "source", "input_audio": "input_audio",
+    "tool_use": "id name input", "tool_result": "tool_use_id content is_error",
+    "function_call": "call_id name arguments id status",
+    "function_call_output": "call_id output id status", "message": "role content id status phase"}
 
 
 class Ask(NamedTuple):
-    """A request that was checked.  body: what is sent of it, with what the door writes left out.
-    prompt_tokens: an upper bound; output_tokens, context_tokens: asked for, of all answers."""
+    """A request that was checked.  body: what is sent of it, without what the door writes.
+    prompt_tokens: an upper bound.  output_tokens: asked for, of all answers together."""
     dialect: str
     task: str
     model: str
@@ -10938,484 +10892,406 @@ class Wire(NamedTuple):
 
 # -- what a client asks ------------------------------------------------
 
-@functools.lru_cache(maxsize=64)
-def taken_fields(place: str) -> Dict[str, Taken]:
-    """By name, what is taken in a place: "openai/chat", "ollama/options", "openai/message" …"""
-    return {name: Taken(sum((_KINDS[kind] for kind in kinds.split()), ()), what, about)
-            for places, kinds, what, names, about in _FIELDS
-            if place in places.split() or not (places or place.endswith(("message", "options")))
-            for name in names.split()}
-
-
 def _bad(what: str, hint: str = "", code: str = "bad_field") -> HttpError:
     return HttpError(400, code, what, hint)
+
+
+@functools.lru_cache(maxsize=16)
+def _fields_of(place: str) -> Dict[str, Tuple[Tuple[type, ...], str]]:
+    """{name: (types, what is done)} in a place, such as "openai/chat"."""
+    found = {}
+    for letters, what, names in _FIELDS:
+        if any(_PLACES[letter] == place for letter in letters):
+            for name, _, kinds in (word.partition(":") for word in names.split()):
+                found[name] = tuple(_KINDS[kind] for kind in kinds.replace("n", "ni")), what
+    return found
 
 
 def _checked(place: str, given: Any, where: str = "") -> Dict[str, Any]:
     """What is taken of an object's fields; null is absent.  Raises: HttpError."""
     if type(given) is not dict:
-        raise _bad(f"`{where.rstrip('.')}` must be an object")
-    fields, kept = taken_fields(place), {}
+        raise _bad(f"`{where.rstrip('.') or 'the body'}` must be an object")
+    fields, kept = _fields_of(place), {}
     for name, value in given.items():
-        field = fields.get(name)
-        if field is None:
+        types, what = fields.get(name, ((), ""))
+        if what not in ("send", "own", "drop"):
             like = {known.casefold(): known for known in fields}.get(name.casefold())
-            raise _bad(f"there is no field `{where}{printable(name[:64])}` here",
-                       f"It is spelled `{where}{like}`" if like else "Leave it out",
-                       "unknown_field")
-        if value is None or field.what == "drop":
+            if what and value in (None, False):
+                continue
+            raise _bad(f"`{where}{printable(name[:64])}` is not taken here: "
+                       + (what or "there is no such field"), f"It is spelled `{like}`"
+                       if like and not what else "Leave it out", "unknown_field")
+        if value is None or what == "drop":
             continue
-        if type(value) not in field.types:
-            if not (type(value) is float and int in field.types and value.is_integer()):
-                names = [kind for kind, types in _KINDS.items() if set(types) <= set(field.types)]
-                raise _bad(f"`{where}{name}` must be of type {' or '.join(names)}")
+        if type(value) not in types:
+            if not (int in types and type(value) is float and value.is_integer()):
+                titles = {str: "string", int: "integer", float: "number", bool: "boolean",
+                          dict: "object", list: "array"}
+                raise _bad(f"`{where}{name}` must be of type "
+                           + " or ".join(titles[kind] for kind in types))
             value = int(value)  # 1.0 is an integer
-        if field.what == "refuse":
-            if value is not False:
-                raise _bad(f"`{where}{name}` is not taken here: {field.about}", "Leave it out")
-            continue
         kept[name] = value
     return kept
 
 
-def _size(text: str) -> int:
-    """An upper bound of a text's tokens: no tokenizer makes more of it than it has bytes."""
-    return len(text) if text.isascii() else len(text.encode("utf-8"))
-
-
-def _json_size(value: Any) -> int:
-    return len(json.dumps(value)) if value else 0
+def _weight(value: Any) -> int:
+    """An upper bound of the tokens of what a template writes: no tokenizer makes more of a text
+    than it has bytes."""
+    if type(value) is str:
+        return len(value) if value.isascii() else len(value.encode("utf-8"))
+    if type(value) is dict:
+        return sum(_weight(name) + 4 + _weight(item) for name, item in value.items())
+    return sum(map(_weight, value)) if type(value) is list else 32
 
 
 def _picture(url: Any) -> str:
     """The base64 of a data: URL.  Raises: HttpError for an address, which an engine would fetch."""
     url = url.get("url") if type(url) is dict else url
     head, comma, data = url.partition(",") if type(url) is str else ("", "", "")
-    if not (comma and len(head) < 100 and head.startswith("data:") and head.endswith(";base64")):
+    if not (comma and re.fullmatch("data:[a-z0-9./+-]{0,64};base64", head)):
         raise _bad("a picture must be within the request: nothing is fetched from an address here",
                    "Send it as data:image/png;base64,...")
     return data
 
 
-def _part_tokens(part: Any, where: str) -> int:
-    """The bound of one part of a message's content.  Raises: HttpError for what is not taken."""
-    kind = part.get("type") if type(part) is dict else None
-    names = _PARTS.get(kind) if type(kind) is str else None
-    if names is None or part.keys() - {"type", "cache_control", *names}:
-        extra = sorted(part.keys() - {"type", *(names or ())})[:1] if type(part) is dict else []
-        raise _bad(f"`{where}` has a part that is not taken here: "
-                   + printable(str(kind if names is None else extra[0])[:64]),
-                   "Text, pictures as data: URLs, and calls of tools with their results are")
-    value = part.get(names[0])
-    if kind in ("image_url", "input_image"):
-        _picture(value)
-        return IMAGE_TOKENS
-    if kind == "image":
-        if type(value) is not dict or value.keys() != {"type", "media_type", "data"} \
-                or value["type"] != "base64":
-            raise _bad(f"a picture in `{where}` must have a source of type base64")
-        return IMAGE_TOKENS
-    if kind == "input_audio":  # 50 tokens a second, of two kilobytes at the least
-        return IMAGE_TOKENS + _json_size(value) // 32
-    if type(value) is list and kind != "reasoning":
-        return sum(_part_tokens(inner, where) for inner in value)
-    return _size(value) if type(value) is str else _json_size(value)
-
-
-def _content_tokens(content: Any, where: str) -> int:
-    if type(content) is str:
-        return _size(content)
+def _content_weight(content: Any, where: str) -> int:
+    """The bound of a message's content, each part of which is checked.  Raises: HttpError."""
     if type(content) is not list:
-        return 0
-    return sum(_part_tokens(part, where) for part in content)
-
-
-def _tool_tokens(tools: Any) -> int:
-    """Raises: HttpError for a tool that the engine itself would use, on the network or the host."""
-    for tool in tools or ():
-        if type(tool) is not dict or tool.get("type", "function") not in ("function", "custom"):
-            raise _bad("`tools` may hold functions of the client alone",
-                       'Each is {"type": "function", ...}')
-    return _json_size(tools)
-
-
-def _chat_tokens(dialect: str, body: Dict[str, Any]) -> int:
-    """The bound of a conversation, each message of which is checked.  Raises: HttpError."""
-    messages, total = body.get("messages"), 0
-    if not messages and dialect != "ollama":
-        raise _bad("`messages` must hold a message", code="missing_field")
-    for number, message in enumerate(messages or ()):
-        where = f"messages[{number}]."
-        messages[number] = message = _checked(dialect + "/message", message, where)
-        if not message.get("role"):
-            raise _bad(f"`{where}role` is missing", code="missing_field")
-        content = message.get("content")
-        if type(content) is list and dialect == "openai":
-            message["content"] = content = [
-                dict(part, image_url={"url": part["image_url"]}) if type(part) is dict
-                and type(part.get("image_url")) is str else part for part in content]
-        total += MESSAGE_TOKENS + _content_tokens(content, where + "content")
-        total += len(message.get("images", ())) * IMAGE_TOKENS
-        if len(message) > 2:
-            total += sum(_size(value) if type(value) is str else _json_size(value)
-                         for name, value in message.items() if name not in ("content", "images"))
+        return _weight(content)
+    total = 0
+    for part in content:
+        kind = part.get("type", "message" if "role" in part else "") if type(part) is dict else ""
+        extra = part.keys() - {"type", "cache_control", *_PARTS.get(str(kind), "").split()} \
+            if kind else {""}
+        if extra:
+            raise _bad(f"`{where}` has a part that is not taken here: "
+                       + printable(f"{kind} {min(extra)}"[:64]), "Text is, and pictures as data: "
+                       "URLs, calls of tools and their results")
+        total += MESSAGE_TOKENS
+        if kind in ("image_url", "input_image"):
+            _picture(part.get("image_url"))
+            total += IMAGE_TOKENS
+        elif kind == "image":
+            source = part.get("source")
+            if type(source) is not dict or source.get("type") != "base64" or "url" in source:
+                raise _bad(f"a picture in `{where}` must have a source of type base64")
+            total += IMAGE_TOKENS
+        elif kind == "input_audio":  # at most 50 tokens a second, of two kilobytes at least
+            total += IMAGE_TOKENS + _weight(part) // 32
+        elif kind in ("message", "tool_result", "function_call_output"):
+            total += _content_weight(part.get("output", part.get("content")), where)
+        else:
+            total += _weight(part)
     return total
 
 
-def _input_tokens(body: Dict[str, Any]) -> int:
-    """The bound of what POST /v1/responses is asked.  Raises: HttpError."""
-    items, total = body.get("input"), _size(body.get("instructions", ""))
-    if not items:
-        raise _bad("`input` is missing", code="missing_field")
-    for item in [] if type(items) is str else items:
-        if type(item) is dict and item.get("type", "message") == "message":
-            if item.keys() - {"type", "role", "content", "id", "status", "phase"}:
-                raise _bad("a message in `input` has a field that is not taken here")
-            total += MESSAGE_TOKENS + _content_tokens(item.get("content"), "input")
-        else:
-            total += MESSAGE_TOKENS + _part_tokens(item, "input")
-    return total + (_size(items) if type(items) is str else 0)
-
-
-def _inputs(value: Any, name: str) -> List[Any]:
+def _inputs(body: Dict[str, Any], name: str) -> List[Any]:
     """Texts, or lists of tokens, as a list.  Raises: HttpError."""
-    if type(value) is list and value and type(value[0]) is not int:
-        texts = value
-    else:
-        texts = [] if value in ("", None, []) else [value]
+    value = body.get(name)
+    texts = value if type(value) is list and value and type(value[0]) is not int else [value]
     for text in texts:
-        if type(text) is not str and not (
-                type(text) is list and text and all(type(token) is int for token in text)):
+        if not (type(text) is str or type(text) is list and {type(each) for each in text} == {int}):
             raise _bad(f"`{name}` must be a text, or a list of texts or of tokens")
     return texts
 
 
-def _prompt_tokens(place: str, body: Dict[str, Any]) -> int:
-    """An upper bound, whatever is asked.  Raises: HttpError for parts of it that are not taken."""
-    total = TEMPLATE_TOKENS + _tool_tokens(body.get("tools"))
-    for name in ("documents", "chat_template_kwargs", "response_format", "format", "text"):
-        total += _json_size(body.get(name))
-    if place.endswith(("/chat", "/messages")):
-        total += _content_tokens(body.get("system"), "system")
-        return total + _chat_tokens(place.partition("/")[0], body)
-    if place == "openai/responses":
-        return total + _input_tokens(body)
-    name = "input" if place.endswith("/embed") and "prompt" not in body else "prompt"
-    texts = _inputs(body.get(name), name)
-    if not texts and place.startswith("openai/"):
+def _chat_weight(dialect: str, messages: List[Any]) -> int:
+    """The bound of a conversation, whose messages are replaced by checked ones.  Raises: HttpError.
+    """
+    total = 0
+    for number, given in enumerate(messages):
+        where = f"messages[{number}]."
+        messages[number] = message = _checked(dialect + "/message", given, where)
+        content = message.get("content")
+        if not message.get("role"):
+            raise _bad(f"`{where}role` is missing", code="missing_field")
+        for part in content if type(content) is list else ():
+            if type(part) is dict and type(part.get("image_url")) is str:
+                part["image_url"] = {"url": part["image_url"]}
+        total += MESSAGE_TOKENS + _content_weight(content, where + "content")
+        total += len(message.get("images", ())) * IMAGE_TOKENS
+        total += _weight({name: value for name, value in message.items()
+                          if name not in ("role", "content", "images")})
+    return total
+
+
+def _prompt_weight(dialect: str, task: str, body: Dict[str, Any]) -> int:
+    """An upper bound of the prompt's tokens.  Raises: HttpError for parts that are not taken."""
+    name = {"chat": "messages", "messages": "messages", "complete": "prompt"}.get(task, "input")
+    if task == "embed" and "prompt" in body:
+        name = "prompt"
+    if not body.get(name) and dialect != "ollama":
         raise _bad(f"`{name}` is missing", code="missing_field")
-    total += sum(map(_size, filter(None, map(body.get, ("system", "template", "suffix")))))
-    total += len(body.get("context", ())) + len(body.get("images", ())) * IMAGE_TOKENS
-    return total + sum(MESSAGE_TOKENS + (_size(text) if type(text) is str else len(text))
-                       for text in texts)
+    for tool in body.get("tools", ()):  # others the engine itself would use
+        if type(tool) is not dict or tool.get("type", "function") not in ("function", "custom"):
+            raise _bad("`tools` may hold functions of the client alone", 'Each is {"type": '
+                       '"function", ...}')
+    total = TEMPLATE_TOKENS + len(body.get("images", ())) * IMAGE_TOKENS + sum(
+        MESSAGE_TOKENS + _weight(value) for key, value in body.items()
+        if key not in (name, "images", "options", "system") and type(value) in (str, list, dict))
+    total += _content_weight(body.get("system", ""), "system")
+    if name == "messages":
+        return total + _chat_weight(dialect, body.setdefault("messages", []))
+    if task == "responses":
+        return total + _content_weight(body[name], name)
+    return total + sum(MESSAGE_TOKENS + (_weight(text) if type(text) is str else len(text))
+                       for text in _inputs(body, name) if body.get(name))
 
 
-def _choices(body: Dict[str, Any]) -> int:
-    """How many answers an OpenAI request asks for.  Raises: HttpError."""
-    prompts = len(_inputs(body["prompt"], "prompt")) if "prompt" in body else 1
-    wanted = body.get("n", 1) * prompts
-    if not 1 <= wanted <= CHOICES_MAX or body.get("n", 1) < 1:
-        raise _bad(f"`n` must be from 1 to {CHOICES_MAX}, of all prompts together")
-    return wanted
-
-
-def _wanted_tokens(body: Dict[str, Any], names: Sequence[str]) -> Optional[int]:
-    """The first of these limits that a request has, which it loses.  Raises: HttpError."""
-    found = [(name, body.pop(name)) for name in names if name in body]
+def _limit(fields: Dict[str, Any], *names: str) -> Optional[int]:
+    """The first of these that a request has; it loses them all.  Raises: HttpError."""
+    found = [(name, fields.pop(name)) for name in names if name in fields]
     if found and found[0][1] < 1:
         raise _bad(f"`{found[0][0]}` must be at least 1")
     return found[0][1] if found else None
 
 
-def _is_load(body: Dict[str, Any]) -> bool:
-    """Whether an Ollama request asks for nothing but that the model be loaded."""
+def _choices(ask: Ask) -> int:
+    """How many answers are asked for.  Raises: HttpError."""
+    if ask.dialect != "openai" or ask.task not in ("chat", "complete"):
+        return 1
+    wanted = ask.body.get("n", 1)
+    total = wanted * (len(_inputs(ask.body, "prompt")) if ask.task == "complete" else 1)
+    if not 1 <= wanted <= total <= CHOICES_MAX:
+        raise _bad(f"`n` must be from 1 to {CHOICES_MAX}, of all prompts together")
+    return total
+
+
+def _only_loads(body: Dict[str, Any]) -> bool:
+    """Whether a request in Ollama's words asks for nothing but that the model be loaded."""
     return not (body.get("messages") or body.get("prompt") or body.get("input"))
 
 
-def _read_options(ask: Ask, keep_alive: Any) -> Ask:
-    """An Ollama request with its options checked.  Raises: HttpError."""
-    body = ask.body
-    options = _checked("ollama/options", body.pop("options", {}), "options.")
-    if options.get("num_predict", 1) in (-1, -2):  # without an end: the door has one
-        del options["num_predict"]
-    output = _wanted_tokens(options, ("num_predict",))
-    context = _wanted_tokens(options, ("num_ctx",))
-    if options:
-        body["options"] = options
-    if _is_load(body) and keep_alive is not None and re.fullmatch("0+[.0]*[a-z]*", str(keep_alive)):
-        raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
-                        "On the machine: b9agent.py stop")
-    return ask._replace(output_tokens=output, context_tokens=context)
-
-
 def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
-    """A client's request, checked field by field.  Raises: HttpError 400 with the field and the
-    mend; 403 for a request to unload."""
+    """A client's request, checked field by field.  POST /api/embeddings is an "embed" with a
+    `prompt`.  Raises: HttpError 400 with the field and the mend, 403 for one that unloads."""
     try:
         given = decode_json(raw)
     except (ValueError, RecursionError) as error:
         raise _bad("the body is not strict JSON: " + printable(str(error)[:200]),
                    code="bad_json") from error
-    if type(given) is not dict:
-        raise _bad("the body must be a JSON object", code="bad_json")
-    place = dialect + "/" + task
-    body = _checked(place, given)
+    body = _checked(dialect + "/" + task, given)
     model = body.pop("model", "")
     if not model.strip() or len(model) > 512:
-        raise _bad("`model` is missing" if not model.strip() else "`model` is longer than 512",
-                   "GET /v1/models lists those here", "missing_field")
-    wants_usage = (body.pop("stream_options", None) or {}).get("include_usage") is True
+        raise _bad("`model` is missing, or longer than 512", "GET /v1/models lists those here",
+                   "missing_field")
+    wants_usage = body.pop("stream_options", {}).get("include_usage") is True
     stream = body.pop("stream", dialect == "ollama" and task != "embed")
-    ask = Ask(dialect, task, model, stream, body, _prompt_tokens(place, body), None, None,
-              wants_usage)
-    if dialect == "ollama":
-        ask = _read_options(ask, given.get("keep_alive"))
-        return ask._replace(output_tokens=0) if task == "embed" else ask
-    if task == "embed":
-        return ask._replace(output_tokens=0)
-    each = _wanted_tokens(body, ("max_completion_tokens", "max_tokens", "max_output_tokens"))
-    if task == "messages" and each is None:
+    limits = _checked("ollama/options", body.pop("options", {}), "options.")
+    if limits.get("num_predict") in (-1, -2):  # without an end; the door sets one
+        del limits["num_predict"]
+    context = _limit(limits, "num_ctx")
+    output = _limit(limits, "num_predict") or _limit(
+        body, "max_completion_tokens", "max_tokens", "max_output_tokens")
+    if limits:
+        body["options"] = limits
+    ask = Ask(dialect, task, model, stream, body, _prompt_weight(dialect, task, body),
+              0 if task == "embed" else output, context, wants_usage)
+    if task == "messages" and not output:
         raise _bad("`max_tokens` is missing", code="missing_field")
-    choices = _choices(body) if task in ("chat", "complete") else 1
-    return ask._replace(output_tokens=each and each * choices)
+    if dialect == "ollama" and _only_loads(body) and re.fullmatch(
+            "0[.0]*[a-z]*", str(given.get("keep_alive"))):
+        raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
+                        "On the machine: b9agent.py stop")
+    return ask._replace(output_tokens=output and output * _choices(ask)) if output else ask
 
 
 # -- what an engine is asked -------------------------------------------
 
-_SAMPLING = (("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k"),
-             ("min_p", "min_p"), ("typical_p", "typical_p"), ("seed", "seed"), ("stop", "stop"),
-             ("presence_penalty", "presence_penalty"), ("repeat_last_n", "repeat_last_n"),
-             ("frequency_penalty", "frequency_penalty"), ("repeat_penalty", "repetition_penalty"))
-_ALIKE = ("logprobs", "top_logprobs")  # the same in Ollama's chat and OpenAI's
+# Of Ollama's options, and what OpenAI's engines call them.  Its other ones only Ollama knows.
+_OPTIONS = {"repeat_penalty": "repetition_penalty", **{name: name for name in (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "stop", "presence_penalty",
+    "frequency_penalty", "repeat_last_n")}}
 
 
-def _call_arguments(call: Dict[str, Any]) -> Tuple[Dict[str, Any], Any]:
-    """A call's function, and its arguments: a value, whether it was one or a JSON text."""
+def _call(call: Any) -> Tuple[str, str, Dict[str, Any]]:
+    """A call of a tool, in either dialect, as (id, name, arguments).  Raises: HttpError."""
     function = call.get("function") if type(call) is dict else None
-    if type(function) is not dict or type(function.get("name")) is not str:
-        raise _bad("a call in `tool_calls` must have a function with a name")
-    arguments = function.get("arguments")
+    arguments = function.get("arguments") if type(function) is dict else None
     if type(arguments) is str:
         try:
-            arguments = decode_json(arguments.encode("utf-8")) if arguments.strip() else {}
+            arguments = decode_json(arguments.encode("utf-8", "replace") or b"{}")
         except ValueError:
             arguments = None
-    if type(arguments) is not dict:
-        raise _bad("the arguments of a call in `tool_calls` must be a JSON object")
-    return function, arguments
+    if type(arguments) is not dict or type(function.get("name")) is not str:
+        raise _bad("a call of a tool must have a name, and a JSON object of arguments")
+    return str(call.get("id") or ""), function["name"], arguments
 
 
-def _ollama_message(message: Dict[str, Any], names: Dict[str, str]) -> Dict[str, Any]:
-    """A message of OpenAI's as Ollama has it.  names: of the functions called, by the call."""
-    content, images = message.get("content"), []
-    if type(content) is list:
-        images = [_picture(part["image_url"]) for part in content if part["type"] == "image_url"]
-        texts = [part.get("text", part.get("refusal")) for part in content
-                 if part["type"] in ("text", "refusal")]
-        if len(images) + len(texts) < len(content):
-            raise _bad("Ollama takes text and pictures alone")
-        content = "\n".join(map(str, texts))
-    turned = {"role": message["role"].replace("developer", "system"), "content": content or ""}
-    calls = []
-    for call in message.get("tool_calls", ()):
-        function, arguments = _call_arguments(call)
-        names[str(call.get("id"))] = function["name"]
-        calls.append({"id": str(call.get("id") or ""),
-                      "function": {"name": function["name"], "arguments": arguments}})
-    called = message.get("tool_call_id", "")
-    more = {"images": images, "tool_calls": calls, "tool_call_id": called,
+def _ollama_messages(messages: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """OpenAI's messages as Ollama has them.  Raises: HttpError."""
+    turned, names = [], {}
+    for message in messages:
+        content, images = message.get("content", ""), []
+        if type(content) is list:
+            images = [_picture(part["image_url"]) for part in content
+                      if part["type"] == "image_url"]
+            texts = [str(part.get(part["type"])) for part in content
+                     if part["type"] in ("text", "refusal", "thinking")]
+            if len(images) + len(texts) < len(content):
+                raise _bad("Ollama takes text and pictures alone")
+            content = "\n".join(texts)
+        calls = [_call(call) for call in message.get("tool_calls", ())]
+        names.update({mark: name for mark, name, _ in calls})
+        called = message.get("tool_call_id", "")
+        more = {"images": images, "tool_call_id": called, "tool_calls": [
+            {"id": mark, "function": {"name": name, "arguments": arguments}}
+            for mark, name, arguments in calls],
             "thinking": message.get("reasoning") or message.get("reasoning_content"),
-            "tool_name": names.get(called) or (message["role"] == "tool" and message.get("name"))}
-    return dict(turned, **{name: value for name, value in more.items() if value})
-
-
-def _ollama_format(asked: Dict[str, Any]) -> Any:
-    """Ollama's `format` for a `response_format`.  Raises: HttpError."""
-    kind, schema = asked.get("type"), asked.get("json_schema")
-    if kind == "json_schema" and type(schema) is dict and type(schema.get("schema")) is dict:
-        return schema["schema"]
-    if kind not in ("text", "json_object"):
-        raise _bad("`response_format` must be of type text, json_object or json_schema")
-    return "json" if kind == "json_object" else None
-
-
-def _ollama_think(body: Dict[str, Any]) -> Any:
-    effort = body.get("reasoning_effort") or body.get("reasoning", {}).get("effort")
-    if effort is not None and type(effort) is not str:
-        raise _bad("`reasoning.effort` must be of type string")
-    return {None: None, "none": False, "minimal": "low", "xhigh": "max"}.get(effort, effort)
+            "tool_name": names.get(called) or message["role"] == "tool" and message.get("name")}
+        new = {"role": message["role"].replace("developer", "system"), "content": content}
+        turned.append(dict(new, **{key: said for key, said in more.items() if said}))
+    return turned
 
 
 def _to_ollama(ask: Ask, each: int) -> Tuple[str, Dict[str, Any]]:
-    """OpenAI's words in Ollama's: what Ollama's own /v1 does, whose streams swallow errors."""
+    """OpenAI's words in Ollama's, as Ollama's own /v1 does it, whose streams swallow errors."""
     body, options = ask.body, {"num_predict": each}
-    if body.get("n", 1) != 1 or body.get("echo") or (
-            ask.task == "complete" and body.get("logprobs")):
-        raise _bad("`n` over 1, `echo` and `logprobs` of a completion are not in Ollama")
-    for native, name in _SAMPLING:
-        if name in body or native in body:
-            options[native] = body.get(name, body.get(native))
+    if body.get("n", 1) != 1 or body.get("echo") or ask.task == "complete" and "logprobs" in body:
+        raise _bad("Ollama has no `n` over 1, and no `echo` and `logprobs` of a completion")
+    options.update({native: body[name] for native, name in _OPTIONS.items() if name in body})
     if type(options.get("stop")) is str:
         options["stop"] = [options["stop"]]
-    found: Dict[str, Any] = {"options": options, "think": _ollama_think(body),
-                             "format": _ollama_format(body.get("response_format",
-                                                               {"type": "text"}))}
+    form = body.get("response_format", {})
+    schema = form.get("json_schema")
+    if form.get("type", "text") not in ("text", "json_object", "json_schema"):
+        raise _bad("`response_format` must be of type text, json_object or json_schema")
+    effort = body.get("reasoning_effort", body.get("reasoning", {}).get("effort"))
+    think = {"none": False, "minimal": "low", "xhigh": "max"}.get(str(effort), effort)
+    found = {"options": options, "think": think, "format": schema.get("schema")
+             if type(schema) is dict else "json" if form.get("type") == "json_object" else None}
     if ask.task == "complete":
-        texts = _inputs(body["prompt"], "prompt")
-        if len(texts) != 1 or type(texts[0]) is not str:
+        texts = _inputs(body, "prompt")
+        if len(texts) > 1 or type(texts[0]) is not str:
             raise _bad("`prompt` must be one text: Ollama takes no tokens, and one at a time")
         return "/api/generate", dict(found, prompt=texts[0], suffix=body.get("suffix"))
-    names: Dict[str, str] = {}
-    found["messages"] = [_ollama_message(message, names) for message in body["messages"]]
-    if body.get("tool_choice") != "none":
-        found["tools"] = body.get("tools") or None
-    return "/api/chat", dict(found, **{name: body[name] for name in _ALIKE if name in body})
-
-
-def _data_url(image: Any) -> Dict[str, Any]:
-    """A part with a picture that Ollama's clients send as bare base64."""
-    if type(image) is not str:
-        raise _bad("`images` must hold texts of base64")
-    kind = {"/9j/": "jpeg", "R0lG": "gif", "UklG": "webp"}.get(image[:4], "png")
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{image}"}}
+    tools = None if body.get("tool_choice") == "none" else body.get("tools")
+    return "/api/chat", dict(found, messages=_ollama_messages(body["messages"]), tools=tools,
+                             logprobs=body.get("logprobs"), top_logprobs=body.get("top_logprobs"))
 
 
 def _openai_messages(messages: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """Ollama's messages as OpenAI has them: calls get numbers, by which their results are known."""
+    """Ollama's messages as OpenAI has them: calls get marks, by which their results are known."""
     turned, waiting = [], []
     for number, message in enumerate(messages):
-        content: Any = message.get("content", "")
+        new = {"role": message["role"], "content": message.get("content", "")}
         if message.get("images"):
-            content = [{"type": "text", "text": content}] + list(map(_data_url, message["images"]))
-        new = {"role": message["role"], "content": content}
+            new["content"] = [{"type": "text", "text": new["content"]}] + [
+                {"type": "image_url", "image_url": {"url": "data:image/%s;base64,%s" % (
+                    {"/9j/": "jpeg", "R0lG": "gif", "UklG": "webp"}.get(image[:4], "png"), image)}}
+                for image in map(str, message["images"])]
         if message.get("thinking"):
             new["reasoning_content"] = message["thinking"]
-        for index, call in enumerate(message.get("tool_calls", ())):
-            function, arguments = _call_arguments(call)
-            mark = str(call.get("id") or f"call_{number}_{index}")
-            waiting.append((function["name"], mark))
-            new.setdefault("tool_calls", []).append({"id": mark, "type": "function", "function": {
-                "name": function["name"], "arguments": json.dumps(arguments)}})
+        calls = [_call(call) for call in message.get("tool_calls", ())]
+        calls = [(mark or f"call_{number}_{index}", name, arguments)
+                 for index, (mark, name, arguments) in enumerate(calls)]
+        if calls:
+            new["tool_calls"] = [{"id": mark, "type": "function", "function": {
+                "name": name, "arguments": json.dumps(arguments)}}
+                for mark, name, arguments in calls]
+        waiting += [(mark, name) for mark, name, _ in calls]
         if message["role"] == "tool":
-            found = [pair for pair in waiting if message.get("tool_call_id") == pair[1]] or [
-                pair for pair in waiting if message.get("tool_name", pair[0]) == pair[0]]
-            new["tool_call_id"] = found[0][1] if found else f"call_{number}"
+            found = [pair for pair in waiting if message.get("tool_call_id") == pair[0]] or [
+                pair for pair in waiting if message.get("tool_name", pair[1]) == pair[1]]
+            new["tool_call_id"] = found[0][0] if found else f"call_{number}"
             waiting = [pair for pair in waiting if pair not in found[:1]]
         turned.append(new)
     return turned
 
 
 def _from_ollama(ask: Ask, each: int) -> Tuple[str, Dict[str, Any]]:
-    """Ollama's words in OpenAI's.  What only Ollama's own engine knows among its sampling options
-    is left out.  Raises: HttpError."""
-    body, options = ask.body, ask.body.get("options", {})
-    found = {name: options[native] for native, name in _SAMPLING if native in options}
-    found.update(max_tokens=each, **{name: body[name] for name in _ALIKE if name in body})
-    form, think = body.get("format"), body.get("think")
+    """Ollama's words in OpenAI's.  Raises: HttpError."""
+    body, form, think = ask.body, ask.body.get("format"), ask.body.get("think")
+    found = {_OPTIONS[name]: value for name, value in body.get("options", {}).items()
+             if name in _OPTIONS}
+    found.update(max_tokens=each, logprobs=body.get("logprobs"), tools=body.get("tools") or None,
+                 top_logprobs=body.get("top_logprobs"))
     if form:
-        found["response_format"] = {"type": "json_object"} if form == "json" else {
+        found["response_format"] = {"type": "json_object"} if type(form) is str else {
             "type": "json_schema", "json_schema": {"name": "answer", "schema": form}}
-        if form != "json" and type(form) is not dict:
-            raise _bad("`format` must be json or a JSON Schema")
     if type(think) is bool:
         found["chat_template_kwargs"] = {"enable_thinking": think}
     elif think:
         found["reasoning_effort"] = think
     if ask.task == "chat":
-        found["messages"] = _openai_messages(body["messages"])
-        return "/v1/chat/completions", dict(found, tools=body.get("tools") or None)
+        return "/v1/chat/completions", dict(found, messages=_openai_messages(body["messages"]))
     for name in ("suffix", "template", "context"):
         if body.get(name):
             raise _bad(f"`{name}` is known to Ollama alone, and another engine runs here")
     if body.get("raw"):
-        return "/v1/completions", dict(found, prompt=body["prompt"])
-    messages = [{"role": "user", "content": body["prompt"], "images": body.get("images")}]
-    if body.get("system"):
-        messages.insert(0, {"role": "system", "content": body["system"]})
-    return "/v1/chat/completions", dict(found, messages=_openai_messages(messages))
+        return "/v1/completions", dict(found, prompt=body["prompt"], logprobs=None)
+    said = [{"role": "system", "content": body["system"]}] if body.get("system") else []
+    said.append({"role": "user", "content": body["prompt"], "images": body.get("images")})
+    return "/v1/chat/completions", dict(found, messages=_openai_messages(said))
 
 
-def _embed_wire(ask: Ask, native: bool) -> Tuple[str, str, Dict[str, Any]]:
-    """A request for embeddings, as (path, dialect, body).  POST /api/embeddings, which does not
-    say what it counted, is asked as POST /api/embed."""
-    body = dict(ask.body)
-    if "prompt" in body:
-        body["input"] = body.pop("prompt")
-    if not native and ask.dialect == "ollama":
-        body = {name: body[name] for name in ("input", "dimensions") if name in body}
-        return "/v1/embeddings", "openai", dict(body, encoding_format="float")
-    if native and ask.dialect == "openai":
-        if any(type(text) is not str for text in _inputs(body["input"], "input")):
-            raise _bad("`input` must be text: Ollama takes no tokens",
-                       "LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)")
-        body = {name: body[name] for name in ("input", "dimensions") if name in body}
-    return ("/api/embed", "ollama", body) if native else ("/v1/embeddings", "openai", body)
-
-
-def _cap(ask: Ask, engine: Engine, output_tokens: int, context_tokens: int) -> int:
-    """The most tokens of each answer.  Raises: HttpError."""
-    each = output_tokens // (_choices(ask.body) if ask.task in ("chat", "complete") else 1)
-    if each < 1:
-        raise _bad("fewer tokens are left than answers are asked for", "Ask for a smaller `n`")
-    if ask.output_tokens is None and engine.name in ("vllm", "sglang"):
-        # They refuse what may become longer than the context; and this was nobody's wish.
-        return min(each, max(context_tokens - ask.prompt_tokens, context_tokens // 8, 1))
-    return each
-
-
-def _loaded_answer(ask: Ask) -> Dict[str, Any]:
-    """To a request that only loads a model, of an engine that has it in memory."""
-    said = {"embeddings": []} if ask.task == "embed" else {"response": ""}
-    if ask.task == "chat":
-        said = {"message": {"role": "assistant", "content": ""}}
-    return dict({"model": ask.model, "created_at": utc_stamp()}, **said, done=True,
-                done_reason="load")
-
-
-def _same_wire(ask: Ask, each: int) -> Tuple[str, Dict[str, Any]]:
+def _same_dialect(ask: Ask, each: int) -> Tuple[str, Dict[str, Any]]:
     """A request to an engine that speaks its dialect."""
-    body = ask.body
     if ask.dialect == "ollama":
-        options = dict(body.get("options", {}), num_predict=each)
-        return "/api/chat" if ask.task == "chat" else "/api/generate", dict(body, options=options)
-    if ask.task == "messages":
-        return "/v1/messages", dict(body, max_tokens=each)
-    if ask.task == "responses":
-        return "/v1/responses", dict(body, max_output_tokens=each, store=False)
-    path = "/v1/chat/completions" if ask.task == "chat" else "/v1/completions"
-    return path, dict(body, max_tokens=each)
+        return "/api/chat" if ask.task == "chat" else "/api/generate", dict(
+            ask.body, options=dict(ask.body.get("options", {}), num_predict=each))
+    path, limit, more = {
+        "chat": ("/v1/chat/completions", "max_tokens", {}),
+        "complete": ("/v1/completions", "max_tokens", {}),
+        "messages": ("/v1/messages", "max_tokens", {}),
+        "responses": ("/v1/responses", "max_output_tokens", {"store": False})}[ask.task]
+    if ask.stream and limit == "max_tokens" and ask.task != "messages":
+        more = {"stream_options": {"include_usage": True}}
+    return path, dict(ask.body, **{limit: each}, **more)
+
+
+def _embed_request(ask: Ask, native: bool) -> Tuple[str, Dict[str, Any]]:
+    """POST /api/embeddings, whose answer does not say what it counted, is asked as /api/embed."""
+    name = "prompt" if "prompt" in ask.body else "input"
+    if native == (ask.dialect == "ollama") and name == "input":
+        return "/api/embed" if native else "/v1/embeddings", ask.body
+    if native and any(type(text) is not str for text in _inputs(ask.body, name)):
+        raise _bad("`input` must be text: Ollama takes no tokens",
+                   "LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)")
+    body = {"input": ask.body.get(name, ""), "dimensions": ask.body.get("dimensions")}
+    return ("/api/embed", body) if native else ("/v1/embeddings", dict(
+        body, encoding_format="float"))
 
 
 def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
                    context_tokens: int) -> Wire:
-    """What the engine is asked.  model: as it knows it.  output_tokens: the most of all answers.
-    context_tokens: the largest here.  Raises: HttpError 400, 404."""
+    """What the engine is asked.  model: as it knows it.  output_tokens: the most of all answers
+    together.  context_tokens: the largest here.  Raises: HttpError 400, 404."""
+    native, chat = engine.name == "ollama", ask.task in ("chat", "complete")
+    each, task = output_tokens // _choices(ask), ask.task
     if (ask.context_tokens or 0) > context_tokens:
         raise _bad(f"`options.num_ctx` is {ask.context_tokens}, and the largest here is "
                    f"{context_tokens}", "Leave it out, or ask for less", "context_too_large")
-    native = engine.name == "ollama"
+    if each < 1 and task != "embed":
+        raise _bad("fewer tokens are left than answers are asked for", "Ask for a smaller `n`")
+    if ask.output_tokens is None and engine.name in ("vllm", "sglang"):
+        # They refuse what may become longer than the context; and this limit was nobody's wish.
+        each = min(each, max(context_tokens - ask.prompt_tokens, context_tokens // 8, 1))
     if engine.name == "mlx":
-        if ask.task not in ("chat", "complete"):
-            raise HttpError(404, "not_found", f"{engine.title} has no such route")
         model = "default_model"  # any other name it would look for, and load
-    if ask.dialect == "ollama" and not native and _is_load(ask.body):
-        return Wire("", encode_json(_loaded_answer(ask)), "ollama", ask.task)
-    dialect, task = "ollama" if native else "openai", ask.task
+        if not chat:
+            raise HttpError(404, "not_found", f"{engine.title} has no such route")
+    if ask.dialect == "ollama" and not native and _only_loads(ask.body):
+        said = {"message": {"role": "assistant", "content": ""}} if task == "chat" else {
+            "embeddings": []} if task == "embed" else {"response": ""}
+        return Wire("", encode_json(dict({"model": ask.model, "created_at": utc_stamp()}, **said,
+                                         done=True, done_reason="load")), "ollama", task)
+    dialect = "ollama" if native else "openai"
     if task == "embed":
-        path, dialect, body = _embed_wire(ask, native)
-        return Wire(path, encode_json(dict(body, model=model)), dialect, task)
-    each = _cap(ask, engine, output_tokens, context_tokens)
-    if ask.dialect == dialect or task in ("responses", "messages"):
-        dialect = ask.dialect
-        path, body = _same_wire(ask, each)
+        path, body = _embed_request(ask, native)
+    elif ask.dialect == dialect or not chat:
+        (path, body), dialect = _same_dialect(ask, each), ask.dialect
     else:
         path, body = (_to_ollama if native else _from_ollama)(ask, each)
         task = "complete" if path in ("/v1/completions", "/api/generate") else "chat"
-    body = dict(body, model=model, stream=ask.stream)
-    if ask.stream and path in ("/v1/chat/completions", "/v1/completions"):
-        body["stream_options"] = {"include_usage": True}
-    return Wire(path, encode_json({name: value for name, value in body.items()
-                                   if value is not None}), dialect, task)
+        if ask.stream and not native:
+            body["stream_options"] = {"include_usage": True}
+    if task != "embed":
+        body = dict(body, stream=ask.stream)
+    if engine.name == "llama-server" and "repetition_penalty" in body:
+        body = dict(body, repeat_penalty=body["repetition_penalty"])
+    return Wire(path, encode_json(dict({name: value for name, value in body.items()
+                                        if value is not None}, model=model)), dialect, task)
 
 
 # -- what an engine answers --------------------------------------------
@@ -11423,46 +11299,38 @@ def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
 _ERROR_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error",
                 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
                 503: "overloaded_error"}
-_REASONS = {"length": "length", "tool_calls": "stop"}  # any other ends as "stop"
-_NEVER = b"\0never\n"
 
 
 def error_answer(dialect: str, status: int, code: str, what: str,
                  numbers: Optional[Dict[str, Any]] = None) -> bytes:
     """The body of an error as a dialect has it.  numbers: of a limit, such as what is left."""
+    details = {"details": numbers} if numbers else {}
     if dialect == "ollama":
-        return encode_json(dict({"error": what, "code": code},
-                                **({"details": numbers} if numbers else {})))
+        return encode_json(dict({"error": what, "code": code}, **details))
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    error: Dict[str, Any] = {"message": what, "type": kind}
-    if dialect == "openai":
-        error.update(param=None, code=code)
-    if numbers:
-        error["details"] = numbers
-    return encode_json({"error": error} if dialect == "openai" else {"type": "error",
-                                                                    "error": error})
-
-
-def _engine_words(text: Any) -> str:
-    """What a client may read of an engine's words: one line, without folders of this machine."""
-    line = " ".join(str(text)[:4000].split())
-    line = re.sub(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+", "…/", line)
-    return printable(line[:400]) if not line.startswith("<") else "a page of HTML"
+    if dialect == "anthropic":
+        return encode_json({"type": "error", "error": dict({"type": kind, "message": what},
+                                                           **details)})
+    return encode_json({"error": dict({"message": what, "type": kind, "param": None, "code": code},
+                                      **details)})
 
 
 def _said_error(value: Any, failed: bool = False) -> str:
-    """The error within an engine's answer, in whichever form, or "".  failed: there is one."""
-    if type(value) is not dict:
-        return ""
-    error = value.get("error") or (failed and value.get("detail"))
-    if type(error) is list:  # FastAPI's
-        error = "; ".join(f"{item.get('loc')}: {item.get('msg')}" if type(item) is dict
-                          else str(item) for item in error[:3])
-    if type(error) is dict:
-        error = error.get("message") or error.get("type") or "an error without words"
-    if not error and (failed or "error" in (value.get("object"), value.get("type"))):
-        error = value.get("message")
-    return _engine_words(error) if error else ""
+    """The error in an engine's answer, in whichever form, as a client may read it: one line,
+    without folders of this machine.  "" where there is none.  failed: there must be one."""
+    error = value
+    if type(value) is dict:
+        error = value.get("error") or failed and value.get("detail")
+        if type(error) is list:  # FastAPI's
+            error = "; ".join(f"{item.get('loc')}: {item.get('msg')}" if type(item) is dict
+                              else str(item) for item in error[:3])
+        if type(error) is dict:
+            error = error.get("message") or error.get("type") or "an error without words"
+        if not error and (failed or "error" in (value.get("object"), value.get("type"))):
+            error = value.get("message")
+    line = " ".join(str(error or "")[:4000].split())
+    line = re.sub(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+", "…/", line)
+    return printable(line[:400]) if not line.startswith("<") else "a page of HTML"
 
 
 def _json_dict(raw: bytes) -> Optional[Dict[str, Any]]:
@@ -11474,181 +11342,176 @@ def _json_dict(raw: bytes) -> Optional[Dict[str, Any]]:
     return value if type(value) is dict else None
 
 
+def _within(value: Any, *names: Any) -> Dict[str, Any]:
+    """The object within objects and lists; an empty one where there is none.
+
+    >>> _within({"a": [{"b": {"c": 1}}]}, "a", 0, "b"), _within({"a": []}, "a", 0)
+    ({'c': 1}, {})
+    """
+    for name in names:
+        if type(value) is list and type(name) is int:
+            value = value[name] if name < len(value) else None
+        else:
+            value = value.get(name) if type(value) is dict else None
+    return value if type(value) is dict else {}
+
+
 class Usage:
     """What an answer took.  prompt_tokens, completion_tokens: the engine's own figures, or None.
     pieces: of its content that came.  load_s: of the model, where it is told.  error: why the
     answer is not whole, or ""."""
 
     __slots__ = ("prompt_tokens", "completion_tokens", "pieces", "load_s", "error")
+    _NAMES = {"prompt_tokens": "prompt_tokens", "completion_tokens": "completion_tokens",
+              "prompt_eval_count": "prompt_tokens", "eval_count": "completion_tokens",
+              "input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
 
     def __init__(self) -> None:
         self.prompt_tokens: Optional[int] = None
         self.completion_tokens: Optional[int] = None
-        self.pieces = 0
+        self.pieces, self.error = 0, ""
         self.load_s: Optional[float] = None
-        self.error = ""
 
-    def take(self, figures: Any) -> None:
-        """From any dialect's figures."""
-        for name, value in figures.items() if type(figures) is dict else ():
-            if type(value) is not int or not 0 <= value < 1 << 53:
-                continue
-            if name in ("prompt_tokens", "prompt_eval_count", "input_tokens"):
-                self.prompt_tokens = value
-            elif name in ("completion_tokens", "eval_count", "output_tokens"):
-                self.completion_tokens = value
-            elif name == "load_duration":
-                self.load_s = value / 1e9
-
-    def take_ollama(self, last: Dict[str, Any]) -> None:
-        """From Ollama's last line, which leaves zeros out."""
-        self.take(dict({"prompt_eval_count": 0, "eval_count": 0}, **last))
+    def take(self, figures: Dict[str, Any]) -> None:
+        """From any dialect's figures.  Ollama's last line leaves zeros out."""
+        if figures.get("done") is True:
+            figures = dict({"prompt_eval_count": 0, "eval_count": 0}, **figures)
+        for name, value in figures.items():
+            if type(value) is int and 0 <= value < 1 << 53:
+                if name in self._NAMES:
+                    setattr(self, self._NAMES[name], value)
+                elif name == "load_duration":
+                    self.load_s = value / 1e9
 
     def as_openai(self) -> Dict[str, int]:
         prompt, made = self.prompt_tokens or 0, self.completion_tokens
         made = self.pieces if made is None else made
         return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
-
-def _openai_calls(calls: Any, request_id: str, first: int = 0) -> List[Dict[str, Any]]:
-    """Ollama's calls of tools as OpenAI has them."""
-    turned = []
-    for number, call in enumerate(calls if type(calls) is list else (), first):
-        function = call.get("function") if type(call) is dict else None
-        if type(function) is dict:
-            turned.append({"index": number, "id": call.get("id") or f"call_{request_id}_{number}",
-                           "type": "function", "function": {
-                               "name": function.get("name", ""),
-                               "arguments": json.dumps(function.get("arguments") or {})}})
-    return turned
+    def as_ollama(self, total_ns: int, eval_ns: int) -> Dict[str, int]:
+        figures = {"total_duration": total_ns, "prompt_eval_count": self.prompt_tokens,
+                   "prompt_eval_duration": total_ns - eval_ns, "eval_duration": eval_ns,
+                   "eval_count": self.as_openai()["completion_tokens"]}
+        return {name: value for name, value in figures.items() if value}
 
 
-def _ollama_calls(calls: Iterable[Any]) -> List[Dict[str, Any]]:
-    """OpenAI's calls as Ollama has them.  Raises: ValueError where arguments are no object."""
-    turned = []
-    for call in calls:
-        try:
-            function, arguments = _call_arguments(call)
-        except HttpError as error:
-            raise ValueError("the model called a tool with arguments that are no JSON object"
-                             ) from error
-        turned.append({"id": call.get("id") or "", "function": {"name": function["name"],
-                                                              "arguments": arguments}})
-    return turned
+def _openai_said(ask: Ask, value: Dict[str, Any], request_id: str, first: int) -> Dict[str, Any]:
+    """What Ollama said, as a delta or a message of OpenAI's.  first: the number of its first call.
+    """
+    if ask.task != "chat":
+        return {"text": value.get("response") or ""}
+    message, calls = _within(value, "message"), []
+    for number, call in enumerate(message.get("tool_calls") or (), first):
+        function = _within(call, "function")
+        calls.append({"index": number, "type": "function", "function": {
+            "name": function.get("name"), "arguments": json.dumps(function.get("arguments") or {})},
+            "id": _within(call).get("id") or f"call_{request_id}_{number}"})
+    said = {"content": message.get("content"), "reasoning": message.get("thinking"),
+            "tool_calls": calls}
+    return {name: part for name, part in said.items() if part}
 
 
-def _reasoning(message: Dict[str, Any]) -> str:
-    said = message.get("reasoning") or message.get("reasoning_content") or ""
-    return said if type(said) is str else ""
+def _ollama_said(ask: Ask, choice: Dict[str, Any], said: Dict[str, Any],
+                 calls: Sequence[Any] = ()) -> Dict[str, Any]:
+    """What OpenAI's delta or message said, as a line of Ollama's has it.  Raises: HttpError."""
+    more = {"thinking": said.get("reasoning") or said.get("reasoning_content"), "tool_calls": [
+        {"id": mark, "function": {"name": name, "arguments": arguments}}
+        for mark, name, arguments in map(_call, calls)]}
+    more = {name: part for name, part in more.items() if part}
+    text = said.get("content") or said.get("text") or ""
+    line = {"message": dict({"role": "assistant", "content": text}, **more)} \
+        if ask.task == "chat" else dict({"response": text}, **more)
+    logprobs = choice.get("logprobs")
+    return dict(line, logprobs=logprobs["content"]) if _within(logprobs).get("content") else line
 
 
-def _logprobs(said: Any) -> Any:
-    """The list of them, in either dialect's place."""
-    return said.get("content") if type(said) is dict else said
-
-
-def _openai_head(ask: Ask, request_id: str, stream: bool) -> Dict[str, Any]:
-    """What each chunk, or a whole answer, begins with."""
+def _openai_answer(ask: Ask, request_id: str, kind: str, choices: Sequence[Any]) -> Dict[str, Any]:
     chat = ask.task == "chat"
-    kind = "chat.completion" + (".chunk" if stream else "") if chat else "text_completion"
-    return {"id": ("chatcmpl-" if chat else "cmpl-") + request_id, "object": kind,
-            "created": int(time.time()), "model": ask.model}
+    return {"id": ("chatcmpl-" if chat else "cmpl-") + request_id,
+            "object": "chat.completion" + kind if chat else "text_completion",
+            "created": int(time.time()), "model": ask.model, "choices": choices}
 
 
-def _openai_reason(last: Dict[str, Any], calls: int) -> str:
-    reason = "length" if last.get("done_reason") == "length" else "stop"
-    return "tool_calls" if calls and reason == "stop" else reason
+def _reason(said: Any, calls: Any, called: str) -> str:
+    """Why an answer ended: the same in both dialects, but after calls of tools."""
+    return "length" if said == "length" else called if calls else "stop"
 
 
-def _ollama_said(ask: Ask, text: str, thinking: str, calls: Sequence[Any] = ()) -> Dict[str, Any]:
-    """What a line of Ollama's says."""
-    more = {"thinking": thinking, "tool_calls": list(calls)}
-    more = {name: value for name, value in more.items() if value}
-    if ask.task == "chat":
-        return {"message": dict({"role": "assistant", "content": text}, **more)}
-    return dict({"response": text}, **more)
-
-
-def _ollama_figures(usage: Usage, total_ns: int, eval_ns: int) -> Dict[str, int]:
-    """What Ollama's last line counts; it leaves out what is zero."""
-    made = usage.as_openai()["completion_tokens"]
-    found = {"total_duration": total_ns, "prompt_eval_count": usage.prompt_tokens,
-             "prompt_eval_duration": total_ns - eval_ns, "eval_count": made,
-             "eval_duration": eval_ns}
-    return {name: value for name, value in found.items() if value}
+_NEVER = b"\0never"
 
 
 class StreamFlow:
-    """An engine's stream on its way to a client: every piece goes through feed(), and at the end
-    end() says the rest.  complete: the engine said that it was done.
+    """An engine's stream on its way to a client: each piece goes through feed(), and end() says the
+    rest.  complete: the engine said that it was done.
 
-    What most pieces are, one event with a few letters of text, is known by a mark in its bytes (the
-    key before the text) that the last event which was read whole had.  A model's words cannot forge
-    it: quotes within a string are escaped.  Every other event is read whole."""
+    What most pieces are, one event with some text, is known by a mark in its bytes: the key before
+    the text, which the last event that was read whole had.  A model cannot forge it, for quotes
+    within its words are escaped.  Every other event is read whole."""
 
     content_type = "text/event-stream"
-    _tail, _lines = b"\n\n", 2  # of one whole event
+    _tail, _lines = b"\n\n", 2  # of one event; no lines: each is read whole
 
-    def __init__(self, ask: Ask, wire: Wire, request_id: str, clock: Callable[[], int]) -> None:
+    def __init__(self, ask: Ask, request_id: str, clock: Callable[[], int]) -> None:
         self.ask, self.request_id, self.clock = ask, request_id, clock
-        self.usage, self.complete = Usage(), False
-        self.began_ns, self.first_ns = clock(), 0
-        self._mark, self._held, self._held_bytes = _NEVER, [], 0
-        self._name, self._new_name = b"", b'"model":' + json.dumps(ask.model).encode()
+        self.usage, self.complete, self.began_ns, self.first_ns = Usage(), False, clock(), 0
+        self._mark, self._name, self._held, self._held_bytes = _NEVER, b"", [], 0
+        self._new_name = b'"model":' + json.dumps(ask.model).encode()
 
     def feed(self, piece: bytes) -> bytes:
         """What goes to the client for this piece of the engine's body."""
         at = piece.find(self._mark)
         if at >= 0 and not self._held and piece.endswith(self._tail) \
-                and piece.count(b"\n") == self._lines and b'_tokens"' not in piece:
-            if piece[at + len(self._mark)] != 34:  # not the quote that ends an empty text
-                self.usage.pieces += 1
-                return piece.replace(self._name, self._new_name, 1) if self._name else piece
+                and piece.count(b"\n") == self._lines and b'_tokens"' not in piece \
+                and piece[at + len(self._mark)] != 34:  # the quote that ends an empty text
+            self.usage.pieces += 1
+            return piece.replace(self._name, self._new_name, 1) if self._name else piece
         return self._read(piece)
 
     def _read(self, piece: bytes) -> bytes:
-        if b"\n" not in piece:
-            self._held.append(piece)
-            self._held_bytes += len(piece)
-            if self._held_bytes > STREAM_LINE_MAX_BYTES:
-                self._held, self._held_bytes = [], 0
-                return self.fail("the engine sent a line without an end")
-            return b""
-        *lines, rest = (b"".join(self._held) + piece).split(b"\n")
-        self._held, self._held_bytes = [rest] if rest else [], len(rest)
-        return b"".join([self._line(line) for line in map(bytes.strip, lines) if line])
+        *lines, rest = piece.split(b"\n")
+        if lines:
+            lines[0] = b"".join(self._held) + lines[0]
+            self._held, self._held_bytes = [], 0
+        self._held += [rest] if rest else []
+        self._held_bytes += len(rest)
+        out = [self._line(line.strip()) for line in lines]
+        if self._held_bytes > STREAM_LINE_MAX_BYTES:
+            self._held, self._held_bytes = [], 0
+            out.append(self.fail("the engine sent a line without an end"))
+        return b"".join(out)
 
     def _line(self, line: bytes) -> bytes:
-        """One line of server-sent events.  An event of an engine ends with its line of data."""
-        if self.complete or self.usage.error:
+        """An event of an engine ends with its one line of data."""
+        if self.complete or self.usage.error or not line:
             return b""
-        if line.startswith((b"data:", b"{", b"error:")):
-            return self._data(line[line.find(b":") + 1:].strip() if line[:1] != b"{" else line)
-        return line + b"\n" if self.content_type == StreamFlow.content_type else b""
-
-    def _data(self, data: bytes) -> bytes:
-        if data == b"[DONE]":
-            self.complete = True
+        events = self._tail == StreamFlow._tail
+        if events and not line.startswith((b"data:", b"error:", b"{")):
+            return line + b"\n" if self.content_type == StreamFlow.content_type else b""
+        data = line.partition(b":")[2].strip() if line[:1] != b"{" else line
+        if data == b"[DONE]" and events:
+            self.complete, self._mark = True, _NEVER
             return self._done()
         value = _json_dict(data)
-        error = "the engine sent what is no JSON" if value is None else _said_error(value)
-        return self.fail(error) if error else self._event(value or {}, data)
+        if value is None or _said_error(value):
+            return self.fail(_said_error(value) or "the engine sent what is no JSON")
+        return self._event(value, data)
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
         raise NotImplementedError
 
     def _done(self) -> bytes:
-        """After the engine's [DONE]."""
-        self._mark = _NEVER
         return b"data: [DONE]\n\n"
 
-    def _learn(self, key: str, data: bytes) -> None:
-        """That the next text will stand behind this key, and how the engine writes a name."""
-        for form in ('"%s":"', '"%s": "'):
-            if form % key in data.decode("utf-8", "replace"):
-                self._mark = (form % key).encode()
-        name = re.search(rb'"model": ?"[^"\\]*"', data)
-        self._name = name.group() if name and name.group() != self._new_name else b""
+    def _piece(self, said: Dict[str, Any], keys: str, data: bytes) -> None:
+        """Count an event with something under one of these keys; the next may be known by it."""
+        for key in keys.split():
+            if said.get(key):
+                self.usage.pieces += 1
+                marks = [form % key.encode() for form in (b'"%s":"', b'"%s": "')]
+                self._mark = next((mark for mark in marks if mark in data), _NEVER)
+                name = re.search(rb'"model": ?"[^"\\]*"', data)
+                self._name = name.group() if name else b""
+                return
 
     def _named(self, data: bytes) -> bytes:
         """An event with the model's name as the client spelled it."""
@@ -11656,16 +11519,14 @@ class StreamFlow:
 
     def fail(self, problem: str) -> bytes:
         """The error that ends the stream, as the client's dialect has it."""
-        self.usage.error, self._mark = problem, _NEVER
-        dialect = self.ask.dialect
-        body = error_answer(dialect, 502, "engine_failed", problem)
-        if self.ask.task == "responses":
+        self.usage.error, self._mark, task = problem, _NEVER, self.ask.task
+        body = error_answer(self.ask.dialect, 502, "engine_failed", problem)
+        if task == "responses":
             body = encode_json({"type": "error", "code": "engine_failed", "message": problem,
-                                "param": None, "sequence_number": self.usage.pieces,
-                                "error": {"message": problem}})
-        if dialect == "ollama":
+                                "param": None, "sequence_number": self.usage.pieces})
+        if self.ask.dialect == "ollama":
             return body
-        event = b"event: error\n" if self.ask.task in ("responses", "messages") else b""
+        event = b"event: error\n" if task in ("responses", "messages") else b""
         return event + b"data: " + body + b"\n"
 
     def end(self, problem: str) -> bytes:
@@ -11680,18 +11541,13 @@ class _OpenAiFlow(StreamFlow):
     """From OpenAI's chat or completions to the same."""
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
-        choices, usage = value.get("choices"), value.get("usage")
-        if usage:
-            self.usage.take(usage)
-            if not choices and not self.ask.wants_usage:
-                return b""
+        choices = value.get("choices")
+        self.usage.take(_within(value, "usage"))
+        if not choices and value.get("usage") and not self.ask.wants_usage:
+            return b""
         for choice in choices if type(choices) is list else ():
-            delta = choice.get("delta", choice) if type(choice) is dict else {}
-            key = next((key for key in ("content", "text", "reasoning", "reasoning_content",
-                                        "tool_calls") if delta.get(key)), "") if delta else ""
-            if key:
-                self.usage.pieces += 1
-                self._learn("arguments" if key == "tool_calls" else key, data)
+            delta = _within(choice, "delta") or _within(choice)
+            self._piece(delta, "content text reasoning reasoning_content tool_calls", data)
         return b"data: " + self._named(data) + b"\n\n"
 
 
@@ -11701,24 +11557,17 @@ class _EventFlow(StreamFlow):
     _lines = 3
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
-        kind, delta = str(value.get("type")), value.get("delta")
-        inner = value.get("message") or value.get("response")
-        inner = inner if type(inner) is dict else value
-        self.usage.take(inner.get("usage"))
-        if type(delta) is str and delta and kind.endswith(".delta"):
-            self.usage.pieces += 1
-            self._learn("delta", data)
-        elif kind == "content_block_delta" and type(delta) is dict:
-            for key in ("text", "thinking", "partial_json"):
-                if delta.get(key):
-                    self.usage.pieces += 1
-                    self._learn(key, data)
+        inner = _within(value, "message") or _within(value, "response")
+        kind = str(value.get("type"))
+        self.usage.take(_within(inner or value, "usage"))
+        if kind.endswith("delta"):
+            self._piece(value if type(value.get("delta")) is str else _within(value, "delta"),
+                        "delta text thinking partial_json", data)
         if kind == "response.failed":
             self.usage.error = _said_error(inner) or "the engine failed"
         self.complete = kind in ("message_stop", "response.completed", "response.incomplete")
-        if self.complete or self.usage.error:
-            self._mark = _NEVER
-        return b"data: " + (data if inner is value else self._named(data)) + b"\n\n"
+        self._mark = _NEVER if self.complete or self.usage.error else self._mark
+        return b"data: " + (self._named(data) if inner else data) + b"\n\n"
 
 
 class _OllamaFlow(StreamFlow):
@@ -11727,19 +11576,11 @@ class _OllamaFlow(StreamFlow):
     content_type = "application/x-ndjson"
     _tail, _lines = b'"done":false}\n', 1
 
-    def _line(self, line: bytes) -> bytes:
-        return b"" if self.complete or self.usage.error else self._data(line)
-
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
-        message = value.get("message", value)
-        if type(message) is dict:
-            key = next((key for key in ("content", "response", "thinking", "tool_calls")
-                        if message.get(key)), "")
-            if key:
-                self.usage.pieces += 1
-                self._learn(key, data)
+        said = _within(value, "message") or value
+        self._piece(said, "content response thinking tool_calls", data)
         if value.get("done") is True:
-            self.usage.take_ollama(value)
+            self.usage.take(value)
             self.complete, self._mark = True, _NEVER
         return self._named(data) + b"\n"
 
@@ -11747,43 +11588,28 @@ class _OllamaFlow(StreamFlow):
 class _OllamaToOpenAi(_OllamaFlow):
     """From Ollama's lines to OpenAI's chunks."""
 
-    content_type = "text/event-stream"
-    _lines = -1  # every line is read whole
+    content_type, _lines = StreamFlow.content_type, 0
+    _calls, _role = 0, {"role": "assistant"}
 
-    def __init__(self, ask: Ask, wire: Wire, request_id: str, clock: Callable[[], int]) -> None:
-        super().__init__(ask, wire, request_id, clock)
-        self._chat, self._calls = ask.task == "chat", 0
-        head = _openai_head(ask, request_id, True)
-        self._head = b"data: " + json.dumps(head)[:-1].encode() + b', "choices": '
-        self._role = {"role": "assistant"}
-
-    def _chunk(self, choice: Dict[str, Any], reason: Optional[str] = None) -> bytes:
-        choice = dict({"index": 0}, **choice, finish_reason=reason)
-        return self._head + json.dumps([choice]).encode() + b"}\n\n"
+    def _chunk(self, choices: Any, **more: Any) -> bytes:
+        return b"data: " + encode_json(dict(_openai_answer(
+            self.ask, self.request_id, ".chunk", choices), **more)) + b"\n"
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
-        message = value.get("message") if self._chat else value
-        message = message if type(message) is dict else {}
-        text, thinking = message.get("content", message.get("response")), message.get("thinking")
-        calls = _openai_calls(message.get("tool_calls"), self.request_id, self._calls)
-        self._calls += len(calls)
-        self.usage.pieces += bool(text or thinking or calls)
-        delta = {name: said for name, said in (("content", text), ("reasoning", thinking),
-                                               ("tool_calls", calls)) if said}
-        choice: Dict[str, Any] = {"delta": dict(self._role, **delta)} if self._chat else {
-            "text": text or ""}
-        if value.get("logprobs"):
-            choice["logprobs"] = {"content": value["logprobs"]}
-        out = self._chunk(choice) if delta or self._role and self._chat else b""
-        self._role = {}
-        if value.get("done") is True:
-            self.usage.take_ollama(value)
-            self.complete = True
-            reason = _openai_reason(value, self._calls)
-            out += self._chunk({"delta": {}} if self._chat else {"text": ""}, reason)
-            if self.ask.wants_usage:
-                out += self._head + b'[], "usage": ' + encode_json(self.usage.as_openai())[:-1]
-                out += b"}\n\n"
+        super()._event(value, data)
+        said = _openai_said(self.ask, value, self.request_id, self._calls)
+        self._calls += len(said.get("tool_calls", ()))
+        out, chat = b"", self.ask.task == "chat"
+        if any(said.values()) or not self.complete:
+            choice = {"index": 0, "finish_reason": None, "logprobs": {
+                "content": value["logprobs"]} if value.get("logprobs") else None}
+            choice.update({"delta": dict(self._role, **said)} if chat else said)
+            out, self._role = self._chunk([choice]), {}
+        if self.complete:
+            reason = _reason(value.get("done_reason"), self._calls, "tool_calls")
+            out += self._chunk([dict({"delta": {}} if chat else {"text": ""}, index=0,
+                                     finish_reason=reason)])
+            out += self._chunk([], usage=self.usage.as_openai()) if self.ask.wants_usage else b""
             out += b"data: [DONE]\n\n"
         return out
 
@@ -11791,92 +11617,70 @@ class _OllamaToOpenAi(_OllamaFlow):
 class _OpenAiToOllama(StreamFlow):
     """From OpenAI's chunks to Ollama's lines."""
 
-    content_type = "application/x-ndjson"
-    _lines = -1
+    content_type, _lines = _OllamaFlow.content_type, 0
+    _reason: Any = None
 
-    def __init__(self, ask: Ask, wire: Wire, request_id: str, clock: Callable[[], int]) -> None:
-        super().__init__(ask, wire, request_id, clock)
-        self._head: Dict[str, Any] = {"model": ask.model, "created_at": utc_stamp()}
-        self._calls: Dict[int, Dict[str, Any]] = {}
-        self._reason = "stop"
+    def __init__(self, ask: Ask, request_id: str, clock: Callable[[], int]) -> None:
+        super().__init__(ask, request_id, clock)
+        self._calls: Dict[Any, Dict[str, Any]] = {}
+        self._head = {"model": ask.model, "created_at": utc_stamp()}
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
-        self.usage.take(value.get("usage"))
-        choices = value.get("choices")
-        choice = choices[0] if type(choices) is list and choices else {}
-        if type(choice) is not dict:
+        self.usage.take(_within(value, "usage"))
+        choice = _within(value, "choices", 0)
+        said = _within(choice, "delta") or choice
+        self._reason = choice.get("finish_reason") or self._reason
+        self._piece(said, "content text reasoning reasoning_content tool_calls", data)
+        self.first_ns = self.first_ns or self.usage.pieces and self.clock()
+        for part in said.get("tool_calls") or ():  # fragments, until the end
+            call = self._calls.setdefault(str(_within(part).get("index"))[:9], {
+                "id": part.get("id"), "function": {"name": "", "arguments": ""}})
+            for name, whole in call["function"].items():
+                call["function"][name] = whole + str(_within(part, "function").get(name) or "")
+        if not any(map(said.get, ("content", "text", "reasoning", "reasoning_content"))):
             return b""
-        self._reason = _REASONS.get(choice.get("finish_reason"), self._reason)
-        delta = choice.get("delta", choice)
-        delta = delta if type(delta) is dict else {}
-        text, thinking = delta.get("content") or delta.get("text") or "", _reasoning(delta)
-        for part in delta.get("tool_calls") or ():
-            self._join(part)
-        if not (text or thinking or delta.get("tool_calls")):
-            return b""
-        self.usage.pieces += 1
-        self.first_ns = self.first_ns or self.clock()
-        if not (text or thinking):
-            return b""
-        line = dict(self._head, **_ollama_said(self.ask, text, thinking), done=False)
-        logprobs = _logprobs(choice.get("logprobs"))
-        return encode_json(dict(line, logprobs=logprobs) if logprobs else line)
-
-    def _join(self, part: Any) -> None:
-        """A fragment of a call of a tool."""
-        function = part.get("function") if type(part) is dict else None
-        if type(function) is not dict or len(self._calls) > 128:
-            return
-        call = self._calls.setdefault(part.get("index") or 0, {
-            "id": part.get("id"), "function": {"name": "", "arguments": ""}})
-        for name in ("name", "arguments"):
-            call["function"][name] += function.get(name) or ""
+        return encode_json(dict(self._head, **_ollama_said(self.ask, choice, said), done=False))
 
     def _done(self) -> bytes:
         try:
-            calls = _ollama_calls(self._calls.values())
-        except ValueError as error:
+            line = dict(self._head, **_ollama_said(self.ask, {}, {}, self._calls.values()))
+        except HttpError as error:
             self.complete = False
-            return self.fail(str(error))
-        called = b"" if not calls else encode_json(dict(
-            self._head, **_ollama_said(self.ask, "", "", calls), done=False))
-        now = self.clock()
+            return self.fail(error.what)
+        called = encode_json(dict(line, done=False)) if self._calls else b""
+        total_ns = self.clock() - self.began_ns
         return called + encode_json(dict(
-            self._head, created_at=utc_stamp(), **_ollama_said(self.ask, "", ""), done=True,
-            done_reason=self._reason, **_ollama_figures(
-                self.usage, now - self.began_ns, now - (self.first_ns or now))))
+            self._head, **_ollama_said(self.ask, {}, {}), done=True,
+            done_reason=_reason(self._reason, 0, ""), **self.usage.as_ollama(
+                total_ns, total_ns - (self.first_ns or self.began_ns) + self.began_ns)))
 
 
 def make_flow(ask: Ask, wire: Wire, request_id: str,
               clock: Callable[[], int] = time.perf_counter_ns) -> StreamFlow:
-    """For an answer in pieces.  clock: nanoseconds, from the start of the request on."""
+    """For an answer in pieces.  clock: of nanoseconds, read now and at the end."""
     if wire.dialect == "ollama":
         kind: Any = _OllamaFlow if ask.dialect == "ollama" else _OllamaToOpenAi
     elif ask.dialect == "ollama":
         kind = _OpenAiToOllama
     else:
         kind = _EventFlow if ask.task in ("messages", "responses") else _OpenAiFlow
-    return kind(ask, wire, request_id, clock)
+    return kind(ask, request_id, clock)
 
 
-def _failed_answer(ask: Ask, status: int, body: bytes, usage: Usage) -> Tuple[int, bytes, Usage]:
-    """An engine's refusal or failure.  What is wrong with the request is said as it is; that the
-    engine does not take us, or fails, is no business of the client's."""
-    value = _json_dict(body)
-    words = _said_error(value, True) if value is not None else _engine_words(
-        body[:4000].decode("utf-8", "replace"))
-    usage.error = words or f"the engine answered {status} without a word"
-    passed = status in (400, 404, 413, 422, 429, 501, 503)
-    code = {400: "bad_request", 404: "not_found", 429: "engine_busy",
-            503: "engine_busy"}.get(status, "engine_refused" if passed else "engine_failed")
-    what = usage.error if passed else "the engine failed: " + usage.error
-    status = status if passed else 502
-    return status, error_answer(ask.dialect, status, code, what), usage
+def _failed(ask: Ask, status: int, error: str, usage: Usage) -> Tuple[int, bytes, Usage]:
+    """What is wrong with a request is said as the engine said it.  That the engine does not take
+    us, or fails, is no business of the client's."""
+    usage.error = error or f"the engine answered {status} without a word"
+    if status in (400, 404, 413, 422, 429, 501, 503):
+        code = "engine_busy" if status in (429, 503) else "engine_refused"
+        return status, error_answer(ask.dialect, status, code, usage.error), usage
+    what = "the engine failed: " + usage.error
+    return 502, error_answer(ask.dialect, 502, "engine_failed", what), usage
 
 
-def _vector(numbers: bytes, base64_wanted: bool) -> bytes:
-    """One embedding as OpenAI has it: a list, or its 32-bit floats in base64."""
-    if not base64_wanted:
+def _vector(numbers: bytes, packed: bool) -> bytes:
+    """An embedding as OpenAI has it: a list, or its 32-bit floats in base64."""
+    if not packed:
         return b"[" + numbers + b"]"
     import array
     import base64
@@ -11886,124 +11690,88 @@ def _vector(numbers: bytes, base64_wanted: bool) -> bytes:
     return b'"' + base64.b64encode(floats.tobytes()) + b'"'
 
 
-def _embed_answer(ask: Ask, wire: Wire, body: bytes, usage: Usage) -> bytes:
-    """Embeddings may be tens of megabytes: their numbers are moved and never read as JSON."""
-    edges = body if len(body) < 8192 else body[:4096] + b"\n" + body[-4096:]
+def _embeddings(ask: Ask, wire: Wire, body: bytes, usage: Usage) -> bytes:
+    """May be tens of megabytes: numbers are moved, and not read as JSON."""
     usage.completion_tokens = 0
-    for found in re.finditer(rb'"prompt_(?:tokens|eval_count)"\s*:\s*(\d{1,15})\b', edges):
-        usage.prompt_tokens = int(found.group(1))
-    old_form = ask.dialect == "ollama" and "prompt" in ask.body
-    if ask.dialect == wire.dialect and not old_form:
+    for edge in (body[:4096], body[-4096:]):
+        for found in re.findall(rb'"prompt_(?:tokens|eval_count)"\s*:\s*(\d{1,15})\b', edge):
+            usage.prompt_tokens = int(found)
+    if ask.dialect == wire.dialect and "prompt" not in ask.body:
         return body
     vectors = re.findall(rb"\[([-+.\deE,\s]+)\]", body)
     model, prompt = json.dumps(ask.model).encode(), usage.prompt_tokens or 0
-    if old_form:
-        return b'{"embedding":[' + b"".join(vectors[:1]) + b"]}\n"
+    if "prompt" in ask.body:
+        return b'{"embedding":[%s]}\n' % b"".join(vectors[:1])
     if ask.dialect == "ollama":
         return b'{"model":%s,"embeddings":[%s],"prompt_eval_count":%d}\n' % (
-            model, b",".join([b"[" + vector + b"]" for vector in vectors]), prompt)
-    wanted = ask.body.get("encoding_format") == "base64"
-    data = [b'{"object":"embedding","index":%d,"embedding":%s}' % (
-        index, _vector(vector, wanted)) for index, vector in enumerate(vectors)]
+            model, b",".join([_vector(vector, False) for vector in vectors]), prompt)
+    packed = ask.body.get("encoding_format") == "base64"
     return b'{"object":"list","data":[%s],"model":%s,"usage":{"prompt_tokens":%d,' \
-        b'"total_tokens":%d}}\n' % (b",".join(data), model, prompt, prompt)
-
-
-def _openai_whole(ask: Ask, value: Dict[str, Any], usage: Usage, request_id: str) -> Dict[str, Any]:
-    """Ollama's whole answer as OpenAI has it."""
-    message = value.get("message")
-    message = message if ask.task == "chat" and type(message) is dict else value
-    text = message.get("content", message.get("response")) or ""
-    calls = _openai_calls(message.get("tool_calls"), request_id)
-    choice: Dict[str, Any] = {"index": 0, "finish_reason": _openai_reason(value, len(calls))}
-    if ask.task == "chat":
-        said = {"role": "assistant", "content": text, "reasoning": message.get("thinking"),
-                "tool_calls": [{name: part for name, part in call.items() if name != "index"}
-                               for call in calls]}
-        choice["message"] = {name: part for name, part in said.items() if part or name == "content"}
-    else:
-        choice["text"] = text
-    if value.get("logprobs"):
-        choice["logprobs"] = {"content": value["logprobs"]}
-    return dict(_openai_head(ask, request_id, False), choices=[choice], usage=usage.as_openai())
-
-
-def _ollama_whole(ask: Ask, value: Dict[str, Any], usage: Usage, took_ns: int) -> Dict[str, Any]:
-    """OpenAI's whole answer as Ollama has it.  Raises: ValueError for one of no use."""
-    choices = value.get("choices")
-    choice = choices[0] if type(choices) is list and choices else None
-    message = choice.get("message", choice) if type(choice) is dict else None
-    if type(choice) is not dict or type(message) is not dict:
-        raise ValueError("the engine's answer has no choices")
-    said = _ollama_said(ask, message.get("content") or message.get("text") or "",
-                        _reasoning(message), _ollama_calls(message.get("tool_calls") or ()))
-    logprobs = _logprobs(choice.get("logprobs"))
-    return dict({"model": ask.model, "created_at": utc_stamp()}, **said, done=True,
-                done_reason=_REASONS.get(choice.get("finish_reason"), "stop"),
-                **dict({"logprobs": logprobs} if logprobs else {},
-                       **_ollama_figures(usage, took_ns, took_ns)))
+        b'"total_tokens":%d}}\n' % (b",".join(
+            [b'{"object":"embedding","index":%d,"embedding":%s}' % (number, _vector(vector, packed))
+             for number, vector in enumerate(vectors)]), model, prompt, prompt)
 
 
 def whole_answer(ask: Ask, wire: Wire, status: int, body: bytes, request_id: str,
                  took_ns: int = 0) -> Tuple[int, bytes, Usage]:
-    """An answer that is no stream, or an error, as (status, body, usage) for the client."""
-    usage = Usage()
+    """(status, body, usage) for the client, of an answer that is no stream, or of an error."""
+    usage, value = Usage(), None
+    if status != 200 or ask.task != "embed":
+        value = _json_dict(body)
     if status != 200:
-        return _failed_answer(ask, status, body, usage)
+        said = body[:4000].decode("utf-8", "replace") if value is None else value
+        return _failed(ask, status, _said_error(said, True), usage)
     if ask.task == "embed":
-        return 200, _embed_answer(ask, wire, body, usage), usage
-    value = _json_dict(body)
-    error = "its answer is no JSON object" if value is None else _said_error(value)
-    if value is None or error:
-        return _failed_answer(ask, 502, encode_json({"error": error}), usage)
+        return 200, _embeddings(ask, wire, body, usage), usage
+    if value is None or _said_error(value):
+        return _failed(ask, 502, _said_error(value) or "its answer is no JSON object", usage)
+    usage.take(value if wire.dialect == "ollama" else _within(value, "usage"))
+    if ask.dialect == wire.dialect:
+        return 200, encode_json(dict(value, model=ask.model)), usage
     if wire.dialect == "ollama":
-        usage.take_ollama(value)
-    else:
-        usage.take(value.get("usage"))
+        said = _openai_said(ask, value, request_id, 0)
+        reason = _reason(value.get("done_reason"), said.get("tool_calls"), "tool_calls")
+        choice = dict({"message": dict({"role": "assistant", "content": ""}, **said)}
+                      if ask.task == "chat" else said, index=0, finish_reason=reason)
+        choice["logprobs"] = {"content": value["logprobs"]} if value.get("logprobs") else None
+        return 200, encode_json(dict(_openai_answer(ask, request_id, "", [choice]),
+                                     usage=usage.as_openai())), usage
+    choice = _within(value, "choices", 0)
+    said = _within(choice, "message") or choice
     try:
-        if ask.dialect == wire.dialect:
-            turned = dict(value, model=ask.model)
-        elif ask.dialect == "ollama":
-            turned = _ollama_whole(ask, value, usage, took_ns)
-        else:
-            turned = _openai_whole(ask, value, usage, request_id)
-    except ValueError as error_of_ours:
-        return _failed_answer(ask, 502, encode_json({"error": str(error_of_ours)}), usage)
-    return 200, encode_json(turned), usage
+        line = _ollama_said(ask, choice, said, said.get("tool_calls") or ())
+    except HttpError as error:
+        return _failed(ask, 502, error.what, usage)
+    if not choice:
+        return _failed(ask, 502, "its answer is empty", usage)
+    return 200, encode_json(dict(
+        {"model": ask.model, "created_at": utc_stamp()}, **line, done=True,
+        done_reason=_reason(choice.get("finish_reason"), 0, ""),
+        **usage.as_ollama(took_ns, took_ns))), usage
 
 
-# -- which models there are, of an engine that is no Ollama --------------
-
-def _model_facts(name: str, context_tokens: int, since_s: float) -> Dict[str, Any]:
+def model_answer(path: str, names: Sequence[str], context_tokens: int,
+                 since_s: float) -> Dict[str, Any]:
+    """To GET /v1/models, /v1/models/NAME, /api/tags, /api/ps (names: those in memory) and
+    /api/version, and to POST /api/show, of an engine that is no Ollama.  since_s: when it started,
+    in seconds since 1970."""
+    if path == "/api/version":
+        return {"version": "0.33.0"}  # whose API this is
+    if path.startswith("/v1/models"):
+        cards = [{"id": name, "object": "model", "created": int(since_s), "owned_by": "b9agent"}
+                 for name in names]
+        return {"object": "list", "data": cards} if path == "/v1/models" else cards[0]
     details = {"parent_model": "", "format": "", "family": "", "families": [],
-               "parameter_size": "", "quantization_level": "", "context_length": context_tokens}
-    return {"name": name, "model": name, "modified_at": utc_stamp(since_s), "size": 0, "digest": "",
-            "details": details, "capabilities": ["completion", "tools"]}
-
-
-def model_answer(path: str, name: str, context_tokens: int, since_s: float) -> Dict[str, Any]:
-    """To POST /api/show or GET /v1/models/NAME."""
+               "parameter_size": "", "quantization_level": ""}
+    facts = {"details": details, "capabilities": ["completion", "tools"],
+             "modified_at": utc_stamp(since_s)}
     if path == "/api/show":
-        facts = _model_facts(name, context_tokens, since_s)
-        return {"modelfile": "", "parameters": "", "template": "", "license": "",
-                "details": facts["details"], "capabilities": facts["capabilities"],
-                "modified_at": facts["modified_at"], "model_info": {
-                    "general.architecture": "unknown", "unknown.context_length": context_tokens}}
-    return {"id": name, "object": "model", "created": int(since_s), "owned_by": "b9agent"}
-
-
-def model_list_answer(path: str, names: Sequence[str], context_tokens: int,
-                      since_s: float) -> Dict[str, Any]:
-    """To GET /v1/models, /api/tags or /api/ps (names: those in memory).  since_s: of the wall
-    clock, when the engine started."""
-    if path == "/v1/models":
-        return {"object": "list", "data": [model_answer("/v1/models/", name, context_tokens,
-                                                        since_s) for name in names]}
-    models = [_model_facts(name, context_tokens, since_s) for name in names]
+        return dict(facts, modelfile="", parameters="", template="", model_info={
+            "general.architecture": "unknown", "unknown.context_length": context_tokens})
     if path == "/api/ps":
-        models = [dict(model, size_vram=0, context_length=context_tokens,
-                       expires_at="2318-01-01T00:00:00Z") for model in models]  # for ever
-    return {"models": models}
+        facts = {"details": details, "size_vram": 0, "context_length": context_tokens,
+                 "expires_at": "2318-01-01T00:00:00Z"}  # for ever, as Ollama says it
+    return {"models": [dict(facts, name=name, model=name, size=0, digest="") for name in names]}
 
 
 # ----------------------------------------------------------------------
@@ -13049,7 +12817,7 @@ class FrontDoor:
         self._tally, self._limits, self._tls = tally, limits, tls
         self._relay = Relay("door", log, self._sweep)
         if tls is not None:
-            self._relay.waits = TLS_WAITS()
+            self._relay.waits = tls_waits()
         self._listeners: List[Listener] = []
         self._clients: Dict[ClientWire, None] = {}  # in the order in which they came
         self._queue = FairQueue()
@@ -13288,14 +13056,10 @@ class FrontDoor:
     def _own_list(self, route: DoorRoute, names: Sequence[str], name: str,
                   target: Target) -> Dict[str, Any]:
         """What an engine with one model is not asked for."""
-        context, since_s = target.context_tokens, self._since_s
-        if route.task == "version":
-            return {"version": OLLAMA_API}
-        if name:
-            return model_answer(route.path, name, context, since_s)
         if route.task == "ps":
             names = [each for each in names if each in target.loaded]
-        return model_list_answer(route.path, names, context, since_s)
+        return model_answer(route.path, [name] if name else names, target.context_tokens,
+                            self._since_s)
 
     @staticmethod
     def _object(body: bytes) -> Any:
@@ -17741,9 +17505,8 @@ class Agent:
                                      settings.keepalive_interval, log)
         self._started_s, self._started_wall_s = now_s(), time.time()
         self._keepalive_took_s: Optional[float] = None
-        self._capacity = Capacity(None, None)
+        self._capacity, self._alive_until_s = Capacity(None, None), now_s() + 60.0
         self._cpus: Optional[float] = None
-        self._alive_until_s = now_s() + 60.0
         self._metrics: Dict[str, Any] = {}
         self._sample: Optional[MachineSample] = None
         # For who watches: the keepalive's load is that of its own interval.
@@ -17751,11 +17514,10 @@ class Agent:
         self._live_host: Optional[Host] = None
         self._live: Optional[MachineSample] = None
         self.wake_main, self._wake_membership = Wake(), Wake()
-        self._stopping = False
         self._told: Optional[State] = None
         self._failure: Optional[AgentError] = None
         self._control: Optional[ApiServer] = None
-        self._beat_after_s, self._live_due_s = 0.0, 0.0
+        self._beat_after_s, self._live_due_s, self._stopping = 0.0, 0.0, False
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
         self.entrance = Entrance(loaded, log, self.inference, self.tailnet, door_tls)

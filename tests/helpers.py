@@ -257,7 +257,7 @@ class RunningDoor:
     engine: "ollama" (fake_ollama.py), "ledger" or "ledger-ollama" (ledger_engine.py as llama-server or
     as Ollama), or "none".  folder: of another program, which `model` is started with, by `kind`.
     tenants: text of tenants.yaml; without it the token is that of inference.token.  Settings of the
-    agent and of the stand-in are given as variables: BETA9_INFERENCE_SLOTS=4.
+    agent and of the stand-in are given as variables: B9AGENT_INFERENCE_SLOTS=4.
     """
 
     def __init__(self, folder, engine="ollama", models=(), tenants=None, program_folder=None, kind="",
@@ -340,8 +340,7 @@ class RunningDoor:
     def control(self, method, path, body=None):
         """(status, answer) of the agent's control API."""
         import json
-        address, token = (open(os.path.join(self.state, name)).read().strip()
-                          for name in ("control.addr", "control.token"))
+        address, token = map(self.read, ("control.addr", "control.token"))
         link = http.client.HTTPConnection(address, timeout=120)
         try:
             link.request(method, path, None if method == "GET" else json.dumps(body or {}),
@@ -359,10 +358,14 @@ class RunningDoor:
     def url(self):
         return self.status()["endpoint"]
 
+    def read(self, name):
+        """The text of a file in its state folder."""
+        with open(os.path.join(self.state, name)) as handle:
+            return handle.read().strip()
+
     @property
     def token(self):
-        with open(os.path.join(self.state, "inference.token")) as handle:
-            return handle.read().strip()
+        return self.read("inference.token")
 
     def ask(self, method, path, body=None, token=None, headers=None, timeout=PATIENCE_S):
         """(status, headers, body) of the door.  token: "" sends none."""

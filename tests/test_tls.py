@@ -406,7 +406,7 @@ def test_a_handshake_on_a_socket_that_does_not_block(pair):
         while True:
             try:
                 return call(*arguments)
-            except b9agent.TLS_WAITS():
+            except b9agent.tls_waits():
                 waits += 1
                 if thread.ident is None:
                     thread.start()

@@ -252,7 +252,8 @@ class Bench:
                 "run", "--gateway-host", "127.0.0.1", "--gateway-port", gateway.port, "--control-port",
                 "0", "--inference-port", str(free_port()))[1:], self.cores[-1], BETA9_TOKEN=TOKEN,
             PATH=os.path.join(self.folder, "bin") + os.pathsep + os.environ["PATH"],
-            BETA9_INFERENCE_SLOTS=4096)
+            B9AGENT_INFERENCE_SLOTS=1024, B9AGENT_INFERENCE_QUEUE=4096,
+            B9AGENT_INFERENCE_GPU_USD_PER_HOUR=1)
         agent.wait_line(r"notice ready\b")
         status = control(state, "POST", "/inference/start", {"engine": "llama-server", "model": model})
         if status.get("status") != "running":
@@ -316,14 +317,13 @@ TENANT = """tenants:
   - name: bench
     token_sha256: %s
     models: "*"
-    limits:
-      requests_per_minute: 10000000
-      concurrent_requests: 10000
-      tokens_per_day: 1000000000000
-      gpu_seconds_per_day: 100000000
-      usd_per_day: 1000000
-      max_context_tokens: 100000
-      max_output_tokens: 100000
+    requests_per_minute: 60000
+    concurrent_requests: 10000
+    tokens_per_day: 1000000000000
+    gpu_seconds_per_day: 100000000
+    usd_per_day: 1000000
+    max_context_tokens: 100000
+    max_output_tokens: 100000
 """
 
 
