@@ -6714,15 +6714,13 @@ def ollama_place(named: str) -> Endpoint:
 
 def is_ollama(endpoint: Endpoint) -> str:
     """The version of the Ollama that answers there, or "".  (SGLang answers /api/tags, too, and a
-    front door all of it.)"""
+    front door of ours /api/version.)"""
     try:
         root = http_request("GET", endpoint, "/", {}, None, 2.0)
         version = http_request("GET", endpoint, "/api/version", {}, None, 2.0)
     except HttpFailure:
         return ""
     said = _json_object(version.body).get("version")
-    if version.headers.get("server", "").startswith("b9agent"):
-        return ""
     return said if b"Ollama is running" in root.body and isinstance(said, str) else ""
 
 
@@ -20346,6 +20344,8 @@ def routes_table() -> Table:
 
 README_TABLES: Tuple[Tuple[str, Callable[[], Table]], ...] = (
     ("settings", settings_table), ("engines", engines_table), ("routes", routes_table),
+    ("door", lambda: (("request to the front door", "what"), (
+        (f"`{row.method} {row.path}`", row.about) for row in DOOR_ROUTES))),
     ("tenants", lambda: (("in tenants.yaml", "flag of `tenant add`", "what"), (
         (f"`{row.key}`", "–" if row.kind == "-" else f"`{row.flag} {row.kind}`".replace(" `", "`"),
          row.about) for row in TENANT_FIELDS))),
