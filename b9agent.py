@@ -6724,15 +6724,13 @@ def ollama_place(named: str) -> Endpoint:
 
 def is_ollama(endpoint: Endpoint) -> str:
     """The version of the Ollama that answers there, or "".  (SGLang answers /api/tags, too, and a
-    front door all of it.)"""
+    front door of ours /api/version.)"""
     try:
         root = http_request("GET", endpoint, "/", {}, None, 2.0)
         version = http_request("GET", endpoint, "/api/version", {}, None, 2.0)
     except HttpFailure:
         return ""
     said = _json_object(version.body).get("version")
-    if version.headers.get("server", "").startswith("b9agent"):
-        return ""
     return said if b"Ollama is running" in root.body and isinstance(said, str) else ""
 
 
@@ -17328,27 +17326,27 @@ def gateway_addresses(host: str, access: str) -> Optional[Tuple[str, ...]]:
 
 
 def listeners_tls(settings: Any, tls: Optional[ServerTls]
-                  ) -> Tuple[Optional[ServerTls], List[str]]:
-    """(what the control API gets, what will cross a network in clear text).  Raises: UsageError
-    where something would and nobody said that it may."""
-    control, clear = None, []
-    for name, host in (("inference.host", settings.inference_host or "127.0.0.1"),
-                       ("control.host", settings.control_host)):
+                  ) -> Tuple[Optional[ServerTls], Optional[ServerTls], List[str]]:
+    """(what the control API gets, what the front door gets, what will cross a network in clear
+    text).  Raises: UsageError where something would and nobody said that it may."""
+    found, clear = [], []
+    for name, host in (("control.host", settings.control_host),
+                       ("inference.host", settings.inference_host or "127.0.0.1")):
         # At boot its interface may be on its way.
         tailnet = tailnet_interface_address() or (host if is_tailnet_address(
             host) and tailnet_trace(settings.tailnet_socket) else "")
-        control = listener_tls(name, host, settings, tls, tailnet)
-        if control is None and wants_tls(host, tailnet):
+        found.append(listener_tls(name, host, settings, tls, tailnet))
+        if found[-1] is None and wants_tls(host, tailnet):
             clear.append(f"{name} is {host}, without TLS: tokens, prompts and answers cross the "
                          "network in clear text, and whoever reads one may use it")
-    return control, clear
+    return found[0], found[1], clear
 
 
 class Entrance:
     """The front door with what it needs, as long as an agent lives.
 
     _addresses is replaced whole, by a thread of look_up(); the rest is of who starts and stops.
-    private_ip(): this machine's address on the way to the gateway.
+    private_ip: this machine's address on the way to the gateway.
     """
 
     def __init__(self, loaded: Loaded, log: Log, inference: Inference, tailnet: Tailnet,
@@ -17357,7 +17355,7 @@ class Entrance:
         self._inference, self._tailnet, self._tls = inference, tailnet, tls
         self._addresses: Tuple[str, ...] = ()
         self._look_up_s = 0.0
-        self.private_ip: Callable[[], str] = str
+        self.private_ip = ""
         self.on_change: Callable[[], None] = lambda: None
         self.tally = DoorTally()
         self._door: Any = None
@@ -17383,7 +17381,7 @@ class Entrance:
         # Who comes to the tailnet's address comes from one of the tailnet.
         door = tailnet if tailnet and any(map(is_tailnet_address, addresses)) else here
         reached = door.host if door is tailnet else reachable_host(
-            door.host, settings.gateway_host, self.private_ip())
+            door.host, settings.gateway_host, self.private_ip)
         told = reached and not door.url.startswith("https")  # the router speaks plain http
         return DoorPlace(users_place, Endpoint("http", reached, door.port) if told else None)
 
@@ -17414,8 +17412,11 @@ class Entrance:
         """Raises: UsageError."""
         settings, log, price = self._settings, self._log, self._settings.inference_gpu_usd_per_hour
         book = TenantBook(settings.state_dir, log, price is not None)
-        oidc = Oidc(settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks, log
-                    ) if settings.oidc_issuer else None
+        given = settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks
+        if any(given) and not all(given):
+            raise UsageError("of oidc.issuer, oidc.audience and oidc.jwks not all are set",
+                             "They belong together")
+        oidc = Oidc(*given, log) if all(given) else None
         access = Access(book, oidc, self._tailnet.whois, self.addresses, log)
         ledger = Ledger(os.path.join(settings.state_dir, "usage.json"), log,
                         None if price is None else price / 3600)
@@ -17455,8 +17456,9 @@ class Entrance:
             write_atomic(address_file, self._here.url + "\n")
         except (AgentError, OSError) as error:
             self.stop()
-            self._log("error", "no_front_door", where=host_port(host, self._settings.inference_port),
-                      what=getattr(error, "strerror", None) or getattr(error, "what", error),
+            what = getattr(error, "strerror", None) or getattr(error, "what", error)
+            self._log("error", "no_front_door", what=what,
+                      where=host_port(host, self._settings.inference_port),
                       do="The machine is kept alive without it, and nobody reaches its models. "
                          + (getattr(error, "hint", "") or "A taken port? Free it, or set "
                             "inference.port (0 takes a free one)"))
@@ -17505,11 +17507,8 @@ class Agent:
                              "Keep one: tokens of the account are made and renewed by the agent")
         self.k3s = TokenKeeper(self._mint_k3s_token, lambda token: self.change_identity(
             k3s_token=token), log) if settings.k3s_service_account else None
+        self._control_tls, door_tls = self._make_tls()
         self.tailnet = Tailnet(settings.tailnet_socket, log, self._tell_tailnet, tls_pair(settings))
-        self.tls = server_tls(settings, log)
-        self._control_tls, clear = listeners_tls(settings, self.tls)
-        for what in clear:
-            log("warning", "insecure", what=what)
         # Behind a tunnel the gateway is on no tailnet of ours: it could not dial that address.
         self._offers_tailnet = not settings.hostname and self.tunnel is None
         self._tailnet_control = (settings.tailnet_control
@@ -17522,10 +17521,10 @@ class Agent:
         self._looking = threading.Lock()
         self._energy = EnergyMeter(os.path.join(settings.state_dir, "energy.json") if keep
                                    else None, settings, log)
-        client = GatewayClient(self.endpoint, settings.token, settings.pool_name, log,
-                               # A request that hangs costs one interval at most.
-                               min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
-        self.client = client
+        client = self.client = GatewayClient(
+            self.endpoint, settings.token, settings.pool_name, log,
+            # A request that hangs costs one interval at most.
+            min(KEEPALIVE_LIMIT_S, settings.keepalive_interval))
         if self.tunnel:
             client.before_request = self.tunnel.await_running
         self.send_register = lambda: client.register(self.register_payload())
@@ -17534,9 +17533,8 @@ class Agent:
                                      settings.keepalive_interval, log)
         self._started_s, self._started_wall_s = now_s(), time.time()
         self._keepalive_took_s: Optional[float] = None
-        self._capacity = Capacity(None, None)
+        self._capacity, self._alive_until_s = Capacity(None, None), now_s() + 60.0
         self._cpus: Optional[float] = None
-        self._alive_until_s = now_s() + 60.0
         self._metrics: Dict[str, Any] = {}
         self._sample: Optional[MachineSample] = None
         # For who watches: the keepalive's load is that of its own interval.
@@ -17544,17 +17542,23 @@ class Agent:
         self._live_host: Optional[Host] = None
         self._live: Optional[MachineSample] = None
         self.wake_main, self._wake_membership = Wake(), Wake()
-        self._stopping = False
         self._told: Optional[State] = None
         self._failure: Optional[AgentError] = None
         self._control: Optional[ApiServer] = None
-        self._private_ip, self._beat_after_s, self._live_due_s = "", 0.0, 0.0
+        self._beat_after_s, self._live_due_s, self._stopping = 0.0, 0.0, False
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
-        self.entrance = Entrance(loaded, log, self.inference, self.tailnet, self.tls)
-        self.entrance.private_ip = lambda: self._private_ip
+        self.entrance = Entrance(loaded, log, self.inference, self.tailnet, door_tls)
         self.entrance.on_change = self._tell_place
         self.pods = PodWatch(settings, machine_id, log, read=self._pods_kubeconfig)
+
+    def _make_tls(self) -> Tuple[Optional[ServerTls], Optional[ServerTls]]:
+        """What the control API and the front door get.  Raises: UsageError."""
+        tls = server_tls(self.settings, self._log)
+        control, door, clear = listeners_tls(self.settings, tls)
+        for what in clear:
+            self._log("warning", "insecure", what=what)
+        return control, door
 
     # -- what is said of this machine ----------------------------------
 
@@ -17632,9 +17636,9 @@ class Agent:
         if offered is None:
             self._log("warning", "gpus_unknown", what="; ".join(gpus.problems),
                       do="Registering without GPUs; see `b9agent.py doctor`, then restart")
-        self._private_ip = read_private_ip(self.settings.gateway_host)
+        self.entrance.private_ip = read_private_ip(self.settings.gateway_host)
         return register_payload(self.identity, cpu_millicores, memory_bytes, len(offered or ()),
-                                self._private_ip)
+                                self.entrance.private_ip)
 
     def change_identity(self, **facts: str) -> None:
         """From any thread: the gateway is to know what is another now, such as hostname=NAME."""
@@ -19379,13 +19383,14 @@ def check_door(loaded: Loaded) -> Iterator[Finding]:
     except UsageError as error:
         yield warn(error.what, error.hint)
     tls = server_tls(settings, Log(settings.log_format, "error"))
-    for what in listeners_tls(settings, tls)[1]:
+    for what in listeners_tls(settings, tls)[2]:
         yield warn(what, "Set tls.cert and tls.key, or tls: tailscale")
-    ends_s = tls.ends_s if tls else None
-    if ends_s is not None:
-        left = f"the certificate ends at {utc_stamp(ends_s)}"
-        yield ok(left) if ends_s > time.time() + 7 * 86400 else warn(left, "Renew it: the new one "
-                                                                     "is taken up by itself")
+    cert_path = (tls_pair(settings) or [settings.tls_cert or ""])[0]
+    end = certificate_end(read_text(cert_path) or "")
+    if end:
+        left = f"the certificate {cert_path} ends at {end}"
+        yield ok(left) if end > utc_stamp(time.time() + 7 * 86400) else warn(
+            left, "Renew it: the new one is taken up by itself")
 
 
 def check_ports(loaded: Loaded) -> Iterator[Finding]:
@@ -20370,6 +20375,8 @@ def routes_table() -> Table:
 
 README_TABLES: Tuple[Tuple[str, Callable[[], Table]], ...] = (
     ("settings", settings_table), ("engines", engines_table), ("routes", routes_table),
+    ("door", lambda: (("request to the front door", "what"), (
+        (f"`{row.method} {row.path}`", row.about) for row in DOOR_ROUTES))),
     ("tenants", lambda: (("in tenants.yaml", "flag of `tenant add`", "what"), (
         (f"`{row.key}`", "–" if row.kind == "-" else f"`{row.flag} {row.kind}`".replace(" `", "`"),
          row.about) for row in TENANT_FIELDS))),
