@@ -9411,6 +9411,7 @@ _FIELDS = (
     ("MBm", "send", "role:s content:sl"),
     ("Mm", "send", "tool_calls:l tool_call_id:s"),
     ("M", "send", "name:s reasoning:s reasoning_content:s"),
+    ("M", "use `tool_calls`", "function_call"),
     ("M", "drop", "refusal annotations audio"),  # of an answer that came before
     ("m", "send", "thinking:s tool_name:s images:l"),
 )
@@ -9449,6 +9450,24 @@ class Wire(NamedTuple):
 
 
 # -- what a client asks ------------------------------------------------
+
+def _within(value: Any, *names: Any) -> Dict[str, Any]:
+    """The object within objects and lists; an empty one where there is none.
+
+    >>> _within({"a": [{"b": {"c": 1}}]}, "a", 0, "b"), _within({"a": []}, "a", 0)
+    ({'c': 1}, {})
+    """
+    for name in names:
+        if type(value) is list and type(name) is int:
+            value = value[name] if name < len(value) else None
+        else:
+            value = value.get(name) if type(value) is dict else None
+    return value if type(value) is dict else {}
+
+
+def _list(value: Dict[str, Any], name: str) -> List[Any]:
+    return value[name] if type(value.get(name)) is list else []
+
 
 def _bad(what: str, hint: str = "", code: str = "bad_field") -> HttpError:
     return HttpError(400, code, what, hint)
@@ -9518,13 +9537,12 @@ def _content_weight(content: Any, where: str) -> int:
         return _weight(content)
     total = 0
     for part in content:
-        kind = part.get("type", "message" if "role" in part else "") if type(part) is dict else ""
-        extra = part.keys() - {"type", "cache_control", *_PARTS.get(str(kind), "").split()} \
-            if kind else {""}
-        if extra:
+        kind = str(_within(part).get("type", "message" if where == "input" else None))
+        extra = _within(part).keys() - {"type", "cache_control", *_PARTS.get(kind, "").split()}
+        if kind not in _PARTS or extra or (kind == "message") > (where == "input"):
             raise _bad(f"`{where}` has a part that is not taken here: "
-                       + printable(f"{kind} {min(extra)}"[:64]), "Text is, and pictures as data: "
-                       "URLs, calls of tools and their results")
+                       + printable(f"{kind} {min(extra, default='')}"[:64]), "Text is, and "
+                       "pictures as data: URLs, calls of tools and their results")
         total += MESSAGE_TOKENS
         if kind in ("image_url", "input_image"):
             _picture(part.get("image_url"))
@@ -9537,7 +9555,7 @@ def _content_weight(content: Any, where: str) -> int:
         elif kind == "input_audio":  # at most 50 tokens a second, of two kilobytes at least
             total += IMAGE_TOKENS + _weight(part) // 32
         elif kind in ("message", "tool_result", "function_call_output"):
-            total += _content_weight(part.get("output", part.get("content")), where)
+            total += _content_weight(part.get("output", part.get("content")), where + ".content")
         else:
             total += _weight(part)
     return total
@@ -9580,6 +9598,8 @@ def _prompt_weight(dialect: str, task: str, body: Dict[str, Any]) -> int:
         name = "prompt"
     if not body.get(name) and dialect != "ollama":
         raise _bad(f"`{name}` is missing", code="missing_field")
+    if {"chat_template", "tokenize"} & body.get("chat_template_kwargs", {}).keys():
+        raise _bad("`chat_template_kwargs` may not replace the template")
     for tool in body.get("tools", ()):  # others the engine itself would use
         if type(tool) is not dict or tool.get("type", "function") not in ("function", "custom"):
             raise _bad("`tools` may hold functions of the client alone", 'Each is {"type": '
@@ -9651,7 +9671,8 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
             "0[.0]*[a-z]*", str(given.get("keep_alive"))):
         raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
                         "On the machine: b9agent.py stop")
-    return ask._replace(output_tokens=output and output * _choices(ask)) if output else ask
+    choices = _choices(ask)
+    return ask._replace(output_tokens=output * choices) if output else ask
 
 
 # -- what an engine is asked -------------------------------------------
@@ -9685,7 +9706,7 @@ def _ollama_messages(messages: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]
             images = [_picture(part["image_url"]) for part in content
                       if part["type"] == "image_url"]
             texts = [str(part.get(part["type"])) for part in content
-                     if part["type"] in ("text", "refusal", "thinking")]
+                     if part["type"] in ("text", "refusal")]
             if len(images) + len(texts) < len(content):
                 raise _bad("Ollama takes text and pictures alone")
             content = "\n".join(texts)
@@ -9900,20 +9921,6 @@ def _json_dict(raw: bytes) -> Optional[Dict[str, Any]]:
     return value if type(value) is dict else None
 
 
-def _within(value: Any, *names: Any) -> Dict[str, Any]:
-    """The object within objects and lists; an empty one where there is none.
-
-    >>> _within({"a": [{"b": {"c": 1}}]}, "a", 0, "b"), _within({"a": []}, "a", 0)
-    ({'c': 1}, {})
-    """
-    for name in names:
-        if type(value) is list and type(name) is int:
-            value = value[name] if name < len(value) else None
-        else:
-            value = value.get(name) if type(value) is dict else None
-    return value if type(value) is dict else {}
-
-
 class Usage:
     """What an answer took.  prompt_tokens, completion_tokens: the engine's own figures, or None.
     pieces: of its content that came.  load_s: of the model, where it is told.  error: why the
@@ -9959,7 +9966,7 @@ def _openai_said(ask: Ask, value: Dict[str, Any], request_id: str, first: int) -
     if ask.task != "chat":
         return {"text": value.get("response") or ""}
     message, calls = _within(value, "message"), []
-    for number, call in enumerate(message.get("tool_calls") or (), first):
+    for number, call in enumerate(_list(message, "tool_calls"), first):
         function = _within(call, "function")
         calls.append({"index": number, "type": "function", "function": {
             "name": function.get("name"), "arguments": json.dumps(function.get("arguments") or {})},
@@ -10089,7 +10096,8 @@ class StreamFlow:
 
     def end(self, problem: str) -> bytes:
         """problem: "" where the engine's body ended as its framing says, or why it did not."""
-        rest = self._read(b"\n") if self._held and not problem else b""
+        held = b"".join(self._held).rstrip()
+        rest = self._read(b"\n") if held.endswith((b"}", b"]")) and not problem else b""
         if self.complete or self.usage.error:
             return rest
         return rest + self.fail(problem or "the engine's answer ended in the middle")
@@ -10099,11 +10107,10 @@ class _OpenAiFlow(StreamFlow):
     """From OpenAI's chat or completions to the same."""
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
-        choices = value.get("choices")
         self.usage.take(_within(value, "usage"))
-        if not choices and value.get("usage") and not self.ask.wants_usage:
+        if not value.get("choices") and value.get("usage") and not self.ask.wants_usage:
             return b""
-        for choice in choices if type(choices) is list else ():
+        for choice in _list(value, "choices"):
             delta = _within(choice, "delta") or _within(choice)
             self._piece(delta, "content text reasoning reasoning_content tool_calls", data)
         return b"data: " + self._named(data) + b"\n\n"
@@ -10190,9 +10197,9 @@ class _OpenAiToOllama(StreamFlow):
         self._reason = choice.get("finish_reason") or self._reason
         self._piece(said, "content text reasoning reasoning_content tool_calls", data)
         self.first_ns = self.first_ns or self.usage.pieces and self.clock()
-        for part in said.get("tool_calls") or ():  # fragments, until the end
+        for part in _list(said, "tool_calls"):  # fragments, until the end
             call = self._calls.setdefault(str(_within(part).get("index"))[:9], {
-                "id": part.get("id"), "function": {"name": "", "arguments": ""}})
+                "id": _within(part).get("id"), "function": {"name": "", "arguments": ""}})
             for name, whole in call["function"].items():
                 call["function"][name] = whole + str(_within(part, "function").get(name) or "")
         if not any(map(said.get, ("content", "text", "reasoning", "reasoning_content"))):
@@ -10297,7 +10304,7 @@ def whole_answer(ask: Ask, wire: Wire, status: int, body: bytes, request_id: str
     choice = _within(value, "choices", 0)
     said = _within(choice, "message") or choice
     try:
-        line = _ollama_said(ask, choice, said, said.get("tool_calls") or ())
+        line = _ollama_said(ask, choice, said, _list(said, "tool_calls"))
     except HttpError as error:
         return _failed(ask, 502, error.what, usage)
     if not choice:
