@@ -9351,11 +9351,12 @@ _PLACES = {"C": "openai/chat", "T": "openai/complete", "E": "openai/embed",
            "R": "openai/responses", "M": "openai/message", "A": "anthropic/messages",
            "B": "anthropic/message", "c": "ollama/chat", "g": "ollama/complete",
            "e": "ollama/embed", "o": "ollama/options", "m": "ollama/message"}
-_KINDS = {"s": str, "i": int, "n": float, "b": bool, "o": dict, "l": list}
-# Where, what is done, and names with the kinds of their values (string, integer, number, boolean,
-# object, list; none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
+_KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict,
+          "list": list}
+# Where, what is done, and names with the first letters of the kinds of their values (none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
 # by the door.  "drop": taken, and left out.  Any other word is why it is refused, unless it is
 # false.  What has no row is refused.
+_TAKEN = ("send", "own")
 _FIELDS = (
     ("CTERAcge", "own", "model:s"),  # the engine gets its own name of it
     ("CTRAcg", "own", "stream:b"),
@@ -9420,7 +9421,7 @@ _FIELDS = (
 _PARTS = {
     "text": "text citations", "input_text": "text", "output_text": "text annotations logprobs",
     "refusal": "refusal", "thinking": "thinking signature", "redacted_thinking": "data",
-    "reasoning": "summary content id status encrypted_content", "image_url": "image_url uuid",
+    "reasoning": "summary content id status encrypted_content", "image_url": "image_url",
     "input_image": "image_url detail", "image": "source", "input_audio": "input_audio",
     "tool_use": "id name input", "tool_result": "tool_use_id content is_error",
     "function_call": "call_id name arguments id status",
@@ -9480,7 +9481,8 @@ def _fields_of(place: str) -> Dict[str, Tuple[Tuple[type, ...], str]]:
     for letters, what, names in _FIELDS:
         if any(_PLACES[letter] == place for letter in letters):
             for name, _, kinds in (word.partition(":") for word in names.split()):
-                found[name] = tuple(_KINDS[kind] for kind in kinds.replace("n", "ni")), what
+                found[name] = tuple(type_ for kind, type_ in _KINDS.items() if kind[0] in
+                                    kinds.replace("n", "ni")), what
     return found
 
 
@@ -9491,21 +9493,18 @@ def _checked(place: str, given: Any, where: str = "") -> Dict[str, Any]:
     fields, kept = _fields_of(place), {}
     for name, value in given.items():
         types, what = fields.get(name, ((), ""))
-        if what not in ("send", "own", "drop"):
-            like = {known.casefold(): known for known in fields}.get(name.casefold())
-            if what and value in (None, False):
-                continue
-            raise _bad(f"`{where}{printable(name[:64])}` is not taken here: "
-                       + (what or "there is no such field"), f"It is spelled `{like}`"
-                       if like and not what else "Leave it out", "unknown_field")
-        if value is None or what == "drop":
+        if what == "drop" or what and (value is None or value is False and what not in _TAKEN):
             continue
+        if what not in _TAKEN:
+            like = {known.casefold(): known for known in fields}.get(name.casefold(), name)
+            raise _bad(f"`{where}{printable(name[:64])}` is not taken here: "
+                       + (what or "there is no such field"),
+                       f"It is spelled `{like}`" if like != name else "Leave it out",
+                       "unknown_field")
         if type(value) not in types:
             if not (int in types and type(value) is float and value.is_integer()):
-                titles = {str: "string", int: "integer", float: "number", bool: "boolean",
-                          dict: "object", list: "array"}
-                raise _bad(f"`{where}{name}` must be of type "
-                           + " or ".join(titles[kind] for kind in types))
+                raise _bad(f"`{where}{name}` must be of type " + " or ".join(
+                    kind for kind, type_ in _KINDS.items() if type_ in types))
             value = int(value)  # 1.0 is an integer
         kept[name] = value
     return kept
@@ -9526,8 +9525,7 @@ def _picture(url: Any) -> str:
     url = url.get("url") if type(url) is dict else url
     head, comma, data = url.partition(",") if type(url) is str else ("", "", "")
     if not (comma and re.fullmatch("data:[a-z0-9./+-]{0,64};base64", head)):
-        raise _bad("a picture must be within the request: nothing is fetched from an address here",
-                   "Send it as data:image/png;base64,...")
+        raise _bad("a picture must be data:image/png;base64,...: nothing is fetched from elsewhere")
     return data
 
 
@@ -9548,8 +9546,8 @@ def _content_weight(content: Any, where: str) -> int:
             _picture(part.get("image_url"))
             total += IMAGE_TOKENS
         elif kind == "image":
-            source = part.get("source")
-            if type(source) is not dict or source.get("type") != "base64" or "url" in source:
+            source = _within(part, "source")
+            if source.get("type") != "base64" or source.keys() - {"type", "media_type", "data"}:
                 raise _bad(f"a picture in `{where}` must have a source of type base64")
             total += IMAGE_TOKENS
         elif kind == "input_audio":  # at most 50 tokens a second, of two kilobytes at least
@@ -9572,8 +9570,7 @@ def _inputs(body: Dict[str, Any], name: str) -> List[Any]:
 
 
 def _chat_weight(dialect: str, messages: List[Any]) -> int:
-    """The bound of a conversation, whose messages are replaced by checked ones.  Raises: HttpError.
-    """
+    """The bound of a conversation; messages are replaced by checked ones.  Raises: HttpError."""
     total = 0
     for number, given in enumerate(messages):
         where = f"messages[{number}]."
@@ -9581,8 +9578,8 @@ def _chat_weight(dialect: str, messages: List[Any]) -> int:
         content = message.get("content")
         if not message.get("role"):
             raise _bad(f"`{where}role` is missing", code="missing_field")
-        for part in content if type(content) is list else ():
-            if type(part) is dict and type(part.get("image_url")) is str:
+        for part in _list(message, "content"):
+            if type(_within(part).get("image_url")) is str:
                 part["image_url"] = {"url": part["image_url"]}
         total += MESSAGE_TOKENS + _content_weight(content, where + "content")
         total += len(message.get("images", ())) * IMAGE_TOKENS
@@ -9593,17 +9590,15 @@ def _chat_weight(dialect: str, messages: List[Any]) -> int:
 
 def _prompt_weight(dialect: str, task: str, body: Dict[str, Any]) -> int:
     """An upper bound of the prompt's tokens.  Raises: HttpError for parts that are not taken."""
-    name = {"chat": "messages", "messages": "messages", "complete": "prompt"}.get(task, "input")
-    if task == "embed" and "prompt" in body:
-        name = "prompt"
+    name = {"chat": "messages", "messages": "messages", "complete": "prompt"}.get(
+        task, "prompt" if "prompt" in body else "input")
     if not body.get(name) and dialect != "ollama":
         raise _bad(f"`{name}` is missing", code="missing_field")
     if {"chat_template", "tokenize"} & body.get("chat_template_kwargs", {}).keys():
         raise _bad("`chat_template_kwargs` may not replace the template")
     for tool in body.get("tools", ()):  # others the engine itself would use
-        if type(tool) is not dict or tool.get("type", "function") not in ("function", "custom"):
-            raise _bad("`tools` may hold functions of the client alone", 'Each is {"type": '
-                       '"function", ...}')
+        if not _within(tool) or tool.get("type", "function") not in ("function", "custom"):
+            raise _bad("`tools` may hold the client's own functions alone")
     total = TEMPLATE_TOKENS + len(body.get("images", ())) * IMAGE_TOKENS + sum(
         MESSAGE_TOKENS + _weight(value) for key, value in body.items()
         if key not in (name, "images", "options", "system") and type(value) in (str, list, dict))
@@ -9665,13 +9660,13 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
         body["options"] = limits
     ask = Ask(dialect, task, model, stream, body, _prompt_weight(dialect, task, body),
               0 if task == "embed" else output, context, wants_usage)
+    choices = _choices(ask)
     if task == "messages" and not output:
         raise _bad("`max_tokens` is missing", code="missing_field")
     if dialect == "ollama" and _only_loads(body) and re.fullmatch(
             "0[.0]*[a-z]*", str(given.get("keep_alive"))):
         raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
                         "On the machine: b9agent.py stop")
-    choices = _choices(ask)
     return ask._replace(output_tokens=output * choices) if output else ask
 
 
