@@ -10808,11 +10808,12 @@ _PLACES = {"C": "openai/chat", "T": "openai/complete", "E": "openai/embed",
            "R": "openai/responses", "M": "openai/message", "A": "anthropic/messages",
            "B": "anthropic/message", "c": "ollama/chat", "g": "ollama/complete",
            "e": "ollama/embed", "o": "ollama/options", "m": "ollama/message"}
-_KINDS = {"s": str, "i": int, "n": float, "b": bool, "o": dict, "l": list}
-# Where, what is done, and names with the kinds of their values (string, integer, number, boolean,
-# object, list; none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
+_KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict,
+          "list": list}
+# Where, what is done, and names with the first letters of the kinds of their values (none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
 # by the door.  "drop": taken, and left out.  Any other word is why it is refused, unless it is
 # false.  What has no row is refused.
+_TAKEN = ("send", "own")
 _FIELDS = (
     ("CTERAcge", "own", "model:s"),  # the engine gets its own name of it
     ("CTRAcg", "own", "stream:b"),
@@ -10868,6 +10869,7 @@ _FIELDS = (
     ("MBm", "send", "role:s content:sl"),
     ("Mm", "send", "tool_calls:l tool_call_id:s"),
     ("M", "send", "name:s reasoning:s reasoning_content:s"),
+    ("M", "use `tool_calls`", "function_call"),
     ("M", "drop", "refusal annotations audio"),  # of an answer that came before
     ("m", "send", "thinking:s tool_name:s images:l"),
 )
@@ -10876,7 +10878,7 @@ _FIELDS = (
 _PARTS = {
     "text": "text citations", "input_text": "text", "output_text": "text annotations logprobs",
     "refusal": "refusal", "thinking": "thinking signature", "redacted_thinking": "data",
-    "reasoning": "summary content id status encrypted_content", "image_url": "image_url uuid",
+    "reasoning": "summary content id status encrypted_content", "image_url": "image_url",
     "input_image": "image_url detail", "image": "source", "input_audio": "input_audio",
     "tool_use": "id name input", "tool_result": "tool_use_id content is_error",
     "function_call": "call_id name arguments id status",
@@ -10907,6 +10909,24 @@ class Wire(NamedTuple):
 
 # -- what a client asks ------------------------------------------------
 
+def _within(value: Any, *names: Any) -> Dict[str, Any]:
+    """The object within objects and lists; an empty one where there is none.
+
+    >>> _within({"a": [{"b": {"c": 1}}]}, "a", 0, "b"), _within({"a": []}, "a", 0)
+    ({'c': 1}, {})
+    """
+    for name in names:
+        if type(value) is list and type(name) is int:
+            value = value[name] if name < len(value) else None
+        else:
+            value = value.get(name) if type(value) is dict else None
+    return value if type(value) is dict else {}
+
+
+def _list(value: Dict[str, Any], name: str) -> List[Any]:
+    return value[name] if type(value.get(name)) is list else []
+
+
 def _bad(what: str, hint: str = "", code: str = "bad_field") -> HttpError:
     return HttpError(400, code, what, hint)
 
@@ -10918,7 +10938,8 @@ def _fields_of(place: str) -> Dict[str, Tuple[Tuple[type, ...], str]]:
     for letters, what, names in _FIELDS:
         if any(_PLACES[letter] == place for letter in letters):
             for name, _, kinds in (word.partition(":") for word in names.split()):
-                found[name] = tuple(_KINDS[kind] for kind in kinds.replace("n", "ni")), what
+                found[name] = tuple(type_ for kind, type_ in _KINDS.items() if kind[0] in
+                                    kinds.replace("n", "ni")), what
     return found
 
 
@@ -10929,21 +10950,18 @@ def _checked(place: str, given: Any, where: str = "") -> Dict[str, Any]:
     fields, kept = _fields_of(place), {}
     for name, value in given.items():
         types, what = fields.get(name, ((), ""))
-        if what not in ("send", "own", "drop"):
-            like = {known.casefold(): known for known in fields}.get(name.casefold())
-            if what and value in (None, False):
-                continue
-            raise _bad(f"`{where}{printable(name[:64])}` is not taken here: "
-                       + (what or "there is no such field"), f"It is spelled `{like}`"
-                       if like and not what else "Leave it out", "unknown_field")
-        if value is None or what == "drop":
+        if what == "drop" or what and (value is None or value is False and what not in _TAKEN):
             continue
+        if what not in _TAKEN:
+            like = {known.casefold(): known for known in fields}.get(name.casefold(), name)
+            raise _bad(f"`{where}{printable(name[:64])}` is not taken here: "
+                       + (what or "there is no such field"),
+                       f"It is spelled `{like}`" if like != name else "Leave it out",
+                       "unknown_field")
         if type(value) not in types:
             if not (int in types and type(value) is float and value.is_integer()):
-                titles = {str: "string", int: "integer", float: "number", bool: "boolean",
-                          dict: "object", list: "array"}
-                raise _bad(f"`{where}{name}` must be of type "
-                           + " or ".join(titles[kind] for kind in types))
+                raise _bad(f"`{where}{name}` must be of type " + " or ".join(
+                    kind for kind, type_ in _KINDS.items() if type_ in types))
             value = int(value)  # 1.0 is an integer
         kept[name] = value
     return kept
@@ -10964,8 +10982,7 @@ def _picture(url: Any) -> str:
     url = url.get("url") if type(url) is dict else url
     head, comma, data = url.partition(",") if type(url) is str else ("", "", "")
     if not (comma and re.fullmatch("data:[a-z0-9./+-]{0,64};base64", head)):
-        raise _bad("a picture must be within the request: nothing is fetched from an address here",
-                   "Send it as data:image/png;base64,...")
+        raise _bad("a picture must be data:image/png;base64,...: nothing is fetched from elsewhere")
     return data
 
 
@@ -10975,26 +10992,25 @@ def _content_weight(content: Any, where: str) -> int:
         return _weight(content)
     total = 0
     for part in content:
-        kind = part.get("type", "message" if "role" in part else "") if type(part) is dict else ""
-        extra = part.keys() - {"type", "cache_control", *_PARTS.get(str(kind), "").split()} \
-            if kind else {""}
-        if extra:
+        kind = str(_within(part).get("type", "message" if where == "input" else None))
+        extra = _within(part).keys() - {"type", "cache_control", *_PARTS.get(kind, "").split()}
+        if kind not in _PARTS or extra or (kind == "message") > (where == "input"):
             raise _bad(f"`{where}` has a part that is not taken here: "
-                       + printable(f"{kind} {min(extra)}"[:64]), "Text is, and pictures as data: "
-                       "URLs, calls of tools and their results")
+                       + printable(f"{kind} {min(extra, default='')}"[:64]), "Text is, and "
+                       "pictures as data: URLs, calls of tools and their results")
         total += MESSAGE_TOKENS
         if kind in ("image_url", "input_image"):
             _picture(part.get("image_url"))
             total += IMAGE_TOKENS
         elif kind == "image":
-            source = part.get("source")
-            if type(source) is not dict or source.get("type") != "base64" or "url" in source:
+            source = _within(part, "source")
+            if source.get("type") != "base64" or source.keys() - {"type", "media_type", "data"}:
                 raise _bad(f"a picture in `{where}` must have a source of type base64")
             total += IMAGE_TOKENS
         elif kind == "input_audio":  # at most 50 tokens a second, of two kilobytes at least
             total += IMAGE_TOKENS + _weight(part) // 32
         elif kind in ("message", "tool_result", "function_call_output"):
-            total += _content_weight(part.get("output", part.get("content")), where)
+            total += _content_weight(part.get("output", part.get("content")), where + ".content")
         else:
             total += _weight(part)
     return total
@@ -11011,8 +11027,7 @@ def _inputs(body: Dict[str, Any], name: str) -> List[Any]:
 
 
 def _chat_weight(dialect: str, messages: List[Any]) -> int:
-    """The bound of a conversation, whose messages are replaced by checked ones.  Raises: HttpError.
-    """
+    """The bound of a conversation; messages are replaced by checked ones.  Raises: HttpError."""
     total = 0
     for number, given in enumerate(messages):
         where = f"messages[{number}]."
@@ -11020,8 +11035,8 @@ def _chat_weight(dialect: str, messages: List[Any]) -> int:
         content = message.get("content")
         if not message.get("role"):
             raise _bad(f"`{where}role` is missing", code="missing_field")
-        for part in content if type(content) is list else ():
-            if type(part) is dict and type(part.get("image_url")) is str:
+        for part in _list(message, "content"):
+            if type(_within(part).get("image_url")) is str:
                 part["image_url"] = {"url": part["image_url"]}
         total += MESSAGE_TOKENS + _content_weight(content, where + "content")
         total += len(message.get("images", ())) * IMAGE_TOKENS
@@ -11032,15 +11047,15 @@ def _chat_weight(dialect: str, messages: List[Any]) -> int:
 
 def _prompt_weight(dialect: str, task: str, body: Dict[str, Any]) -> int:
     """An upper bound of the prompt's tokens.  Raises: HttpError for parts that are not taken."""
-    name = {"chat": "messages", "messages": "messages", "complete": "prompt"}.get(task, "input")
-    if task == "embed" and "prompt" in body:
-        name = "prompt"
+    name = {"chat": "messages", "messages": "messages", "complete": "prompt"}.get(
+        task, "prompt" if "prompt" in body else "input")
     if not body.get(name) and dialect != "ollama":
         raise _bad(f"`{name}` is missing", code="missing_field")
+    if {"chat_template", "tokenize"} & body.get("chat_template_kwargs", {}).keys():
+        raise _bad("`chat_template_kwargs` may not replace the template")
     for tool in body.get("tools", ()):  # others the engine itself would use
-        if type(tool) is not dict or tool.get("type", "function") not in ("function", "custom"):
-            raise _bad("`tools` may hold functions of the client alone", 'Each is {"type": '
-                       '"function", ...}')
+        if not _within(tool) or tool.get("type", "function") not in ("function", "custom"):
+            raise _bad("`tools` may hold the client's own functions alone")
     total = TEMPLATE_TOKENS + len(body.get("images", ())) * IMAGE_TOKENS + sum(
         MESSAGE_TOKENS + _weight(value) for key, value in body.items()
         if key not in (name, "images", "options", "system") and type(value) in (str, list, dict))
@@ -11102,13 +11117,14 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
         body["options"] = limits
     ask = Ask(dialect, task, model, stream, body, _prompt_weight(dialect, task, body),
               0 if task == "embed" else output, context, wants_usage)
+    choices = _choices(ask)
     if task == "messages" and not output:
         raise _bad("`max_tokens` is missing", code="missing_field")
     if dialect == "ollama" and _only_loads(body) and re.fullmatch(
             "0[.0]*[a-z]*", str(given.get("keep_alive"))):
         raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
                         "On the machine: b9agent.py stop")
-    return ask._replace(output_tokens=output and output * _choices(ask)) if output else ask
+    return ask._replace(output_tokens=output * choices) if output else ask
 
 
 # -- what an engine is asked -------------------------------------------
@@ -11142,7 +11158,7 @@ def _ollama_messages(messages: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]
             images = [_picture(part["image_url"]) for part in content
                       if part["type"] == "image_url"]
             texts = [str(part.get(part["type"])) for part in content
-                     if part["type"] in ("text", "refusal", "thinking")]
+                     if part["type"] in ("text", "refusal")]
             if len(images) + len(texts) < len(content):
                 raise _bad("Ollama takes text and pictures alone")
             content = "\n".join(texts)
@@ -11357,20 +11373,6 @@ def _json_dict(raw: bytes) -> Optional[Dict[str, Any]]:
     return value if type(value) is dict else None
 
 
-def _within(value: Any, *names: Any) -> Dict[str, Any]:
-    """The object within objects and lists; an empty one where there is none.
-
-    >>> _within({"a": [{"b": {"c": 1}}]}, "a", 0, "b"), _within({"a": []}, "a", 0)
-    ({'c': 1}, {})
-    """
-    for name in names:
-        if type(value) is list and type(name) is int:
-            value = value[name] if name < len(value) else None
-        else:
-            value = value.get(name) if type(value) is dict else None
-    return value if type(value) is dict else {}
-
-
 class Usage:
     """What an answer took.  prompt_tokens, completion_tokens: the engine's own figures, or None.
     pieces: of its content that came.  load_s: of the model, where it is told.  error: why the
@@ -11416,7 +11418,7 @@ def _openai_said(ask: Ask, value: Dict[str, Any], request_id: str, first: int) -
     if ask.task != "chat":
         return {"text": value.get("response") or ""}
     message, calls = _within(value, "message"), []
-    for number, call in enumerate(message.get("tool_calls") or (), first):
+    for number, call in enumerate(_list(message, "tool_calls"), first):
         function = _within(call, "function")
         calls.append({"index": number, "type": "function", "function": {
             "name": function.get("name"), "arguments": json.dumps(function.get("arguments") or {})},
@@ -11546,7 +11548,8 @@ class StreamFlow:
 
     def end(self, problem: str) -> bytes:
         """problem: "" where the engine's body ended as its framing says, or why it did not."""
-        rest = self._read(b"\n") if self._held and not problem else b""
+        held = b"".join(self._held).rstrip()
+        rest = self._read(b"\n") if held.endswith((b"}", b"]")) and not problem else b""
         if self.complete or self.usage.error:
             return rest
         return rest + self.fail(problem or "the engine's answer ended in the middle")
@@ -11556,11 +11559,10 @@ class _OpenAiFlow(StreamFlow):
     """From OpenAI's chat or completions to the same."""
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
-        choices = value.get("choices")
         self.usage.take(_within(value, "usage"))
-        if not choices and value.get("usage") and not self.ask.wants_usage:
+        if not value.get("choices") and value.get("usage") and not self.ask.wants_usage:
             return b""
-        for choice in choices if type(choices) is list else ():
+        for choice in _list(value, "choices"):
             delta = _within(choice, "delta") or _within(choice)
             self._piece(delta, "content text reasoning reasoning_content tool_calls", data)
         return b"data: " + self._named(data) + b"\n\n"
@@ -11647,9 +11649,9 @@ class _OpenAiToOllama(StreamFlow):
         self._reason = choice.get("finish_reason") or self._reason
         self._piece(said, "content text reasoning reasoning_content tool_calls", data)
         self.first_ns = self.first_ns or self.usage.pieces and self.clock()
-        for part in said.get("tool_calls") or ():  # fragments, until the end
+        for part in _list(said, "tool_calls"):  # fragments, until the end
             call = self._calls.setdefault(str(_within(part).get("index"))[:9], {
-                "id": part.get("id"), "function": {"name": "", "arguments": ""}})
+                "id": _within(part).get("id"), "function": {"name": "", "arguments": ""}})
             for name, whole in call["function"].items():
                 call["function"][name] = whole + str(_within(part, "function").get(name) or "")
         if not any(map(said.get, ("content", "text", "reasoning", "reasoning_content"))):
@@ -11754,7 +11756,7 @@ def whole_answer(ask: Ask, wire: Wire, status: int, body: bytes, request_id: str
     choice = _within(value, "choices", 0)
     said = _within(choice, "message") or choice
     try:
-        line = _ollama_said(ask, choice, said, said.get("tool_calls") or ())
+        line = _ollama_said(ask, choice, said, _list(said, "tool_calls"))
     except HttpError as error:
         return _failed(ask, 502, error.what, usage)
     if not choice:
