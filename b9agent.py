@@ -11915,11 +11915,11 @@ class Errands:
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
-    sweep(): called every RELAY_SWEEP_S while a connection is open.  _lock guards _ended, and the
-    life of _wake with it.
+    sweep(): called every RELAY_SWEEP_S while a connection is open, and as long as it says that there
+    is more to do.  _lock guards _ended, and the life of _wake with it.
     """
 
-    def __init__(self, name: str, log: Log, sweep: Callable[[], None]) -> None:
+    def __init__(self, name: str, log: Log, sweep: Callable[[], bool]) -> None:
         self.log = log
         # By descriptor, without what `selectors` puts around it: it costs as much as the call.
         self._poll, self._second = (select.epoll(), 1) if hasattr(select, "epoll") else (
@@ -11982,16 +11982,18 @@ class Relay:
         self.wires.discard(wire)
         self._closed.append(wire.sock)
 
-    def _guarded(self, function: Callable[[], None]) -> None:
+    def _guarded(self, function: Callable[[], Any]) -> Any:
         try:
-            function()
+            return function()
         except Exception as error:
             self.log.defect(error)
+            return None
 
     def _run(self) -> None:
-        sweep_s = 0.0
+        sweep_s, again = 0.0, False
         while not self._stopping:
-            wait_s = RELAY_SWEEP_S if self.wires or self.resting else 3600.0
+            again = bool(again or self.wires or self.resting)
+            wait_s = RELAY_SWEEP_S if again else 3600.0
             for number, mask in self._poll.poll(wait_s * self._second):
                 wire = self._watched.get(number)
                 if wire is None:
@@ -12002,9 +12004,9 @@ class Relay:
                     except Exception as error:  # a defect costs one connection, never the loop
                         self.log.defect(error)
                         wire.close()
-            if now_s() >= sweep_s and (self.wires or self.resting):
+            if again and now_s() >= sweep_s:
                 sweep_s = now_s() + RELAY_SWEEP_S
-                self._guarded(self._sweep)
+                again = self._guarded(self._sweep)
                 while self.resting:
                     listener = self.resting.pop()
                     if not listener.dead:
@@ -12855,7 +12857,7 @@ class FrontDoor:
         self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
         self._tokens_per_byte: Dict[str, float] = {}
         self._bodies_bytes = 0
-        self._save_s, self._since_s = 0.0, time.time()
+        self._unsaved, self._save_s, self._since_s = False, 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
 
     # -- its life -----------------------------------------------------------
@@ -13307,7 +13309,7 @@ class FrontDoor:
         """The one step after the engine, whatever happened; a second time it does nothing."""
         if job.settled:
             return
-        job.settled = True
+        job.settled = self._unsaved = True
         prompt, completion = self._tokens_of(job)
         bill = self._ledger.settle(job.grant, prompt, completion)
         if job in self._running:
@@ -13336,7 +13338,8 @@ class FrontDoor:
 
     # -- twice a second -----------------------------------------------------------
 
-    def _sweep(self) -> None:
+    def _sweep(self) -> bool:
+        """Returns: whether there is something to do even if nobody is here any more."""
         now = now_s()
         for wire in list(self._relay.wires):
             if wire.until_s is not None and now > wire.until_s:
@@ -13355,9 +13358,10 @@ class FrontDoor:
         self._tally.set("b9agent_door_streams", len(self._running))
         self._tally.set("b9agent_door_waiting", len(self._waiting))
         self._tally.set("b9agent_door_connections", len(self._clients))
-        if now > self._save_s:
-            self._save_s = now + DOOR_SAVE_S
+        if self._unsaved and now > self._save_s:
+            self._save_s, self._unsaved = now + DOOR_SAVE_S, False
             self._relay.errand(self._ledger.save, self._told)
+        return self._unsaved or bool(self._running or self._waiting or self._clients)
 
     def _told(self, _result: Any, problem: Any) -> None:
         if problem is not None:
