@@ -11803,7 +11803,6 @@ def model_answer(path: str, names: Sequence[str], context_tokens: int,
 RELAY_SWEEP_S = 0.5             # how often deadlines are looked at
 RELAY_HELD_MAX_BYTES = 1 << 20  # of an answer, for a reader who is slower than the engine
 RELAY_SLOW_S = 10.0             # so long may he keep the engine waiting
-RELAY_PIPELINED_BYTES = 65536
 RELAY_BODY_MAX_BYTES = 32 << 20
 RELAY_BODIES_MAX_BYTES = 256 << 20  # of all requests that are on their way in
 ENGINE_CONNECT_S = 5.0
@@ -12359,7 +12358,7 @@ class ClientWire(RelaySocket):
     def _receive(self) -> None:
         while not self.dead:
             try:
-                data = self.sock.recv(65536)
+                data = self.sock.recv(65536 if self._body_left else HTTP_HEAD_MAX_BYTES)
             except self.relay.waits:
                 return
             except OSError:
@@ -12385,7 +12384,7 @@ class ClientWire(RelaySocket):
             self._held += data
             if self.phase == "head":
                 self._look()
-            elif len(self._held) > HTTP_HEAD_MAX_BYTES + RELAY_PIPELINED_BYTES:
+            elif len(self._held) > HTTP_HEAD_MAX_BYTES:
                 self.watch(self.mask & ~_READ)  # more requests than one: they can wait
 
     def _take_body(self) -> None:
