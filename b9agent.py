@@ -8899,7 +8899,7 @@ class Oidc:
                 else:
                     reply = http_request("GET", self._endpoint, self._path, {}, None, 10.0, 1 << 18)
                     body = reply.body if reply.status == 200 else b""
-                keys = keys_of(body)
+                keys = keys_of(body or b"{}")
             except (HttpFailure, ValueError) as error:
                 self._log("warning", "oidc_keys", what=f"{self._jwks}: {error}",
                           do="Those known before stay in force" if self._keys else
