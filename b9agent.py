@@ -9353,9 +9353,10 @@ _PLACES = {"C": "openai/chat", "T": "openai/complete", "E": "openai/embed",
            "e": "ollama/embed", "o": "ollama/options", "m": "ollama/message"}
 _KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict,
           "list": list}
-# Where, what is done, and names with the first letters of the kinds of their values (none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
-# by the door.  "drop": taken, and left out.  Any other word is why it is refused, unless it is
-# false.  What has no row is refused.
+# Where, what is done, and names with the first letters of the kinds of their values (none: any).
+# "send": as it is, or in the engine's dialect.  "own": read, and written by the door.  "drop":
+# taken, and left out.  Any other word is why it is refused, unless it is false.  What has no row
+# is refused.
 _TAKEN = ("send", "own")
 _FIELDS = (
     ("CTERAcge", "own", "model:s"),  # the engine gets its own name of it
