@@ -9538,7 +9538,8 @@ def _content_weight(content: Any, where: str) -> int:
     for part in content:
         kind = str(_within(part).get("type", "message" if where == "input" else None))
         extra = _within(part).keys() - {"type", "cache_control", *_PARTS.get(kind, "").split()}
-        if kind not in _PARTS or extra or (kind == "message") > (where == "input"):
+        if not _within(part) or kind not in _PARTS or extra or \
+                (kind == "message") > (where == "input"):
             raise _bad(f"`{where}` has a part that is not taken here: "
                        + printable(f"{kind} {min(extra, default='')}"[:64]), "Text is, and "
                        "pictures as data: URLs, calls of tools and their results")
@@ -10121,6 +10122,8 @@ class _EventFlow(StreamFlow):
         inner = _within(value, "message") or _within(value, "response")
         kind = str(value.get("type"))
         self.usage.take(_within(inner or value, "usage"))
+        if kind == "message_start":  # its figure of what is made is none yet
+            self.usage.completion_tokens = None
         if kind.endswith("delta"):
             self._piece(value if type(value.get("delta")) is str else _within(value, "delta"),
                         "delta text thinking partial_json", data)
@@ -10287,6 +10290,7 @@ def whole_answer(ask: Ask, wire: Wire, status: int, body: bytes, request_id: str
     if value is None or _said_error(value):
         return _failed(ask, 502, _said_error(value) or "its answer is no JSON object", usage)
     usage.take(value if wire.dialect == "ollama" else _within(value, "usage"))
+    usage.pieces = len(body) // 4  # a bound of what was made, where the engine does not say
     if ask.dialect == wire.dialect:
         return 200, encode_json(dict(value, model=ask.model)), usage
     if wire.dialect == "ollama":

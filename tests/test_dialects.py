@@ -348,6 +348,12 @@ def test_errors_of_anthropic_and_of_responses():
     assert run(asked, "vllm", [ended])[1].complete
 
 
+def test_a_stream_of_messages_that_breaks_has_no_figure_of_what_was_made():
+    row = {row[0]: row for row in STREAMS}["messages"]
+    _, flow = run(row[1], "vllm", [row[3][:row[3].index(b"event: content_block_stop")]], "gone")
+    assert (flow.usage.prompt_tokens, flow.usage.completion_tokens, flow.usage.pieces) == (2, None, 3)
+
+
 def test_a_line_without_an_end_is_not_kept():
     for asked, engine in ((OPENAI_CHAT, "vllm"), (OLLAMA_CHAT, "ollama"), (OLLAMA_CHAT, "vllm")):
         flow = flow_of(asked, engine)
@@ -481,6 +487,23 @@ def test_what_clients_send_is_taken(dialect, task, body):
             limit = sent["options"]["num_predict"] if wire.dialect == "ollama" else sent.get(
                 "max_tokens", sent.get("max_output_tokens"))
             assert 1 <= limit <= 100
+
+
+@settings(FAST, max_examples=500)
+@given(st.data())
+def test_no_shape_of_a_clients_json_raises_anything_else(data):
+    dialect, task, body = data.draw(st.sampled_from(TAKEN))
+    for _ in range(data.draw(st.integers(1, 2))):
+        body = changed(body, data.draw(st.sampled_from(places_in(body))), data.draw(ODD | st.sampled_from([
+            {"type": "text"}, {"type": ["x"]}, [None], {"role": "user"}, {"type": "message"}, "0s", "\ud800"])))
+        if not places_in(body):
+            break
+    try:
+        asked = ask(dialect, task, **body)
+        for engine in ENGINES:
+            make_flow(asked, request(asked, engine)[0], "1")
+    except HttpError as error:
+        assert error.status in (400, 403, 404) and error.what
 
 
 FORGED = "\u017ftream"  # folds to "stream", as Go reads it
