@@ -10810,9 +10810,10 @@ _PLACES = {"C": "openai/chat", "T": "openai/complete", "E": "openai/embed",
            "e": "ollama/embed", "o": "ollama/options", "m": "ollama/message"}
 _KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict,
           "list": list}
-# Where, what is done, and names with the first letters of the kinds of their values (none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
-# by the door.  "drop": taken, and left out.  Any other word is why it is refused, unless it is
-# false.  What has no row is refused.
+# Where, what is done, and names with the first letters of the kinds of their values (none: any).
+# "send": as it is, or in the engine's dialect.  "own": read, and written by the door.  "drop":
+# taken, and left out.  Any other word is why it is refused, unless it is false.  What has no row
+# is refused.
 _TAKEN = ("send", "own")
 _FIELDS = (
     ("CTERAcge", "own", "model:s"),  # the engine gets its own name of it
@@ -10994,7 +10995,8 @@ def _content_weight(content: Any, where: str) -> int:
     for part in content:
         kind = str(_within(part).get("type", "message" if where == "input" else None))
         extra = _within(part).keys() - {"type", "cache_control", *_PARTS.get(kind, "").split()}
-        if kind not in _PARTS or extra or (kind == "message") > (where == "input"):
+        if not _within(part) or kind not in _PARTS or extra or \
+                (kind == "message") > (where == "input"):
             raise _bad(f"`{where}` has a part that is not taken here: "
                        + printable(f"{kind} {min(extra, default='')}"[:64]), "Text is, and "
                        "pictures as data: URLs, calls of tools and their results")
@@ -11577,6 +11579,8 @@ class _EventFlow(StreamFlow):
         inner = _within(value, "message") or _within(value, "response")
         kind = str(value.get("type"))
         self.usage.take(_within(inner or value, "usage"))
+        if kind == "message_start":  # its figure of what is made is none yet
+            self.usage.completion_tokens = None
         if kind.endswith("delta"):
             self._piece(value if type(value.get("delta")) is str else _within(value, "delta"),
                         "delta text thinking partial_json", data)
@@ -11743,6 +11747,7 @@ def whole_answer(ask: Ask, wire: Wire, status: int, body: bytes, request_id: str
     if value is None or _said_error(value):
         return _failed(ask, 502, _said_error(value) or "its answer is no JSON object", usage)
     usage.take(value if wire.dialect == "ollama" else _within(value, "usage"))
+    usage.pieces = len(body) // 4  # a bound of what was made, where the engine does not say
     if ask.dialect == wire.dialect:
         return 200, encode_json(dict(value, model=ask.model)), usage
     if wire.dialect == "ollama":

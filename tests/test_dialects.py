@@ -1,13 +1,17 @@
 """Dialects: what clients ask, what engines are asked, and what comes back, in pieces cut anywhere.
 The samples of streams and errors are invented, in the forms in which the engines answer."""
 import base64
+import http.client
 import json
+import os
 import struct
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import b9agent
+import engines
+from helpers import Program, environment, quiet_port, wait_until
 from b9agent import ENGINE_BY_NAME as ENGINES, HttpError, engine_request, make_flow, read_ask, \
     whole_answer
 
@@ -228,7 +232,7 @@ def test_a_stream_comes_whole_wherever_it_is_cut(asked, engine, raw):
         out, flow = run(asked, engine, pieces)
         assert flow.complete and not flow.usage.error
         assert (flow.usage.prompt_tokens, flow.usage.completion_tokens, flow.usage.pieces) == figures
-        if asked.dialect == engine or out != whole:
+        if out != whole:  # but for the second in which it was made
             assert frozen(out) == frozen(whole)
 
 
@@ -342,6 +346,12 @@ def test_errors_of_anthropic_and_of_responses():
     assert flow.usage.error == "boom" and events(out)[0]["type"] == "response.failed"
     ended = named_events({"type": "response.incomplete", "response": {"usage": {"output_tokens": 2}}})
     assert run(asked, "vllm", [ended])[1].complete
+
+
+def test_a_stream_of_messages_that_breaks_has_no_figure_of_what_was_made():
+    row = {row[0]: row for row in STREAMS}["messages"]
+    _, flow = run(row[1], "vllm", [row[3][:row[3].index(b"event: content_block_stop")]], "gone")
+    assert (flow.usage.prompt_tokens, flow.usage.completion_tokens, flow.usage.pieces) == (2, None, 3)
 
 
 def test_a_line_without_an_end_is_not_kept():
@@ -477,6 +487,23 @@ def test_what_clients_send_is_taken(dialect, task, body):
             limit = sent["options"]["num_predict"] if wire.dialect == "ollama" else sent.get(
                 "max_tokens", sent.get("max_output_tokens"))
             assert 1 <= limit <= 100
+
+
+@settings(FAST, max_examples=500)
+@given(st.data())
+def test_no_shape_of_a_clients_json_raises_anything_else(data):
+    dialect, task, body = data.draw(st.sampled_from(TAKEN))
+    for _ in range(data.draw(st.integers(1, 2))):
+        body = changed(body, data.draw(st.sampled_from(places_in(body))), data.draw(ODD | st.sampled_from([
+            {"type": "text"}, {"type": ["x"]}, [None], {"role": "user"}, {"type": "message"}, "0s", "\ud800"])))
+        if not places_in(body):
+            break
+    try:
+        asked = ask(dialect, task, **body)
+        for engine in ENGINES:
+            make_flow(asked, request(asked, engine)[0], "1")
+    except HttpError as error:
+        assert error.status in (400, 403, 404) and error.what
 
 
 FORGED = "\u017ftream"  # folds to "stream", as Go reads it
@@ -812,10 +839,22 @@ def test_limits_and_refusals_are_said_in_each_dialect():
 # ---------------------------------------------------------------------- the official clients
 
 class Door:
-    """The door without sockets: what an SDK sends is turned, an engine's sample is its answer."""
+    """The door without sockets: what an SDK sends is turned, an engine's sample is its answer, or
+    that of the engine at a port."""
 
-    def __init__(self, engine, raw):
-        self.engine, self.raw, self.sent = engine, raw, None
+    def __init__(self, engine, raw, model="engine/m"):
+        self.engine, self.raw, self.model, self.usage = engine, raw, model, None
+
+    def answer(self, wire):
+        if isinstance(self.raw, bytes):
+            return 200, self.raw
+        connection = http.client.HTTPConnection("127.0.0.1", self.raw, timeout=30)
+        try:
+            connection.request("POST", wire.path, wire.body, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            return reply.status, reply.read()
+        finally:
+            connection.close()
 
     def __call__(self, request):
         httpx = pytest.importorskip("httpx")
@@ -827,29 +866,30 @@ class Door:
                          "/api/embed": ("ollama", "embed")}[request.url.path]
         try:
             asked = read_ask(dialect, task, request.content)
-            wire = engine_request(asked, ENGINES[self.engine], "engine/m", 100, 8192)
+            wire = engine_request(asked, ENGINES[self.engine], self.model, 100, 8192)
         except HttpError as error:
             return httpx.Response(error.status, content=b9agent.error_answer(
                 dialect, error.status, error.code, error.what))
-        self.sent = json.loads(wire.body)
-        if not asked.stream or task == "embed":
-            status, body, _ = whole_answer(asked, wire, 200, self.raw, "1")
+        status, raw = self.answer(wire)
+        if not asked.stream or task == "embed" or status != 200:
+            status, body, self.usage = whole_answer(asked, wire, status, raw, "1")
             return httpx.Response(status, content=body, headers={"Content-Type": "application/json"})
         flow = make_flow(asked, wire, "1")
-        out = b"".join([flow.feed(self.raw[at:at + 7]) for at in range(0, len(self.raw), 7)]) + flow.end("")
+        out = b"".join([flow.feed(raw[at:at + 7]) for at in range(0, len(raw), 7)]) + flow.end("")
+        self.usage = flow.usage
         return httpx.Response(200, content=out, headers={"Content-Type": flow.content_type})
 
 
-def openai_client(engine, raw):
+def openai_client(engine, raw, *model):
     openai, httpx = pytest.importorskip("openai"), pytest.importorskip("httpx")
-    door = Door(engine, raw)
+    door = Door(engine, raw, *model)
     return openai.OpenAI(api_key="k", base_url="http://door/v1", max_retries=0, http_client=httpx.Client(
         transport=httpx.MockTransport(door))), door
 
 
-def ollama_client(engine, raw):
+def ollama_client(engine, raw, *model):
     ollama, httpx = pytest.importorskip("ollama"), pytest.importorskip("httpx")
-    door = Door(engine, raw)
+    door = Door(engine, raw, *model)
     return ollama.Client(host="http://door", transport=httpx.MockTransport(door)), door
 
 
@@ -916,3 +956,79 @@ def test_the_ollama_client_calls_tools_and_learns_of_errors():
     shown = b9agent.model_answer("/api/show", ["m"], 8192, 0.0)
     assert ollama.ShowResponse(**shown).capabilities == ["completion", "tools"]
     assert b9agent.model_answer("/api/version", [], 0, 0.0)["version"]
+
+
+# ---------------------------------------------------------------------- engines that run
+
+def healthy(port, path="/health"):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def speaks(engine, port, model):
+    """Both clients, streaming and not, with the engine at a port."""
+    client, door = openai_client(engine, port, model)
+    more = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+    whole_one = client.chat.completions.create(**more)
+    assert whole_one.usage.completion_tokens == door.usage.completion_tokens > 0 and whole_one.model == "m"
+    pieces = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **more))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert pieces[-1].usage.completion_tokens == door.usage.completion_tokens > 0
+    assert 0 < door.usage.pieces <= door.usage.completion_tokens + 1
+    assert client.completions.create(model="m", prompt="hi", max_tokens=4).choices[0].text
+    client, door = ollama_client(engine, port, model)
+    options = {"num_predict": 8, "temperature": 0}
+    found = list(client.chat(model="m", messages=more["messages"], stream=True, options=options))
+    assert found[-1].done and found[-1].eval_count == door.usage.completion_tokens > 0
+    text = "".join(item.message.content for item in found)
+    assert text and client.chat(model="m", messages=more["messages"], options=options).message.content == text
+    assert client.generate(model="m", prompt="hi", options=options).response
+
+
+def test_the_stand_ins_are_understood(home, tmp_path):
+    folder = engines.stand_in(tmp_path / "bin", "ollama", "vllm")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"x")
+    port, other = quiet_port(), quiet_port()
+    with Program([os.path.join(folder, "ollama"), "serve"], environment(
+            home, OLLAMA_HOST="127.0.0.1:%d" % port, OLLAMA_MODELS=str(tmp_path / "store"))), \
+        Program([os.path.join(folder, "vllm"), "serve", str(model), "--port", str(other), "--host", "127.0.0.1",
+                 "--served-model-name", "tiny"], environment(home)):
+        wait_until(lambda: healthy(port, "/api/version"), "it answers")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("POST", "/api/pull", json.dumps({"model": "llama3.2:1b", "stream": False}))
+        assert connection.getresponse().status == 200
+        connection.close()
+        speaks("ollama", port, "llama3.2:1b")
+        wait_until(lambda: healthy(other), "it answers")
+        speaks("vllm", other, "tiny")
+
+
+def test_the_real_llama_server_is_understood(home):
+    port = quiet_port()
+    with Program([engines.llama_server(), "-m", engines.tiny_gguf(), "--host", "127.0.0.1", "--port",
+                  str(port), "-c", "512", "-np", "1"], engines.engine_environment(home)):
+        wait_until(lambda: healthy(port), "it answers")
+        speaks("llama-server", port, "tiny")
+        anthropic = ask("anthropic", "messages", max_tokens=8, stream=True, **CHAT)
+        wire = engine_request(anthropic, ENGINES["llama-server"], "tiny", 8, 512)
+        status, raw = Door("llama-server", port).answer(wire)
+        flow = make_flow(anthropic, wire, "1")
+        out = flow.feed(raw) + flow.end("")
+        assert flow.complete and flow.usage.completion_tokens == 8, (status, raw, out)
+
+
+def test_the_real_mlx_server_is_understood(home):
+    port = quiet_port()
+    with Program([engines.mlx_server(), "--model", engines.tiny_mlx(), "--host", "127.0.0.1",
+                  "--port", str(port)], engines.engine_environment(home)):
+        wait_until(lambda: healthy(port), "it answers")
+        speaks("mlx", port, "tiny")
