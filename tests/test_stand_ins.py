@@ -640,9 +640,11 @@ def test_a_request_says_what_befalls_it_and_the_ledger_tells(serve, tmp_path):
     assert ask("mark=c fail_after=0")[0] == 500
     with pytest.raises((OSError, http.client.HTTPException)):
         ask("mark=d tokens=3 cut_after=1")
+    runner = one.runner()
     with pytest.raises((OSError, http.client.HTTPException)):
         ask("mark=e tokens=3 die_after=2")
     one.program.process.wait()
+    os.kill(runner, signal.SIGKILL)  # as the real one's, it stays
     assert [(row["mark"], row["sent"], row["end"]) for row in map(
         json.loads, ledger.read_text().splitlines())] == [
             ("a", 3, "stop"), ("b", 2, "error"), ("c", 0, "error"), ("d", 1, "cut"), ("e", 2, "died")]
