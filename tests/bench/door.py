@@ -403,7 +403,7 @@ def stream_rows(peers, streams):
                          "%.1f" % peer.median(key, "cpu_us") if proxy else "",
                          "%.1f" % peer.median(key, "rss_mib") if proxy else "",
                          "%.1f" % ((peer.median(key, "rss_mib") - peer.idle_mib) * 1024 / key[0])
-                         if proxy and key[0] >= 64 else "",
+                         if proxy and key[0] == max(streams) else "",
                          "yes" if held == len(said) else "no" if not held else
                          "%d of %d" % (held, len(said))))
     return rows
