@@ -1148,6 +1148,13 @@ STRUCTS = {
     "CompletionRequest": {"model": STRING, "prompt": STRING, "stream": BOOLEAN, "max_tokens": "int",
                           "stream_options": "openai.StreamOptions", "temperature": "float64",
                           "top_p": "float64", "seed": "int", "stop": ANY, "suffix": STRING},
+    "ResponsesRequest": {"model": STRING, "input": ANY, "stream": BOOLEAN, "instructions": STRING,
+                         "max_output_tokens": "int", "temperature": "float64", "top_p": "float64",
+                         "tools": "[]responses.Tool"},
+    "MessagesRequest": {"model": STRING, "messages": "[]anthropic.Message", "stream": BOOLEAN,
+                        "max_tokens": "int", "system": ANY, "temperature": "float64",
+                        "top_p": "float64", "top_k": "int", "stop_sequences": STRINGS,
+                        "tools": "[]anthropic.Tool"},
     "OpenAIEmbedRequest": {"model": STRING, "input": ANY, "dimensions": "int",
                            "encoding_format": STRING},
 }
@@ -1926,6 +1933,110 @@ def v1_embeddings(request):
         "application/json")
 
 
+def sent_events(request, answer, events):
+    """A stream of named events: events(text) for each token, events(None) for the end, and
+    events("") before the first.  What goes wrong in between is swallowed, as with the others."""
+    def send(found):
+        for body in found:
+            request.send(b"event: " + body["type"].encode() + b"\ndata: " + json_line(body) + b"\n",
+                         "text/event-stream")
+    begun = False
+    try:
+        for token in answer.tokens():
+            if not begun:
+                begun = send(events("")) is None
+            send(events(token))
+    except Refused:
+        if not begun:
+            raise
+        return
+    send(events(None))
+
+
+def v1_responses(request):
+    fields = request.fields("ResponsesRequest")
+    given = fields["input"] if isinstance(fields["input"], list) else [{"content": fields["input"]}]
+    fields["options"] = {"num_predict": fields["max_output_tokens"]} if fields["max_output_tokens"] else {}
+    text = "\n".join(filter(None, [fields["instructions"], message_text(given)]))
+    answer = Answer(request, fields, text, fields["model"] or "")
+    answer.need("chat")
+    said = []
+
+    def item(text, status="completed"):
+        return {"id": "msg_1", "type": "message", "status": status, "role": "assistant", "content": [
+            {"type": "output_text", "text": text, "annotations": [], "logprobs": []}]}
+
+    def whole(status="completed"):
+        done = status == "completed"
+        return {"id": "resp_1", "object": "response", "created_at": int(time.time()), "status": status,
+                "model": fields["model"], "output": [item("".join(said))] if done else [],
+                "error": None, "incomplete_details": None, "instructions": fields["instructions"],
+                "metadata": {}, "parallel_tool_calls": True, "temperature": 1.0, "top_p": 1.0,
+                "tool_choice": "auto", "tools": [], "usage": {
+                    "input_tokens": answer.prompt_count, "input_tokens_details": {"cached_tokens": 0},
+                    "output_tokens": answer.eval_count, "output_tokens_details": {"reasoning_tokens": 0},
+                    "total_tokens": answer.prompt_count + answer.eval_count} if done else None}
+    if not fields["stream"]:
+        said.extend(answer.tokens())
+        return request.reply(200, whole(), "application/json")
+    count = iter(range(10 ** 6))
+
+    def events(token):
+        place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+        if token:
+            said.append(token)
+            found = [dict(place, type="response.output_text.delta", delta=token, logprobs=[])]
+        elif token == "":
+            found = [{"type": "response.created", "response": whole("in_progress")},
+                     {"type": "response.output_item.added", "output_index": 0,
+                      "item": dict(item("", "in_progress"), content=[])},
+                     dict(place, type="response.content_part.added", part=item("")["content"][0])]
+        else:
+            text = "".join(said)
+            found = [dict(place, type="response.output_text.done", text=text, logprobs=[]),
+                     dict(place, type="response.content_part.done", part=item(text)["content"][0]),
+                     {"type": "response.output_item.done", "output_index": 0, "item": item(text)},
+                     {"type": "response.completed", "response": whole()}]
+        return [dict(body, sequence_number=next(count)) for body in found]
+    return sent_events(request, answer, events)
+
+
+def v1_messages(request):
+    fields = request.fields("MessagesRequest")
+    if not fields["max_tokens"]:
+        raise Refused(400, "max_tokens is required")
+    fields["options"] = {"num_predict": fields["max_tokens"]}
+    answer = Answer(request, fields, message_text(fields["messages"]), fields["model"] or "")
+    answer.need("chat")
+
+    def message(text, reason):
+        content = [{"type": "text", "text": text}] if text else []
+        return {"id": "msg_1", "type": "message", "role": "assistant", "model": fields["model"],
+                "content": content, "stop_reason": reason, "stop_sequence": None, "usage": {
+                    "input_tokens": answer.prompt_count, "output_tokens": answer.eval_count}}
+    reasons = {"stop": "end_turn", "length": "max_tokens"}
+    if not fields["stream"]:
+        text = "".join(answer.tokens())
+        return request.reply(200, message(text, reasons[answer.reason]), "application/json")
+
+    def events(token):
+        if token:
+            return [{"type": "content_block_delta", "index": 0, "delta": {
+                "type": "text_delta", "text": token}}]
+        if token == "":
+            # What it says of the prompt here is an estimate, a quarter of its length.
+            begun = message("", None)
+            begun["usage"] = {"input_tokens": len(answer.prompt) // 4, "output_tokens": 0}
+            return [{"type": "message_start", "message": begun},
+                    {"type": "content_block_start", "index": 0, "content_block": {
+                        "type": "text", "text": ""}}]
+        return [{"type": "content_block_stop", "index": 0},
+                {"type": "message_delta", "delta": {"stop_reason": reasons[answer.reason],
+                                                    "stop_sequence": None},
+                 "usage": message("", None)["usage"]}, {"type": "message_stop"}]
+    return sent_events(request, answer, events)
+
+
 def not_here(request):
     list(request.pieces())
     raise Refused(503, "account unavailable")
@@ -1942,6 +2053,7 @@ ROUTES = (
     ("POST", r"/api/embeddings", embeddings_route), ("POST", r"/api/me", not_here),
     ("POST", r"/v1/chat/completions", v1_chat), ("POST", r"/v1/completions", v1_completions),
     ("POST", r"/v1/embeddings", v1_embeddings), ("GET", r"/v1/models", v1_models),
+    ("POST", r"/v1/responses", v1_responses), ("POST", r"/v1/messages", v1_messages),
     ("GET", r"/v1/models/.+", v1_model),
 )
 

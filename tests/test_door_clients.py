@@ -313,6 +313,31 @@ def test_openai_shows_a_picture(official):
         official.chat.completions.create(model=EYES, messages=turns)
 
 
+def test_openai_responds(official):
+    said = official.responses.create(model=CHAT, input="good morning to you")
+    assert said.output_text == SAID and said.status == "completed"
+    assert (said.usage.input_tokens, said.usage.output_tokens) == (5, 7)
+    events = list(official.responses.create(model=CHAT, input="good morning to you", stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == SAID
+    assert events[-1].type == "response.completed" and events[-1].response.usage.output_tokens == 7
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        official.responses.create(model="nobody", input="hello")
+
+
+def test_anthropics_messages_are_answered(door):
+    body = {"model": CHAT, "max_tokens": 50, "messages": HELLO}
+    text, status = curl(door, "/v1/messages", body, "-H", "anthropic-version: 2023-06-01")
+    said = json.loads(text)
+    assert status == 200 and said["content"][0]["text"] == SAID and said["stop_reason"] == "end_turn"
+    assert said["usage"] == {"input_tokens": 5, "output_tokens": 7}
+    text, status = curl(door, "/v1/messages", dict(body, stream=True), "-N", "-H", "x-api-key: "
+                        + door.token, key="")  # as its own clients send the key
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    assert status == 200 and events[-1]["type"] == "message_stop"
+    assert "".join(event["delta"].get("text", "") for event in events
+                   if event["type"] == "content_block_delta") == SAID
+
+
 def test_openai_embeds(official):
     found = official.embeddings.create(model=VECTORS, input=["one", "two"])  # base64, as it asks by default
     assert [len(row.embedding) for row in found.data] == [64, 64] and found.usage.prompt_tokens

@@ -626,6 +626,30 @@ def test_an_answer_that_fails_half_way_ends_with_an_error_line(serve, fault, mes
     assert status == 200 and lines[0]["response"] and message in lines[-1]["error"]
 
 
+def test_a_request_says_what_befalls_it_and_the_ledger_tells(serve, tmp_path):
+    ledger = tmp_path / "ledger"
+    one = serve(FAKE_OLLAMA_LEDGER=ledger)
+    one.add_tiny()
+
+    def ask(told):
+        return one.lines("/api/generate", {"model": "tiny", "prompt": "[[%s]]" % told})
+    status, _, lines = ask("mark=a tokens=3")
+    assert status == 200 and len(lines) == 4 and lines[-1]["eval_count"] == 3
+    status, _, lines = ask("mark=b tokens=3 fail_after=2")
+    assert [("response" in line, "error" in line) for line in lines] == [(True, False)] * 2 + [(False, True)]
+    assert ask("mark=c fail_after=0")[0] == 500
+    with pytest.raises((OSError, http.client.HTTPException)):
+        ask("mark=d tokens=3 cut_after=1")
+    runner = one.runner()
+    with pytest.raises((OSError, http.client.HTTPException)):
+        ask("mark=e tokens=3 die_after=2")
+    one.program.process.wait()
+    os.kill(runner, signal.SIGKILL)  # as the real one's, it stays
+    assert [(row["mark"], row["sent"], row["end"]) for row in map(
+        json.loads, ledger.read_text().splitlines())] == [
+            ("a", 3, "stop"), ("b", 2, "error"), ("c", 0, "error"), ("d", 1, "cut"), ("e", 2, "died")]
+
+
 def test_a_stream_of_v1_swallows_the_error(serve):
     one = serve(FAKE_OLLAMA_FAULTS="stream_error=1")
     one.add_tiny()

@@ -2,7 +2,7 @@
 """What the front door adds to a stream of tokens, beside no proxy at all, nginx and LiteLLM.
 
     tests/bench/door.py [--streams 1,16,64,256,512] [--rounds 3] [--peers direct,nginx,litellm,door]
-                        [--quick] [--install] [--nice -15] [--json]
+                        [--quick] [--install] [--realtime] [--json]
 
 An engine in C sends tokens when they are due and a client in C says how late each came (streams.c; gcc
 compiles it here).  Engine and client have the first core, proxies the last.  Streams have 50 tokens a
@@ -403,7 +403,7 @@ def stream_rows(peers, streams):
                          "%.1f" % peer.median(key, "cpu_us") if proxy else "",
                          "%.1f" % peer.median(key, "rss_mib") if proxy else "",
                          "%.1f" % ((peer.median(key, "rss_mib") - peer.idle_mib) * 1024 / key[0])
-                         if proxy and key[0] >= 64 else "",
+                         if proxy and key[0] == max(streams) else "",
                          "yes" if held == len(said) else "no" if not held else
                          "%d of %d" % (held, len(said))))
     return rows
@@ -438,9 +438,9 @@ def about_the_machine(versions):
         model = re.search(r"model name\s*: (.*)", handle.read())
     version = subprocess.run([OPTIONS.python, "-c", "import sys; print(sys.version.split()[0])"],
                              stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout.strip()
-    return "%s, %d cores, Linux %s, load %.1f; CPython %s; %s" % (
+    return "%s, %d cores, Linux %s, load %.1f%s; CPython %s; %s" % (
         model.group(1) if model else platform.machine(), os.cpu_count(), platform.release(),
-        os.getloadavg()[0], version, "; ".join(versions))
+        os.getloadavg()[0], ", realtime" * OPTIONS.realtime, version, "; ".join(versions))
 
 
 def measure(peers, streams, rounds, tokens):
@@ -517,8 +517,8 @@ def options():
     parser.add_argument("--peers", help="of %s" % ",".join(PEERS))
     parser.add_argument("--quick", action="store_true", help="one round, 16 and 512 streams, no LiteLLM")
     parser.add_argument("--install", action="store_true", help="LiteLLM, and end")
-    parser.add_argument("--nice", type=int, default=0, help="priority of all that is measured: -15, as "
-                        "root, where the machine has other work as well")
+    parser.add_argument("--realtime", action="store_true", help="all that is measured goes before "
+                        "other programs, as root: for a machine that has other work")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--python", default="/usr/bin/python3" if os.access("/usr/bin/python3", os.X_OK)
                         else sys.executable)
@@ -534,7 +534,8 @@ def main():
     if OPTIONS.install:
         return install()
     folder = tempfile.mkdtemp(prefix="b9bench-")
-    os.nice(OPTIONS.nice)
+    if OPTIONS.realtime:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # children inherit it
     try:
         STREAMS = compile_streams(folder)
         return 0 if run(folder) else 1

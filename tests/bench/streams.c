@@ -519,7 +519,7 @@ static int many(int n, int tokens, int rate, int slow, int leave, int limit_s, i
     int slow_each = slow ? 100 / slow : 0, leave_each = leave ? 100 / leave : 0;
     for (int i = 0; i < n; i++) {
         if (slow_each && i % slow_each == slow_each - 1) streams[i].slow = 1;
-        else if (leave_each && i % leave_each == 0) streams[i].leave_at = 1 + rand() % (tokens - 2);
+        else if (leave_each && i % leave_each == 0) streams[i].leave_at = tokens / 5 + rand() % (tokens / 2);
         if (!streams[i].slow && !streams[i].leave_at) normal++;
     }
     /* Over a second, so that the tokens are due evenly and not all at once. */
