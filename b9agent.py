@@ -731,8 +731,16 @@ def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
     return line
 
 
-def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
+def _split_head(lines: Sequence[str]) -> Tuple[str, Dict[str, str]]:
     """(status line, headers with names in lower case)."""
+    pairs = [line.partition(":") for line in lines[1:]]
+    if not lines or any([not colon or name != name.strip() for name, colon, _ in pairs]):
+        raise HttpFailure("garbage", "not an HTTP answer")
+    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
+
+
+def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
+    """As _split_head()."""
     left_bytes, lines = 65536, []
     while True:
         line = _read_line(stream, left_bytes)
@@ -741,10 +749,7 @@ def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
         if not text:
             break
         lines.append(text)
-    pairs = [line.partition(":") for line in lines[1:]]
-    if not lines or any(not colon or name != name.strip() for name, colon, _ in pairs):
-        raise HttpFailure("garbage", "not an HTTP answer")
-    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
+    return _split_head(lines)
 
 
 def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
@@ -5531,7 +5536,7 @@ class Child:
         self._family: Any = None
         self._written: Any = None
         self._served = False
-        self._left = self._lives_on = ""
+        self._left = self._lives_on = self._useless = ""
         self.output = Output(self._logs, spec.name, log)
         self.snapshot = ChildSnapshot()
 
@@ -5566,6 +5571,10 @@ class Child:
             if not self._living and not self._lives_on:
                 self.snapshot = self.snapshot._replace(state=ChildState.STOPPED, message=self._left)
         return self._left
+
+    def give_up(self, why: str) -> None:
+        """It lives, and is of no use: it is ended, and started again as after any other end."""
+        self._useless = why
 
     def wait(self, states: Sequence[ChildState], limit_s: float) -> ChildSnapshot:
         """The snapshot once it is in one of the states, or after limit_s."""
@@ -5629,7 +5638,7 @@ class Child:
 
     def _run_once(self) -> Tuple[str, bool]:
         """From its start to its end: (what it came to, whether it ended by itself)."""
-        self._left = self._lives_on = ""
+        self._left = self._lives_on = self._useless = ""
         self.snapshot = self.snapshot._replace(state=ChildState.STARTING,
                                                starts=self.snapshot.starts + 1)
         problem = self._spawn()
@@ -5638,6 +5647,7 @@ class Child:
         late = self._await_ready()
         while not late and self._process.poll() is None and not self._stopping:
             _pause(WATCH_S)
+            late = self._useless
         code = self._process.poll()
         problem = late if code is None else f"ended with {exit_words(code)}"
         if code == -signal.SIGKILL:
@@ -7690,7 +7700,7 @@ def visible_gpus(hardware: Hardware) -> Dict[str, str]:
 
 
 def loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
 def free_port(host: str) -> int:
@@ -7775,6 +7785,7 @@ _WIRE_STATES = {ChildState.STOPPED: "stopped", ChildState.STARTING: "starting",
                 ChildState.RUNNING: "running", ChildState.BACKOFF: "starting",
                 ChildState.STOPPING: "running", ChildState.ERROR: "error"}
 INFERENCE_CHECK_S = 10.0  # the gateway's router drops a node that is silent for 30 s
+SUSPECT_LIMIT_S = 60.0    # for one token of an engine that seems to be wedged
 SILENT_CHECKS = 3         # in a row without an answer: it is no longer said to run
 MODELS_TOLD = 1000        # to the gateway, of an Ollama
 
@@ -7803,6 +7814,7 @@ class Inference:
         self._models: Tuple[str, ...] = ()
         self._target = _NO_TARGET  # replaced whole
         self._silent = 0  # checks in a row that it did not answer
+        self._suspected = False
         self._load: Optional[EngineLoad] = None  # at the last check
         self._told = self._version = ""
         self._watch_wake = Wake()
@@ -8319,6 +8331,25 @@ class Inference:
         self.book.used(model)
         return {"status": "loaded", "model": model, "message": "it is in memory and gave a token"}
 
+    def suspect(self, model: str) -> None:
+        """Nothing has come of a request for long: ask for one token, and start an engine of ours
+        again that gives none.  (Where a client leaves, Ollama may lose a slot for ever.)"""
+        up = self._up
+        if up is None or self._suspected or self.state() != "running":
+            return
+        self._suspected = True
+        try:
+            generate_one_token(up.endpoint, up.name or model, SUSPECT_LIMIT_S)
+        except EngineRefused:
+            pass  # it answers
+        except EngineError as error:
+            self._log("warning", "engine_wedged", engine=up.engine.name, model=model,
+                      what=error.what)
+            if up.child is not None and self._up is up:
+                up.child.give_up(f"gave no token within {SUSPECT_LIMIT_S:g} s")
+        finally:
+            self._suspected = False
+
     def unload(self, model: str) -> Dict[str, Any]:
         up = self._alone(model)
         if up is not None:
@@ -8393,7 +8424,7 @@ class Inference:
 # no burst gets past a limit.
 
 GATEWAY_TENANT, DEFAULT_TENANT = "gateway", "default"
-PRIORITIES = ("high", "normal", "low")
+PRIORITIES, KNOWN_BY = ("high", "normal", "low"), ("token_sha256", "tailnet", "oidc")
 TENANTS_MAX = 1000
 
 
@@ -8530,15 +8561,15 @@ def _field_value(row: TenantField, node: Node) -> Any:
 
 def _tenant_faults(values: Dict[str, Any], priced: bool) -> Iterator[Tuple[str, str]]:
     """(what is wrong, what is expected) of a tenant whose values are each of their kind."""
-    name, known_by = values.get("name", "").lower(), {"token_sha256", "tailnet", "oidc"}
+    name, known_by = values.get("name", ""), values.keys() & set(KNOWN_BY)
     if not name:
         yield "it has no name", "`name: NAME`"
-    elif name == DEFAULT_TENANT:
-        yield "this is the tenant of a machine without this file", "another name"
-    elif name == GATEWAY_TENANT and (known_by | {"admin", "old_token_until"}) & values.keys():
+    elif name.lower() in (DEFAULT_TENANT, GATEWAY_TENANT) and name != GATEWAY_TENANT:
+        yield "the name is this machine's own", "another name"
+    elif name == GATEWAY_TENANT and (known_by or values.keys() & {"admin", "old_token_until"}):
         yield "the gateway is known by its address alone", "models, priority and limits only"
-    elif name != GATEWAY_TENANT and not known_by & values.keys():
-        yield "nobody could be this tenant", "one of token_sha256, tailnet, oidc"
+    elif name != GATEWAY_TENANT and not known_by:
+        yield "nobody could be this tenant", f"one of {', '.join(KNOWN_BY)}"
     if len(values.get("token_sha256", ())) > 2:
         yield "it has more than two tokens", "one, and for a while the old one"
     if "usd_per_day" in values and not priced:
@@ -8580,20 +8611,17 @@ def tenants_of(tree: Node, path: str, priced: bool) -> Tuple[Tenant, ...]:
     if not isinstance(rows, list) or len(rows) > TENANTS_MAX:
         raise UsageError(f"{path}:{listed.line}: no list of tenants, expected `tenants:` and below "
                          f"it {TENANTS_MAX} at most, each begun with `- name: NAME`")
-    seen: Dict[Tuple[str, str], str] = {}
-    found = []
-    for node in rows:
-        tenant = _tenant_of(node, path, priced)
-        for key in ("name", "token_sha256", "tailnet", "oidc"):
-            values = (tenant.name.lower(),) if key == "name" else getattr(tenant, key)
-            for value in values:
-                other = seen.setdefault((key, value), tenant.name)
-                if other is not tenant.name:
-                    shown = "" if key == "token_sha256" else f" `{printable(value)}`"
-                    raise UsageError(f"{path}:{node.line}: tenant `{tenant.name}`: {key}{shown} is "
-                                     f"that of tenant `{other}` too, expected each once")
-        found.append(tenant)
-    return tuple(found)
+    seen: Dict[Tuple[str, str], Tenant] = {}
+    found = tuple(_tenant_of(node, path, priced) for node in rows)
+    for node, tenant in zip(rows, found):
+        own = [(key, value) for key in KNOWN_BY for value in getattr(tenant, key)]
+        for key, value in [("name", tenant.name.lower())] + own:
+            other = seen.setdefault((key, value), tenant)
+            if other is not tenant:
+                shown = "" if key == "token_sha256" else f" `{printable(value)}`"
+                raise UsageError(f"{path}:{node.line}: tenant `{tenant.name}`: {key}{shown} is "
+                                 f"that of tenant `{other.name}` too, expected each once")
+    return found
 
 
 def load_tenants(path: str, priced: bool) -> Tuple[Tenant, ...]:
@@ -8604,7 +8632,7 @@ def load_tenants(path: str, priced: bool) -> Tuple[Tenant, ...]:
 
 def token_hash(token: str) -> str:
     import hashlib
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _file_stamp(path: str) -> Optional[Tuple[int, ...]]:
@@ -8616,7 +8644,7 @@ def _file_stamp(path: str) -> Optional[Tuple[int, ...]]:
 
 
 class TenantTables(NamedTuple):
-    """The tenants, by what they are known by.  gateway: None where nobody is let in."""
+    """The tenants, by what they are KNOWN_BY.  gateway: None where nobody is let in."""
     tenants: Tuple[Tenant, ...] = ()
     by_hash: Dict[str, Tenant] = {}
     by_tailnet: Dict[str, Tenant] = {}
@@ -8627,10 +8655,9 @@ class TenantTables(NamedTuple):
 def tables_of(tenants: Tuple[Tenant, ...]) -> TenantTables:
     def by(key: str) -> Dict[str, Tenant]:
         return {value: tenant for tenant in tenants for value in getattr(tenant, key)}
-    gateway = [tenant for tenant in tenants if tenant.name.lower() == GATEWAY_TENANT]
-    return TenantTables(tenants, by("token_sha256"), by("tailnet"), by("oidc"),
-                        gateway[0]._replace(name=GATEWAY_TENANT) if gateway else
-                        Tenant(GATEWAY_TENANT))
+    gateway = next((tenant for tenant in tenants if tenant.name == GATEWAY_TENANT),
+                   Tenant(GATEWAY_TENANT))
+    return TenantTables(tenants, *map(by, KNOWN_BY), gateway)
 
 
 class TenantBook:
@@ -8669,14 +8696,12 @@ class TenantBook:
             if stamp != self._stamp:
                 try:
                     self.tables = tables_of(self._load(len(stamp) > 1))
+                    self._log("info", "tenants", names=len(self.tables.tenants))
                 except UsageError as error:
-                    kept = ("Those known before stay in force" if self.tables.tenants
-                            or self.tables.gateway else "Until then nobody is let in")
+                    kept = ("Those known before stay in force" if self.tables.gateway else
+                            "Until then nobody is let in")
                     self._log("error", "tenants_refused", what=error.what,
-                              do=" ".join(filter(None, (error.hint and error.hint + ".", kept))))
-                else:
-                    self._log("info", "tenants", names=len(self.tables.tenants),
-                              file=self._path if len(stamp) > 1 else None)
+                              do=f"{error.hint}. {kept}" if error.hint else kept)
                 self._stamp = stamp if len(stamp) > 1 else self._stamp_now()
             self._changed = False
 
@@ -8875,7 +8900,12 @@ class Oidc:
         self._ask_s = now + (JWKS_EVERY_S if self._endpoint else 1.0)
         if stamp is None or stamp != self._stamp:
             try:
-                keys = keys_of(self._read())
+                if self._endpoint is None:
+                    body = (read_text(self._jwks, 1 << 18) or "").encode("utf-8")
+                else:
+                    reply = http_request("GET", self._endpoint, self._path, {}, None, 10.0, 1 << 18)
+                    body = reply.body if reply.status == 200 else b""
+                keys = keys_of(body)
             except (HttpFailure, ValueError) as error:
                 self._log("warning", "oidc_keys", what=f"{self._jwks}: {error}",
                           do="Those known before stay in force" if self._keys else
@@ -8885,14 +8915,6 @@ class Oidc:
                 self._verified.clear()
             self._keys, self._stamp = keys, stamp
         self._good_until_s = now + (JWKS_KEPT_S if self._endpoint else JWKS_EVERY_S)
-
-    def _read(self) -> bytes:
-        if self._endpoint is None:
-            return (read_text(self._jwks, 1 << 18) or "").encode("utf-8")
-        reply = http_request("GET", self._endpoint, self._path, {}, None, 10.0, 1 << 18)
-        if reply.status != 200:
-            raise ValueError(f"answered {reply.status}")
-        return reply.body
 
 
 # -- who asks ------------------------------------------------------------
@@ -9054,7 +9076,7 @@ class Access:
             raise AccessRefused(401, "no_token", "Tailscale does not say who asks, and no token "
                                 "came", "Send Authorization: Bearer TOKEN")
         by_tailnet, login = self._book.tables.by_tailnet, found.login.lower()
-        names = found.tags or (login,)
+        names = found.tags or (() if login.startswith("tag:") else (login,))
         tenant = next((by_tailnet[name] for name in names if name in by_tailnet), None)
         if tenant is None and not found.tags:
             tenant = next((other for pattern, other in by_tailnet.items() if "*" in pattern
@@ -9091,17 +9113,17 @@ class Bill(NamedTuple):
 
 
 class _Account:
-    """A tenant's day, and what is reserved now."""
+    """A tenant's day, and what is reserved now.  times: of its newest requests."""
     __slots__ = USAGE_FIELDS + ("active", "held_tokens", "held_gpu_s", "times")
 
     def __init__(self) -> None:
-        self.active = self.held_tokens = 0
-        self.held_gpu_s, self.times = 0.0, collections.deque()
-        self.clear()
+        self.active, self.held_tokens, self.held_gpu_s = 0, 0, 0.0
+        self.times: Any = collections.deque()
+        self.set({})
 
-    def clear(self) -> None:
-        self.requests = self.prompt_tokens = self.completion_tokens = 0
-        self.gpu_seconds = self.usd = 0.0
+    def set(self, day: Dict[str, Any]) -> None:
+        for field in USAGE_FIELDS:
+            setattr(self, field, day.get(field, 0))
 
     def usage(self) -> Dict[str, Any]:
         return {field: getattr(self, field) for field in USAGE_FIELDS}
@@ -9120,16 +9142,12 @@ class Grant:
         self.bill, self.settled = Bill(0.0, 0.0), False
 
 
-def _is_day(value: Any) -> bool:
-    return isinstance(value, int) and _is_amount(value)
-
-
 def read_usage(path: str, today: int) -> Optional[Tuple[int, Dict[str, Dict[str, Any]]]]:
     """(day since 1970, {tenant: what it has used}) of usage.json; None for what is not ours.  A
     clock that was set back within a day opens no new one; further back it was wrong before."""
     found = _json_object((read_text(path, 8 << 20) or "").encode("utf-8"))
     day, rows = found.get("day"), found.get("tenants")
-    if not _is_day(day) or not isinstance(rows, dict) or not all(
+    if not isinstance(day, int) or not _is_amount(day) or not isinstance(rows, dict) or not all(
             isinstance(row, dict) and all(_is_amount(row.get(field)) for field in USAGE_FIELDS)
             for row in rows.values()):
         return None
@@ -9156,9 +9174,7 @@ class Ledger:
             kept = read_usage(path, self._day)
             self._day, rows = kept or (self._day, {})
             for name, row in rows.items():
-                account = self._accounts.setdefault(name, _Account())
-                for field in USAGE_FIELDS:
-                    setattr(account, field, row[field])
+                self._accounts.setdefault(name, _Account()).set(row)
             if kept is None:
                 log("warning", "usage_file", what=f"{path} is not one of ours",
                     do="What tenants have used today is counted from 0")
@@ -9259,7 +9275,7 @@ class Ledger:
             self._accounts = {name: account for name, account in self._accounts.items()
                               if account.active or account.times and account.times[-1] > now - 60.0}
             for account in self._accounts.values():
-                account.clear()
+                account.set({})
             self._day, self._dirty = day, True
         return self._clock()
 
@@ -9815,7 +9831,7 @@ class ServerTls:
     def _read_stamp(self) -> Any:
         try:
             found = [os.stat(path) for path in self._paths]
-            return [(one.st_dev, one.st_ino, one.st_ctime_ns) for one in found]
+            return [(one.st_ino, one.st_size, one.st_ctime_ns) for one in found]
         except OSError:
             return None
 
@@ -9903,14 +9919,15 @@ def listener_tls(name: str, host: str, settings: Any, tls: Optional[ServerTls],
 
 _HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = f"({_HTTP_TOKEN}) ([!-~]+) HTTP/([0-9])[.]([0-9])"
-_HEADER_LINE = f"{_HTTP_TOKEN}:[\t -~\x80-\xff]*"
+_HEADER_LINES = f"(?:\r\n{_HTTP_TOKEN}:[\t -~\x80-\xff]*)*"
 _HTTP_ONCE = ("authorization", "content-length", "content-type", "expect", "host",
               "transfer-encoding")
 
 
 def parse_request_head(raw: bytes) -> RequestHead:
     """A request's head without its empty line.  Raises: HttpError.  Source: RFC 9112, 2 to 5."""
-    first, *lines = raw.decode("latin-1").split("\r\n")
+    text = raw.decode("latin-1")
+    first, *lines = text.split("\r\n")
     match = re.fullmatch(_REQUEST_LINE, first)
     if not match:
         raise HttpError(400, "bad_request", "this is no HTTP request")
@@ -9919,10 +9936,10 @@ def parse_request_head(raw: bytes) -> RequestHead:
         raise HttpError(505, "bad_version", "HTTP/1.1 is spoken here")
     if len(lines) > HTTP_HEADERS_MAX:
         raise HttpError(431, "too_many_headers", f"more than {HTTP_HEADERS_MAX} headers")
+    if not re.fullmatch(_HEADER_LINES, text[len(first):]):
+        raise HttpError(400, "bad_header", "a malformed header")
     headers: Dict[str, str] = {}
     for line in lines:
-        if not re.fullmatch(_HEADER_LINE, line):
-            raise HttpError(400, "bad_header", "a malformed header")
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
@@ -11796,7 +11813,7 @@ RELAY_BODIES_MAX_BYTES = 256 << 20  # of all requests that are on their way in
 ENGINE_CONNECT_S = 5.0
 ENGINE_IDLE_S = 4.0             # uvicorn closes a kept connection after 5
 ENGINE_IDLE_MAX = 1024
-_READ, _WRITE = 1, 2            # as in selectors, which is imported when a relay starts
+_READ, _WRITE = select.POLLIN, select.POLLOUT  # and EPOLLIN, EPOLLOUT
 
 
 class BodyReader:
@@ -11907,13 +11924,15 @@ class Relay:
     """
 
     def __init__(self, name: str, log: Log, sweep: Callable[[], None]) -> None:
-        import selectors
         self.log = log
-        self._selector = selectors.DefaultSelector()
+        # By descriptor, without what `selectors` puts around it: it costs as much as the call.
+        self._poll, self._second = (select.epoll(), 1) if hasattr(select, "epoll") else (
+            select.poll(), 1000)
+        self._watched: Dict[int, Any] = {}
         self._sweep = sweep
         self._calls: Any = collections.deque()
         self._wake = Wake()
-        self._selector.register(self._wake, _READ, None)
+        self._poll.register(self._wake.fileno(), _READ)
         self._closed: List[socket.socket] = []
         self.resting: List[Any] = []  # listeners, while no descriptor is to be had
         self._stopping = self._ended = False
@@ -11950,12 +11969,15 @@ class Relay:
     def watch(self, wire: Any, mask: int) -> None:
         if mask == wire.mask:
             return
+        number = wire.sock.fileno()
         if not wire.mask:
-            self._selector.register(wire.sock, mask, wire)
+            self._poll.register(number, mask)
+            self._watched[number] = wire
         elif mask:
-            self._selector.modify(wire.sock, mask, wire)
+            self._poll.modify(number, mask)
         else:
-            self._selector.unregister(wire.sock)
+            self._poll.unregister(number)
+            del self._watched[number]
         wire.mask = mask
 
     def bury(self, wire: Any) -> None:
@@ -11964,40 +11986,40 @@ class Relay:
         self.wires.discard(wire)
         self._closed.append(wire.sock)
 
-    def _guarded(self, function: Callable[..., None], wire: Any, *given: Any) -> None:
-        """A defect costs one connection, never the loop."""
+    def _guarded(self, function: Callable[[], None]) -> None:
         try:
-            function(*given)
+            function()
         except Exception as error:
             self.log.defect(error)
-            if wire is not None:
-                wire.close()
 
     def _run(self) -> None:
         sweep_s = 0.0
         while not self._stopping:
-            for key, mask in self._selector.select(
-                    RELAY_SWEEP_S if self.wires or self.resting else None):
-                wire = key.data
+            wait_s = RELAY_SWEEP_S if self.wires or self.resting else 3600.0
+            for number, mask in self._poll.poll(wait_s * self._second):
+                wire = self._watched.get(number)
                 if wire is None:
                     self._wake.wait(0)
                 elif not wire.dead:
-                    self._guarded(wire.ready, wire, mask)
+                    try:
+                        wire.ready(mask)
+                    except Exception as error:  # a defect costs one connection, never the loop
+                        self.log.defect(error)
+                        wire.close()
             if now_s() >= sweep_s and (self.wires or self.resting):
                 sweep_s = now_s() + RELAY_SWEEP_S
-                self._guarded(self._sweep, None)
+                self._guarded(self._sweep)
                 while self.resting:
                     listener = self.resting.pop()
                     if not listener.dead:
                         self.watch(listener, _READ)
             while self._calls:
-                self._guarded(self._calls.popleft(), None)
+                self._guarded(self._calls.popleft())
             for sock in self._closed:
                 sock.close()
             self._closed.clear()
         for wire in list(self.wires):
             wire.sock.close()
-        self._selector.close()
 
     def start(self) -> None:
         self.thread.start()
@@ -12166,7 +12188,7 @@ class EngineWire(RelaySocket):
             return
         if mask & _WRITE:
             self.flush()
-        if mask & _READ and not self.dead:
+        if mask & ~_WRITE and not self.dead:
             self._receive()
 
     def _receive(self) -> None:
@@ -12206,7 +12228,7 @@ class EngineWire(RelaySocket):
                 raise HttpFailure("too_large", "a head that is too long")
             return
         head, rest = self._held[:end], self._held[end + 4:]
-        first, headers = _read_head(io.BytesIO(head + b"\r\n\r\n"))
+        first, headers = _split_head(head.decode("latin-1").split("\r\n"))
         match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
         if not match:
             raise HttpFailure("garbage", "not an HTTP answer")
@@ -12311,7 +12333,7 @@ class ClientWire(RelaySocket):
             elif self.stalled_s is not None and self.out_bytes < RELAY_HELD_MAX_BYTES // 2:
                 self.stalled_s = None
                 self._owner.drained(self)
-        if mask & _READ and not self.dead:
+        if mask & ~_WRITE and not self.dead:
             self._receive()
 
     def _shake_hands(self) -> None:
@@ -12733,8 +12755,6 @@ class _Job:
                 self.door.fail(self, 502, "too_large", "the engine's answer is too large")
             return
         told = flow.feed(piece)
-        if flow.usage.pieces != self.pieces:
-            self._count()
         if told:
             client = self.client
             client.stream(told)
@@ -12742,6 +12762,8 @@ class _Job:
                     not client.dead):
                 client.stalled_s = now_s()
                 self.wire.pause(True)
+        if flow.usage.pieces != self.pieces:
+            self._count()
 
     def _count(self) -> None:
         """Tokens have come."""
@@ -12812,11 +12834,14 @@ class _Errand:
 class FrontDoor:
     """All but listen(), start(), stop() and status() is done by the relay's thread.
 
-    target(): what the engine is now.  tls: for every listener; None for plain http.
+    target(): what the engine is now.  tls: for every listener; None for plain http.  suspect(model)
+    is told of an engine that says nothing, and may take its time to see about it.
     """
 
     def __init__(self, log: Log, access: Access, ledger: Ledger, target: Callable[[], Target],
-                 tally: DoorTally, limits: DoorLimits, tls: Any = None) -> None:
+                 tally: DoorTally, limits: DoorLimits, tls: Any = None,
+                 suspect: Callable[[str], None] = lambda model: None) -> None:
+        self._suspect = suspect
         self._log, self._access, self._ledger, self._target = log, access, ledger, target
         self._tally, self._limits, self._tls = tally, limits, tls
         self._relay = Relay("door", log, self._sweep)
@@ -13145,9 +13170,13 @@ class FrontDoor:
             client.answer(Response(200, asked.body))
             return
         tenant = job.caller.tenant
-        if len(self._waiting) >= self._limits.queue and not self._is_free(self._target(), job):
+        if len(self._waiting) >= self._limits.queue:
             raise HttpError(429, "queue_full", f"{len(self._waiting)} requests wait for the engine",
                             "Come again later", (("Retry-After", "5"),))
+        target = self._target()
+        if not self._waiting and self._is_free(target, job) and target.engine is job.target.engine:
+            self._send(job, target)
+            return
         self._waiting[job] = job.queued_s + self._limits.queue_wait_s
         self._queue.push(job, tenant.name, tenant.priority, job.model)
         self._go_on()
@@ -13332,9 +13361,9 @@ class FrontDoor:
         self._tally.set("b9agent_door_connections", len(self._clients))
         if now > self._save_s:
             self._save_s = now + DOOR_SAVE_S
-            self._relay.errand(self._ledger.save, self._saved)
+            self._relay.errand(self._ledger.save, self._told)
 
-    def _saved(self, _result: Any, problem: Any) -> None:
+    def _told(self, _result: Any, problem: Any) -> None:
         if problem is not None:
             self._log.defect(problem)
 
@@ -13356,6 +13385,7 @@ class FrontDoor:
                 job.wire.silent_s(job.sent_s) > self._limits.silence_s):
             self.fail(job, 504, "engine_silent", "the engine said nothing for "
                       f"{self._limits.silence_s:g} s")
+            self._relay.errand(lambda: self._suspect(job.model), self._told)
         elif now >= job.grant.extend_at_s:
             self._paid(job, self._ledger.extend, job.grant)
 
@@ -17398,7 +17428,7 @@ class Entrance:
                         None if price is None else price / 3600)
         return FrontDoor(log, access, ledger, self._inference.target, self.tally, DoorLimits(
             settings.inference_queue, settings.inference_queue_wait,
-            settings.inference_silence_limit), self._tls)
+            settings.inference_silence_limit), self._tls, self._inference.suspect)
 
     def _port(self, host: str) -> int:
         """Raises: OSError, LockedError with who holds it."""
@@ -17937,9 +17967,10 @@ class Agent:
             self._stop_control()
             self._log("error", "no_control_api", where=host_port(settings.control_host,
                                                                  settings.control_port),
-                      what=getattr(error, "strerror", None) or error,
-                      do="The machine is kept alive without it. A taken port? Free it, or set "
-                         "control.port (0 takes a free one)")
+                      what=getattr(error, "strerror", None) or getattr(error, "what", error),
+                      do="The machine is kept alive without it. " + getattr(
+                          error, "hint", "A taken port? Free it, or set control.port (0 takes a "
+                          "free one)"))
             return
         self._log("info", "listening", api="control", url=server.url)
 
@@ -20565,11 +20596,11 @@ def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
 # -- top --------------------------------------------------------------------
 
 def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dict[str, str]]:
-    """An agent on another machine, by its address: it takes no name in a Host header.
+    """An agent on another machine; without TLS by its address: it takes no name in a Host header.
 
     Raises: UsageError, GatewayUnreachable.
     """
-    host, port = split_gateway(text, "--host")
+    host, port = split_gateway(text[8:] if text.startswith("https://") else text, "--host")
     token: Optional[str] = os.environ.get("B9AGENT_CONTROL_TOKEN", "")
     if token_file:
         token = read_text(token_file, 4096)
@@ -20585,13 +20616,15 @@ def agent_elsewhere(text: str, token_file: Optional[str]) -> Tuple[Endpoint, Dic
             "control.token: copy it here, then --control-token-file PATH")
     token = token.strip()
     REDACTOR.add(token)
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    if text.startswith("https://"):  # by its name, for which it has a certificate
+        return Endpoint("https", host, int(port or 9999)), headers
     try:
         found = socket.getaddrinfo(host, int(port or 9999), type=socket.SOCK_STREAM)[0][4]
     except (OSError, UnicodeError) as error:
         said = getattr(error, "strerror", None) or error
         raise GatewayUnreachable(f"--host: cannot look up {host}: {said}") from error
-    return (Endpoint("http", found[0], found[1]),
-            {"Authorization": f"Bearer {token}", "Content-Type": "application/json"})
+    return Endpoint("http", found[0], found[1]), headers
 
 
 def command_top(loaded: Loaded, options: Dict[str, str]) -> int:
@@ -21437,8 +21470,8 @@ COMMANDS = (
         _JSON, Option("--wait", "SECONDS", "until it is ready, at most so long")),
         ("state_dir",), "ask the running agent"),
     Command("top", command_top, (
-        Option("--host", "HOST[:PORT]", "an agent elsewhere: in a tailnet or at the end of a "
-               "tunnel, for it is asked in plain http; its control.token is wanted"),
+        Option("--host", "HOST[:PORT]", "an agent elsewhere, which wants its control.token: "
+               "https://HOST[:PORT]; in plain http in a tailnet or at the end of a tunnel"),
         Option("--control-token-file", "PATH", "a copy of it, mode 0600; or B9AGENT_CONTROL_TOKEN"),
         Option("--once", "", "print one frame, and end")), ("state_dir",),
         "the dashboard of an agent that runs"),

@@ -2,8 +2,7 @@
 clients that leave, engines that fail, hang, die and come back, and retries.
 
 The engine (ledger_engine.py) keeps a book of its own, by the mark in each prompt; what it says there is
-held against STATE/usage.json and the metrics.  B9TESTS_REQUESTS sets how many requests (4,000; with
-`tests/run --all` 10,000)."""
+held against STATE/usage.json and the metrics.  B9TESTS_REQUESTS sets how many requests (10,000)."""
 import hashlib
 import http.client
 import json
@@ -19,8 +18,7 @@ import pytest
 from helpers import RunningDoor, wait_until
 from ledger_engine import parse_book
 
-REQUESTS = int(os.environ.get("B9TESTS_REQUESTS") or
-               (10000 if os.environ.get("B9TESTS_HEAVY") else 4000))
+REQUESTS = int(os.environ.get("B9TESTS_REQUESTS") or 10000)
 PROMPT = 7  # tokens that the engine says each prompt came to; all are equally long, see padded()
 TENANTS = ("ada", "bob", "eve")
 KEYS = {name: hashlib.sha256(name.encode()).hexdigest() for name in TENANTS + ("restless", "small")}
@@ -36,7 +34,7 @@ def tenant(name, **limits):
 HIGH = {"requests_per_minute": 60000, "concurrent_requests": 1000, "tokens_per_day": 10 ** 9,
         "max_output_tokens": 1000}
 EVERYBODY = "tenants:\n" + "".join(
-    tenant(name, **HIGH) for name in TENANTS + ("restless",)) + tenant("small", tokens_per_day=600)
+    tenant(name, **HIGH) for name in TENANTS + ("restless",)) + tenant("small", tokens_per_day=3000)
 
 
 def padded(told):
@@ -436,15 +434,19 @@ def test_a_burst_gets_no_further_than_the_days_tokens(tmp_path):
             with lock:
                 found.append((reply.status, reply.getheader("Retry-After"), reply.read()))
             client.leave()
-        for _ in range(3):
+        good, before = 0, -1
+        while good > before:  # until a whole burst is refused
+            before = good
             threads = [threading.Thread(target=ask, args=(number,)) for number in range(40)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
+            good = sum(status == 200 for status, _, _ in found)
         settled(door)
+        # Reserved is what a prompt could come to at most, some 700 tokens here, and billed what it did.
         total = sum(booked(door)["small"])
-        assert measured(door)["small"] == booked(door)["small"] and 400 < total <= 600
+        assert measured(door)["small"] == booked(door)["small"] and 2000 < total <= 3000
         refused = [(retry, body) for status, retry, body in found if status == 429]
-        assert len(refused) == 120 - sum(status == 200 for status, _, _ in found) > 0
+        assert len(refused) == len(found) - good > 40
         assert all(int(retry) > 0 and b"tokens_per_day" in body for retry, body in refused)

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 import b9agent
-from b9agent import TailnetReading
+from b9agent import TailnetReading, WhoIs
 from helpers import Program, StallMeter, agent_command, environment, run_agent, wait_until
 from hostile_gateway import TOKEN
 
@@ -125,10 +125,10 @@ def test_any_value_may_stand_anywhere(value):
 
 class Tailscaled:
     """The local API of a tailscaled.  answer: the body of a status, or bytes of a whole answer, or a
-    function of the connection; asked: how often."""
+    function of the connection; peers: what is said of HOST:PORT; asked: how often."""
 
     def __init__(self, folder, answer=None):
-        self.path = str(folder / "tailscaled.sock")
+        self.path, self.peers = str(folder / "tailscaled.sock"), {}
         self.answer, self.asked, self.refused = answer or status_json(), 0, []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
@@ -155,8 +155,13 @@ class Tailscaled:
         if callable(answer):
             answer(link, self._ended)
             return
+        whois = re.match(rb"GET /localapi/v0/whois\?addr=(\S+) HTTP/1.1\r\n", head)
         # As the real one, which defends itself against web pages so.
-        if not head.startswith(b"GET /localapi/v0/status?peers=false HTTP/1.1\r\n") or \
+        if whois and b"\r\nHost: local-tailscaled.sock\r\n" in head:
+            body = self.peers.get(whois.group(1).decode())
+            answer = (b"HTTP/1.1 404 Not Found\r\nContent-Length: 14\r\n\r\npeer not found" if body is None else
+                      b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        elif not head.startswith(b"GET /localapi/v0/status?peers=false HTTP/1.1\r\n") or \
                 b"\r\nHost: local-tailscaled.sock\r\n" not in head:
             self.refused.append(head)
             answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
@@ -310,6 +315,257 @@ def test_an_installed_service_is_worth_a_wait_and_a_program_alone_is_not(bare, t
     service.write_text("")
     bare.setattr(b9agent, "TAILSCALED_SERVICES", (str(service),))
     assert b9agent.read_tailnet(None).state == "waiting"
+
+
+# -- who a peer is ----------------------------------------------------------------------
+
+def whois_json(login="alice@example.com", tags=None, name="phone.tail1.ts.net.", node=(), **more):
+    """As tailscaled says it; this is our own sample, in its shape."""
+    found = dict({"ID": 1, "Name": name, "Addresses": ["100.64.0.9/32"]}, **dict(node))
+    if tags is not None:
+        found["Tags"] = tags
+    return json.dumps(dict({"Node": found, "UserProfile": {"ID": 2, "LoginName": login}, "CapMap": None}, **more)).encode()
+
+
+ALICE = WhoIs("alice@example.com", (), "phone.tail1.ts.net")
+
+
+@pytest.mark.parametrize("name, expected", [  # read off the recordings by eye
+    ("whois_person_shape.json", WhoIs("pt@example.com", (), "phone.example-tailnet.ts.net")),
+    ("whois_tagged_shape.json", WhoIs("", ("tag:ci",), "ci.example-tailnet.ts.net")),
+    ("whois_shared_shape.json", WhoIs("someone@example.org", (), "laptop.example-tailnet.ts.net")),
+    ("whois_unknown_stderr.txt", None), ("status_1.102_dgx-spark_scrubbed.json", None), ("version.txt", None)])
+def test_recordings_of_whois(name, expected):
+    assert b9agent.parse_whois(recording(name)) == expected
+
+
+@pytest.mark.parametrize("body, expected", [
+    (whois_json(), ALICE), (whois_json(tags=[]), ALICE), (whois_json(tags=None, node={"Tags": None}), ALICE),
+    (whois_json("tagged-devices", ["tag:ci", "tag:gpu-1"]), WhoIs("", ("tag:ci", "tag:gpu-1"), "phone.tail1.ts.net")),
+    # A tagged machine is nobody's, whatever its profile says.
+    (whois_json("alice@example.com", ["tag:ci"]), WhoIs("", ("tag:ci",), "phone.tail1.ts.net")),
+    (whois_json("tagged-devices"), WhoIs("", (), "phone.tail1.ts.net")),
+    # Another tailnet gives its machines the tags that it likes.
+    (whois_json("tagged-devices", ["tag:ci"], node={"Sharer": 7}), WhoIs("", (), "phone.tail1.ts.net")),
+    (whois_json("tagged-devices", ["tag:ci"], node={"Hostinfo": {"ShareeNode": True}}),
+     WhoIs("", (), "phone.tail1.ts.net")),
+    (whois_json("tagged-devices", ["tag:ci"], node={"Hostinfo": {"OS": "linux"}}), WhoIs("", ("tag:ci",),
+                                                                                        "phone.tail1.ts.net")),
+    (whois_json("bob@github"), WhoIs("bob@github", (), "phone.tail1.ts.net")),
+    (whois_json("tag:ci"), None), (whois_json(tags=["ci"]), None), (whois_json(tags="tag:ci"), None),
+    (whois_json(tags=["tag:ci", 7]), None), (whois_json(tags={"tag:ci": 1}), None), (whois_json(""), None),
+    (whois_json("a b"), None), (whois_json("a\x1b[2J"), None), (whois_json("a\nb"), None), (whois_json("x" * 255), None),
+    (whois_json(7), None), (whois_json(None), None), (whois_json(["alice@example.com"]), None), (whois_json(name=""), None),
+    (whois_json(name=None), None), (whois_json(Node=None), None), (whois_json(UserProfile=None), None),
+    (whois_json(Node=[]), None), (b"null", None), (b"[]", None), (b"", None), (b"{", None), (b"\xff", None),
+    (b"[" * 100000, None), (b"peer not found", None)])
+def test_who_is_said_to_be_a_peer(body, expected):
+    assert b9agent.parse_whois(body) == expected
+
+
+@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+@given(strategies.data())
+def test_mutated_whois_answers_are_somebody_or_nobody(data):
+    body = bytearray(data.draw(strategies.sampled_from([whois_json(), whois_json("tagged-devices", ["tag:ci"])])))
+    for _ in range(data.draw(strategies.integers(1, 8))):
+        at = data.draw(strategies.integers(0, len(body)))
+        body[at:at + data.draw(strategies.integers(0, 9))] = data.draw(strategies.binary(max_size=9))
+    found = b9agent.parse_whois(bytes(body))
+    assert found is None or not (found.login and found.tags)
+    for value in (json.loads(whois_json()), data.draw(strategies.recursive(
+            strategies.none() | strategies.integers() | strategies.text(max_size=5), lambda inner: strategies.lists(
+                inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=5), inner, max_size=3)))):
+        for key in ("Tags", "Name", "Sharer", "Hostinfo"):
+            b9agent.parse_whois(whois_json(node={key: value}))
+
+
+def tailnet_of(wanted, pair=()):
+    return b9agent.Tailnet(wanted, b9agent.Log(stream=io.StringIO()), lambda status: None, pair)
+
+
+def test_a_peer_is_asked_for_by_its_address_and_port(tailscaled, bare):
+    one = tailscaled()
+    one.peers = {"100.64.0.9:5555": whois_json(), "[fd7a:115c:a1e0::9]:80": whois_json("bob@example.com")}
+    tailnet = tailnet_of(one.path)
+    assert tailnet.whois("100.64.0.9", 5555) == tailnet.whois("::ffff:100.64.0.9", 5555) == ALICE
+    assert tailnet.whois("fd7a:115c:a1e0::9", 80).login == "bob@example.com"
+    assert tailnet.whois("100.64.0.9", 5556) is None  # in userspace networking the port is who
+    asked = one.asked
+    for host in ("", "x", "--help", "100.64.0.9 HTTP/1.1\r\nX: y", "100.64.0.9&addr=100.64.0.1", "a" * 46, "fe80::1%eth0"):
+        assert tailnet.whois(host, 80) is None
+    assert one.asked == asked and tailnet_of("none").whois("100.64.0.9", 5555) is None
+    bare.setattr(b9agent, "TAILSCALED_SOCKETS", ("/nowhere/s", one.path))
+    assert tailnet_of(None).whois("100.64.0.9", 5555) == ALICE
+
+
+def test_without_the_socket_the_program_is_asked_who_a_peer_is(tailscaled, bare, tmp_path):
+    assert tailnet_of(None).whois("100.64.0.9", 80) is None  # nobody to ask
+    program(tmp_path, 'echo "$@" > %s/asked\nprintf \'%%s\' \'%s\'\n' % (tmp_path, whois_json().decode()))
+    assert tailnet_of(None).whois("100.64.0.9", 80) == ALICE
+    assert (tmp_path / "asked").read_text() == "whois --json 100.64.0.9:80\n"
+    assert tailnet_of(None).whois("fd7a::9", 80) == ALICE
+    assert (tmp_path / "asked").read_text() == "whois --json [fd7a::9]:80\n"
+    bare.setattr(b9agent, "TAILSCALED_SOCKETS", (tailscaled(lambda link, ended: None).path,))
+    assert tailnet_of(None).whois("100.64.0.9", 80) == ALICE
+    one = tailscaled()  # whatever it says, it is the one to know
+    bare.setattr(b9agent, "TAILSCALED_SOCKETS", (one.path,))
+    assert tailnet_of(None).whois("100.64.0.9", 80) is None
+    program(tmp_path, "echo peer not found >&2; exit 1\n")
+    bare.setattr(b9agent, "TAILSCALED_SOCKETS", ())
+    assert tailnet_of(None).whois("100.64.0.9", 80) is None
+
+
+@pytest.mark.parametrize("text", ["exec sleep 30", "while :; do echo '{{{{{{{{'; done"])
+def test_a_tailscale_that_hangs_costs_whois_its_limit_once(text, tailscaled, bare, tmp_path):
+    program(tmp_path, text + "\n")
+    bare.setattr(b9agent, "TAILNET_LIMIT_S", 0.5)
+    bare.setattr(b9agent, "TAILSCALED_SOCKETS", (tailscaled(hang).path,))
+    calls, run = [], b9agent.run_command
+    bare.setattr(b9agent, "run_command", lambda argv, limit_s: calls.append(limit_s) or run(argv, limit_s))
+    assert tailnet_of(None).whois("100.64.0.9", 80) is None and calls == []  # the socket took all of it
+    bare.setattr(b9agent, "TAILSCALED_SOCKETS", ())
+    assert tailnet_of(None).whois("100.64.0.9", 80) is None
+    assert len(calls) == 1 and calls[0] <= 0.5
+
+
+@pytest.mark.parametrize("answer", [hang, drip, flood, lambda link, ended: None, b"HTTP/1.1 200 OK\r\n\r\n",
+                                    lambda link, ended: link.sendall(b"\0" * 100)])
+def test_a_tailscaled_that_is_not_itself_tells_of_nobody(answer, tailscaled, bare):
+    bare.setattr(b9agent, "TAILNET_LIMIT_S", 0.5)
+    assert tailnet_of(tailscaled(answer).path).whois("100.64.0.9", 80) is None
+
+
+# -- its certificate --------------------------------------------------------------------
+
+CERTIFICATE, OTHER_CERTIFICATE, KEY = ((pathlib.Path(HERE) / "tls" / name).read_text()
+                                       for name in ("server.pem", "other.pem", "server.key"))
+
+
+def giver(tmp_path, certificate=CERTIFICATE, key=KEY):
+    """A tailscale that gives these, as the real one does with "-": the one, then the other."""
+    for name, text in (("given.crt", certificate), ("given.key", key)):
+        (tmp_path / name).write_text(text)
+    return program(tmp_path, 'echo "$@" >> %s/asked\necho "Warning: client version is not the server\'s" >&2\n'
+                   "while read -r line; do echo \"$line\"; done < %s/given.crt\n"
+                   "while read -r line; do echo \"$line\"; done < %s/given.key\n" % (tmp_path, tmp_path, tmp_path))
+
+
+class Kept:
+    """A Tailnet that keeps a certificate."""
+
+    def __init__(self, folder, wanted=None):
+        self.stream, self.folder = io.StringIO(), folder / "state" / "tls"
+        self.paths = [str(self.folder / ("tailnet." + end)) for end in ("crt", "key")]
+        self.log = b9agent.Log(stream=self.stream)
+        self.tailnet = b9agent.Tailnet(wanted, self.log, lambda status: None, self.paths)
+
+    def keep(self, name="box.tail1.ts.net"):
+        self.tailnet._keep_pair(name)
+        return [line for line in self.stream.getvalue().splitlines() if " no_certificate " in line]
+
+
+def test_a_certificate_of_the_tailnet_is_fetched_and_used(bare, tmp_path):
+    giver(tmp_path)
+    one = Kept(tmp_path)
+    tls = b9agent.ServerTls(*one.paths, one.log, later=True)
+    with pytest.raises(OSError, match="no certificate at"):
+        tls.context()
+    assert one.keep() == []
+    assert (tmp_path / "asked").read_text() == "cert --cert-file - --key-file - box.tail1.ts.net\n"
+    texts = [pathlib.Path(path).read_text() for path in one.paths]
+    assert texts == [CERTIFICATE[CERTIFICATE.index("-----BEGIN"):], KEY[KEY.index("-----BEGIN"):]]
+    assert [os.stat(path).st_mode & 0o777 for path in one.paths] == [0o600] * 2
+    assert one.folder.stat().st_mode & 0o777 == 0o700 and sorted(os.listdir(one.folder)) == ["tailnet.crt", "tailnet.key"]
+    tls._look_s = 0.0
+    assert tls.context()
+    assert "PRIVATE" not in one.stream.getvalue()
+
+
+def test_it_is_asked_for_once_a_day_and_the_renewed_one_is_kept(bare, tmp_path):
+    clock = [1000.0]
+    bare.setattr(b9agent, "now_s", lambda: clock[0])
+    giver(tmp_path)
+    one = Kept(tmp_path)
+    asked = lambda: len((tmp_path / "asked").read_text().splitlines())
+    for clock[0] in (1000.0, 1005.0, 80000.0):
+        one.keep()
+    assert asked() == 1
+    before = os.stat(one.paths[0]).st_ino
+    clock[0] += 86400.0
+    one.keep()
+    assert asked() == 2 and os.stat(one.paths[0]).st_ino == before  # the same: nothing is written
+    giver(tmp_path, OTHER_CERTIFICATE)
+    clock[0] += 86400.0
+    one.keep()
+    assert pathlib.Path(one.paths[0]).read_text() in OTHER_CERTIFICATE
+    one.keep("renamed.tail1.ts.net")  # at once
+    assert asked() == 4 and one.keep("") == [] and asked() == 4
+
+
+@pytest.mark.parametrize("text, said, mend", [
+    ("echo '500 Internal Server Error: your Tailscale account does not support getting TLS certs' >&2; exit 1",
+     "does not support getting TLS certs", "Enable HTTPS Certificates, and MagicDNS, on the DNS page"),
+    ("echo 'Access denied: cert access denied'; exit 1", "cert access denied", "sudo tailscale set --operator=USER"),
+    ("echo one; echo 'x\033[2J' two; exit 1", "x\\x1b[2J two", "tailscale cert box.tail1.ts.net"),
+    ("exit 0", "", "tried again by itself"), ("kill -9 $$", "was ended by signal 9", "tried again"),
+    ("echo '-----BEGIN CERTIFICATE-----'; echo QQ==", "QQ==", "tried again")])
+def test_no_certificate_is_told_once_with_what_mends_it(text, said, mend, bare, tmp_path):
+    clock = [1000.0]
+    bare.setattr(b9agent, "now_s", lambda: clock[0])
+    if "kill" not in text:
+        text = text.replace("exit", "echo >> %s/asked; exit" % tmp_path)
+    program(tmp_path, text + "\n")
+    one = Kept(tmp_path)
+    for clock[0] in (1000.0, 1299.0, 1300.0, 1600.0):
+        told = one.keep()
+    line, = told
+    assert "tailscale gives no certificate: " + said in line.replace('"', "") or said in line
+    assert mend in line and not one.folder.exists()
+    if (tmp_path / "asked").exists():
+        assert (tmp_path / "asked").read_text() == "\n" * 3
+    giver(tmp_path)
+    clock[0] += 300.0
+    one.keep()
+    assert os.path.exists(one.paths[1])
+
+
+def test_a_key_without_its_certificate_is_neither_kept_nor_shown(bare, tmp_path):
+    giver(tmp_path, "no certificate here\n")
+    one = Kept(tmp_path)
+    line, = one.keep()
+    assert "gives no certificate" in line and KEY.splitlines()[-2] not in line and "PRIVATE" not in line
+    assert not one.folder.exists()
+
+
+def test_without_the_program_or_room_there_is_no_certificate(bare, tmp_path):
+    one = Kept(tmp_path)
+    assert "tailscale: No such file or directory" in one.keep()[0]
+    giver(tmp_path)
+    (tmp_path / "state").mkdir(mode=0o700)
+    one.folder.write_text("a file in its place")
+    assert "cannot make the folder" in Kept(tmp_path).keep()[0]
+
+
+def test_a_key_that_others_may_read_is_written_anew(bare, tmp_path):
+    giver(tmp_path)
+    one = Kept(tmp_path)
+    one.keep()
+    os.chmod(one.paths[1], 0o644)
+    one.keep("other.tail1.ts.net")
+    assert os.stat(one.paths[1]).st_mode & 0o777 == 0o600
+
+
+def test_the_thread_of_the_tailnet_keeps_the_certificate(bare, tailscaled, tmp_path):
+    daemon = tailscaled()
+    path = giver(tmp_path)
+    one = Kept(tmp_path, daemon.path)
+    one.tailnet.start()
+    try:
+        wait_until(lambda: os.path.exists(one.paths[0]), "its certificate")
+    finally:
+        one.tailnet.stop()
+    assert (tmp_path / "asked").read_text() == (
+        "--socket %s cert --cert-file - --key-file - box.tail1.ts.net\n" % daemon.path) and path
 
 
 # -- the thread -------------------------------------------------------------------------

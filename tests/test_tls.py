@@ -10,12 +10,14 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 
 import pytest
 
 import b9agent
-from helpers import wait_until
+from helpers import Program, agent_command, environment, run_agent, wait_until
+from hostile_gateway import TOKEN
 from test_http_hostile import GOOD, HOST, TestApi, read_answer, read_head
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -588,3 +590,125 @@ def test_files_may_come_later_where_that_is_said(tmp_path):
     with pytest.raises(OSError):
         tls.context()
     assert "certificate_not_taken" in text.getvalue() and "still=" not in text.getvalue()
+
+
+# -- an agent ---------------------------------------------------------------------------
+
+def flags(port, *more):
+    return ("run", "--gateway-host", "127.0.0.1", "--gateway-port", str(port), "--pool-name", "gpu", "--control-port",
+            "0", "--keepalive-interval", "1") + more
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--tls-cert", "{}.crt"], "of tls.cert and tls.key only one is set. They belong together"),
+    (["--tls-key", "{}.key"], "only one is set"),
+    (["--tls-cert", "{}.crt", "--tls-key", "{}.none"], "cannot read {}.none. "),
+    (["--tls-cert", "{}.key", "--tls-key", "{}.crt"], "holds a private key and others may read it|cannot be used")])
+def test_an_agent_with_files_of_no_use_does_not_start(home, pair, more, said):
+    base = pair.cert[:-4]
+    done = run_agent(home, *flags(9, *(word.format(base) for word in more)), BETA9_TOKEN=TOKEN)
+    assert done.code == 2 and re.search(said.format(base), done.err), done
+    assert "Traceback" not in done.err
+
+
+def test_beyond_loopback_there_is_no_control_api_without_tls_and_an_agent_all_the_same(agent, hostile, state):
+    program = agent(*flags(hostile.port, "--control-host", "0.0.0.0"), BETA9_TOKEN=TOKEN)
+    match, _ = program.wait_line("error no_control_api .*")
+    line = match.group()
+    assert "control.host 0.0.0.0 is beyond loopback and the tailnet" in line and "clear text" in line
+    assert "tls.cert and tls.key, or tls: tailscale" in line and "insecure: true" in line and "taken port" not in line
+    program.wait_line(r"notice ready\b")
+    assert not (state / "control.addr").exists() and program.stop() == 0
+
+
+def test_on_loopback_the_control_api_stays_plain(agent, hostile, pair, home):
+    program = agent(*flags(hostile.port, "--tls-cert", pair.cert, "--tls-key", pair.key), BETA9_TOKEN=TOKEN)
+    program.wait_line("listening api=control url=http://127")
+    assert run_agent(home, "status").code == 0
+
+
+@pytest.fixture
+def elsewhere():
+    """(our network, another one) with a wire between them: 192.0.2.1 and 192.0.2.2."""
+    Namespace = pytest.importorskip("test_tailnet", reason="needs hypothesis").Namespace
+    if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "nsenter", "ip", "curl"))):
+        pytest.skip("needs root, unshare, nsenter, ip and curl")
+    with Namespace() as network, Namespace() as other:
+        network.ip("link add wire0 type veth peer name wire1 netns %d" % other.holder.pid)
+        for one, name, address in ((network, "wire0", "192.0.2.1"), (other, "wire1", "192.0.2.2")):
+            one.ip("addr add %s/24 dev %s" % (address, name))
+            one.ip("link set %s up" % name)
+        yield network, other
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])
+def test_the_control_api_beyond_loopback_speaks_tls_and_its_own_machine_may_speak_plain(
+        elsewhere, host, home, state, tmp_path):
+    here, there = elsewhere
+    pair = Pair(tmp_path).put()
+    link = here.command(*agent_command("gateway", "--port", "1994", "--db", tmp_path / "db"))
+    with Program(link, environment(home)) as gateway:
+        gateway.wait_line("listening")
+        made = json.loads(run_agent(home, "machine", "create", "--pool", "gpu", "--db", tmp_path / "db", "--json").out)
+        command = agent_command(*flags(1994, "--control-port", "9999", "--machine-id", made["machine_id"],
+                                       "--control-host", host, "--tls-cert", pair.cert, "--tls-key", pair.key))
+        with Program(here.command(*command), environment(home, BETA9_TOKEN=made["token"])) as agent:
+            agent.wait_line("listening api=control url=https://%s:9999" % re.escape(host))
+            agent.wait_line(r" notice ready\b")
+
+            def run(place, *words, **extra):
+                with Program(place.command(*words), environment(home, **extra)) as one:
+                    return one.wait(), one.text()
+            code, said = run(here, *agent_command("status"))
+            assert code == 0 and "ready" in said, said
+            assert run(here, *agent_command("metrics"))[0] == 0
+            url, token = "192.0.2.1:9999/status", (state / "control.token").read_text().strip()
+            secure = ["curl", "-sS", "--cacert", CA, "--resolve", "localhost:9999:192.0.2.1", "-H",
+                      "Authorization: Bearer " + token]
+            assert '"ready"' in run(there, *secure, "https://localhost:9999/status")[1]
+            code, said = run(there, "curl", "-sS", "-H", "Authorization: Bearer " + token, "http://" + url)
+            assert '"https_wanted"' in said and "make a new one" in said and "machine_id" not in said
+            there.ip("link set lo up")
+            top = agent_command("top", "--once", "--host")
+            code, said = run(there, *top, "192.0.2.1", B9AGENT_CONTROL_TOKEN=token)
+            assert code == 2 and "https" in said, said
+            code, said = run(there, *top, "https://192.0.2.1", B9AGENT_CONTROL_TOKEN=token)
+            assert code == 5 and "certificate" in said, said  # of nobody whom this machine trusts
+            # As a name of the certificate: a forwarder to it, on loopback there.
+            forward = [sys.executable, "-c", FORWARD, "192.0.2.1", "9999"]
+            with Program(there.command(*forward), environment(home)) as one:
+                one.wait_line("up", "out")
+                code, said = run(there, *top, "https://localhost:9999", B9AGENT_CONTROL_TOKEN=token, SSL_CERT_FILE=CA)
+                assert code == 0 and "READY" in said, said
+            assert agent.stop() == 0 and "defect" not in agent.text()
+
+
+FORWARD = """
+import socket, sys, threading
+def copy(a, b):
+    try:
+        while True:
+            piece = a.recv(65536)
+            if not piece: break
+            b.sendall(piece)
+    except OSError: pass
+    try: b.shutdown(socket.SHUT_WR)
+    except OSError: pass
+listener = socket.create_server(("127.0.0.1", 9999))
+print("up", flush=True)
+while True:
+    one = listener.accept()[0]
+    two = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+    for pair in ((one, two), (two, one)):
+        threading.Thread(target=copy, args=pair, daemon=True).start()
+"""
+
+
+@pytest.mark.root
+def test_insecure_is_said_and_then_it_is_plain(elsewhere, home, state):
+    here, there = elsewhere
+    command = agent_command(*flags(9, "--control-port", "9999", "--control-host", "192.0.2.1", "--insecure"))
+    with Program(here.command(*command), environment(home, BETA9_TOKEN=TOKEN)) as agent:
+        agent.wait_line("listening api=control url=http://192.0.2.1:9999")
+        assert '"ok"' in there.get("http://192.0.2.1:9999/health")
