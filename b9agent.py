@@ -34,34 +34,35 @@ ports     127.0.0.1:9999 control API, and 9999 on the tailnet address where ther
 hosts     the gateway that is configured, or the proxy set for it; the engine; tailscaled, over its
           socket; that of oidc.jwks, where it is an address; k3s's API, as its kubeconfig or
           k3s.server has it; the server of the tunnel, where one is set, and then the gateway
-          through it alone; `top --host` the agent that it names; `k3s install` get.k3s.io, and what the vendor's installer fetches; nobody else. (The
-          routing table is asked for the way to the gateway, or to 192.0.2.1: that sends nothing.)
-          The machine token goes to the gateway and nowhere else, and no redirect is followed.
-          Ollama itself fetches models from its registries; the others are told to stay offline with
-          files that are here
+          through it alone; `top --host` the agent that it names; `k3s install` get.k3s.io, and
+          what the vendor's installer fetches; nobody else. (The routing table is asked for the way
+          to the gateway, or to 192.0.2.1: that sends nothing.) The machine token goes to the
+          gateway and nowhere else, and no redirect is followed. Ollama itself fetches models from
+          its registries; the others are told to stay offline with files that are here
 terminal  `run` on one, and `top`: its alternate screen, and keys without echo, given back at every
           end but SIGKILL
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
 programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi where the kernel's
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
           python3 with Metal; tailscale where it is installed and tailscaled's socket does not
-          answer, and with tls: tailscale for the certificate; `service` runs systemctl, loginctl, useradd, launchctl or rc-service, and `doctor`
-          asks them, ps and lsof on macOS (lsof with --tunnel, too); the engine that is started:
-          ollama, vllm, sglang, llama-server or mlx_lm.server; mlx_lm.convert; with --tunnel ssh,
-          which reads its keys and ~/.ssh/known_hosts, /etc/ssh/ssh_known_hosts, and writes none;
-          `k3s install` sh with the vendor's installer, and k3s --version
+          answer, and with tls: tailscale for the certificate; `service` runs systemctl, loginctl,
+          useradd, launchctl or rc-service, and `doctor` asks them, ps and lsof on macOS (lsof with
+          --tunnel, too); the engine that is started: ollama, vllm, sglang, llama-server or
+          mlx_lm.server; mlx_lm.convert; with --tunnel ssh, which reads its keys and
+          ~/.ssh/known_hosts, /etc/ssh/ssh_known_hosts, and writes none; `k3s install` sh with the
+          vendor's installer, and k3s --version
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
           vendor's driver, and ends), control or gateway (accepts; another for the tailnet's
           address), and control-client or gateway-client for each connection to those, 64 or 256 at
-          most; door (all connections of the front door), door-pool (a few, for what would hold it
-          up), gateway-address (looks it up, and ends); child-engine and child-engine-output, the same two of the tunnel's ssh, and tunnel
-          (starts it again); first-token, inference-start, inference (looks at the engine), pull,
-          import or convert NAME (4 at most), provenance (hashes files); tailnet (asks tailscaled,
-          where there is a trace of it); pods (watches worker pods, looks for a kubeconfig once a
-          minute, renews the agent's own token for k3s); k3s-token (renews, with
-          k3s.service_account); dashboard (the terminal), dashboard-facts, dashboard-log,
-          dashboard-start, -stop, -pull, -cancel or -doctor (what a key asks for, one of each);
-          check-NAME (`doctor`)
+          most; door (all connections of the front door), door-errand (a few, for what would hold
+          it up), gateway-address (looks it up, and ends); child-engine and child-engine-output,
+          the same two of the tunnel's ssh, and tunnel (starts it again); first-token,
+          inference-start, inference (looks at the engine), pull, import or convert NAME (4 at
+          most), provenance (hashes files); tailnet (asks tailscaled, where there is a trace of
+          it); pods (watches worker pods, looks for a kubeconfig once a minute, renews the agent's
+          own token for k3s); k3s-token (renews, with k3s.service_account); dashboard (the
+          terminal), dashboard-facts, dashboard-log, dashboard-start, -stop, -pull, -cancel or
+          -doctor (what a key asks for, one of each); check-NAME (`doctor`)
 
 To read it: sections stand in order, and each uses only names from above it.
 
