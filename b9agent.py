@@ -19383,8 +19383,8 @@ def check_door(loaded: Loaded) -> Iterator[Finding]:
     settings = loaded.settings
     path = os.path.join(settings.state_dir, "tenants.yaml")
     try:
-        listed = os.path.lexists(path)
-        found = load_tenants(path, settings.inference_gpu_usd_per_hour is not None) if listed else ()
+        listed, priced = os.path.lexists(path), settings.inference_gpu_usd_per_hour is not None
+        found = load_tenants(path, priced) if listed else ()
         yield warn(f"there is nobody in {path}: nobody is let in", "b9agent.py tenant add NAME"
                    ) if listed and not found else ok(
             f"tenants in {path}: {len(found)}" if listed else "one tenant, with the token in "
