@@ -10815,11 +10815,12 @@ _PLACES = {"C": "openai/chat", "T": "openai/complete", "E": "openai/embed",
            "R": "openai/responses", "M": "openai/message", "A": "anthropic/messages",
            "B": "anthropic/message", "c": "ollama/chat", "g": "ollama/complete",
            "e": "ollama/embed", "o": "ollama/options", "m": "ollama/message"}
-_KINDS = {"s": str, "i": int, "n": float, "b": bool, "o": dict, "l": list}
-# Where, what is done, and names with the kinds of their values (string, integer, number, boolean,
-# object, list; none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
+_KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict,
+          "list": list}
+# Where, what is done, and names with the first letters of the kinds of their values (none: any).  "send": as it is, or in the engine's dialect.  "own": read, and written
 # by the door.  "drop": taken, and left out.  Any other word is why it is refused, unless it is
 # false.  What has no row is refused.
+_TAKEN = ("send", "own")
 _FIELDS = (
     ("CTERAcge", "own", "model:s"),  # the engine gets its own name of it
     ("CTRAcg", "own", "stream:b"),
@@ -10875,6 +10876,7 @@ _FIELDS = (
     ("MBm", "send", "role:s content:sl"),
     ("Mm", "send", "tool_calls:l tool_call_id:s"),
     ("M", "send", "name:s reasoning:s reasoning_content:s"),
+    ("M", "use `tool_calls`", "function_call"),
     ("M", "drop", "refusal annotations audio"),  # of an answer that came before
     ("m", "send", "thinking:s tool_name:s images:l"),
 )
@@ -10883,7 +10885,7 @@ _FIELDS = (
 _PARTS = {
     "text": "text citations", "input_text": "text", "output_text": "text annotations logprobs",
     "refusal": "refusal", "thinking": "thinking signature", "redacted_thinking": "data",
-    "reasoning": "summary content id status encrypted_content", "image_url": "image_url uuid",
+    "reasoning": "summary content id status encrypted_content", "image_url": "image_url",
     "input_image": "image_url detail", "image": "source", "input_audio": "input_audio",
     "tool_use": "id name input", "tool_result": "tool_use_id content is_error",
     "function_call": "call_id name arguments id status",
@@ -10914,6 +10916,24 @@ class Wire(NamedTuple):
 
 # -- what a client asks ------------------------------------------------
 
+def _within(value: Any, *names: Any) -> Dict[str, Any]:
+    """The object within objects and lists; an empty one where there is none.
+
+    >>> _within({"a": [{"b": {"c": 1}}]}, "a", 0, "b"), _within({"a": []}, "a", 0)
+    ({'c': 1}, {})
+    """
+    for name in names:
+        if type(value) is list and type(name) is int:
+            value = value[name] if name < len(value) else None
+        else:
+            value = value.get(name) if type(value) is dict else None
+    return value if type(value) is dict else {}
+
+
+def _list(value: Dict[str, Any], name: str) -> List[Any]:
+    return value[name] if type(value.get(name)) is list else []
+
+
 def _bad(what: str, hint: str = "", code: str = "bad_field") -> HttpError:
     return HttpError(400, code, what, hint)
 
@@ -10925,7 +10945,8 @@ def _fields_of(place: str) -> Dict[str, Tuple[Tuple[type, ...], str]]:
     for letters, what, names in _FIELDS:
         if any(_PLACES[letter] == place for letter in letters):
             for name, _, kinds in (word.partition(":") for word in names.split()):
-                found[name] = tuple(_KINDS[kind] for kind in kinds.replace("n", "ni")), what
+                found[name] = tuple(type_ for kind, type_ in _KINDS.items() if kind[0] in
+                                    kinds.replace("n", "ni")), what
     return found
 
 
@@ -10936,21 +10957,18 @@ def _checked(place: str, given: Any, where: str = "") -> Dict[str, Any]:
     fields, kept = _fields_of(place), {}
     for name, value in given.items():
         types, what = fields.get(name, ((), ""))
-        if what not in ("send", "own", "drop"):
-            like = {known.casefold(): known for known in fields}.get(name.casefold())
-            if what and value in (None, False):
-                continue
-            raise _bad(f"`{where}{printable(name[:64])}` is not taken here: "
-                       + (what or "there is no such field"), f"It is spelled `{like}`"
-                       if like and not what else "Leave it out", "unknown_field")
-        if value is None or what == "drop":
+        if what == "drop" or what and (value is None or value is False and what not in _TAKEN):
             continue
+        if what not in _TAKEN:
+            like = {known.casefold(): known for known in fields}.get(name.casefold(), name)
+            raise _bad(f"`{where}{printable(name[:64])}` is not taken here: "
+                       + (what or "there is no such field"),
+                       f"It is spelled `{like}`" if like != name else "Leave it out",
+                       "unknown_field")
         if type(value) not in types:
             if not (int in types and type(value) is float and value.is_integer()):
-                titles = {str: "string", int: "integer", float: "number", bool: "boolean",
-                          dict: "object", list: "array"}
-                raise _bad(f"`{where}{name}` must be of type "
-                           + " or ".join(titles[kind] for kind in types))
+                raise _bad(f"`{where}{name}` must be of type " + " or ".join(
+                    kind for kind, type_ in _KINDS.items() if type_ in types))
             value = int(value)  # 1.0 is an integer
         kept[name] = value
     return kept
@@ -10971,8 +10989,7 @@ def _picture(url: Any) -> str:
     url = url.get("url") if type(url) is dict else url
     head, comma, data = url.partition(",") if type(url) is str else ("", "", "")
     if not (comma and re.fullmatch("data:[a-z0-9./+-]{0,64};base64", head)):
-        raise _bad("a picture must be within the request: nothing is fetched from an address here",
-                   "Send it as data:image/png;base64,...")
+        raise _bad("a picture must be data:image/png;base64,...: nothing is fetched from elsewhere")
     return data
 
 
@@ -10982,26 +10999,25 @@ def _content_weight(content: Any, where: str) -> int:
         return _weight(content)
     total = 0
     for part in content:
-        kind = part.get("type", "message" if "role" in part else "") if type(part) is dict else ""
-        extra = part.keys() - {"type", "cache_control", *_PARTS.get(str(kind), "").split()} \
-            if kind else {""}
-        if extra:
+        kind = str(_within(part).get("type", "message" if where == "input" else None))
+        extra = _within(part).keys() - {"type", "cache_control", *_PARTS.get(kind, "").split()}
+        if kind not in _PARTS or extra or (kind == "message") > (where == "input"):
             raise _bad(f"`{where}` has a part that is not taken here: "
-                       + printable(f"{kind} {min(extra)}"[:64]), "Text is, and pictures as data: "
-                       "URLs, calls of tools and their results")
+                       + printable(f"{kind} {min(extra, default='')}"[:64]), "Text is, and "
+                       "pictures as data: URLs, calls of tools and their results")
         total += MESSAGE_TOKENS
         if kind in ("image_url", "input_image"):
             _picture(part.get("image_url"))
             total += IMAGE_TOKENS
         elif kind == "image":
-            source = part.get("source")
-            if type(source) is not dict or source.get("type") != "base64" or "url" in source:
+            source = _within(part, "source")
+            if source.get("type") != "base64" or source.keys() - {"type", "media_type", "data"}:
                 raise _bad(f"a picture in `{where}` must have a source of type base64")
             total += IMAGE_TOKENS
         elif kind == "input_audio":  # at most 50 tokens a second, of two kilobytes at least
             total += IMAGE_TOKENS + _weight(part) // 32
         elif kind in ("message", "tool_result", "function_call_output"):
-            total += _content_weight(part.get("output", part.get("content")), where)
+            total += _content_weight(part.get("output", part.get("content")), where + ".content")
         else:
             total += _weight(part)
     return total
@@ -11018,8 +11034,7 @@ def _inputs(body: Dict[str, Any], name: str) -> List[Any]:
 
 
 def _chat_weight(dialect: str, messages: List[Any]) -> int:
-    """The bound of a conversation, whose messages are replaced by checked ones.  Raises: HttpError.
-    """
+    """The bound of a conversation; messages are replaced by checked ones.  Raises: HttpError."""
     total = 0
     for number, given in enumerate(messages):
         where = f"messages[{number}]."
@@ -11027,8 +11042,8 @@ def _chat_weight(dialect: str, messages: List[Any]) -> int:
         content = message.get("content")
         if not message.get("role"):
             raise _bad(f"`{where}role` is missing", code="missing_field")
-        for part in content if type(content) is list else ():
-            if type(part) is dict and type(part.get("image_url")) is str:
+        for part in _list(message, "content"):
+            if type(_within(part).get("image_url")) is str:
                 part["image_url"] = {"url": part["image_url"]}
         total += MESSAGE_TOKENS + _content_weight(content, where + "content")
         total += len(message.get("images", ())) * IMAGE_TOKENS
@@ -11039,15 +11054,15 @@ def _chat_weight(dialect: str, messages: List[Any]) -> int:
 
 def _prompt_weight(dialect: str, task: str, body: Dict[str, Any]) -> int:
     """An upper bound of the prompt's tokens.  Raises: HttpError for parts that are not taken."""
-    name = {"chat": "messages", "messages": "messages", "complete": "prompt"}.get(task, "input")
-    if task == "embed" and "prompt" in body:
-        name = "prompt"
+    name = {"chat": "messages", "messages": "messages", "complete": "prompt"}.get(
+        task, "prompt" if "prompt" in body else "input")
     if not body.get(name) and dialect != "ollama":
         raise _bad(f"`{name}` is missing", code="missing_field")
+    if {"chat_template", "tokenize"} & body.get("chat_template_kwargs", {}).keys():
+        raise _bad("`chat_template_kwargs` may not replace the template")
     for tool in body.get("tools", ()):  # others the engine itself would use
-        if type(tool) is not dict or tool.get("type", "function") not in ("function", "custom"):
-            raise _bad("`tools` may hold functions of the client alone", 'Each is {"type": '
-                       '"function", ...}')
+        if not _within(tool) or tool.get("type", "function") not in ("function", "custom"):
+            raise _bad("`tools` may hold the client's own functions alone")
     total = TEMPLATE_TOKENS + len(body.get("images", ())) * IMAGE_TOKENS + sum(
         MESSAGE_TOKENS + _weight(value) for key, value in body.items()
         if key not in (name, "images", "options", "system") and type(value) in (str, list, dict))
@@ -11109,13 +11124,14 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
         body["options"] = limits
     ask = Ask(dialect, task, model, stream, body, _prompt_weight(dialect, task, body),
               0 if task == "embed" else output, context, wants_usage)
+    choices = _choices(ask)
     if task == "messages" and not output:
         raise _bad("`max_tokens` is missing", code="missing_field")
     if dialect == "ollama" and _only_loads(body) and re.fullmatch(
             "0[.0]*[a-z]*", str(given.get("keep_alive"))):
         raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
                         "On the machine: b9agent.py stop")
-    return ask._replace(output_tokens=output and output * _choices(ask)) if output else ask
+    return ask._replace(output_tokens=output * choices) if output else ask
 
 
 # -- what an engine is asked -------------------------------------------
@@ -11149,7 +11165,7 @@ def _ollama_messages(messages: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]
             images = [_picture(part["image_url"]) for part in content
                       if part["type"] == "image_url"]
             texts = [str(part.get(part["type"])) for part in content
-                     if part["type"] in ("text", "refusal", "thinking")]
+                     if part["type"] in ("text", "refusal")]
             if len(images) + len(texts) < len(content):
                 raise _bad("Ollama takes text and pictures alone")
             content = "\n".join(texts)
@@ -11364,20 +11380,6 @@ def _json_dict(raw: bytes) -> Optional[Dict[str, Any]]:
     return value if type(value) is dict else None
 
 
-def _within(value: Any, *names: Any) -> Dict[str, Any]:
-    """The object within objects and lists; an empty one where there is none.
-
-    >>> _within({"a": [{"b": {"c": 1}}]}, "a", 0, "b"), _within({"a": []}, "a", 0)
-    ({'c': 1}, {})
-    """
-    for name in names:
-        if type(value) is list and type(name) is int:
-            value = value[name] if name < len(value) else None
-        else:
-            value = value.get(name) if type(value) is dict else None
-    return value if type(value) is dict else {}
-
-
 class Usage:
     """What an answer took.  prompt_tokens, completion_tokens: the engine's own figures, or None.
     pieces: of its content that came.  load_s: of the model, where it is told.  error: why the
@@ -11423,7 +11425,7 @@ def _openai_said(ask: Ask, value: Dict[str, Any], request_id: str, first: int) -
     if ask.task != "chat":
         return {"text": value.get("response") or ""}
     message, calls = _within(value, "message"), []
-    for number, call in enumerate(message.get("tool_calls") or (), first):
+    for number, call in enumerate(_list(message, "tool_calls"), first):
         function = _within(call, "function")
         calls.append({"index": number, "type": "function", "function": {
             "name": function.get("name"), "arguments": json.dumps(function.get("arguments") or {})},
@@ -11553,7 +11555,8 @@ class StreamFlow:
 
     def end(self, problem: str) -> bytes:
         """problem: "" where the engine's body ended as its framing says, or why it did not."""
-        rest = self._read(b"\n") if self._held and not problem else b""
+        held = b"".join(self._held).rstrip()
+        rest = self._read(b"\n") if held.endswith((b"}", b"]")) and not problem else b""
         if self.complete or self.usage.error:
             return rest
         return rest + self.fail(problem or "the engine's answer ended in the middle")
@@ -11563,11 +11566,10 @@ class _OpenAiFlow(StreamFlow):
     """From OpenAI's chat or completions to the same."""
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
-        choices = value.get("choices")
         self.usage.take(_within(value, "usage"))
-        if not choices and value.get("usage") and not self.ask.wants_usage:
+        if not value.get("choices") and value.get("usage") and not self.ask.wants_usage:
             return b""
-        for choice in choices if type(choices) is list else ():
+        for choice in _list(value, "choices"):
             delta = _within(choice, "delta") or _within(choice)
             self._piece(delta, "content text reasoning reasoning_content tool_calls", data)
         return b"data: " + self._named(data) + b"\n\n"
@@ -11654,9 +11656,9 @@ class _OpenAiToOllama(StreamFlow):
         self._reason = choice.get("finish_reason") or self._reason
         self._piece(said, "content text reasoning reasoning_content tool_calls", data)
         self.first_ns = self.first_ns or self.usage.pieces and self.clock()
-        for part in said.get("tool_calls") or ():  # fragments, until the end
+        for part in _list(said, "tool_calls"):  # fragments, until the end
             call = self._calls.setdefault(str(_within(part).get("index"))[:9], {
-                "id": part.get("id"), "function": {"name": "", "arguments": ""}})
+                "id": _within(part).get("id"), "function": {"name": "", "arguments": ""}})
             for name, whole in call["function"].items():
                 call["function"][name] = whole + str(_within(part, "function").get(name) or "")
         if not any(map(said.get, ("content", "text", "reasoning", "reasoning_content"))):
@@ -11761,7 +11763,7 @@ def whole_answer(ask: Ask, wire: Wire, status: int, body: bytes, request_id: str
     choice = _within(value, "choices", 0)
     said = _within(choice, "message") or choice
     try:
-        line = _ollama_said(ask, choice, said, said.get("tool_calls") or ())
+        line = _ollama_said(ask, choice, said, _list(said, "tool_calls"))
     except HttpError as error:
         return _failed(ask, 502, error.what, usage)
     if not choice:
@@ -11808,7 +11810,6 @@ def model_answer(path: str, names: Sequence[str], context_tokens: int,
 RELAY_SWEEP_S = 0.5             # how often deadlines are looked at
 RELAY_HELD_MAX_BYTES = 1 << 20  # of an answer, for a reader who is slower than the engine
 RELAY_SLOW_S = 10.0             # so long may he keep the engine waiting
-RELAY_PIPELINED_BYTES = 65536
 RELAY_BODY_MAX_BYTES = 32 << 20
 RELAY_BODIES_MAX_BYTES = 256 << 20  # of all requests that are on their way in
 ENGINE_CONNECT_S = 5.0
@@ -11920,11 +11921,11 @@ class Errands:
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
-    sweep(): called every RELAY_SWEEP_S while a connection is open.  _lock guards _ended, and the
-    life of _wake with it.
+    sweep(): called every RELAY_SWEEP_S while a connection is open, and as long as it says that there
+    is more to do.  _lock guards _ended, and the life of _wake with it.
     """
 
-    def __init__(self, name: str, log: Log, sweep: Callable[[], None]) -> None:
+    def __init__(self, name: str, log: Log, sweep: Callable[[], bool]) -> None:
         self.log = log
         # By descriptor, without what `selectors` puts around it: it costs as much as the call.
         self._poll, self._second = (select.epoll(), 1) if hasattr(select, "epoll") else (
@@ -11987,16 +11988,18 @@ class Relay:
         self.wires.discard(wire)
         self._closed.append(wire.sock)
 
-    def _guarded(self, function: Callable[[], None]) -> None:
+    def _guarded(self, function: Callable[[], Any]) -> Any:
         try:
-            function()
+            return function()
         except Exception as error:
             self.log.defect(error)
+            return None
 
     def _run(self) -> None:
-        sweep_s = 0.0
+        sweep_s, again = 0.0, False
         while not self._stopping:
-            wait_s = RELAY_SWEEP_S if self.wires or self.resting else 3600.0
+            again = bool(again or self.wires or self.resting)
+            wait_s = RELAY_SWEEP_S if again else 3600.0
             for number, mask in self._poll.poll(wait_s * self._second):
                 wire = self._watched.get(number)
                 if wire is None:
@@ -12007,9 +12010,9 @@ class Relay:
                     except Exception as error:  # a defect costs one connection, never the loop
                         self.log.defect(error)
                         wire.close()
-            if now_s() >= sweep_s and (self.wires or self.resting):
+            if again and now_s() >= sweep_s:
                 sweep_s = now_s() + RELAY_SWEEP_S
-                self._guarded(self._sweep)
+                again = self._guarded(self._sweep)
                 while self.resting:
                     listener = self.resting.pop()
                     if not listener.dead:
@@ -12362,7 +12365,7 @@ class ClientWire(RelaySocket):
     def _receive(self) -> None:
         while not self.dead:
             try:
-                data = self.sock.recv(65536)
+                data = self.sock.recv(65536 if self._body_left else HTTP_HEAD_MAX_BYTES)
             except self.relay.waits:
                 return
             except OSError:
@@ -12388,7 +12391,7 @@ class ClientWire(RelaySocket):
             self._held += data
             if self.phase == "head":
                 self._look()
-            elif len(self._held) > HTTP_HEAD_MAX_BYTES + RELAY_PIPELINED_BYTES:
+            elif len(self._held) > HTTP_HEAD_MAX_BYTES:
                 self.watch(self.mask & ~_READ)  # more requests than one: they can wait
 
     def _take_body(self) -> None:
@@ -12860,7 +12863,7 @@ class FrontDoor:
         self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
         self._tokens_per_byte: Dict[str, float] = {}
         self._bodies_bytes = 0
-        self._save_s, self._since_s = 0.0, time.time()
+        self._unsaved, self._save_s, self._since_s = False, 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
 
     # -- its life -----------------------------------------------------------
@@ -13312,7 +13315,7 @@ class FrontDoor:
         """The one step after the engine, whatever happened; a second time it does nothing."""
         if job.settled:
             return
-        job.settled = True
+        job.settled = self._unsaved = True
         prompt, completion = self._tokens_of(job)
         bill = self._ledger.settle(job.grant, prompt, completion)
         if job in self._running:
@@ -13341,7 +13344,8 @@ class FrontDoor:
 
     # -- twice a second -----------------------------------------------------------
 
-    def _sweep(self) -> None:
+    def _sweep(self) -> bool:
+        """Returns: whether there is something to do even if nobody is here any more."""
         now = now_s()
         for wire in list(self._relay.wires):
             if wire.until_s is not None and now > wire.until_s:
@@ -13360,9 +13364,10 @@ class FrontDoor:
         self._tally.set("b9agent_door_streams", len(self._running))
         self._tally.set("b9agent_door_waiting", len(self._waiting))
         self._tally.set("b9agent_door_connections", len(self._clients))
-        if now > self._save_s:
-            self._save_s = now + DOOR_SAVE_S
+        if self._unsaved and now > self._save_s:
+            self._save_s, self._unsaved = now + DOOR_SAVE_S, False
             self._relay.errand(self._ledger.save, self._told)
+        return self._unsaved or bool(self._running or self._waiting or self._clients)
 
     def _told(self, _result: Any, problem: Any) -> None:
         if problem is not None:

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=4a52e38cb085c17137cae3e26b7b7b193773bb04130e275442c776b9b4bddf85
+  sha256=8dd0ab34cb93d3e8614feddd27aecaba9baafbb2701ab4366c24faa29bf772c7
 }
 
 usage() {

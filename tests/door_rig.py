@@ -1,21 +1,12 @@
 """A front door in this process, before an engine whose every byte a test writes itself."""
 import contextlib
-import importlib.util
 import json
 import os
 import socket
-import sys
 import threading
-import time
 
-from helpers import PATIENCE_S, ROOT, wait_until
-
-if "b9agent" in sys.modules:
-    b9agent = sys.modules["b9agent"]
-else:
-    spec = importlib.util.spec_from_file_location("b9agent", os.path.join(ROOT, "b9agent.py"))
-    b9agent = sys.modules["b9agent"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(b9agent)
+import b9agent
+from helpers import PATIENCE_S, wait_until
 
 TOKEN = "b9-the-token-of-this-test"
 
@@ -174,7 +165,7 @@ class Rig:
     def __init__(self, state, engine="vllm", script=None, tenants="", limits=None, tls=None,
                  whois=lambda host, port: None, gateway=(), models=("m",), loaded=("m",), slots=64,
                  on_tailnet=False, gpus=1, usd=0.0006, oidc=None):
-        self.state = str(state)
+        self.state, self.suspected = str(state), []
         self.log = QuietLog()
         self.engine = ScriptedEngine(script)
         path = os.path.join(self.state, "tenants.yaml")
@@ -191,7 +182,8 @@ class Rig:
         self.tally = b9agent.DoorTally()
         self.access = b9agent.Access(self.book, oidc, whois, lambda: gateway, self.log)
         self.door = b9agent.FrontDoor(self.log, self.access, self.ledger, lambda: self.target,
-                                      self.tally, limits or b9agent.DoorLimits(), tls)
+                                      self.tally, limits or b9agent.DoorLimits(), tls,
+                                      self.suspected.append)
         self.listener = self.door.listen("127.0.0.1", 0, on_tailnet)
         self.port = self.listener.port
         self.door.start()
@@ -290,6 +282,3 @@ def events_of(body):
                 found.append("[DONE]" if line[6:] == "[DONE]" else json.loads(line[6:]))
     return found
 
-
-def now():
-    return time.monotonic()

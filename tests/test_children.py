@@ -242,6 +242,15 @@ def test_one_that_is_killed_is_started_again_and_the_signal_is_named(make):
     assert "ended with signal SIGKILL" in message and "memory" in message
 
 
+def test_one_that_lives_and_is_of_no_use_is_ended_and_started_again(make):
+    child = make.running(LIVE_ON)
+    first = child.snapshot.pid
+    child.give_up("gave no token")
+    wait_until(lambda: child.snapshot.state is ChildState.RUNNING and child.snapshot.pid != first, "again")
+    assert not psutil.pid_exists(first) and child.snapshot.starts == 2
+    assert [entry["what"] for entry in make.log.of("warning")] == ["engine gave no token"]
+
+
 def test_five_exits_in_two_minutes_end_in_an_error_with_the_last_twenty_lines(make):
     child = make("for n in range(30): print('line', n)\nraise SystemExit(7)")
     child.start()

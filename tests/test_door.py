@@ -3,17 +3,16 @@ import contextlib
 import json
 import os
 import random
-import re
 import socket
 import ssl
 import threading
-import time
 
 import pytest
 from hypothesis import given, settings, strategies
 
-from door_rig import (COMPLETION, DONE, STOP, STREAM_HEAD, TOKEN, Rig, ScriptedEngine, b9agent, chunk,
-                      event, events_of, read_answer, streamed, token, usage, whole)
+import b9agent
+from door_rig import (COMPLETION, DONE, STOP, STREAM_HEAD, TOKEN, Rig, ScriptedEngine, chunk, events_of,
+                      read_answer, streamed, token, usage, whole)
 from helpers import PATIENCE_S, wait_until
 
 TENANTS = """tenants:
@@ -275,6 +274,7 @@ def test_a_wedged_engine_is_given_up_and_the_door_goes_on(tmp_path, quick):
         rig.engine.script = ScriptedEngine.plain
         assert rig.ask(rig.chat())[0] == 200
         assert rig.used()["completion_tokens"] == 3
+        assert rig.suspected == ["m", "m"], "whoever can start it again is told"
 
 
 def test_another_engine_in_place_of_the_one_that_was_asked_for_is_a_503(tmp_path, quick):

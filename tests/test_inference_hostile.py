@@ -688,3 +688,23 @@ def test_a_run_that_writes_nothing_leaves_a_broken_book_of_models_alone(home, st
     (state / "models.json").write_text("rubbish")
     done = run_agent(home, "--dry-run", "--gateway-port", hostile.port, BETA9_TOKEN=TOKEN)
     assert done.code == 0 and sorted(os.listdir(str(state))) == ["models.json"], done
+
+
+def test_an_engine_of_ours_that_gives_no_token_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(engines.stand_in(tmp_path / "bin", "ollama")) + os.pathsep
+                       + os.environ["PATH"])
+    monkeypatch.setattr(b9agent, "SUSPECT_LIMIT_S", 0.5)
+    folder = tmp_path / "state"
+    folder.mkdir()
+    inference = Embedded(folder).inference
+    try:
+        first = inference.start("ollama", "")["pid"]
+        inference.suspect("nobody:latest")
+        assert inference.status()["pid"] == first, "it answers, if only that there is no such model"
+        os.kill(first, signal.SIGSTOP)
+        inference.suspect("nobody:latest")
+        wait_until(lambda: inference.state() == "running" and inference.status()["pid"] != first,
+                   "another one runs")
+        assert inference.status()["starts"] == 2
+    finally:
+        inference.close()
