@@ -6,15 +6,18 @@ it alive with true figures.  One file, the standard library of Python 3.8, Linux
 What it does to this machine, all of it:
 
 files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
-          reads   STATE/config.yaml, a token file if one is set; /proc, /sys, /etc/os-release, and
-                  whether the devices of GPUs are there; the heads of model files it is asked
-                  about, all of them to hash them; Ollama's manifests and blobs; whether tailscaled
-                  is installed; STATE/k3s.kubeconfig, /etc/rancher/k3s/k3s.yaml, ~/.kube/config and
+          reads   STATE/config.yaml, a token file if one is set; STATE/tenants.yaml; the files of
+                  tls.cert, tls.key and oidc.jwks; /proc, /sys, /etc/os-release, and whether the
+                  devices of GPUs are there; the heads of model files it is asked about, all of
+                  them to hash them; Ollama's manifests and blobs; whether tailscaled is installed;
+                  STATE/k3s.kubeconfig, /etc/rancher/k3s/k3s.yaml, ~/.kube/config and
                   the files that the one in use names; with k3s.token its authority's certificate
           writes  STATE/config.yaml 0600 (`init`; config.yaml.old 0600 where it had comments),
                   machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
                   journald), energy.json 0600 (energy.json.bad where it was broken),
                   control.token 0600, control.addr; models.json 0600 (models.json.bad);
+                  inference.token 0600, inference.addr, usage.json 0600; tenants.yaml 0600
+                  (`tenant`); tls/tailnet.crt and .key 0600 (tls: tailscale);
                   children/engine.json 0600, logs/engine-*.log 0600 (16 MiB each, five), the
                   same two of tunnel; k3s.kubeconfig 0600 (`k3s rbac --apply`, and to renew its
                   token); hub/ (a cache of Hugging Face's where there is none);
@@ -23,40 +26,43 @@ files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
                   `service install`, `k3s install`: what their --dry-run prints, and
                   the vendor's installer in a temporary file, removed
 ports     127.0.0.1:9999 control API, and 9999 on the tailnet address where there is one, unless
-          control.host is set or tailnet.control is false; 127.0.0.1:1994 only as `gateway`; two
-          free ones as `demo`; `doctor` binds the ports it tells of for an instant; the engine, once
-          started, listens on 127.0.0.1:11434; the tunnel's ssh on a free one of 127.0.0.1, and with
-          tunnel.reverse_k3s the server's sshd on 6443 there
+          control.host is set or tailnet.control is false; 127.0.0.1:11434 front door (11435 where
+          that is taken), and 11434 on the tailnet address, unless inference.host is set; the
+          engine, once started, a free one of 127.0.0.1; 127.0.0.1:1994 only as `gateway`; three
+          free ones as `demo`; `doctor` binds the ports it tells of for an instant; the tunnel's ssh
+          a free one of 127.0.0.1, and with tunnel.reverse_k3s the server's sshd 6443 there
 hosts     the gateway that is configured, or the proxy set for it; the engine; tailscaled, over its
-          socket; k3s's API, as its kubeconfig or k3s.server has it; the server of the tunnel, where
-          one is set, and then the gateway through it alone; `top --host` the agent that it names;
-          `k3s install` get.k3s.io, and what the vendor's installer fetches; nobody else. (The
-          routing table is asked for the way to the gateway, or to 192.0.2.1: that sends nothing.)
-          The machine token goes to the gateway and nowhere else, and no redirect is followed.
-          Ollama itself fetches models from its registries; the others are told to stay offline with
-          files that are here
+          socket; that of oidc.jwks, where it is an address; k3s's API, as its kubeconfig or
+          k3s.server has it; the server of the tunnel, where one is set, and then the gateway
+          through it alone; `top --host` the agent that it names; `k3s install` get.k3s.io, and
+          what the vendor's installer fetches; nobody else. (The routing table is asked for the way
+          to the gateway, or to 192.0.2.1: that sends nothing.) The machine token goes to the
+          gateway and nowhere else, and no redirect is followed. Ollama itself fetches models from
+          its registries; the others are told to stay offline with files that are here
 terminal  `run` on one, and `top`: its alternate screen, and keys without echo, given back at every
           end but SIGKILL
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
 programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi where the kernel's
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
           python3 with Metal; tailscale where it is installed and tailscaled's socket does not
-          answer; `service` runs systemctl, loginctl, useradd, launchctl or rc-service, and `doctor`
-          asks them, ps and lsof on macOS (lsof with --tunnel, too); the engine that is started:
-          ollama, vllm, sglang, llama-server or mlx_lm.server; mlx_lm.convert; with --tunnel ssh,
-          which reads its keys and ~/.ssh/known_hosts, /etc/ssh/ssh_known_hosts, and writes none;
-          `k3s install` sh with the vendor's installer, and k3s --version
+          answer, and with tls: tailscale for the certificate; `service` runs systemctl, loginctl,
+          useradd, launchctl or rc-service, and `doctor` asks them, ps and lsof on macOS (lsof with
+          --tunnel, too); the engine that is started: ollama, vllm, sglang, llama-server or
+          mlx_lm.server; mlx_lm.convert; with --tunnel ssh, which reads its keys and
+          ~/.ssh/known_hosts, /etc/ssh/ssh_known_hosts, and writes none; `k3s install` sh with the
+          vendor's installer, and k3s --version
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
           vendor's driver, and ends), control or gateway (accepts; another for the tailnet's
           address), and control-client or gateway-client for each connection to those, 64 or 256 at
-          most; child-engine and child-engine-output, the same two of the tunnel's ssh, and tunnel
-          (starts it again); first-token, inference-start, inference (looks at the engine), pull,
-          import or convert NAME (4 at most), provenance (hashes files); tailnet (asks tailscaled,
-          where there is a trace of it); pods (watches worker pods, looks for a kubeconfig once a
-          minute, renews the agent's own token for k3s); k3s-token (renews, with
-          k3s.service_account); dashboard (the terminal), dashboard-facts, dashboard-log,
-          dashboard-start, -stop, -pull, -cancel or -doctor (what a key asks for, one of each);
-          check-NAME (`doctor`)
+          most; door (all connections of the front door), door-errand (a few, for what would hold
+          it up), gateway-address (looks it up, and ends); child-engine and child-engine-output,
+          the same two of the tunnel's ssh, and tunnel (starts it again); first-token,
+          inference-start, inference (looks at the engine), pull, import or convert NAME (4 at
+          most), provenance (hashes files); tailnet (asks tailscaled, where there is a trace of
+          it); pods (watches worker pods, looks for a kubeconfig once a minute, renews the agent's
+          own token for k3s); k3s-token (renews, with k3s.service_account); dashboard (the
+          terminal), dashboard-facts, dashboard-log, dashboard-start, -stop, -pull, -cancel or
+          -doctor (what a key asks for, one of each); check-NAME (`doctor`)
 
 To read it: sections stand in order, and each uses only names from above it.
 
@@ -69,6 +75,7 @@ To read it: sections stand in order, and each uses only names from above it.
    7 gateway client and membership             19 agent: the composition
    8 child processes, 9a model files           20 service, 20b doctor, 20c k3s
    9b engines, 9c models, 9d inference         21 commands, main
+  11 access: tenants, limits                   13a dialects, 13b relay, 13c front door
 """
 import sys
 
@@ -19386,10 +19393,12 @@ def check_door(loaded: Loaded) -> Iterator[Finding]:
     settings = loaded.settings
     path = os.path.join(settings.state_dir, "tenants.yaml")
     try:
-        yield ok(f"{len(load_tenants(path, settings.inference_gpu_usd_per_hour is not None))} "
-                 f"tenants in {path}") if os.path.lexists(path) else ok(
-                     "one tenant, with the token in inference.token; b9agent.py tenant add makes "
-                     "others")
+        listed, priced = os.path.lexists(path), settings.inference_gpu_usd_per_hour is not None
+        found = load_tenants(path, priced) if listed else ()
+        yield warn(f"there is nobody in {path}: nobody is let in", "b9agent.py tenant add NAME"
+                   ) if listed and not found else ok(
+            f"tenants in {path}: {len(found)}" if listed else "one tenant, with the token in "
+            "inference.token; b9agent.py tenant add makes others")
     except UsageError as error:
         yield warn(error.what, error.hint)
     tls = server_tls(settings, Log(settings.log_format, "error"))
