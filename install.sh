@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=8dd0ab34cb93d3e8614feddd27aecaba9baafbb2701ab4366c24faa29bf772c7
+  sha256=e2e3c777b126b81ac5b96fc2b7881bc819d5eb05fa0b82d1e7e93f57539753d4
 }
 
 usage() {
