@@ -13010,7 +13010,8 @@ class FrontDoor:
         if client.route.kind == "hello":
             client.answer(Response(200, b"b9agent is running", "text/plain"))
             return
-        on_tailnet = client.listener.on_tailnet
+        # Whoever is on this machine can come from its own address there: that is nobody's identity.
+        on_tailnet = client.listener.on_tailnet and client.peer[0] != client.listener.host
         caller = self._access.recognise(head.headers, client.peer, on_tailnet)
         if caller is not None:
             self._let_in(client, caller)

@@ -714,6 +714,19 @@ def test_a_web_page_cannot_use_the_identity_of_an_address(tmp_path):
         assert rig.ask(rig.chat(), headers=[("Origin", "http://app.example")])[0] == 200
 
 
+def test_the_tailnets_identity_counts_for_other_machines_alone(tmp_path):
+    """A user of this machine can come from its own tailnet address."""
+    tenants = "tenants:\n  - name: t\n    tailnet: ada@example.com\n"
+    ada = b9agent.WhoIs("ada@example.com", (), "box")
+    with rig_at(tmp_path, tenants=tenants, whois=lambda host, port: ada, on_tailnet=True) as rig:
+        assert rig.ask(rig.chat(), token="")[0] == 401
+        with socket.socket() as sock:  # as another machine: another address than the listener's
+            sock.bind(("127.0.0.2", 0))
+            sock.connect(("127.0.0.1", rig.port))
+            sock.sendall(rig.request(rig.chat(), token=""))
+            assert read_answer(sock)[0] == 200
+
+
 # -- TLS -----------------------------------------------------------------------------------------
 
 TLS_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tls")
