@@ -354,6 +354,20 @@ def test_a_stream_of_messages_that_breaks_has_no_figure_of_what_was_made():
     assert (flow.usage.prompt_tokens, flow.usage.completion_tokens, flow.usage.pieces) == (2, None, 3)
 
 
+def test_figures_beside_a_text_are_taken_and_nothing_after_the_end():
+    both = chunk({"content": "?"}, usage=USAGE)
+    out, flow = run(OPENAI_CHAT, "vllm", [sse(chunk({"content": "Hi"})), sse(both), sse("[DONE]"), sse(both)])
+    assert (flow.usage.prompt_tokens, flow.usage.completion_tokens, flow.usage.pieces) == (9, 3, 2)
+    assert len(events(out)) == 3
+    for asked, raw in ((OLLAMA_CHAT, OLLAMA), (OPENAI_CHAT, OLLAMA)):
+        out, flow = run(asked, "ollama", [raw, raw])
+        assert out == run(asked, "ollama", [raw])[0] and flow.usage.pieces == 3
+        cut, flow = run(asked, "ollama", [raw[:-1]])  # Ollama's answer in one piece has no line end
+        assert flow.complete and frozen(cut) == frozen(out)
+    flow = run(OLLAMA_CHAT, "ollama", [ndjson(said(**message(""), done=True, done_reason="stop"))])[1]
+    assert (flow.usage.prompt_tokens, flow.usage.completion_tokens) == (0, 0)  # it leaves zeros out
+
+
 def test_a_line_without_an_end_is_not_kept():
     for asked, engine in ((OPENAI_CHAT, "vllm"), (OLLAMA_CHAT, "ollama"), (OLLAMA_CHAT, "vllm")):
         flow = flow_of(asked, engine)
@@ -558,9 +572,9 @@ def test_a_field_spelled_otherwise_is_told_how_it_is_spelled():
     b'{"model":"m","model":"n","messages":[{"role":"user","content":"x"}]}',
     b'{"model":"m","messages":[{"role":"user","role":"system","content":"x"}]}',
     b'{"model":"m","temperature":NaN,"messages":[{"role":"user","content":"x"}]}', b"\xff\xfe", b"\xef\xbb\xbf{}",
-    b'{"model":"m","messages":' + b"[" * 100000, b'{"model":"m","x":"\\ud800"}', b"{'model':'m'}", b'{"a":' * 50000,
+    b'{"model":"m","messages":' + b"[" * 100000, b'{"model":"m","messages":[{"role":"user","content":"\\ud800"}]}', b"{'model':'m'}", b'{"a":' * 50000,
     b'{"model":"m","messages":[{"role":"user","content":"x"}],"max_tokens":1' + b"0" * 5000 + b"}",
-    b'{"model":"m","tools":' + b"[" * 40 + b"]" * 40 + b"}"])
+    b'{"model":"m","messages":[{"role":"user","content":"x"}],"response_format":' + b'{"a":' * 40 + b"1" + b"}" * 42])
 def test_a_body_that_is_no_strict_json_is_a_400(raw):
     for dialect, task in (("openai", "chat"), ("ollama", "chat"), ("anthropic", "messages")):
         assert refusal(read_ask, dialect, task, raw).status == 400
@@ -587,6 +601,13 @@ def test_nothing_that_an_engine_would_fetch_gets_through(part):
         assert refusal(ask, dialect, task, **parts(part), **more).status == 400
     if part != {"role": "user", "content": "x"}:
         assert refusal(ask, "openai", "responses", input=[{"role": "user", "content": [part]}]).status == 400
+
+
+def test_a_picture_of_megabytes_is_read_and_its_twin_in_a_string_is_not_mistaken():
+    url = "data:image/png;base64," + "A" * (4 << 20)
+    assert ask("openai", "chat", **parts({"type": "image_url", "image_url": url})).prompt_tokens < 3000
+    tricky = "[[[[" * 20 + '\\"' + "{" * 40 + "\\"
+    assert ask("openai", "chat", messages=[{"role": "user", "content": tricky}] * 40).prompt_tokens > 512
 
 
 def test_an_address_in_a_schema_or_in_words_is_none_of_ours():
