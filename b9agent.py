@@ -10057,12 +10057,9 @@ class _Connection:
         return piece
 
     def _send(self, data: bytes) -> None:
-        """Not by sendall(), which under TLS has its limit anew for every 16 KiB."""
-        rest, until_s = memoryview(data), now_s() + HTTP_PEER_LIMIT_S
         try:
-            while rest:
-                self.sock.settimeout(_left_s(until_s))
-                rest = rest[self.sock.send(rest):]
+            self.sock.settimeout(HTTP_PEER_LIMIT_S)
+            self.sock.sendall(data)
         except OSError as error:
             raise _Gone from error
 
