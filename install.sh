@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=e2e3c777b126b81ac5b96fc2b7881bc819d5eb05fa0b82d1e7e93f57539753d4
+  sha256=7b4931d3042ca2b9d07c61a76844b2fde633806468d6707ff191717524b4fc9f
 }
 
 usage() {
