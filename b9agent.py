@@ -1254,10 +1254,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _json_number(text: str) -> Any:
+def _json_integer(text: str) -> int:
+    if len(text) > 32:
+        raise ValueError("a number out of range")
+    return int(text)
+
+
+def _json_float(text: str) -> float:
     if len(text) > 32 or abs(float(text)) == float("inf"):
         raise ValueError("a number out of range")
-    return int(text) if re.fullmatch("-?[0-9]+", text) else float(text)
+    return float(text)
 
 
 def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -1268,7 +1274,7 @@ def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 _STRICT_JSON = json.JSONDecoder(object_pairs_hook=_json_pairs, parse_constant=_no_constant,
-                                parse_int=_json_number, parse_float=_json_number)
+                                parse_int=_json_integer, parse_float=_json_float)
 
 
 def _json_depth(text: str) -> int:

@@ -574,7 +574,7 @@ def test_a_field_spelled_otherwise_is_told_how_it_is_spelled():
     b'{"model":"m","temperature":NaN,"messages":[{"role":"user","content":"x"}]}', b"\xff\xfe", b"\xef\xbb\xbf{}",
     b'{"model":"m","messages":' + b"[" * 100000, b'{"model":"m","messages":[{"role":"user","content":"\\ud800"}]}', b"{'model':'m'}", b'{"a":' * 50000,
     b'{"model":"m","messages":[{"role":"user","content":"x"}],"max_tokens":1' + b"0" * 5000 + b"}",
-    b'{"model":"m","messages":[{"role":"user","content":"x"}],"response_format":' + b'{"a":' * 40 + b"1" + b"}" * 42])
+    b'{"model":"m","messages":[{"role":"user","content":"x"}],"response_format":' + b'{"a":' * 40 + b"1" + b"}" * 41])
 def test_a_body_that_is_no_strict_json_is_a_400(raw):
     for dialect, task in (("openai", "chat"), ("ollama", "chat"), ("anthropic", "messages")):
         assert refusal(read_ask, dialect, task, raw).status == 400
