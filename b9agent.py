@@ -10898,7 +10898,8 @@ _PARTS = {
 
 class Ask(NamedTuple):
     """A request that was checked.  body: what is sent of it, without what the door writes.
-    prompt_tokens: an upper bound.  output_tokens: asked for, of all answers together."""
+    prompt_tokens: an upper bound.  output_tokens: asked for, of all answers together.  keep_alive:
+    of a request that asks for nothing else: -1 to load the model for good, 0 to unload it."""
     dialect: str
     task: str
     model: str
@@ -10908,6 +10909,7 @@ class Ask(NamedTuple):
     output_tokens: Optional[int]
     context_tokens: Optional[int]
     wants_usage: bool
+    keep_alive: Optional[int] = None
 
 
 class Wire(NamedTuple):
@@ -11106,7 +11108,7 @@ def _only_loads(body: Dict[str, Any]) -> bool:
 
 def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
     """A client's request, checked field by field.  POST /api/embeddings is an "embed" with a
-    `prompt`.  Raises: HttpError 400 with the field and the mend, 403 for one that unloads."""
+    `prompt`.  Raises: HttpError 400 with the field and the mend."""
     try:
         given = decode_json(raw)
     except (ValueError, RecursionError) as error:
@@ -11132,10 +11134,10 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
     choices = _choices(ask)
     if task == "messages" and not output:
         raise _bad("`max_tokens` is missing", code="missing_field")
-    if dialect == "ollama" and _only_loads(body) and re.fullmatch(
-            "0[.0]*[a-z]*", str(given.get("keep_alive"))):
-        raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
-                        "On the machine: b9agent.py stop")
+    if dialect == "ollama" and _only_loads(body):
+        kept = str(given.get("keep_alive"))
+        ask = ask._replace(keep_alive=0 if re.fullmatch("0[.0]*[a-z]*", kept) else
+                           -1 if kept.startswith("-") else None)
     return ask._replace(output_tokens=output * choices) if output else ask
 
 
@@ -11307,13 +11309,12 @@ def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
                    f"{context_tokens}", "Leave it out, or ask for less", "context_too_large")
     if each < 1 and task != "embed":
         raise _bad("fewer tokens are left than answers are asked for", "Ask for a smaller `n`")
-    if ask.output_tokens is None and engine.name in ("vllm", "sglang"):
-        # They refuse what may become longer than the context; and this limit was nobody's wish.
-        each = min(each, max(context_tokens - ask.prompt_tokens, context_tokens // 8, 1))
     if engine.name == "mlx":
         model = "default_model"  # any other name it would look for, and load
         if not chat:
             raise HttpError(404, "not_found", f"{engine.title} has no such route")
+    if ask.keep_alive == 0 and not native:
+        raise HttpError(501, "not_here", f"{engine.title} holds its one model as long as it runs")
     if ask.dialect == "ollama" and not native and _only_loads(ask.body):
         said = {"message": {"role": "assistant", "content": ""}} if task == "chat" else {
             "embeddings": []} if task == "embed" else {"response": ""}
@@ -11331,6 +11332,8 @@ def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
             body["stream_options"] = {"include_usage": True}
     if task != "embed":
         body = dict(body, stream=ask.stream)
+    if ask.keep_alive is not None:
+        body = dict(body, keep_alive=ask.keep_alive)
     if engine.name == "llama-server" and "repetition_penalty" in body:
         body = dict(body, repeat_penalty=body["repetition_penalty"])
     return Wire(path, encode_json(dict({name: value for name, value in body.items()
@@ -11929,8 +11932,8 @@ class Errands:
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
-    sweep(): called every RELAY_SWEEP_S while a connection is open, and as long as it says that there
-    is more to do.  _lock guards _ended, and the life of _wake with it.
+    sweep(): called every RELAY_SWEEP_S while a connection is open, and then as long as it says that
+    there is more to do.  _lock guards _ended, and the life of _wake with it.
     """
 
     def __init__(self, name: str, log: Log, sweep: Callable[[], bool]) -> None:
@@ -13151,6 +13154,11 @@ class FrontDoor:
     def _admit(self, client: ClientWire, ask: Ask) -> None:
         """The one step before the engine.  Raises: HttpError, LimitReached, UsageError."""
         target, caller = self._running_target(True), client.caller
+        if ask.keep_alive is not None and not (caller.tenant.admin or caller.identity == "gateway"):
+            if ask.keep_alive == 0:
+                raise HttpError(403, "not_admin", "to unload a model wants admin rights",
+                                "On the machine: b9agent.py models unload NAME")
+            ask = ask._replace(keep_alive=None)  # it is loaded, and kept as others are
         model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
         context = target.context_tokens
         if limits.max_context_tokens is not None:
@@ -13159,13 +13167,14 @@ class FrontDoor:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
         job = _Job(self, client, caller, ask, target, model)
-        # Who does not say how long an answer may be gets the room that is left: more than that is
-        # an error to vLLM.  Two bytes are a token where such prompts have not taught better.
-        ratio = max(0.5, 1.2 * self._tokens_per_byte.get(model, 0.0))
+        # Who does not say how long an answer may be gets the room that is left: vLLM and SGLang
+        # refuse what may become longer than the context.
+        ratio, room = 1.2 * self._tokens_per_byte.get(model, 0.33), context
+        if target.engine.name in ("vllm", "sglang"):
+            room = max(1, context // 8, context - int(ask.prompt_tokens * ratio))
         job.grant = self._ledger.reserve(
             caller.tenant, min(ask.prompt_tokens, context),
-            0 if ask.task == "embed" else ask.output_tokens,
-            max(1, context - int(ask.prompt_tokens * ratio)))
+            0 if ask.task == "embed" else ask.output_tokens, room)
         client.exchange = job
 
         def form() -> Any:

@@ -592,6 +592,23 @@ def test_managing_models_wants_admin_and_goes_to_ollama_alone(tmp_path):
         assert not rig.engine.asked
 
 
+@pytest.mark.parametrize("admin", [True, False])
+def test_an_admin_and_the_gateway_load_for_good_and_unload(tmp_path, admin):
+    tenants = (TENANTS % b9agent.token_hash(TOKEN)).replace("admin: true", f"admin: {str(admin).lower()}")
+
+    def script(_asked, sock):
+        sock.sendall(whole({"model": "m", "response": "", "done": True, "done_reason": "unload"}))
+    with rig_at(tmp_path, tenants=tenants, engine="ollama", models=("m:latest",), loaded=("m:latest",),
+                gateway=("127.0.0.1",), script=script) as rig:
+        def keep(seconds, token=TOKEN):
+            status, _ = rig.ask({"model": "m", "prompt": "", "stream": False, "keep_alive": seconds},
+                                path="/api/generate", token=token)
+            return status, rig.engine.asked[-1].body.get("keep_alive") if rig.engine.asked else None
+        assert keep(0, "") == (200, 0), "the gateway's router unloads"
+        assert keep(-1) == (200, -1 if admin else None)
+        assert keep(0) == ((200, 0) if admin else (403, None))
+
+
 def test_an_admin_pulls_and_hears_of_it_as_it_goes(tmp_path):
     lines = [b'{"status":"pulling manifest"}\n', b'{"status":"success"}\n']
 
@@ -700,6 +717,19 @@ def test_who_waits_too_long_is_told_so(tmp_path, quick):
             wait_until(lambda: rig.engine.asked, "it is at the engine")
             status, headers, body = rig.raw(rig.request(rig.chat()))
             assert status == 503 and "retry-after" in headers and b"0.3 s" in body
+
+
+def test_who_does_not_say_how_long_an_answer_may_be_gets_the_room_that_is_left(rig):
+    """vLLM refuses a prompt and max_tokens that are more than the context, which nobody asked for."""
+    body = rig.chat()
+    del body["max_tokens"]
+    for text, least, most in (("x" * 100, 7800, 8192), ("x" * 12000, 3000, 5000), ("x" * 60000, 1024, 1024)):
+        rig.ask(dict(body, messages=[{"role": "user", "content": text}]))
+        assert least <= rig.engine.asked[-1].body["max_tokens"] <= most
+        rig.door._tokens_per_byte.clear()
+    rig.target = rig.target._replace(engine=b9agent.ENGINE_BY_NAME["llama-server"])
+    rig.ask(dict(body, messages=[{"role": "user", "content": "x" * 12000}]))
+    assert rig.engine.asked[-1].body["max_tokens"] == 8192
 
 
 # -- identities that come with the address -----------------------------------------------------
