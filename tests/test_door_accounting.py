@@ -324,6 +324,23 @@ def works_again(door, model):
     wait_until(good, "the door answers again")
 
 
+@pytest.mark.parametrize("engine", ["ledger", "ledger-ollama"])
+def test_the_usage_is_counted_of_all_and_told_to_who_asks_alone(tmp_path, engine):
+    with RunningDoor(tmp_path, engine, tenants=EVERYBODY) as door:
+        model = the_only_model(door)
+        client = Client(door, model)
+        for path in STREAMS[1:3]:
+            for asks in (True, False):
+                reply = client.begin(KEYS["ada"], path, client.body(
+                    path, "mark=ada:1 prompt=7 tokens=3 each=2", True, asks))
+                events = [json.loads(event[6:]) for event in reply.read().decode().split("\n\n")[:-2]]
+                told = [event["usage"] for event in events if event.get("usage")]
+                assert [row["completion_tokens"] for row in told] == [6] * asks
+        client.leave()
+        settled(door)
+        assert measured(door)["ada"] == booked(door)["ada"] == (28, 24)
+
+
 PATHS = ("/v1/chat/completions", "/api/chat")
 
 
