@@ -12185,7 +12185,11 @@ class EngineWire(RelaySocket):
             return
         if stale:
             # It was closed while it was kept: nothing of the request was heard, perhaps.
-            fresh = EngineWire(self.relay, self._endpoint, self._idle)
+            try:
+                fresh = EngineWire(self.relay, self._endpoint, self._idle)
+            except OSError as error:  # no descriptor is to be had
+                exchange.on_end(f"no connection to the engine is to be had: {error.strerror}")
+                return
             exchange.wire_replaced(fresh)
             fresh.ask(exchange, self._method, self._request)
         else:
@@ -12465,6 +12469,7 @@ class ClientWire(RelaySocket):
         # A slow line is no attack, a slow head is: 100 kB for each second more.
         self.until_s = now_s() + HTTP_REQUEST_LIMIT_S + self._body_left / 1e5
         if not self.dead:
+            self.watch(self.mask | _READ)  # much of it may have come before its sender was known
             self._take_body()
 
     # -- what is answered ---------------------------------------------------
@@ -12994,13 +12999,16 @@ class FrontDoor:
 
     def _beside(self, client: ClientWire, work: Callable[[], Any],
                 then: Callable[[Any], None]) -> None:
-        """work() beside the loop, and then(its result) here, if the client is still there."""
+        """work() beside the loop, and then(its result) here, if the client is still there, and was
+        not answered meanwhile."""
+        exchange = client.exchange
+
         def done(result: Any, problem: Any) -> None:
             def go_on() -> None:
                 if problem is not None:
                     raise problem
                 then(result)
-            if not client.dead:
+            if not client.dead and client.exchange is exchange:
                 self._attempt(client, go_on)
         self._relay.errand(work, done)
 
@@ -13134,9 +13142,10 @@ class FrontDoor:
             fields["model"] = parse_model_name(name).key if task == "pull" else check_and_key(name)
             if fields.pop("insecure", False):
                 raise HttpError(400, "insecure", "`insecure` is not passed on", "Leave it out")
+        wire = self._engine_wire(target.endpoint)
         errand = client.exchange = _Errand(self, client)
         self.errands.add(errand)
-        errand.wire = self._engine_wire(target.endpoint)
+        errand.wire = wire
         errand.wire.ask(errand, client.route.method, self._request(
             target.endpoint, client.route.method, client.route.path, encode_json(fields)))
 
@@ -13230,7 +13239,11 @@ class FrontDoor:
         self._on_engine[job.model] = self._on_engine.get(job.model, 0) + 1
         if not self._paid(job, self._ledger.begin, job.grant, target.gpus):
             return
-        job.wire = self._engine_wire(target.endpoint)
+        try:
+            job.wire = self._engine_wire(target.endpoint)
+        except HttpError as error:
+            self.fail(job, error.status, error.code, error.what)
+            return
         job.wire.ask(job, "POST", self._request(target.endpoint, "POST", job.asked.path,
                                                 job.asked.body))
         name = job.caller.tenant.name
@@ -13249,6 +13262,7 @@ class FrontDoor:
         return True
 
     def _engine_wire(self, endpoint: Endpoint) -> EngineWire:
+        """Raises: HttpError."""
         if endpoint != self._idle_at:
             for wire in self._idle:
                 wire.close()
@@ -13257,7 +13271,11 @@ class FrontDoor:
             wire = self._idle.pop()
             if not wire.dead:
                 return wire
-        return EngineWire(self._relay, endpoint, self._idle)
+        try:
+            return EngineWire(self._relay, endpoint, self._idle)
+        except OSError as error:  # no descriptor is to be had
+            raise HttpError(503, "busy", f"no connection to the engine is to be had: "
+                            f"{error.strerror}", headers=(("Retry-After", "5"),)) from error
 
     @staticmethod
     def _request(endpoint: Endpoint, method: str, path: str, body: bytes) -> bytes:

@@ -1,5 +1,6 @@
 """The front door: what passes through it, whatever engine and client do (sections 13b and 13c)."""
 import contextlib
+import errno
 import json
 import os
 import random
@@ -836,3 +837,77 @@ def test_old_tls_is_refused(tls_rig):
     with pytest.raises((ssl.SSLError, OSError)), pytest.warns(DeprecationWarning):
         tls_client(tls_rig, minimum_version=ssl.TLSVersion.TLSv1,
                    maximum_version=ssl.TLSVersion.TLSv1_1)
+
+
+# -- the worst moments ----------------------------------------------------------------------------
+
+def test_a_body_that_came_before_its_sender_was_known_is_read_to_its_end(tmp_path):
+    asked, known = threading.Event(), threading.Event()
+
+    def whois(_host, _port):
+        asked.set()
+        assert known.wait(PATIENCE_S)
+        return b9agent.WhoIs("ada@example.com", (), "laptop")
+    with rig_at(tmp_path, whois=whois, on_tailnet=True,
+                tenants="tenants:\n  - name: t\n    tailnet: ada@example.com\n") as rig:
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat(user="y" * 200000), token=""))
+            assert asked.wait(PATIENCE_S)
+            client, = rig.door._clients
+            wait_until(lambda: not client.mask, "it is not read from before its sender is known")
+            known.set()
+            assert read_answer(sock)[0] == 200
+
+
+def test_who_was_refused_while_the_answer_was_written_gets_no_second_one(tmp_path, monkeypatch):
+    """Money runs out, or the agent stops, while a large answer is turned over beside the loop."""
+    real, goes_on = b9agent.whole_answer, threading.Event()
+
+    def held(*given):
+        assert goes_on.wait(PATIENCE_S)
+        return real(*given)
+    monkeypatch.setattr(b9agent, "whole_answer", held)
+    monkeypatch.setattr(b9agent, "RELAY_SWEEP_S", 0.05)
+    monkeypatch.setattr(b9agent, "GPU_SLICE_S", 0.6)
+    large = dict(COMPLETION, system_fingerprint="x" * (2 * b9agent.DOOR_BIG_BYTES))
+    with rig_at(tmp_path, script=lambda _asked, sock: sock.sendall(whole(large)),
+                tenants=TENANTS % b9agent.token_hash(TOKEN) + "    gpu_seconds_per_day: 1.2\n"
+                ) as rig, rig.connect() as sock:
+        sock.sendall(rig.request(rig.chat()))
+        assert read_answer(sock)[0] == 429
+        goes_on.set()
+        rig.settled()
+        sock.sendall(rig.request(path="/", method="GET"))
+        assert read_answer(sock)[2] == b"b9agent is running"
+
+
+def test_without_a_descriptor_for_the_engine_a_request_ends_and_nothing_is_left_of_it(
+        tmp_path, monkeypatch):
+    real, none_left = b9agent.EngineWire, [True]
+
+    def wire(*given):
+        if none_left:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(*given)
+    monkeypatch.setattr(b9agent, "EngineWire", wire)
+    goes_on = threading.Event()
+
+    def script(_asked, sock):
+        assert goes_on.wait(PATIENCE_S)
+        sock.sendall(whole(COMPLETION))
+        return True
+    with rig_at(tmp_path, slots=1, script=script) as rig:
+        status, headers, body = rig.raw(rig.request(rig.chat()))
+        assert status == 503 and "retry-after" in headers and b"Too many open files" in body
+        none_left.clear()
+        with rig.connect() as first, rig.connect() as second:
+            first.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.engine.asked, "it is at the engine")
+            second.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.door.status()["waiting"], "the other waits")
+            none_left.append(True)  # its turn comes beside any request
+            goes_on.set()
+            assert read_answer(first)[0] == 200
+            assert read_answer(second)[0] in (502, 503)  # 502: a kept connection was tried first
+        rig.settled()
+        assert rig.used()["running"] == 0
