@@ -911,3 +911,37 @@ def test_without_a_descriptor_for_the_engine_a_request_ends_and_nothing_is_left_
             assert read_answer(second)[0] in (502, 503)  # 502: a kept connection was tried first
         rig.settled()
         assert rig.used()["running"] == 0
+
+
+# -- what a newcomer tripped over ------------------------------------------
+
+def test_short_prompts_do_not_make_room_for_long_ones(tmp_path):
+    with rig_at(tmp_path, tenants=limited(max_context_tokens=500)) as rig:
+        def ask(words):
+            return rig.ask(rig.chat(messages=[{"role": "user", "content": "a " * words}]))
+        assert [ask(1)[0] for _ in range(5)] == [200] * 5
+        status, answer = ask(1500)
+        assert status == 400 and answer["error"]["code"] == "max_context_tokens"
+        assert ask(400)[0] == 200  # 800 bytes, which may be some 200 tokens
+
+
+def test_who_leaves_with_the_last_word_has_had_all_of_it(tmp_path):
+    def script(asked, sock):
+        sock.sendall(STREAM_HEAD + chunk(token()) + chunk(STOP) + chunk(usage(7, 1)) + chunk(DONE))
+        return rig.engine.wait_until_left(sock)  # the end of its answer is on its way
+    with rig_at(tmp_path, script=script) as rig:
+        sock = rig.connect()
+        sock.sendall(rig.request(rig.chat(True)))
+        said = b""
+        while b"[DONE]" not in said:
+            said += sock.recv(65536)
+        sock.close()
+        rig.settled()
+        codes = [line for line in rig.tally.lines() if line.startswith("b9agent_door_requests_total{")]
+        assert len(codes) == 1 and 'code="200"' in codes[0]
+
+
+def test_of_a_model_nothing_is_said_while_no_engine_runs(rig):
+    rig.target = rig.target._replace(state="stopped", models=(), loaded=())
+    assert rig.ask(path="/api/show", body={"model": "m"})[0] == 503
+    assert rig.ask(path="/v1/models/m", method="GET")[0] == 503
