@@ -11940,7 +11940,7 @@ class Errands:
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
-    sweep(): called every RELAY_SWEEP_S while a connection is open, and then as long as it says that
+    sweep(): called every RELAY_SWEEP_S while a connection is open, and as long as it says that
     there is more to do.  _lock guards _ended, and the life of _wake with it.
     """
 
@@ -12310,7 +12310,8 @@ class ClientWire(RelaySocket):
     """A connection of a client: one request after the other.
 
     owner: is told head_came(client), and whole_came(client) once its body is there; drained(client)
-    when a slow reader has caught up; left(client) at the end, in every case and once.
+    when a slow reader has caught up; answered(client) when the whole answer was handed over;
+    left(client) at the end, in every case and once.
     phase: tls, head, asked (its owner has it, or its body is on its way), sent (only bytes remain),
     linger.
     """
@@ -12521,6 +12522,7 @@ class ClientWire(RelaySocket):
         if self.dead:
             return
         self.phase, self.exchange, self.body, self.stalled_s = "sent", None, None, None
+        self._owner.answered(self)
         self.until_s = now_s() + HTTP_PEER_LIMIT_S
         if not self._out:
             self._sent()
@@ -12622,6 +12624,7 @@ DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
 DOOR_WHOLE_MAX_BYTES = 64 << 20
 DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
 DOOR_SAVE_S = 5.0
+DOOR_RATIOS_MAX = 10000       # tenants and models of whose prompts the tokens per byte are known
 
 
 class DoorLimits(NamedTuple):
@@ -12888,7 +12891,9 @@ class FrontDoor:
         self._idle: Any = collections.deque()       # kept connections to the engine
         self._idle_at: Optional[Endpoint] = None
         self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
-        self._tokens_per_byte: Dict[str, float] = {}
+        # By tenant and model: what one sends is no measure of another's prompts.  Of tenant "": the
+        # last of all, for bills of who has no measure yet.
+        self._tokens_per_byte: Dict[Tuple[str, str], float] = {}
         self._bodies_bytes = 0
         self._unsaved, self._save_s, self._since_s = False, 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
@@ -12941,7 +12946,8 @@ class FrontDoor:
     def _accept(self, listener: Listener, sock: socket.socket, peer: Tuple[str, int]) -> None:
         if len(self._clients) >= self._most:
             # Who asks for nothing makes room, the oldest first: a new one may have a token.
-            oldest = next((each for each in self._clients if each.phase in ("head", "tls")), None)
+            oldest = next((each for each in self._clients
+                           if each.phase in ("head", "tls", "linger")), None)
             if oldest is None:
                 sock.close()
                 return
@@ -13029,9 +13035,11 @@ class FrontDoor:
                 self._attempt(client, go_on)
         self._relay.errand(work, done)
 
-    def head_came(self, client: ClientWire) -> None:
+    def answered(self, client: ClientWire) -> None:
         self._bodies_bytes -= client.charged_bytes
         client.charged_bytes = 0
+
+    def head_came(self, client: ClientWire) -> None:
         client.caller = None
         self._attempt(client, lambda: self._look_at_head(client))
 
@@ -13062,12 +13070,21 @@ class FrontDoor:
         size = client.body_bytes
         if client.route.kind != "ask" and size > HTTP_BODY_MAX_BYTES:
             raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
-        if self._bodies_bytes + size > RELAY_BODIES_MAX_BYTES:
+        if size and self._bodies_bytes + size > self._bodies_most(caller.tenant):
             raise HttpError(503, "busy", "too many large requests are on their way in",
                             headers=(("Retry-After", "2"),))
         client.charged_bytes = size
         self._bodies_bytes += size
         client.read_body()
+
+    def _bodies_most(self, tenant: Tenant) -> int:
+        """Of all bodies together; half of it where a tenant has a quarter of it by itself."""
+        most = RELAY_BODIES_MAX_BYTES
+        if self._bodies_bytes > most // 4 and most // 4 < sum(
+                each.charged_bytes for each in self._clients
+                if each.charged_bytes and each.caller.tenant.name == tenant.name):
+            most //= 2
+        return most
 
     def whole_came(self, client: ClientWire) -> None:
         body, client.body = bytes(client.body), None
@@ -13187,21 +13204,25 @@ class FrontDoor:
                                 "On the machine: b9agent.py models unload NAME")
             ask = ask._replace(keep_alive=None)  # it is loaded, and kept as others are
         model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
-        context = target.context_tokens
+        context = room = target.context_tokens
+        output, likely = ask.output_tokens, self._likely_tokens(caller.tenant, ask, model)
         if limits.max_context_tokens is not None:
             context = min(context, limits.max_context_tokens)
-            if self._likely_tokens(ask, model) > context:
+            # No less than usual: a prompt of blanks must not make room for a longer one.
+            left = context - max(likely, ask.prompt_tokens - TEMPLATE_TOKENS >> 2)
+            if left < 0:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
-        job = _Job(self, client, caller, ask, target, model)
-        # Who does not say how long an answer may be gets the room that is left: vLLM and SGLang
-        # refuse what may become longer than the context.
-        ratio, room = 1.2 * self._tokens_per_byte.get(model, 0.33), context
+            room = max(1, left)
+            output = output and min(output, room * _choices(ask))
         if target.engine.name in ("vllm", "sglang"):
-            room = max(1, context // 8, context - int(ask.prompt_tokens * ratio))
+            # Who does not say how long an answer may be gets the room that is left: they refuse
+            # what may become longer than the context.
+            room = min(room, max(1, context // 8, context - int(1.3 * likely) - 64))
+        job = _Job(self, client, caller, ask, target, model)
         job.grant = self._ledger.reserve(
             caller.tenant, min(ask.prompt_tokens, target.context_tokens),
-            0 if ask.task == "embed" else ask.output_tokens, room)
+            0 if ask.task == "embed" else output, room)
         client.exchange = job
 
         def form() -> Any:
@@ -13219,7 +13240,7 @@ class FrontDoor:
             client.answer(Response(200, asked.body))
             return
         tenant = job.caller.tenant
-        if len(self._waiting) >= self._limits.queue:
+        if len(self._waiting) >= self._limits.queue and not self._made_room(tenant):
             raise HttpError(429, "queue_full", f"{len(self._waiting)} requests wait for the engine",
                             "Come again later", (("Retry-After", "5"),))
         target = self._target()
@@ -13229,6 +13250,17 @@ class FrontDoor:
         self._waiting[job] = job.queued_s + self._limits.queue_wait_s
         self._queue.push(job, tenant.name, tenant.priority, job.model)
         self._go_on()
+
+    def _made_room(self, tenant: Tenant) -> bool:
+        """In a full queue the last one of whoever has most there goes, for one who has less."""
+        rows: Dict[str, List[_Job]] = {tenant.name: []}
+        for job in self._waiting:
+            rows.setdefault(job.caller.tenant.name, []).append(job)
+        most = max(rows.values(), key=len)
+        if len(most) <= len(rows[tenant.name]) + 1:
+            return False
+        self.fail(most[-1], 429, "queue_full", "others wait, too, and this tenant has most waiting")
+        return True
 
     def _is_free(self, target: Target, job: _Job) -> bool:
         return target.state == "running" and self._on_engine.get(job.model, 0) < target.slots
@@ -13275,7 +13307,7 @@ class FrontDoor:
         try:
             reserve(*given)
         except LimitReached as error:
-            self.fail(job, error.status, error.limit, error.what)
+            self.fail(job, error.status, error.limit, error.what, error)
             return False
         return True
 
@@ -13337,7 +13369,8 @@ class FrontDoor:
         else:
             told(form())
 
-    def fail(self, job: _Job, status: int, code: str, what: str) -> None:
+    def fail(self, job: _Job, status: int, code: str, what: str,
+             limit: Optional[LimitReached] = None) -> None:
         """End it, and say why in good form."""
         client = job.client
         self._cut(job)
@@ -13348,8 +13381,11 @@ class FrontDoor:
         if job.flow is not None:
             client.end_stream(job.flow.end(what))
         else:
-            self.refuse(client, HttpError(status, code, what, headers=(
-                (("Retry-After", "5"),) if status == 503 else ())))
+            error = HttpError(status, code, what, limit.hint if limit else "", headers=(
+                (("Retry-After", str(limit.retry_after_s if limit else 5)),)
+                if limit or status in (429, 503) else ()))
+            error.numbers = limit.numbers if limit else {}
+            self.refuse(client, error)
 
     # -- settlement -------------------------------------------------------------
 
@@ -13362,13 +13398,15 @@ class FrontDoor:
         completion = usage.pieces if usage.completion_tokens is None else usage.completion_tokens
         if usage.prompt_tokens is not None:
             return usage.prompt_tokens, completion
-        return self._likely_tokens(job.ask, job.model) if completion else 0, completion
+        return self._likely_tokens(job.caller.tenant, job.ask, job.model) if completion else 0, (
+            completion)
 
-    def _likely_tokens(self, ask: Ask, model: str) -> int:
+    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str) -> int:
         """What a prompt comes to, by its length.  No less than 0.2 a byte: a few that are nearly
         all picture, or all template, must not make the long ones cheap."""
-        text = max(0, ask.prompt_tokens - TEMPLATE_TOKENS)
-        return round(text * max(0.2, self._tokens_per_byte.get(model, 0.25)))
+        known, text = self._tokens_per_byte, max(0, ask.prompt_tokens - TEMPLATE_TOKENS)
+        ratio = known.get((tenant.name, model), known.get(("", model), 0.25))
+        return round(text * max(0.2, ratio))
 
     def settle(self, job: _Job, status: int) -> None:
         """The one step after the engine, whatever happened; a second time it does nothing."""
@@ -13376,6 +13414,7 @@ class FrontDoor:
             return
         job.settled = self._unsaved = True
         prompt, completion = self._tokens_of(job)
+        name, tally = job.caller.tenant.name, self._tally
         bill = self._ledger.settle(job.grant, prompt, completion)
         if job in self._running:
             del self._running[job]
@@ -13388,8 +13427,10 @@ class FrontDoor:
             self._queue.remove(job)
         text = job.ask.prompt_tokens - TEMPLATE_TOKENS
         if job.usage is not None and job.usage.prompt_tokens and text > TEMPLATE_TOKENS:
-            self._tokens_per_byte[job.model] = min(1.0, prompt / text)
-        name, tally = job.caller.tenant.name, self._tally
+            if len(self._tokens_per_byte) > DOOR_RATIOS_MAX:
+                self._tokens_per_byte.clear()
+            for whose in (name, ""):
+                self._tokens_per_byte[whose, job.model] = min(1.0, prompt / text)
         tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
         for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
                                ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):
