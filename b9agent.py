@@ -13205,15 +13205,16 @@ class FrontDoor:
             ask = ask._replace(keep_alive=None)  # it is loaded, and kept as others are
         model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
         context = room = target.context_tokens
-        output, likely = ask.output_tokens, self._likely_tokens(caller.tenant, ask, model)
+        # No less than usual: prompts of blanks must not make room for a longer one.
+        output, likely = ask.output_tokens, max(ask.prompt_tokens - TEMPLATE_TOKENS >> 2,
+                                                self._likely_tokens(
+                                                    caller.tenant, ask, model, caller.tenant.name))
         if limits.max_context_tokens is not None:
             context = min(context, limits.max_context_tokens)
-            # No less than usual: a prompt of blanks must not make room for a longer one.
-            left = context - max(likely, ask.prompt_tokens - TEMPLATE_TOKENS >> 2)
-            if left < 0:
+            if likely > context:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
-            room = max(1, left)
+            room = max(1, context - likely)
             output = output and min(output, room * _choices(ask))
         if target.engine.name in ("vllm", "sglang"):
             # Who does not say how long an answer may be gets the room that is left: they refuse
@@ -13401,12 +13402,13 @@ class FrontDoor:
         return self._likely_tokens(job.caller.tenant, job.ask, job.model) if completion else 0, (
             completion)
 
-    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str) -> int:
-        """What a prompt comes to, by its length.  No less than 0.2 a byte: a few that are nearly
-        all picture, or all template, must not make the long ones cheap."""
-        known, text = self._tokens_per_byte, max(0, ask.prompt_tokens - TEMPLATE_TOKENS)
-        ratio = known.get((tenant.name, model), known.get(("", model), 0.25))
-        return round(text * max(0.2, ratio))
+    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str, known: str = "") -> int:
+        """What a prompt comes to, as this tenant's before it did, or else those of others (known:
+        "", or whose alone); of a long one no less than a fifth of its bytes, so that a few blanks
+        do not make it cheap."""
+        ratios, most = self._tokens_per_byte, ask.prompt_tokens
+        ratio = ratios.get((tenant.name, model), ratios.get((known, model), 0.25))
+        return max(round(most * ratio), (most - 4096) // 5)
 
     def settle(self, job: _Job, status: int) -> None:
         """The one step after the engine, whatever happened; a second time it does nothing."""
@@ -13425,12 +13427,11 @@ class FrontDoor:
                 del self._on_engine[job.model]
         elif self._waiting.pop(job, None) is not None:
             self._queue.remove(job)
-        text = job.ask.prompt_tokens - TEMPLATE_TOKENS
-        if job.usage is not None and job.usage.prompt_tokens and text > TEMPLATE_TOKENS:
+        if job.usage is not None and job.usage.prompt_tokens and job.ask.prompt_tokens:
             if len(self._tokens_per_byte) > DOOR_RATIOS_MAX:
                 self._tokens_per_byte.clear()
             for whose in (name, ""):
-                self._tokens_per_byte[whose, job.model] = min(1.0, prompt / text)
+                self._tokens_per_byte[whose, job.model] = min(1.0, prompt / job.ask.prompt_tokens)
         tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
         for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
                                ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):
