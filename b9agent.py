@@ -12602,6 +12602,7 @@ DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
 DOOR_WHOLE_MAX_BYTES = 64 << 20
 DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
 DOOR_SAVE_S = 5.0
+PROMPT_TOKENS_A_BYTE = 0.2    # of text in any language, no less
 
 
 class DoorLimits(NamedTuple):
@@ -12865,7 +12866,7 @@ class FrontDoor:
         self._idle: Any = collections.deque()       # kept connections to the engine
         self._idle_at: Optional[Endpoint] = None
         self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
-        self._tokens_per_byte: Dict[str, float] = {}
+        self._prompts: Dict[str, Tuple[int, float]] = {}  # a model's last: its bound, its tokens
         self._bodies_bytes = 0
         self._unsaved, self._save_s, self._since_s = False, 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
@@ -13065,7 +13066,11 @@ class FrontDoor:
         if target.engine is not None and target.engine.many:
             refuse_cloud(name)
             key = model_key(name)
-        if key not in target.models or not tenant.may_use(key):
+        allowed = tenant.may_use(key)
+        if allowed and key not in target.models and target.state == "starting":
+            raise HttpError(503, "no_engine", "the engine is starting, and has not told yet which "
+                            "models it has", "Ask again", (("Retry-After", "5"),))
+        if not allowed or key not in target.models:
             raise HttpError(404, "model_not_found", f"model '{printable(name[:100])}' not found",
                             "GET /v1/models lists those that are here")
         return key
@@ -13153,13 +13158,15 @@ class FrontDoor:
         context = target.context_tokens
         if limits.max_context_tokens is not None:
             context = min(context, limits.max_context_tokens)
-            if self._likely_tokens(ask, model) > context:
+            least = (ask.prompt_tokens - TEMPLATE_TOKENS) * PROMPT_TOKENS_A_BYTE
+            if max(least, self._likely_tokens(ask, model)) > context:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
         job = _Job(self, client, caller, ask, target, model)
         # Who does not say how long an answer may be gets the room that is left: more than that is
         # an error to vLLM.  Two bytes are a token where such prompts have not taught better.
-        ratio = max(0.5, 1.2 * self._tokens_per_byte.get(model, 0.0))
+        bound, tokens = self._prompts.get(model, (1, 0.0))
+        ratio = max(0.5, 1.2 * tokens / bound)
         job.grant = self._ledger.reserve(
             caller.tenant, min(ask.prompt_tokens, target.context_tokens),
             0 if ask.task == "embed" else ask.output_tokens,
@@ -13318,10 +13325,12 @@ class FrontDoor:
         return self._likely_tokens(job.ask, job.model) if completion else 0, completion
 
     def _likely_tokens(self, ask: Ask, model: str) -> int:
-        """What a prompt comes to, by its length.  No less than 0.2 a byte: a few that are nearly
-        all picture, or all template, must not make the long ones cheap."""
-        text = max(0, ask.prompt_tokens - TEMPLATE_TOKENS)
-        return round(text * max(0.2, self._tokens_per_byte.get(model, 0.25)))
+        """What a prompt comes to, by the last one.  What it has more than that one is counted as
+        text: short prompts, which are all template, must not make long ones cheap."""
+        bound, tokens = self._prompts.get(model, (1, 0.25))
+        each = tokens / bound
+        more = max(0, ask.prompt_tokens - bound)
+        return round((ask.prompt_tokens - more) * each + more * max(PROMPT_TOKENS_A_BYTE, each))
 
     def settle(self, job: _Job, status: int) -> None:
         """The one step after the engine, whatever happened; a second time it does nothing."""
@@ -13339,9 +13348,8 @@ class FrontDoor:
                 del self._on_engine[job.model]
         elif self._waiting.pop(job, None) is not None:
             self._queue.remove(job)
-        text = job.ask.prompt_tokens - TEMPLATE_TOKENS
-        if job.usage is not None and job.usage.prompt_tokens and text > TEMPLATE_TOKENS:
-            self._tokens_per_byte[job.model] = min(1.0, prompt / text)
+        if job.usage is not None and job.usage.prompt_tokens and job.ask.prompt_tokens:
+            self._prompts[job.model] = job.ask.prompt_tokens, prompt
         name, tally = job.caller.tenant.name, self._tally
         tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
         for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
@@ -17040,8 +17048,11 @@ class InferenceClient:
             stream = http_stream(method, endpoint, path, headers, data, self._timeout_s,
                                  self._timeout_s if streams else None)
         except HttpFailure as failure:
-            raise InferenceUnreachable(f"{endpoint.url} cannot be asked: {failure}",
-                                       "Does an agent run there? b9agent.py status") from failure
+            raise InferenceUnreachable(
+                f"{endpoint.url} cannot be asked: {failure}", "configure(scheme=\"https\", host=…, "
+                "ca_file=…) has the name that its certificate has, and who signed it"
+                if failure.kind == "tls" else "Does an agent run there? b9agent.py status"
+                ) from failure
         if stream.status == 200:
             return stream
         with stream:
@@ -17487,8 +17498,8 @@ class Entrance:
             self._log("error", "no_front_door", what=what,
                       where=host_port(host, self._settings.inference_port),
                       do="The machine is kept alive without it, and nobody reaches its models. "
-                         + (getattr(error, "hint", "") or "A taken port? Free it, or set "
-                            "inference.port (0 takes a free one)"))
+                         + (getattr(error, "hint", "") or "A full disk? Make room. A taken port? "
+                            "Free it, or set inference.port (0 takes a free one)"))
             return
         except Exception as error:
             self.stop()

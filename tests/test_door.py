@@ -840,3 +840,11 @@ def test_of_a_model_nothing_is_said_while_no_engine_runs(rig):
     rig.target = rig.target._replace(state="stopped", models=(), loaded=())
     assert rig.ask(path="/api/show", body={"model": "m"})[0] == 503
     assert rig.ask(path="/v1/models/m", method="GET")[0] == 503
+
+
+def test_a_model_that_a_starting_engine_has_not_told_of_yet_is_not_said_to_be_missing(tmp_path):
+    with rig_at(tmp_path, tenants=limited(models="m*")) as rig:
+        rig.target = rig.target._replace(state="starting", models=(), loaded=())
+        status, headers, body = rig.raw(rig.request(rig.chat()))
+        assert (status, headers["retry-after"]) == (503, "5") and b"starting" in body
+        assert rig.ask(rig.chat(model="other"))[0] == 404
