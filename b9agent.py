@@ -95,6 +95,7 @@ import contextlib
 import enum
 import functools
 import io
+import itertools
 import json
 import re
 import select
@@ -1254,10 +1255,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _json_number(text: str) -> Any:
+def _json_integer(text: str) -> int:
+    if len(text) > 32:
+        raise ValueError("a number out of range")
+    return int(text)
+
+
+def _json_float(text: str) -> float:
     if len(text) > 32 or abs(float(text)) == float("inf"):
         raise ValueError("a number out of range")
-    return int(text) if re.fullmatch("-?[0-9]+", text) else float(text)
+    return float(text)
 
 
 def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -1268,7 +1275,7 @@ def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 _STRICT_JSON = json.JSONDecoder(object_pairs_hook=_json_pairs, parse_constant=_no_constant,
-                                parse_int=_json_number, parse_float=_json_number)
+                                parse_int=_json_integer, parse_float=_json_float)
 
 
 def _json_depth(text: str) -> int:
@@ -8544,7 +8551,8 @@ TENANT_FIELDS = (
                 "together share them"),
     TenantField("usd_per_day", "USD", number_within("dollars", 0, 10**6),
                 "the same in money; wants inference.gpu_usd_per_hour"),
-    TenantField("max_context_tokens", "N", _parse_count, "largest context of a request"),
+    TenantField("max_context_tokens", "N", _parse_count,
+                "largest context of a request; its prompt is estimated by its length"),
     TenantField("max_output_tokens", "N", _parse_count, "longest answer; more is cut to it"),
 )
 TENANT_FIELD_BY_KEY = {row.key: row for row in TENANT_FIELDS}
@@ -9982,12 +9990,17 @@ def http_date(wall_s: int) -> str:
     return time.strftime(f"{day}, %d {_MONTHS[at.tm_mon - 1]} %Y %H:%M:%S GMT", at)
 
 
+@functools.lru_cache(maxsize=64)
+def _status_line(status: int) -> str:
+    from http import HTTPStatus
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+
+
 def render_response(response: Response, length: Optional[int], more: str = "") -> bytes:
     """The head of an answer.  more: header lines, each with its end."""
-    from http import HTTPStatus
     sized = "" if length is None else f"Content-Length: {length}\r\n"
     named = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
-    return (f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}\r\n"
+    return (f"{_status_line(response.status)}"
             f"Content-Type: {response.content_type}\r\n{sized}"
             f"Date: {http_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n"
             f"Cache-Control: no-store\r\n{named}{more}\r\n").encode("latin-1")
@@ -10894,7 +10907,8 @@ _PARTS = {
 
 class Ask(NamedTuple):
     """A request that was checked.  body: what is sent of it, without what the door writes.
-    prompt_tokens: an upper bound.  output_tokens: asked for, of all answers together."""
+    prompt_tokens: an upper bound.  output_tokens: asked for, of all answers together.  keep_alive:
+    of a request that asks for nothing else: -1 to load the model for good, 0 to unload it."""
     dialect: str
     task: str
     model: str
@@ -10904,6 +10918,7 @@ class Ask(NamedTuple):
     output_tokens: Optional[int]
     context_tokens: Optional[int]
     wants_usage: bool
+    keep_alive: Optional[int] = None
 
 
 class Wire(NamedTuple):
@@ -11102,7 +11117,7 @@ def _only_loads(body: Dict[str, Any]) -> bool:
 
 def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
     """A client's request, checked field by field.  POST /api/embeddings is an "embed" with a
-    `prompt`.  Raises: HttpError 400 with the field and the mend, 403 for one that unloads."""
+    `prompt`.  Raises: HttpError 400 with the field and the mend."""
     try:
         given = decode_json(raw)
     except (ValueError, RecursionError) as error:
@@ -11128,10 +11143,10 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
     choices = _choices(ask)
     if task == "messages" and not output:
         raise _bad("`max_tokens` is missing", code="missing_field")
-    if dialect == "ollama" and _only_loads(body) and re.fullmatch(
-            "0[.0]*[a-z]*", str(given.get("keep_alive"))):
-        raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
-                        "On the machine: b9agent.py stop")
+    if dialect == "ollama" and _only_loads(body):
+        kept = str(given.get("keep_alive"))
+        ask = ask._replace(keep_alive=0 if re.fullmatch("0[.0]*[a-z]*", kept) else
+                           -1 if kept.startswith("-") else None)
     return ask._replace(output_tokens=output * choices) if output else ask
 
 
@@ -11303,13 +11318,12 @@ def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
                    f"{context_tokens}", "Leave it out, or ask for less", "context_too_large")
     if each < 1 and task != "embed":
         raise _bad("fewer tokens are left than answers are asked for", "Ask for a smaller `n`")
-    if ask.output_tokens is None and engine.name in ("vllm", "sglang"):
-        # They refuse what may become longer than the context; and this limit was nobody's wish.
-        each = min(each, max(context_tokens - ask.prompt_tokens, context_tokens // 8, 1))
     if engine.name == "mlx":
         model = "default_model"  # any other name it would look for, and load
         if not chat:
             raise HttpError(404, "not_found", f"{engine.title} has no such route")
+    if ask.keep_alive == 0 and not native:
+        raise HttpError(501, "not_here", f"{engine.title} holds its one model as long as it runs")
     if ask.dialect == "ollama" and not native and _only_loads(ask.body):
         said = {"message": {"role": "assistant", "content": ""}} if task == "chat" else {
             "embeddings": []} if task == "embed" else {"response": ""}
@@ -11327,6 +11341,8 @@ def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
             body["stream_options"] = {"include_usage": True}
     if task != "embed":
         body = dict(body, stream=ask.stream)
+    if ask.keep_alive is not None:
+        body = dict(body, keep_alive=ask.keep_alive)
     if engine.name == "llama-server" and "repetition_penalty" in body:
         body = dict(body, repeat_penalty=body["repetition_penalty"])
     return Wire(path, encode_json(dict({name: value for name, value in body.items()
@@ -11925,8 +11941,8 @@ class Errands:
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
-    sweep(): called every RELAY_SWEEP_S while a connection is open, and as long as it says there
-    is more to do.  _lock guards _ended, and the life of _wake with it.
+    sweep(): called every RELAY_SWEEP_S while a connection is open, and then as long as it says that
+    there is more to do.  _lock guards _ended, and the life of _wake with it.
     """
 
     def __init__(self, name: str, log: Log, sweep: Callable[[], bool]) -> None:
@@ -12178,7 +12194,11 @@ class EngineWire(RelaySocket):
             return
         if stale:
             # It was closed while it was kept: nothing of the request was heard, perhaps.
-            fresh = EngineWire(self.relay, self._endpoint, self._idle)
+            try:
+                fresh = EngineWire(self.relay, self._endpoint, self._idle)
+            except OSError as error:  # no descriptor is to be had
+                exchange.on_end(f"no connection to the engine is to be had: {error.strerror}")
+                return
             exchange.wire_replaced(fresh)
             fresh.ask(exchange, self._method, self._request)
         else:
@@ -12458,6 +12478,7 @@ class ClientWire(RelaySocket):
         # A slow line is no attack, a slow head is: 100 kB for each second more.
         self.until_s = now_s() + HTTP_REQUEST_LIMIT_S + self._body_left / 1e5
         if not self.dead:
+            self.watch(self.mask | _READ)  # much of it may have come before its sender was known
             self._take_body()
 
     # -- what is answered ---------------------------------------------------
@@ -12634,7 +12655,7 @@ DOOR_ROUTES = tuple(DoorRoute(*row) for row in (
     ("GET", "/api/tags", "ollama", "list", "tags", "models that the caller may use"),
     ("GET", "/api/ps", "ollama", "list", "ps", "those of them that are in memory"),
     ("POST", "/api/show", "ollama", "list", "show", "what one of them is"),
-    ("GET", "/api/version", "ollama", "list", "version", "the engine's version"),
+    ("GET", "/api/version", "ollama", "list", "version", "Ollama's, or the one whose API this is"),
     ("POST", "/api/pull", "ollama", "manage", "pull", "admin: fetch a model"),
     ("POST", "/api/copy", "ollama", "manage", "copy", "admin: another name for a model"),
     ("DELETE", "/api/delete", "ollama", "manage", "delete", "admin: remove a model"),
@@ -12716,6 +12737,9 @@ def check_and_key(name: str) -> str:
     return check_name(name).key
 
 
+_JOB_PREFIX, _JOB_NUMBERS = os.urandom(4).hex(), itertools.count(1)
+
+
 class _Job:
     """One request to the engine, from admission to settlement; it is the engine wire's exchange.
 
@@ -12726,7 +12750,7 @@ class _Job:
                  target: Target, model: str) -> None:
         self.door, self.caller, self.ask, self.target, self.model = door, caller, ask, target, model
         self.client: Optional[ClientWire] = client
-        self.id = os.urandom(8).hex()
+        self.id = f"{_JOB_PREFIX}{next(_JOB_NUMBERS):08x}"
         self.grant: Any = None
         self.asked: Any = None     # what the engine is asked (Wire of section 13a)
         self.wire: Optional[EngineWire] = None
@@ -12881,6 +12905,7 @@ class FrontDoor:
 
     def start(self) -> None:
         """Two descriptors a stream: many systems grant 1,024, and macOS 256, unless asked."""
+        import fcntl
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * DOOR_CONNECTIONS_MAX + 512
@@ -12889,6 +12914,10 @@ class FrontDoor:
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
                 soft = most
+        # The kernel's table of descriptors grows now: each time that it does so later, it waits for
+        # all processors, 10 ms and more, and every stream with it.
+        with contextlib.suppress(OSError), open(os.devnull, "rb") as nothing:
+            os.close(fcntl.fcntl(nothing, fcntl.F_DUPFD, most - 1))
         self._most = DOOR_CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(
             16, min(DOOR_CONNECTIONS_MAX, (soft - 128) // 2))
         self._relay.start()
@@ -12989,13 +13018,16 @@ class FrontDoor:
 
     def _beside(self, client: ClientWire, work: Callable[[], Any],
                 then: Callable[[Any], None]) -> None:
-        """work() beside the loop, and then(its result) here, if the client is still there."""
+        """work() beside the loop, and then(its result) here, if the client is still there, and was
+        not answered meanwhile."""
+        exchange = client.exchange
+
         def done(result: Any, problem: Any) -> None:
             def go_on() -> None:
                 if problem is not None:
                     raise problem
                 then(result)
-            if not client.dead:
+            if not client.dead and client.exchange is exchange:
                 self._attempt(client, go_on)
         self._relay.errand(work, done)
 
@@ -13134,9 +13166,10 @@ class FrontDoor:
             fields["model"] = parse_model_name(name).key if task == "pull" else check_and_key(name)
             if fields.pop("insecure", False):
                 raise HttpError(400, "insecure", "`insecure` is not passed on", "Leave it out")
+        wire = self._engine_wire(target.endpoint)
         errand = client.exchange = _Errand(self, client)
         self.errands.add(errand)
-        errand.wire = self._engine_wire(target.endpoint)
+        errand.wire = wire
         errand.wire.ask(errand, client.route.method, self._request(
             target.endpoint, client.route.method, client.route.path, encode_json(fields)))
 
@@ -13154,6 +13187,11 @@ class FrontDoor:
     def _admit(self, client: ClientWire, ask: Ask) -> None:
         """The one step before the engine.  Raises: HttpError, LimitReached, UsageError."""
         target, caller = self._running_target(True), client.caller
+        if ask.keep_alive is not None and not (caller.tenant.admin or caller.identity == "gateway"):
+            if ask.keep_alive == 0:
+                raise HttpError(403, "not_admin", "to unload a model wants admin rights",
+                                "On the machine: b9agent.py models unload NAME")
+            ask = ask._replace(keep_alive=None)  # it is loaded, and kept as others are
         model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
         context = target.context_tokens
         if limits.max_context_tokens is not None:
@@ -13163,14 +13201,15 @@ class FrontDoor:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
         job = _Job(self, client, caller, ask, target, model)
-        # Who does not say how long an answer may be gets the room that is left: more than that is
-        # an error to vLLM.  Two bytes are a token where such prompts have not taught better.
-        bound, tokens = self._prompts.get(model, (1, 0.0))
-        ratio = max(0.5, 1.2 * tokens / bound)
+        # Who does not say how long an answer may be gets the room that is left: vLLM and SGLang
+        # refuse what may become longer than the context.
+        bound, tokens = self._prompts.get(model, (1, 0.33))
+        ratio, room = 1.2 * tokens / bound, context
+        if target.engine.name in ("vllm", "sglang"):
+            room = max(1, context // 8, context - int(ask.prompt_tokens * ratio))
         job.grant = self._ledger.reserve(
             caller.tenant, min(ask.prompt_tokens, target.context_tokens),
-            0 if ask.task == "embed" else ask.output_tokens,
-            max(1, context - int(ask.prompt_tokens * ratio)))
+            0 if ask.task == "embed" else ask.output_tokens, room)
         client.exchange = job
 
         def form() -> Any:
@@ -13226,7 +13265,11 @@ class FrontDoor:
         self._on_engine[job.model] = self._on_engine.get(job.model, 0) + 1
         if not self._paid(job, self._ledger.begin, job.grant, target.gpus):
             return
-        job.wire = self._engine_wire(target.endpoint)
+        try:
+            job.wire = self._engine_wire(target.endpoint)
+        except HttpError as error:
+            self.fail(job, error.status, error.code, error.what)
+            return
         job.wire.ask(job, "POST", self._request(target.endpoint, "POST", job.asked.path,
                                                 job.asked.body))
         name = job.caller.tenant.name
@@ -13245,6 +13288,7 @@ class FrontDoor:
         return True
 
     def _engine_wire(self, endpoint: Endpoint) -> EngineWire:
+        """Raises: HttpError."""
         if endpoint != self._idle_at:
             for wire in self._idle:
                 wire.close()
@@ -13253,7 +13297,11 @@ class FrontDoor:
             wire = self._idle.pop()
             if not wire.dead:
                 return wire
-        return EngineWire(self._relay, endpoint, self._idle)
+        try:
+            return EngineWire(self._relay, endpoint, self._idle)
+        except OSError as error:  # no descriptor is to be had
+            raise HttpError(503, "busy", f"no connection to the engine is to be had: "
+                            f"{error.strerror}", headers=(("Retry-After", "5"),)) from error
 
     @staticmethod
     def _request(endpoint: Endpoint, method: str, path: str, body: bytes) -> bytes:

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=7b4931d3042ca2b9d07c61a76844b2fde633806468d6707ff191717524b4fc9f
+  sha256=2ffa38bb150b36e055e69e6421311f3c45e9993cc7c858c8141cb43a6cabee76
 }
 
 usage() {

@@ -1,5 +1,6 @@
 """The front door: what passes through it, whatever engine and client do (sections 13b and 13c)."""
 import contextlib
+import errno
 import json
 import os
 import random
@@ -274,7 +275,7 @@ def test_a_wedged_engine_is_given_up_and_the_door_goes_on(tmp_path, quick):
         rig.engine.script = ScriptedEngine.plain
         assert rig.ask(rig.chat())[0] == 200
         assert rig.used()["completion_tokens"] == 3
-        assert rig.suspected == ["m", "m"], "whoever can start it again is told"
+        wait_until(lambda: rig.suspected == ["m", "m"], "whoever can start it again is told")
 
 
 def test_another_engine_in_place_of_the_one_that_was_asked_for_is_a_503(tmp_path, quick):
@@ -592,6 +593,23 @@ def test_managing_models_wants_admin_and_goes_to_ollama_alone(tmp_path):
         assert not rig.engine.asked
 
 
+@pytest.mark.parametrize("admin", [True, False])
+def test_an_admin_and_the_gateway_load_for_good_and_unload(tmp_path, admin):
+    tenants = (TENANTS % b9agent.token_hash(TOKEN)).replace("admin: true", f"admin: {str(admin).lower()}")
+
+    def script(_asked, sock):
+        sock.sendall(whole({"model": "m", "response": "", "done": True, "done_reason": "unload"}))
+    with rig_at(tmp_path, tenants=tenants, engine="ollama", models=("m:latest",), loaded=("m:latest",),
+                gateway=("127.0.0.1",), script=script) as rig:
+        def keep(seconds, token=TOKEN):
+            status, _ = rig.ask({"model": "m", "prompt": "", "stream": False, "keep_alive": seconds},
+                                path="/api/generate", token=token)
+            return status, rig.engine.asked[-1].body.get("keep_alive") if rig.engine.asked else None
+        assert keep(0, "") == (200, 0), "the gateway's router unloads"
+        assert keep(-1) == (200, -1 if admin else None)
+        assert keep(0) == ((200, 0) if admin else (403, None))
+
+
 def test_an_admin_pulls_and_hears_of_it_as_it_goes(tmp_path):
     lines = [b'{"status":"pulling manifest"}\n', b'{"status":"success"}\n']
 
@@ -702,6 +720,19 @@ def test_who_waits_too_long_is_told_so(tmp_path, quick):
             assert status == 503 and "retry-after" in headers and b"0.3 s" in body
 
 
+def test_who_does_not_say_how_long_an_answer_may_be_gets_the_room_that_is_left(rig):
+    """vLLM refuses a prompt and max_tokens that are more than the context, which nobody asked for."""
+    body = rig.chat()
+    del body["max_tokens"]
+    for text, least, most in (("x" * 100, 7800, 8192), ("x" * 12000, 3000, 5000), ("x" * 60000, 1024, 1024)):
+        rig.ask(dict(body, messages=[{"role": "user", "content": text}]))
+        assert least <= rig.engine.asked[-1].body["max_tokens"] <= most
+        rig.door._prompts.clear()
+    rig.target = rig.target._replace(engine=b9agent.ENGINE_BY_NAME["llama-server"])
+    rig.ask(dict(body, messages=[{"role": "user", "content": "x" * 12000}]))
+    assert rig.engine.asked[-1].body["max_tokens"] == 8192
+
+
 # -- identities that come with the address -----------------------------------------------------
 
 def test_a_web_page_cannot_use_the_identity_of_an_address(tmp_path):
@@ -720,9 +751,7 @@ def test_the_tailnets_identity_counts_for_other_machines_alone(tmp_path):
     ada = b9agent.WhoIs("ada@example.com", (), "box")
     with rig_at(tmp_path, tenants=tenants, whois=lambda host, port: ada, on_tailnet=True) as rig:
         assert rig.ask(rig.chat(), token="")[0] == 401
-        with socket.socket() as sock:  # as another machine: another address than the listener's
-            sock.bind(("127.0.0.2", 0))
-            sock.connect(("127.0.0.1", rig.port))
+        with rig.connect("127.0.0.2") as sock:  # as another machine: not the listener's address
             sock.sendall(rig.request(rig.chat(), token=""))
             assert read_answer(sock)[0] == 200
 
@@ -806,6 +835,80 @@ def test_old_tls_is_refused(tls_rig):
     with pytest.raises((ssl.SSLError, OSError)), pytest.warns(DeprecationWarning):
         tls_client(tls_rig, minimum_version=ssl.TLSVersion.TLSv1,
                    maximum_version=ssl.TLSVersion.TLSv1_1)
+
+
+# -- the worst moments ----------------------------------------------------------------------------
+
+def test_a_body_that_came_before_its_sender_was_known_is_read_to_its_end(tmp_path):
+    asked, known = threading.Event(), threading.Event()
+
+    def whois(_host, _port):
+        asked.set()
+        assert known.wait(PATIENCE_S)
+        return b9agent.WhoIs("ada@example.com", (), "laptop")
+    with rig_at(tmp_path, whois=whois, on_tailnet=True,
+                tenants="tenants:\n  - name: t\n    tailnet: ada@example.com\n") as rig:
+        with rig.connect("127.0.0.2") as sock:
+            sock.sendall(rig.request(rig.chat(user="y" * 200000), token=""))
+            assert asked.wait(PATIENCE_S)
+            client, = rig.door._clients
+            wait_until(lambda: not client.mask, "it is not read from before its sender is known")
+            known.set()
+            assert read_answer(sock)[0] == 200
+
+
+def test_who_was_refused_while_the_answer_was_written_gets_no_second_one(tmp_path, monkeypatch):
+    """Money runs out, or the agent stops, while a large answer is turned over beside the loop."""
+    real, goes_on = b9agent.whole_answer, threading.Event()
+
+    def held(*given):
+        assert goes_on.wait(PATIENCE_S)
+        return real(*given)
+    monkeypatch.setattr(b9agent, "whole_answer", held)
+    monkeypatch.setattr(b9agent, "RELAY_SWEEP_S", 0.05)
+    monkeypatch.setattr(b9agent, "GPU_SLICE_S", 0.6)
+    large = dict(COMPLETION, system_fingerprint="x" * (2 * b9agent.DOOR_BIG_BYTES))
+    with rig_at(tmp_path, script=lambda _asked, sock: sock.sendall(whole(large)),
+                tenants=TENANTS % b9agent.token_hash(TOKEN) + "    gpu_seconds_per_day: 1.2\n"
+                ) as rig, rig.connect() as sock:
+        sock.sendall(rig.request(rig.chat()))
+        assert read_answer(sock)[0] == 429
+        goes_on.set()
+        rig.settled()
+        sock.sendall(rig.request(path="/", method="GET"))
+        assert read_answer(sock)[2] == b"b9agent is running"
+
+
+def test_without_a_descriptor_for_the_engine_a_request_ends_and_nothing_is_left_of_it(
+        tmp_path, monkeypatch):
+    real, none_left = b9agent.EngineWire, [True]
+
+    def wire(*given):
+        if none_left:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(*given)
+    monkeypatch.setattr(b9agent, "EngineWire", wire)
+    goes_on = threading.Event()
+
+    def script(_asked, sock):
+        assert goes_on.wait(PATIENCE_S)
+        sock.sendall(whole(COMPLETION))
+        return True
+    with rig_at(tmp_path, slots=1, script=script) as rig:
+        status, headers, body = rig.raw(rig.request(rig.chat()))
+        assert status == 503 and "retry-after" in headers and b"Too many open files" in body
+        none_left.clear()
+        with rig.connect() as first, rig.connect() as second:
+            first.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.engine.asked, "it is at the engine")
+            second.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.door.status()["waiting"], "the other waits")
+            none_left.append(True)  # its turn comes beside any request
+            goes_on.set()
+            assert read_answer(first)[0] == 200
+            assert read_answer(second)[0] in (502, 503)  # 502: a kept connection was tried first
+        rig.settled()
+        assert rig.used()["running"] == 0
 
 
 # -- what a newcomer tripped over ------------------------------------------

@@ -640,6 +640,12 @@ def test_beyond_loopback_there_is_no_control_api_without_tls_and_an_agent_all_th
     assert not (state / "control.addr").exists() and program.stop() == 0
 
 
+def test_an_agent_waits_for_the_certificate_of_its_tailnet(agent, hostile):
+    program = agent(*flags(hostile.port, "--tls", "tailscale", "--tailnet-socket", "none"), BETA9_TOKEN=TOKEN)
+    program.wait_line(r"notice ready\b")
+    assert program.stop() == 0 and "certificate" not in program.text()
+
+
 def test_on_loopback_the_control_api_stays_plain(agent, hostile, pair, home):
     program = agent(*flags(hostile.port, "--tls-cert", pair.cert, "--tls-key", pair.key), BETA9_TOKEN=TOKEN)
     program.wait_line("listening api=control url=http://127")
