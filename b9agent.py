@@ -8582,7 +8582,8 @@ def _tenant_faults(values: Dict[str, Any], priced: bool) -> Iterator[Tuple[str, 
     if len(values.get("token_sha256", ())) > 2:
         yield "it has more than two tokens", "one, and for a while the old one"
     if "usd_per_day" in values and not priced:
-        yield "`usd_per_day` without a price", "inference.gpu_usd_per_hour to be set"
+        yield "`usd_per_day` without a price", ("inference.gpu_usd_per_hour to be set, which "
+                                                    "the agent reads as it starts")
 
 
 def _tenant_of(node: Node, path: str, priced: bool) -> Tenant:
@@ -11941,7 +11942,7 @@ class Errands:
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
-    sweep(): called every RELAY_SWEEP_S while a connection is open, and then as long as it says that
+    sweep(): called every RELAY_SWEEP_S while a connection is open, and as long as it says that
     there is more to do.  _lock guards _ended, and the life of _wake with it.
     """
 
@@ -12311,7 +12312,8 @@ class ClientWire(RelaySocket):
     """A connection of a client: one request after the other.
 
     owner: is told head_came(client), and whole_came(client) once its body is there; drained(client)
-    when a slow reader has caught up; left(client) at the end, in every case and once.
+    when a slow reader has caught up; answered(client) when the whole answer was handed over;
+    left(client) at the end, in every case and once.
     phase: tls, head, asked (its owner has it, or its body is on its way), sent (only bytes remain),
     linger.
     """
@@ -12522,6 +12524,7 @@ class ClientWire(RelaySocket):
         if self.dead:
             return
         self.phase, self.exchange, self.body, self.stalled_s = "sent", None, None, None
+        self._owner.answered(self)
         self.until_s = now_s() + HTTP_PEER_LIMIT_S
         if not self._out:
             self._sent()
@@ -12624,6 +12627,7 @@ DOOR_WHOLE_MAX_BYTES = 64 << 20
 DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
 DOOR_SAVE_S = 5.0
 PROMPT_TOKENS_A_BYTE = 0.2    # of text in any language, no less
+DOOR_PROMPTS_MAX = 10000      # tenants and models whose last prompt is known
 
 
 class DoorLimits(NamedTuple):
@@ -12890,7 +12894,9 @@ class FrontDoor:
         self._idle: Any = collections.deque()       # kept connections to the engine
         self._idle_at: Optional[Endpoint] = None
         self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
-        self._prompts: Dict[str, Tuple[int, float]] = {}  # a model's last: its bound, its tokens
+        # By tenant and model, the last one: its bound, its tokens.  What one sends is no measure of
+        # another's.  Of tenant "": the last of all, for bills of who has no measure yet.
+        self._prompts: Dict[Tuple[str, str], Tuple[int, float]] = {}
         self._bodies_bytes = 0
         self._unsaved, self._save_s, self._since_s = False, 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
@@ -12943,7 +12949,8 @@ class FrontDoor:
     def _accept(self, listener: Listener, sock: socket.socket, peer: Tuple[str, int]) -> None:
         if len(self._clients) >= self._most:
             # Who asks for nothing makes room, the oldest first: a new one may have a token.
-            oldest = next((each for each in self._clients if each.phase in ("head", "tls")), None)
+            oldest = next((each for each in self._clients
+                           if each.phase in ("head", "tls", "linger")), None)
             if oldest is None:
                 sock.close()
                 return
@@ -13031,9 +13038,11 @@ class FrontDoor:
                 self._attempt(client, go_on)
         self._relay.errand(work, done)
 
-    def head_came(self, client: ClientWire) -> None:
+    def answered(self, client: ClientWire) -> None:
         self._bodies_bytes -= client.charged_bytes
         client.charged_bytes = 0
+
+    def head_came(self, client: ClientWire) -> None:
         client.caller = None
         self._attempt(client, lambda: self._look_at_head(client))
 
@@ -13064,12 +13073,21 @@ class FrontDoor:
         size = client.body_bytes
         if client.route.kind != "ask" and size > HTTP_BODY_MAX_BYTES:
             raise HttpError(413, "too_large", f"a body of more than {HTTP_BODY_MAX_BYTES} bytes")
-        if self._bodies_bytes + size > RELAY_BODIES_MAX_BYTES:
+        if size and self._bodies_bytes + size > self._bodies_most(caller.tenant):
             raise HttpError(503, "busy", "too many large requests are on their way in",
                             headers=(("Retry-After", "2"),))
         client.charged_bytes = size
         self._bodies_bytes += size
         client.read_body()
+
+    def _bodies_most(self, tenant: Tenant) -> int:
+        """Of all bodies together; half of it where a tenant has a quarter of it by itself."""
+        most = RELAY_BODIES_MAX_BYTES
+        if self._bodies_bytes > most // 4 and most // 4 < sum(
+                each.charged_bytes for each in self._clients
+                if each.charged_bytes and each.caller.tenant.name == tenant.name):
+            most //= 2
+        return most
 
     def whole_came(self, client: ClientWire) -> None:
         body, client.body = bytes(client.body), None
@@ -13180,8 +13198,9 @@ class FrontDoor:
         target = self._target()
         if target.state == "running" or waits and target.state == "starting" and target.engine:
             return target
-        raise HttpError(503, "no_engine", "no engine runs here" if target.state == "stopped" else
-                        f"the engine is {target.state}", "b9agent.py start",
+        what = {"stopped": "no engine runs here", "error": "the engine has failed"}.get(
+            target.state, f"the engine is {target.state}")
+        raise HttpError(503, "no_engine", what, "On the machine: b9agent.py start",
                         (("Retry-After", "10"),))
 
     def _admit(self, client: ClientWire, ask: Ask) -> None:
@@ -13193,23 +13212,25 @@ class FrontDoor:
                                 "On the machine: b9agent.py models unload NAME")
             ask = ask._replace(keep_alive=None)  # it is loaded, and kept as others are
         model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
-        context = target.context_tokens
+        context = room = target.context_tokens
+        output, likely = ask.output_tokens, self._likely_tokens(caller.tenant, ask, model)
         if limits.max_context_tokens is not None:
             context = min(context, limits.max_context_tokens)
-            least = (ask.prompt_tokens - TEMPLATE_TOKENS) * PROMPT_TOKENS_A_BYTE
-            if max(least, self._likely_tokens(ask, model)) > context:
+            # No less than usual: a prompt of blanks must not make room for a longer one.
+            left = context - max(likely, ask.prompt_tokens - TEMPLATE_TOKENS >> 2)
+            if left < 0:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
-        job = _Job(self, client, caller, ask, target, model)
-        # Who does not say how long an answer may be gets the room that is left: vLLM and SGLang
-        # refuse what may become longer than the context.
-        bound, tokens = self._prompts.get(model, (1, 0.33))
-        ratio, room = 1.2 * tokens / bound, context
+            room = max(1, left)
+            output = output and min(output, room * _choices(ask))
         if target.engine.name in ("vllm", "sglang"):
-            room = max(1, context // 8, context - int(ask.prompt_tokens * ratio))
+            # Who does not say how long an answer may be gets the room that is left: they refuse
+            # what may become longer than the context.
+            room = min(room, max(1, context // 8, context - int(1.3 * likely) - 64))
+        job = _Job(self, client, caller, ask, target, model)
         job.grant = self._ledger.reserve(
             caller.tenant, min(ask.prompt_tokens, target.context_tokens),
-            0 if ask.task == "embed" else ask.output_tokens, room)
+            0 if ask.task == "embed" else output, room)
         client.exchange = job
 
         def form() -> Any:
@@ -13227,7 +13248,7 @@ class FrontDoor:
             client.answer(Response(200, asked.body))
             return
         tenant = job.caller.tenant
-        if len(self._waiting) >= self._limits.queue:
+        if len(self._waiting) >= self._limits.queue and not self._made_room(tenant):
             raise HttpError(429, "queue_full", f"{len(self._waiting)} requests wait for the engine",
                             "Come again later", (("Retry-After", "5"),))
         target = self._target()
@@ -13237,6 +13258,17 @@ class FrontDoor:
         self._waiting[job] = job.queued_s + self._limits.queue_wait_s
         self._queue.push(job, tenant.name, tenant.priority, job.model)
         self._go_on()
+
+    def _made_room(self, tenant: Tenant) -> bool:
+        """In a full queue the last one of whoever has most there goes, for one who has less."""
+        rows: Dict[str, List[_Job]] = {tenant.name: []}
+        for job in self._waiting:
+            rows.setdefault(job.caller.tenant.name, []).append(job)
+        most = max(rows.values(), key=len)
+        if len(most) <= len(rows[tenant.name]) + 1:
+            return False
+        self.fail(most[-1], 429, "queue_full", "others wait, too, and this tenant has most waiting")
+        return True
 
     def _is_free(self, target: Target, job: _Job) -> bool:
         return target.state == "running" and self._on_engine.get(job.model, 0) < target.slots
@@ -13283,7 +13315,7 @@ class FrontDoor:
         try:
             reserve(*given)
         except LimitReached as error:
-            self.fail(job, error.status, error.limit, error.what)
+            self.fail(job, error.status, error.limit, error.what, error)
             return False
         return True
 
@@ -13345,7 +13377,8 @@ class FrontDoor:
         else:
             told(form())
 
-    def fail(self, job: _Job, status: int, code: str, what: str) -> None:
+    def fail(self, job: _Job, status: int, code: str, what: str,
+             limit: Optional[LimitReached] = None) -> None:
         """End it, and say why in good form."""
         client = job.client
         self._cut(job)
@@ -13356,8 +13389,11 @@ class FrontDoor:
         if job.flow is not None:
             client.end_stream(job.flow.end(what))
         else:
-            self.refuse(client, HttpError(status, code, what, headers=(
-                (("Retry-After", "5"),) if status == 503 else ())))
+            error = HttpError(status, code, what, limit.hint if limit else "", headers=(
+                (("Retry-After", str(limit.retry_after_s if limit else 5)),)
+                if limit or status in (429, 503) else ()))
+            error.numbers = limit.numbers if limit else {}
+            self.refuse(client, error)
 
     # -- settlement -------------------------------------------------------------
 
@@ -13370,14 +13406,16 @@ class FrontDoor:
         completion = usage.pieces if usage.completion_tokens is None else usage.completion_tokens
         if usage.prompt_tokens is not None:
             return usage.prompt_tokens, completion
-        return self._likely_tokens(job.ask, job.model) if completion else 0, completion
+        unknown = self._prompts.get(("", job.model), (1, 0.25))
+        return (self._likely_tokens(job.caller.tenant, job.ask, job.model, unknown)
+                if completion else 0), completion
 
-    def _likely_tokens(self, ask: Ask, model: str) -> int:
-        """What a prompt comes to, by the last one.  What it has more than that one is counted as
-        text: short prompts, which are all template, must not make long ones cheap."""
-        bound, tokens = self._prompts.get(model, (1, 0.25))
-        each = tokens / bound
-        more = max(0, ask.prompt_tokens - bound)
+    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str,
+                       unknown: Tuple[int, float] = (1, 0.25)) -> int:
+        """What a prompt comes to, by the tenant's last one.  What it has more than that one is
+        counted as text: short prompts, all template, must not make long ones cheap."""
+        bound, tokens = self._prompts.get((tenant.name, model), unknown)
+        each, more = tokens / bound, max(0, ask.prompt_tokens - bound)
         return round((ask.prompt_tokens - more) * each + more * max(PROMPT_TOKENS_A_BYTE, each))
 
     def settle(self, job: _Job, status: int) -> None:
@@ -13386,6 +13424,7 @@ class FrontDoor:
             return
         job.settled = self._unsaved = True
         prompt, completion = self._tokens_of(job)
+        name, tally = job.caller.tenant.name, self._tally
         bill = self._ledger.settle(job.grant, prompt, completion)
         if job in self._running:
             del self._running[job]
@@ -13396,9 +13435,12 @@ class FrontDoor:
                 del self._on_engine[job.model]
         elif self._waiting.pop(job, None) is not None:
             self._queue.remove(job)
-        if job.usage is not None and job.usage.prompt_tokens and job.ask.prompt_tokens:
-            self._prompts[job.model] = job.ask.prompt_tokens, prompt
-        name, tally = job.caller.tenant.name, self._tally
+        bound = job.ask.prompt_tokens
+        if job.usage is not None and job.usage.prompt_tokens and bound:
+            if len(self._prompts) > DOOR_PROMPTS_MAX:
+                self._prompts.clear()
+            for whose in (name, ""):
+                self._prompts[whose, job.model] = bound, min(prompt, bound)
         tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
         for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
                                ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):
@@ -13559,7 +13601,7 @@ _PATH = Field("path", "string", "a GGUF file or a folder of safetensors on this 
 # What is asked, the method of Inference that does it (its arguments are named as the fields), what
 # it is about, the fields.
 _INFERENCE_ROUTES: Tuple[Tuple[str, str, str, Tuple[Field, ...]], ...] = (
-    ("GET /inference/status", "status", "the engine, its address and its models", ()),
+    ("GET /inference/status", "status", "the engine, its models and where they are reached", ()),
     ("POST /inference/start", "start",
      "start an engine; answers when a token came, or why none did", (
          Field("engine", "string", "default: what suits the model and this machine",
@@ -19439,7 +19481,7 @@ def judge_front_door(loaded: Loaded, status: Dict[str, Any]) -> Finding:
     if status and not place:
         return warn("front door: the agent has none: nobody reaches its models",
                     "b9agent.py logs   # says why")
-    found = local_door(settings.state_dir) if status else None
+    found = local_door(settings.state_dir)  # also where its control API is not to be had
     if found:
         try:
             http_request("GET", found[0], "/", {}, None, _REQUEST_LIMIT_S)
@@ -19447,7 +19489,7 @@ def judge_front_door(loaded: Loaded, status: Dict[str, Any]) -> Finding:
             if failure.kind != "tls":
                 return warn(f"front door: {found[0].url} does not answer: {failure}",
                             "b9agent.py logs   # then restart it")
-        return ok(f"front door: the agent listens, {place}")
+        return ok(f"front door: the agent listens, {place or found[0].url}")
     host, port = settings.inference_host or "127.0.0.1", settings.inference_port
     why = why_not_listening(host, port) if port else ""
     if why and loopback(host) and loaded.origins["inference_port"] == "default":

@@ -951,3 +951,96 @@ def test_a_model_that_a_starting_engine_has_not_told_of_yet_is_not_said_to_be_mi
         status, headers, body = rig.raw(rig.request(rig.chat()))
         assert (status, headers["retry-after"]) == (503, "5") and b"starting" in body
         assert rig.ask(rig.chat(model="other"))[0] == 404
+
+
+def tenants_of(*names, more=""):
+    return "tenants:\n" + "".join(
+        f"  - name: {name}\n    token_sha256: {b9agent.token_hash(name * 40)}\n{more}"
+        for name in names)
+
+
+def test_in_a_full_queue_whoever_has_most_there_makes_room_for_one_who_has_less(tmp_path):
+    goes_on = threading.Event()
+
+    def script(_asked, sock):
+        assert goes_on.wait(PATIENCE_S)
+        sock.sendall(whole(COMPLETION))
+    with rig_at(tmp_path, tenants=tenants_of("a", "b"), script=script, slots=1,
+                limits=b9agent.DoorLimits(queue=4)) as rig, contextlib.ExitStack() as stack:
+        def send(name):
+            sock = stack.enter_context(rig.connect())
+            sock.sendall(rig.request(rig.chat(), token=name * 40))
+            return sock
+        floods = []
+        for number in range(5):
+            floods.append(send("a"))
+            wait_until(lambda: rig.door.status()["waiting"] == number, "it waits, or runs")
+        others = [send("b"), send("b")]
+        status, headers, body = read_answer(floods[-1])
+        assert status == 429 and headers["retry-after"] and b"queue_full" in body
+        assert read_answer(floods[-2])[0] == 429
+        status, body = rig.ask(rig.chat(), token="b" * 40)
+        assert status == 429 and body["error"]["code"] == "queue_full"  # now both have two
+        goes_on.set()
+        assert [read_answer(sock)[0] for sock in floods[:3] + others] == [200] * 5
+
+
+def test_a_limit_that_is_reached_at_the_turn_of_a_request_says_which_and_when_to_come(tmp_path):
+    """The last GPU second is enough to be let in, and not to begin on four GPUs."""
+    with rig_at(tmp_path, gpus=4,
+                tenants=tenants_of("a", more="    gpu_seconds_per_day: 2\n")) as rig:
+        status, headers, body = rig.raw(rig.request(rig.chat(), token="a" * 40))
+        assert status == 429 and int(headers["retry-after"]) > 0
+        assert json.loads(body)["error"]["details"]["limit"] == 2
+
+
+def test_large_bodies_of_one_tenant_leave_room_for_those_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(b9agent, "RELAY_BODIES_MAX_BYTES", 400000)
+    with rig_at(tmp_path, tenants=tenants_of("a", "b")) as rig, contextlib.ExitStack() as stack:
+        waiting = []
+        for _ in range(4):
+            waiting.append(stack.enter_context(rig.connect()))
+            raw = rig.request(rig.chat(user="y" * 90000), token="a" * 40)
+            waiting[-1].sendall(raw[:-1])  # its last byte does not come
+        status, headers, _ = read_answer(waiting[2])
+        assert status == 503 and headers["retry-after"]
+        assert rig.ask(rig.chat(user="y" * 90000), token="b" * 40)[0] == 200
+        waiting[0].sendall(b"}")
+        assert read_answer(waiting[0])[0] == 200
+        # An answered request takes no room, though its connection is kept.
+        assert rig.ask(rig.chat(user="y" * 90000), token="a" * 40)[0] == 200
+
+
+def test_a_prompt_teaches_nothing_of_the_prompts_of_others_nor_makes_room_for_a_longer_one(tmp_path):
+    counted = []
+
+    def script(_asked, sock):
+        sock.sendall(whole(dict(COMPLETION, usage={
+            "prompt_tokens": counted[-1], "completion_tokens": 2})))
+    with rig_at(tmp_path, script=script, tenants=tenants_of(
+            "a", "b", more="    max_context_tokens: 1000\n")) as rig:
+        long = rig.chat(messages=[{"role": "user", "content": "x" * 3000}])
+        for name, body, said in (("a", rig.chat(), 100000), ("b", long, 700), ("a", rig.chat(), 1)):
+            counted.append(said)
+            assert rig.ask(body, token=name * 40)[0] == 200
+        longer = rig.chat(messages=[{"role": "user", "content": "x" * 8000}])
+        status, body = rig.ask(longer, token="a" * 40)
+        assert status == 400 and body["error"]["code"] == "max_context_tokens"
+
+
+def test_an_answer_is_no_longer_than_the_context_that_a_tenant_may_use(tmp_path):
+    with rig_at(tmp_path, tenants=tenants_of("a", more="    max_context_tokens: 1000\n")) as rig:
+        assert rig.ask(rig.chat(max_tokens=100000), token="a" * 40)[0] == 200
+        assert rig.ask(rig.chat(max_tokens=5), token="a" * 40)[0] == 200
+        first, second = (asked.body["max_tokens"] for asked in rig.engine.asked)
+        assert 500 < first < 1000 and second == 5
+
+
+def test_who_lingers_after_a_refusal_makes_room_for_others(tmp_path):
+    with rig_at(tmp_path) as rig, contextlib.ExitStack() as stack:
+        rig.door._most = 4
+        for _ in range(4):
+            sock = stack.enter_context(rig.connect())
+            sock.sendall(rig.request(rig.chat(), token="")[:-1])
+            assert read_answer(sock)[0] == 401
+        assert rig.ask(rig.chat())[0] == 200
