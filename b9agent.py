@@ -12494,11 +12494,12 @@ class ClientWire(RelaySocket):
         self._goes_on = self._may_go_on()
         head = render_response(response, len(response.body),
                                "" if self._goes_on else "Connection: close\r\n")
+        self._stream_head = b""
         self.send(head if self.head.method == "HEAD" else head + response.body)
         self._answered()
 
     def begin_stream(self, response: Response) -> None:
-        """Its head goes out with the first piece."""
+        """Its head goes out with the first piece; answer() instead takes it back."""
         self._chunked = self.head.minor != "0"
         self._goes_on = self._chunked and self._may_go_on()
         self._stream_head = render_response(
@@ -12758,7 +12759,7 @@ class _Job:
         self.grant: Any = None
         self.asked: Any = None     # what the engine is asked (Wire of section 13a)
         self.wire: Optional[EngineWire] = None
-        self.flow: Any = None      # of an answer that streams
+        self.flow = self.prepared = None  # type: Any  # of an answer that streams
         self.whole: Any = None     # of one that does not
         self.usage: Any = None
         self.status = 0            # of the engine's answer
@@ -12771,16 +12772,21 @@ class _Job:
     def wire_replaced(self, wire: EngineWire) -> None:
         self.wire = wire
 
+    def prepare(self) -> None:
+        """What can be made while the engine thinks need not be made once it has spoken."""
+        if self.ask.stream and self.client is not None:
+            self.prepared = make_flow(self.ask, self.asked, self.id)
+            self.client.begin_stream(Response(200, b"", self.prepared.content_type,
+                                              (("X-Request-Id", self.id),)))
+
     def on_head(self, status: int, _headers: Dict[str, str]) -> None:
         self.status = status
         if self.client is None:  # the model is there now, and nobody waits for this answer
             self.wire.cut()
             self.door.settle(self, 499)
         elif status == 200 and self.ask.stream:
-            self.flow = make_flow(self.ask, self.asked, self.id)
+            self.flow = self.prepared
             self.usage = self.flow.usage
-            self.client.begin_stream(Response(200, b"", self.flow.content_type,
-                                              (("X-Request-Id", self.id),)))
         else:
             self.whole = bytearray()
 
@@ -13289,26 +13295,28 @@ class FrontDoor:
                 self._send(job, target)
 
     def _send(self, job: _Job, target: Target) -> None:
-        now = now_s()
-        job.sent_s = now
-        job.cold = job.model not in target.loaded and (
-            now - self._warm_s.get(job.model, -1e9) > DOOR_WARM_S)
-        self._running[job] = None
-        self._on_engine[job.model] = self._on_engine.get(job.model, 0) + 1
-        if not self._paid(job, self._ledger.begin, job.grant, target.gpus):
-            return
+        """First of all: the rest is done while the engine thinks."""
+        job.sent_s = now = now_s()
         try:
             job.wire = self._engine_wire(target.endpoint)
         except HttpError as error:
             self.fail(job, error.status, error.code, error.what)
             return
+        self._running[job] = None
+        self._on_engine[job.model] = self._on_engine.get(job.model, 0) + 1
         job.wire.ask(job, "POST", self._request(target.endpoint, "POST", job.asked.path,
                                                 job.asked.body))
+        told_s = now_s()
+        if job.settled or not self._paid(job, self._ledger.begin, job.grant, target.gpus):
+            return
+        job.cold = job.model not in target.loaded and (
+            now - self._warm_s.get(job.model, -1e9) > DOOR_WARM_S)
+        job.prepare()
         name = job.caller.tenant.name
         self._tally.histogram("b9agent_door_queue_seconds", (name,)).observe(now - job.queued_s)
         if job.client is not None:
             self._tally.histogram("b9agent_door_overhead_seconds", ()).observe(
-                max(0.0, job.queued_s - job.client.received_s) + now_s() - now)
+                max(0.0, job.queued_s - job.client.received_s) + told_s - now)
 
     def _paid(self, job: _Job, reserve: Callable[..., None], *given: Any) -> bool:
         """Whether there is GPU time left for it; it is ended where there is not."""

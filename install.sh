@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=5d2cf99214c1bbe3a18aea478b9a7ca8a2c58e29035eb79b57ae9f0a5899b38b
+  sha256=4b2054cf86c8ae2dcccc00101a6dc32b3de118c4b01eda4ab188ee3dd918cabe
 }
 
 usage() {
