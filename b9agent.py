@@ -95,6 +95,7 @@ import contextlib
 import enum
 import functools
 import io
+import itertools
 import json
 import re
 import select
@@ -1255,10 +1256,16 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _json_number(text: str) -> Any:
+def _json_integer(text: str) -> int:
+    if len(text) > 32:
+        raise ValueError("a number out of range")
+    return int(text)
+
+
+def _json_float(text: str) -> float:
     if len(text) > 32 or abs(float(text)) == float("inf"):
         raise ValueError("a number out of range")
-    return int(text) if re.fullmatch("-?[0-9]+", text) else float(text)
+    return float(text)
 
 
 def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
@@ -1269,7 +1276,7 @@ def _json_pairs(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 
 
 _STRICT_JSON = json.JSONDecoder(object_pairs_hook=_json_pairs, parse_constant=_no_constant,
-                                parse_int=_json_number, parse_float=_json_number)
+                                parse_int=_json_integer, parse_float=_json_float)
 
 
 def _json_outside(text: str) -> str:
@@ -9116,7 +9123,9 @@ class LimitReached(Exception):
         self.limit, self.what, self.numbers = limit, what, numbers
         self.status = 402 if limit == "usd_per_day" else 429
         self.retry_after_s = max(1, retry_after_s)
-        self.hint = f"Come again in {self.retry_after_s} s, or ask this machine's owner for more"
+        self.hint = (f"Come again in {self.retry_after_s} s, or ask this machine's owner for more"
+                     if numbers["asked"] <= numbers["limit"] else "It never will be let in as it "
+                     "is: ask for a shorter answer, send less, or ask the owner for more")
 
 
 class Bill(NamedTuple):
@@ -9991,12 +10000,17 @@ def http_date(wall_s: int) -> str:
     return time.strftime(f"{day}, %d {_MONTHS[at.tm_mon - 1]} %Y %H:%M:%S GMT", at)
 
 
+@functools.lru_cache(maxsize=64)
+def _status_line(status: int) -> str:
+    from http import HTTPStatus
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+
+
 def render_response(response: Response, length: Optional[int], more: str = "") -> bytes:
     """The head of an answer.  more: header lines, each with its end."""
-    from http import HTTPStatus
     sized = "" if length is None else f"Content-Length: {length}\r\n"
     named = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
-    return (f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}\r\n"
+    return (f"{_status_line(response.status)}"
             f"Content-Type: {response.content_type}\r\n{sized}"
             f"Date: {http_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n"
             f"Cache-Control: no-store\r\n{named}{more}\r\n").encode("latin-1")
@@ -10068,12 +10082,9 @@ class _Connection:
         return piece
 
     def _send(self, data: bytes) -> None:
-        """Not by sendall(), which under TLS has its limit anew for every 16 KiB."""
-        rest, until_s = memoryview(data), now_s() + HTTP_PEER_LIMIT_S
         try:
-            while rest:
-                self.sock.settimeout(_left_s(until_s))
-                rest = rest[self.sock.send(rest):]
+            self.sock.settimeout(HTTP_PEER_LIMIT_S)
+            self.sock.sendall(data)
         except OSError as error:
             raise _Gone from error
 
@@ -10906,7 +10917,8 @@ _PARTS = {
 
 class Ask(NamedTuple):
     """A request that was checked.  body: what is sent of it, without what the door writes.
-    prompt_tokens: an upper bound.  output_tokens: asked for, of all answers together."""
+    prompt_tokens: an upper bound.  output_tokens: asked for, of all answers together.  keep_alive:
+    of a request that asks for nothing else: -1 to load the model for good, 0 to unload it."""
     dialect: str
     task: str
     model: str
@@ -10916,6 +10928,7 @@ class Ask(NamedTuple):
     output_tokens: Optional[int]
     context_tokens: Optional[int]
     wants_usage: bool
+    keep_alive: Optional[int] = None
 
 
 class Wire(NamedTuple):
@@ -11114,7 +11127,7 @@ def _only_loads(body: Dict[str, Any]) -> bool:
 
 def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
     """A client's request, checked field by field.  POST /api/embeddings is an "embed" with a
-    `prompt`.  Raises: HttpError 400 with the field and the mend, 403 for one that unloads."""
+    `prompt`.  Raises: HttpError 400 with the field and the mend."""
     try:
         given = decode_json(raw)
     except (ValueError, RecursionError) as error:
@@ -11140,10 +11153,10 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
     choices = _choices(ask)
     if task == "messages" and not output:
         raise _bad("`max_tokens` is missing", code="missing_field")
-    if dialect == "ollama" and _only_loads(body) and re.fullmatch(
-            "0[.0]*[a-z]*", str(given.get("keep_alive"))):
-        raise HttpError(403, "unload_refused", "models are unloaded by the agent alone",
-                        "On the machine: b9agent.py stop")
+    if dialect == "ollama" and _only_loads(body):
+        kept = str(given.get("keep_alive"))
+        ask = ask._replace(keep_alive=0 if re.fullmatch("0[.0]*[a-z]*", kept) else
+                           -1 if kept.startswith("-") else None)
     return ask._replace(output_tokens=output * choices) if output else ask
 
 
@@ -11315,13 +11328,12 @@ def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
                    f"{context_tokens}", "Leave it out, or ask for less", "context_too_large")
     if each < 1 and task != "embed":
         raise _bad("fewer tokens are left than answers are asked for", "Ask for a smaller `n`")
-    if ask.output_tokens is None and engine.name in ("vllm", "sglang"):
-        # They refuse what may become longer than the context; and this limit was nobody's wish.
-        each = min(each, max(context_tokens - ask.prompt_tokens, context_tokens // 8, 1))
     if engine.name == "mlx":
         model = "default_model"  # any other name it would look for, and load
         if not chat:
             raise HttpError(404, "not_found", f"{engine.title} has no such route")
+    if ask.keep_alive == 0 and not native:
+        raise HttpError(501, "not_here", f"{engine.title} holds its one model as long as it runs")
     if ask.dialect == "ollama" and not native and _only_loads(ask.body):
         said = {"message": {"role": "assistant", "content": ""}} if task == "chat" else {
             "embeddings": []} if task == "embed" else {"response": ""}
@@ -11339,6 +11351,8 @@ def engine_request(ask: Ask, engine: Engine, model: str, output_tokens: int,
             body["stream_options"] = {"include_usage": True}
     if task != "embed":
         body = dict(body, stream=ask.stream)
+    if ask.keep_alive is not None:
+        body = dict(body, keep_alive=ask.keep_alive)
     if engine.name == "llama-server" and "repetition_penalty" in body:
         body = dict(body, repeat_penalty=body["repetition_penalty"])
     return Wire(path, encode_json(dict({name: value for name, value in body.items()
@@ -12619,6 +12633,7 @@ DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
 DOOR_WHOLE_MAX_BYTES = 64 << 20
 DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
 DOOR_SAVE_S = 5.0
+DOOR_RATIOS_MAX = 10000       # tenants and models of whose prompts the tokens per byte are known
 
 
 class DoorLimits(NamedTuple):
@@ -12732,6 +12747,9 @@ def check_and_key(name: str) -> str:
     return check_name(name).key
 
 
+_JOB_PREFIX, _JOB_NUMBERS = os.urandom(4).hex(), itertools.count(1)
+
+
 class _Job:
     """One request to the engine, from admission to settlement; it is the engine wire's exchange.
 
@@ -12742,7 +12760,7 @@ class _Job:
                  target: Target, model: str) -> None:
         self.door, self.caller, self.ask, self.target, self.model = door, caller, ask, target, model
         self.client: Optional[ClientWire] = client
-        self.id = os.urandom(8).hex()
+        self.id = f"{_JOB_PREFIX}{next(_JOB_NUMBERS):08x}"
         self.grant: Any = None
         self.asked: Any = None     # what the engine is asked (Wire of section 13a)
         self.wire: Optional[EngineWire] = None
@@ -12902,6 +12920,7 @@ class FrontDoor:
 
     def start(self) -> None:
         """Two descriptors a stream: many systems grant 1,024, and macOS 256, unless asked."""
+        import fcntl
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * DOOR_CONNECTIONS_MAX + 512
@@ -12910,6 +12929,10 @@ class FrontDoor:
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
                 soft = most
+        # The kernel's table of descriptors grows now: each time that it does so later, it waits for
+        # all processors, 10 ms and more, and every stream with it.
+        with contextlib.suppress(OSError), open(os.devnull, "rb") as nothing:
+            os.close(fcntl.fcntl(nothing, fcntl.F_DUPFD, most - 1))
         self._most = DOOR_CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(
             16, min(DOOR_CONNECTIONS_MAX, (soft - 128) // 2))
         self._relay.start()
@@ -12959,7 +12982,8 @@ class FrontDoor:
             exchange.client = None
             if not (exchange.cold and exchange.status == 0 and exchange in self._running):
                 self._cut(exchange)
-                self.settle(exchange, 499)
+                done = exchange.flow is not None and exchange.flow.complete
+                self.settle(exchange, 200 if done else 499)  # some leave at the last word
 
     @staticmethod
     def _cut(exchange: Any) -> None:
@@ -13040,7 +13064,8 @@ class FrontDoor:
         if client.route.kind == "hello":
             client.answer(Response(200, b"b9agent is running", "text/plain"))
             return
-        on_tailnet = client.listener.on_tailnet
+        # Whoever is on this machine can come from its own address there: that is nobody's identity.
+        on_tailnet = client.listener.on_tailnet and client.peer[0] != client.listener.host
         caller = self._access.recognise(head.headers, client.peer, on_tailnet)
         if caller is not None:
             self._let_in(client, caller)
@@ -13110,7 +13135,8 @@ class FrontDoor:
 
     def _listed(self, client: ClientWire, body: bytes) -> bytes:
         """Beside the loop.  Raises: HttpError, AgentError."""
-        target, tenant, task = self._target(), client.caller.tenant, client.route.task
+        tenant, task = client.caller.tenant, client.route.task
+        target = self._running_target(True) if task in ("model", "show") else self._target()
         names = [name for name in target.models if tenant.may_use(name)]
         name = ""
         if task == "model":
@@ -13187,25 +13213,31 @@ class FrontDoor:
     def _admit(self, client: ClientWire, ask: Ask) -> None:
         """The one step before the engine.  Raises: HttpError, LimitReached, UsageError."""
         target, caller = self._running_target(True), client.caller
+        if ask.keep_alive is not None and not (caller.tenant.admin or caller.identity == "gateway"):
+            if ask.keep_alive == 0:
+                raise HttpError(403, "not_admin", "to unload a model wants admin rights",
+                                "On the machine: b9agent.py models unload NAME")
+            ask = ask._replace(keep_alive=None)  # it is loaded, and kept as others are
         model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
-        context, output = target.context_tokens, ask.output_tokens
-        known = self._tokens_per_byte.get((caller.tenant.name, model), 0.0)
+        context = room = target.context_tokens
+        output, likely = ask.output_tokens, self._likely_tokens(caller.tenant, ask, model)
         if limits.max_context_tokens is not None:
             context = min(context, limits.max_context_tokens)
             # No less than usual: a prompt of blanks must not make room for a longer one.
-            left = context - int(ask.prompt_tokens * max(0.25, known))
-            output = output and min(output, max(1, left) * _choices(ask))
+            left = context - max(likely, ask.prompt_tokens - TEMPLATE_TOKENS >> 2)
             if left < 0:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
+            room = max(1, left)
+            output = output and min(output, room * _choices(ask))
+        if target.engine.name in ("vllm", "sglang"):
+            # Who does not say how long an answer may be gets the room that is left: they refuse
+            # what may become longer than the context.
+            room = min(room, max(1, context // 8, context - int(1.3 * likely) - 64))
         job = _Job(self, client, caller, ask, target, model)
-        # Who does not say how long an answer may be gets the room that is left: more than that is
-        # an error to vLLM.  Two bytes are a token where such prompts have not taught better.
-        ratio = max(0.5, 1.2 * known)
         job.grant = self._ledger.reserve(
-            caller.tenant, min(ask.prompt_tokens, context),
-            0 if ask.task == "embed" else output,
-            max(1, context - int(ask.prompt_tokens * ratio)))
+            caller.tenant, min(ask.prompt_tokens, target.context_tokens),
+            0 if ask.task == "embed" else output, room)
         client.exchange = job
 
         def form() -> Any:
@@ -13381,9 +13413,15 @@ class FrontDoor:
         completion = usage.pieces if usage.completion_tokens is None else usage.completion_tokens
         if usage.prompt_tokens is not None:
             return usage.prompt_tokens, completion
-        known = self._tokens_per_byte
-        ratio = known.get((job.caller.tenant.name, job.model), known.get(("", job.model), 0.25))
-        return round(job.ask.prompt_tokens * ratio) if completion else 0, completion
+        return self._likely_tokens(job.caller.tenant, job.ask, job.model) if completion else 0, (
+            completion)
+
+    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str) -> int:
+        """What a prompt comes to, by its length.  No less than 0.2 a byte: a few that are nearly
+        all picture, or all template, must not make the long ones cheap."""
+        known, text = self._tokens_per_byte, max(0, ask.prompt_tokens - TEMPLATE_TOKENS)
+        ratio = known.get((tenant.name, model), known.get(("", model), 0.25))
+        return round(text * max(0.2, ratio))
 
     def settle(self, job: _Job, status: int) -> None:
         """The one step after the engine, whatever happened; a second time it does nothing."""
@@ -13402,9 +13440,12 @@ class FrontDoor:
                 del self._on_engine[job.model]
         elif self._waiting.pop(job, None) is not None:
             self._queue.remove(job)
-        if job.usage is not None and job.usage.prompt_tokens and job.ask.prompt_tokens:
+        text = job.ask.prompt_tokens - TEMPLATE_TOKENS
+        if job.usage is not None and job.usage.prompt_tokens and text > TEMPLATE_TOKENS:
+            if len(self._tokens_per_byte) > DOOR_RATIOS_MAX:
+                self._tokens_per_byte.clear()
             for whose in (name, ""):
-                self._tokens_per_byte[whose, job.model] = min(1.0, prompt / job.ask.prompt_tokens)
+                self._tokens_per_byte[whose, job.model] = min(1.0, prompt / text)
         tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
         for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
                                ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):
@@ -17035,13 +17076,13 @@ def parse_answer(answer: Dict[str, Any], streams: bool = False) -> InferenceResu
 
 
 def local_door(state_dir: str) -> Optional[Tuple[Endpoint, str]]:
-    """(where the front door of the agent that runs here listens, its own token); None where none
-    runs: after a kill -9 the port may be anybody's."""
+    """(where the front door of the agent that runs here listens, its own token, "" without one);
+    None where none runs: after a kill -9 the port may be anybody's."""
     place = (read_text(os.path.join(state_dir, "inference.addr"), 512) or "").strip()
     token = (read_text(os.path.join(state_dir, "inference.token"), 4096) or "").strip()
     match = re.fullmatch(r"(https?)://(.+):([0-9]{1,5})", place)
     try:
-        if not match or not token or not agent_holds(state_dir):
+        if not match or not agent_holds(state_dir):
             return None
     except UsageError:
         return None
@@ -17082,13 +17123,13 @@ class InferenceClient:
 
     def _place(self) -> Tuple[Endpoint, Dict[str, str]]:
         endpoint, headers, anywhere = self._target
-        found = None if headers else local_door(os.path.expanduser(
+        found = None if headers and not anywhere else local_door(os.path.expanduser(
             os.environ.get("B9AGENT_HOME") or "~/.b9agent"))
-        # Its token goes to its own door and nowhere else.
+        # Its token goes to its own door and nowhere else; a tenant's token without a place, too.
         here = endpoint.host.replace("localhost", "127.0.0.1"), endpoint.port
-        if found and (anywhere or found[0][1:3] == here):
-            return found[0], {"Authorization": f"Bearer {found[1]}"}
-        return endpoint, headers
+        if not found or not anywhere and found[0][1:3] != here:
+            return endpoint, headers
+        return found[0], headers or ({"Authorization": f"Bearer {found[1]}"} if found[1] else {})
 
     # -- requests --------------------------------------------------------
 
@@ -17111,7 +17152,9 @@ class InferenceClient:
         said = answer.get("error")
         said = said.get("message") if isinstance(said, dict) else said or answer.get("message")
         error = _INFERENCE_ERRORS.get(stream.status, InferenceError)(
-            printable(str(said or f"{path} answered {stream.status}")[:500]), status=stream.status)
+            printable(str(said or f"{path} answered {stream.status}")[:500]), status=stream.status,
+            hint="" if stream.status != 401 or self._target[1] else "Where there are tenants, "
+            "inference.token counts no more: set INFERENCE_TOKEN to the token of one")
         if isinstance(error, InferenceLimited):
             after = stream.headers.get("retry-after", "")
             error.retry_after_s = float(after) if re.fullmatch("[0-9]{1,6}", after) else None
@@ -17645,6 +17688,9 @@ class Agent:
         control, door, clear = listeners_tls(self.settings, tls)
         for what in clear:
             self._log("warning", "insecure", what=what)
+        if self.settings.tls == "tailscale" and not tailnet_trace(self.settings.tailnet_socket):
+            self._log("warning", "no_certificate", what="tls: tailscale, and there is no Tailscale "
+                      "here", do="Install it and sign in, or set tls.cert and tls.key")
         return control, door
 
     # -- what is said of this machine ----------------------------------
@@ -19470,11 +19516,21 @@ def check_door(loaded: Loaded) -> Iterator[Finding]:
             f"tenants in {path}: {len(found)}" if listed else "one tenant, with the token in "
             "inference.token; b9agent.py tenant add makes others")
     except UsageError as error:
-        yield warn(error.what, error.hint)
+        yield warn(error.what, error.hint.replace("Mend it with: ", ""))
+    given = settings.oidc_issuer, settings.oidc_audience, settings.oidc_jwks
+    if any(given) and not all(given):
+        yield warn("of oidc.issuer, oidc.audience and oidc.jwks not all are set: there would be no "
+                   "front door", "Set all three, or none")
+    elif all(given) and given[2][:1] == "/" and not os.path.isfile(given[2]):
+        yield warn(f"oidc.jwks: there is no file {given[2]}: nobody is known by oidc",
+                   "Put the issuer's public keys there (JWKS)")
     tls = server_tls(settings, Log(settings.log_format, "error"))
     for what in listeners_tls(settings, tls)[2]:
         yield warn(what, "Set tls.cert and tls.key, or tls: tailscale")
     cert_path = (tls_pair(settings) or [settings.tls_cert or ""])[0]
+    if settings.tls == "tailscale" and not tailnet_trace(settings.tailnet_socket):
+        yield warn("tls: tailscale, and there is no Tailscale here: there is no certificate",
+                   "Install Tailscale and sign in, or set tls.cert and tls.key")
     end = certificate_end(read_text(cert_path) or "")
     if end:
         left = f"the certificate {cert_path} ends at {end}"
@@ -21286,6 +21342,9 @@ def show_token(token: str, words: str) -> int:
 
 def command_tenant_add(loaded: Loaded, options: Dict[str, str]) -> int:
     name = option_value({"NAME": options["operand"]}, "NAME", TENANT_FIELD_BY_KEY["name"].parse)
+    if loaded.origins["token"] == "flag --token":
+        raise UsageError("--token is the machine's own, for the gateway",
+                         "A tenant's token is made, and printed")
     token = "" if "no-token" in options or name.lower() == GATEWAY_TENANT else new_token()
     values: Dict[str, Any] = {"name": name}
     if token:
@@ -21330,15 +21389,22 @@ def command_tenant_rotate(loaded: Loaded, options: Dict[str, str]) -> int:
         f"the old one counts until {until}" if until else "no other counts any more"))
 
 
+NOBODY_LET_IN = ("nobody is let in now. Add one, or remove the file tenants.yaml: then the token "
+                 "in inference.token counts again")
+
+
 def command_tenant_remove(loaded: Loaded, options: Dict[str, str]) -> int:
     name = options["operand"]
+    left: List[str] = []
 
     def change(text: TenantText) -> None:
         text.tenant(name)
         text.remove(name)
         text.save(name, None)
+        left.extend(other.name for other in text.tenants if other.name != name)
     change_tenants(loaded, change)
-    return end_with(f"tenant {name} is removed; nobody else is touched", Exit.OK)
+    return end_with(f"tenant {name} is removed; " + (
+        "nobody else is touched" if left else NOBODY_LET_IN), Exit.OK)
 
 
 def command_tenant_list(loaded: Loaded, options: Dict[str, str]) -> int:
@@ -21369,7 +21435,7 @@ def command_tenant_list(loaded: Loaded, options: Dict[str, str]) -> int:
                       f"{today['gpu_seconds']:.1f}", f"{today['usd']:.2f}",
                       " ".join(limits) or "-"))
     say("\n".join(table_lines(table)))
-    return Exit.OK
+    return Exit.OK if rows else end_with(NOBODY_LET_IN, Exit.OK)
 
 
 # -- smoke ------------------------------------------------------------------
@@ -21700,6 +21766,10 @@ def find_command(argv: Sequence[str]) -> Tuple[Command, Arguments]:
     if command.operand and not extra:
         raise UsageError(f"{command.words} needs a {command.operand}", "See `b9agent.py "
                          f"{command.words} --help`")
+    if extra and count == 2:
+        raise UsageError(f"{command.words} takes " + (f"one {command.operand}" if command.operand
+                         else "no word") + f", and `{printable(extra[-1][:60])}` is more",
+                         f"See `b9agent.py {command.words} --help`")
     if extra:
         typed = " ".join(words)
         longer = [name for name in COMMAND_BY_WORDS if name.startswith(words[0] + " ")]

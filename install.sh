@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=e2e3c777b126b81ac5b96fc2b7881bc819d5eb05fa0b82d1e7e93f57539753d4
+  sha256=2ffa38bb150b36e055e69e6421311f3c45e9993cc7c858c8141cb43a6cabee76
 }
 
 usage() {

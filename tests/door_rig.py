@@ -196,8 +196,8 @@ class Rig:
 
     # -- a client
 
-    def connect(self):
-        sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE_S)
+    def connect(self, source="127.0.0.1"):
+        sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE_S, (source, 0))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 

@@ -324,7 +324,13 @@ class RunningDoor:
             try:
                 self.agent.stop()  # which ends its engine too
             except AssertionError:
-                pass
+                for line in self.agent.lines():  # what a stuck one leaves, in a session of its own
+                    match = re.search(r"child name=engine state=running pid=(\d+)", line)
+                    if match:
+                        try:
+                            os.killpg(int(match.group(1)), signal.SIGKILL)
+                        except OSError:
+                            pass
             self.agent.__exit__()
         self.gateway.__exit__(None, None, None)
 

@@ -13,6 +13,7 @@ that is killed leaves a true one.  "B id mark prompt", "T id tokens", "E id how"
     status=N      an error instead of an answer     fail_after=N  an error after N pieces
     hang_after=N  nothing more after N pieces       cut_after=N   the connection is cut there
     die_after=N   the process dies there            mute=1        the request is never answered
+    stop_after=N  the answer ends there, with nothing that says that it is done
 One thread; standard library only.
 """
 import json
@@ -170,6 +171,11 @@ class Answer:
         if told.get("cut_after") == self.sent:
             self.end("cut")
             link.close()
+            return True
+        if told.get("stop_after") == self.sent:  # as Ollama does after 30 tokens that are alike
+            self.end("short")
+            link.answer = None
+            link.send(b"0\r\n\r\n")
             return True
         if told.get("fail_after") == self.sent:
             self.end("error")

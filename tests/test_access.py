@@ -1006,7 +1006,7 @@ def test_who_needs_no_token_gets_none(tenant, state):
     (["add", "x", "--usd-per-day", "5"], "without a price"), (["add", "gateway", "--admin"], "address"),
     (["add", "x", "--token-sha256", "y"], "unknown flag"), (["rotate", "eve"], "Those there: bob"),
     (["remove", "eve"], "there is no tenant `eve`"), (["rotate", "bob", "--overlap", "x"], "hours"),
-    (["remove", "Bob"], "there is no tenant `Bob`"), (["list", "bob"], "unknown command"),
+    (["remove", "Bob"], "there is no tenant `Bob`"), (["list", "bob"], "takes no word, and `bob` is more"),
     (["lst"], "tenant list")])
 def test_a_command_that_cannot_be_done_says_why_and_changes_nothing(tenant, state, arguments, expected):
     state.mkdir(mode=0o700)
@@ -1156,3 +1156,38 @@ def test_a_file_that_is_broken_is_not_touched(tenant, state):
             done = tenant(*arguments)
             assert done.code == 2 and expected in done.err, done
         assert (state / "tenants.yaml").read_text() == text
+
+
+# -- what a newcomer tripped over ------------------------------------------
+
+def test_a_request_that_never_fits_is_not_told_to_come_again(tmp_path):
+    ledger = b9agent.Ledger(None, lambda *_args, **_pairs: None, None)
+    tenant = b9agent.Tenant("t", limits=b9agent.Limits(tokens_per_day=100))
+    with pytest.raises(b9agent.LimitReached) as never:
+        ledger.reserve(tenant, 90, 11, 1)
+    assert "Come again" not in never.value.hint and "send less" in never.value.hint
+    grant = ledger.reserve(tenant, 50, 10, 1)
+    with pytest.raises(b9agent.LimitReached) as later:
+        ledger.reserve(tenant, 50, 10, 1)
+    assert "Come again" in later.value.hint
+    ledger.settle(grant, 1, 1)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["add", "ada", "bob"], "takes one NAME, and `bob` is more"),
+    (["add", "ada", "--admin", "yes"], "takes one NAME, and `yes` is more"),
+    (["add", "ada", "--token", "of-my-own"], "--token is the machine's own")])
+def test_a_slip_on_the_command_line_adds_nobody(state, words, said, capsys):
+    assert b9agent.main(["tenant", *words, "--state-dir", str(state)]) == 2
+    assert said in capsys.readouterr().err
+    assert not (state / "tenants.yaml").exists()
+
+
+def test_without_a_tenant_left_it_is_said_that_nobody_is_let_in(state, capsys):
+    def tenant(*words):
+        assert b9agent.main(["tenant", *words, "--state-dir", str(state)]) == 0
+        return capsys.readouterr().err
+    tenant("add", "ada"), tenant("add", "bob")
+    assert "nobody else is touched" in tenant("remove", "ada")
+    assert "nobody is let in now" in tenant("remove", "bob")
+    assert "nobody is let in now" in tenant("list")

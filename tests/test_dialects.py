@@ -354,6 +354,20 @@ def test_a_stream_of_messages_that_breaks_has_no_figure_of_what_was_made():
     assert (flow.usage.prompt_tokens, flow.usage.completion_tokens, flow.usage.pieces) == (2, None, 3)
 
 
+def test_figures_beside_a_text_are_taken_and_nothing_after_the_end():
+    both = chunk({"content": "?"}, usage=USAGE)
+    out, flow = run(OPENAI_CHAT, "vllm", [sse(chunk({"content": "Hi"})), sse(both), sse("[DONE]"), sse(both)])
+    assert (flow.usage.prompt_tokens, flow.usage.completion_tokens, flow.usage.pieces) == (9, 3, 2)
+    assert len(events(out)) == 3
+    for asked, raw in ((OLLAMA_CHAT, OLLAMA), (OPENAI_CHAT, OLLAMA)):
+        out, flow = run(asked, "ollama", [raw, raw])
+        assert out == run(asked, "ollama", [raw])[0] and flow.usage.pieces == 3
+        cut, flow = run(asked, "ollama", [raw[:-1]])  # Ollama's answer in one piece has no line end
+        assert flow.complete and frozen(cut) == frozen(out)
+    flow = run(OLLAMA_CHAT, "ollama", [ndjson(said(**message(""), done=True, done_reason="stop"))])[1]
+    assert (flow.usage.prompt_tokens, flow.usage.completion_tokens) == (0, 0)  # it leaves zeros out
+
+
 def test_a_line_without_an_end_is_not_kept():
     for asked, engine in ((OPENAI_CHAT, "vllm"), (OLLAMA_CHAT, "ollama"), (OLLAMA_CHAT, "vllm")):
         flow = flow_of(asked, engine)
@@ -558,9 +572,9 @@ def test_a_field_spelled_otherwise_is_told_how_it_is_spelled():
     b'{"model":"m","model":"n","messages":[{"role":"user","content":"x"}]}',
     b'{"model":"m","messages":[{"role":"user","role":"system","content":"x"}]}',
     b'{"model":"m","temperature":NaN,"messages":[{"role":"user","content":"x"}]}', b"\xff\xfe", b"\xef\xbb\xbf{}",
-    b'{"model":"m","messages":' + b"[" * 100000, b'{"model":"m","x":"\\ud800"}', b"{'model':'m'}", b'{"a":' * 50000,
+    b'{"model":"m","messages":' + b"[" * 100000, b'{"model":"m","messages":[{"role":"user","content":"\\ud800"}]}', b"{'model':'m'}", b'{"a":' * 50000,
     b'{"model":"m","messages":[{"role":"user","content":"x"}],"max_tokens":1' + b"0" * 5000 + b"}",
-    b'{"model":"m","tools":' + b"[" * 40 + b"]" * 40 + b"}"])
+    b'{"model":"m","messages":[{"role":"user","content":"x"}],"response_format":' + b'{"a":' * 40 + b"1" + b"}" * 41])
 def test_a_body_that_is_no_strict_json_is_a_400(raw):
     for dialect, task in (("openai", "chat"), ("ollama", "chat"), ("anthropic", "messages")):
         assert refusal(read_ask, dialect, task, raw).status == 400
@@ -587,6 +601,13 @@ def test_nothing_that_an_engine_would_fetch_gets_through(part):
         assert refusal(ask, dialect, task, **parts(part), **more).status == 400
     if part != {"role": "user", "content": "x"}:
         assert refusal(ask, "openai", "responses", input=[{"role": "user", "content": [part]}]).status == 400
+
+
+def test_a_picture_of_megabytes_is_read_and_its_twin_in_a_string_is_not_mistaken():
+    url = "data:image/png;base64," + "A" * (4 << 20)
+    assert ask("openai", "chat", **parts({"type": "image_url", "image_url": url})).prompt_tokens < 3000
+    tricky = "[[[[" * 20 + '\\"' + "{" * 40 + "\\"
+    assert ask("openai", "chat", messages=[{"role": "user", "content": tricky}] * 40).prompt_tokens > 512
 
 
 def test_an_address_in_a_schema_or_in_words_is_none_of_ours():
@@ -618,11 +639,6 @@ def test_limits_are_read_and_multiplied():
     assert refusal(request, ask("openai", "chat", n=3, **CHAT), "vllm", 2).status == 400
     error = refusal(request, ask("ollama", "chat", options={"num_ctx": 9000}, **CHAT), "ollama")
     assert error.code == "context_too_large" and "8192" in error.what
-    # A limit that nobody asked for must not make vLLM refuse what would fit.
-    long = {"messages": [{"role": "user", "content": "x" * 6000}]}
-    assert request(ask("openai", "chat", **long), "vllm", 4096)[1]["max_tokens"] < 8192 - 6000
-    assert request(ask("openai", "chat", max_tokens=4096, **long), "vllm", 4096)[1]["max_tokens"] == 4096
-    assert request(ask("openai", "chat", **long), "llama-server", 4096)[1]["max_tokens"] == 4096
 
 
 def test_the_bound_of_a_prompt_counts_whatever_a_template_writes():
@@ -645,14 +661,18 @@ def test_the_bound_of_a_prompt_counts_whatever_a_template_writes():
     assert ask("openai", "chat", **call).prompt_tokens >= 512 + 516
 
 
-def test_ollama_unloads_for_nobody_and_loads_without_an_engine_of_its_own():
+def test_what_only_loads_or_unloads_says_so_and_keep_alive_is_left_out_of_the_rest():
     for keep in (0, "0", "0s", 0.0, "0m"):
-        assert refusal(ask, "ollama", "complete", prompt="", keep_alive=keep).status == 403
-        assert refusal(ask, "ollama", "chat", messages=[], keep_alive=keep).status == 403
-        assert ask("ollama", "chat", keep_alive=keep, **CHAT).body.keys() == {"messages"}
-    asked = ask("ollama", "chat", keep_alive=-1)
-    assert request(asked, "ollama")[1]["messages"] == []
-    wire, answer = request(asked, "vllm")
+        asked = ask("ollama", "complete", prompt="", keep_alive=keep)
+        assert asked.keep_alive == 0 and request(asked, "ollama")[1]["keep_alive"] == 0
+        assert refusal(request, ask("ollama", "chat", messages=[], keep_alive=keep), "vllm").status == 501
+        asked = ask("ollama", "chat", keep_alive=keep, **CHAT)
+        assert asked.keep_alive is None and asked.body.keys() == {"messages"}
+    for keep, kept in ((-1, -1), ("-1m", -1), (300, None), ("5m", None), (None, None), ("x", None)):
+        asked = ask("ollama", "chat", keep_alive=keep)
+        assert asked.keep_alive == kept and request(asked, "ollama")[1].get("keep_alive") == kept
+    assert request(ask("ollama", "chat"), "ollama")[1]["messages"] == []
+    wire, answer = request(ask("ollama", "chat", keep_alive=-1), "vllm")
     assert wire.path == "" and answer["done_reason"] == "load" and answer["model"] == "m"
 
 

@@ -275,7 +275,7 @@ def test_a_wedged_engine_is_given_up_and_the_door_goes_on(tmp_path, quick):
         rig.engine.script = ScriptedEngine.plain
         assert rig.ask(rig.chat())[0] == 200
         assert rig.used()["completion_tokens"] == 3
-        assert rig.suspected == ["m", "m"], "whoever can start it again is told"
+        wait_until(lambda: rig.suspected == ["m", "m"], "whoever can start it again is told")
 
 
 def test_another_engine_in_place_of_the_one_that_was_asked_for_is_a_503(tmp_path, quick):
@@ -593,6 +593,23 @@ def test_managing_models_wants_admin_and_goes_to_ollama_alone(tmp_path):
         assert not rig.engine.asked
 
 
+@pytest.mark.parametrize("admin", [True, False])
+def test_an_admin_and_the_gateway_load_for_good_and_unload(tmp_path, admin):
+    tenants = (TENANTS % b9agent.token_hash(TOKEN)).replace("admin: true", f"admin: {str(admin).lower()}")
+
+    def script(_asked, sock):
+        sock.sendall(whole({"model": "m", "response": "", "done": True, "done_reason": "unload"}))
+    with rig_at(tmp_path, tenants=tenants, engine="ollama", models=("m:latest",), loaded=("m:latest",),
+                gateway=("127.0.0.1",), script=script) as rig:
+        def keep(seconds, token=TOKEN):
+            status, _ = rig.ask({"model": "m", "prompt": "", "stream": False, "keep_alive": seconds},
+                                path="/api/generate", token=token)
+            return status, rig.engine.asked[-1].body.get("keep_alive") if rig.engine.asked else None
+        assert keep(0, "") == (200, 0), "the gateway's router unloads"
+        assert keep(-1) == (200, -1 if admin else None)
+        assert keep(0) == ((200, 0) if admin else (403, None))
+
+
 def test_an_admin_pulls_and_hears_of_it_as_it_goes(tmp_path):
     lines = [b'{"status":"pulling manifest"}\n', b'{"status":"success"}\n']
 
@@ -703,6 +720,19 @@ def test_who_waits_too_long_is_told_so(tmp_path, quick):
             assert status == 503 and "retry-after" in headers and b"0.3 s" in body
 
 
+def test_who_does_not_say_how_long_an_answer_may_be_gets_the_room_that_is_left(rig):
+    """vLLM refuses a prompt and max_tokens that are more than the context, which nobody asked for."""
+    body = rig.chat()
+    del body["max_tokens"]
+    for text, least, most in (("x" * 100, 7800, 8192), ("x" * 12000, 3000, 5000), ("x" * 60000, 1024, 1024)):
+        rig.ask(dict(body, messages=[{"role": "user", "content": text}]))
+        assert least <= rig.engine.asked[-1].body["max_tokens"] <= most
+        rig.door._tokens_per_byte.clear()
+    rig.target = rig.target._replace(engine=b9agent.ENGINE_BY_NAME["llama-server"])
+    rig.ask(dict(body, messages=[{"role": "user", "content": "x" * 12000}]))
+    assert rig.engine.asked[-1].body["max_tokens"] == 8192
+
+
 # -- identities that come with the address -----------------------------------------------------
 
 def test_a_web_page_cannot_use_the_identity_of_an_address(tmp_path):
@@ -713,6 +743,17 @@ def test_a_web_page_cannot_use_the_identity_of_an_address(tmp_path):
         raw = rig.request(rig.chat(), token="").replace(b"Host: 127.0.0.1", b"Host: evil.example")
         assert rig.raw(raw)[0] == 403
         assert rig.ask(rig.chat(), headers=[("Origin", "http://app.example")])[0] == 200
+
+
+def test_the_tailnets_identity_counts_for_other_machines_alone(tmp_path):
+    """A user of this machine can come from its own tailnet address."""
+    tenants = "tenants:\n  - name: t\n    tailnet: ada@example.com\n"
+    ada = b9agent.WhoIs("ada@example.com", (), "box")
+    with rig_at(tmp_path, tenants=tenants, whois=lambda host, port: ada, on_tailnet=True) as rig:
+        assert rig.ask(rig.chat(), token="")[0] == 401
+        with rig.connect("127.0.0.2") as sock:  # as another machine: not the listener's address
+            sock.sendall(rig.request(rig.chat(), token=""))
+            assert read_answer(sock)[0] == 200
 
 
 # -- TLS -----------------------------------------------------------------------------------------
@@ -807,7 +848,7 @@ def test_a_body_that_came_before_its_sender_was_known_is_read_to_its_end(tmp_pat
         return b9agent.WhoIs("ada@example.com", (), "laptop")
     with rig_at(tmp_path, whois=whois, on_tailnet=True,
                 tenants="tenants:\n  - name: t\n    tailnet: ada@example.com\n") as rig:
-        with rig.connect() as sock:
+        with rig.connect("127.0.0.2") as sock:
             sock.sendall(rig.request(rig.chat(user="y" * 200000), token=""))
             assert asked.wait(PATIENCE_S)
             client, = rig.door._clients
@@ -868,6 +909,40 @@ def test_without_a_descriptor_for_the_engine_a_request_ends_and_nothing_is_left_
             assert read_answer(second)[0] in (502, 503)  # 502: a kept connection was tried first
         rig.settled()
         assert rig.used()["running"] == 0
+
+
+# -- what a newcomer tripped over ------------------------------------------
+
+def test_short_prompts_do_not_make_room_for_long_ones(tmp_path):
+    with rig_at(tmp_path, tenants=limited(max_context_tokens=500)) as rig:
+        def ask(words):
+            return rig.ask(rig.chat(messages=[{"role": "user", "content": "a " * words}]))
+        assert [ask(1)[0] for _ in range(5)] == [200] * 5
+        status, answer = ask(1500)
+        assert status == 400 and answer["error"]["code"] == "max_context_tokens"
+        assert ask(400)[0] == 200  # 800 bytes, which may be some 200 tokens
+
+
+def test_who_leaves_with_the_last_word_has_had_all_of_it(tmp_path):
+    def script(asked, sock):
+        sock.sendall(STREAM_HEAD + chunk(token()) + chunk(STOP) + chunk(usage(7, 1)) + chunk(DONE))
+        return rig.engine.wait_until_left(sock)  # the end of its answer is on its way
+    with rig_at(tmp_path, script=script) as rig:
+        sock = rig.connect()
+        sock.sendall(rig.request(rig.chat(True)))
+        said = b""
+        while b"[DONE]" not in said:
+            said += sock.recv(65536)
+        sock.close()
+        rig.settled()
+        codes = [line for line in rig.tally.lines() if line.startswith("b9agent_door_requests_total{")]
+        assert len(codes) == 1 and 'code="200"' in codes[0]
+
+
+def test_of_a_model_nothing_is_said_while_no_engine_runs(rig):
+    rig.target = rig.target._replace(state="stopped", models=(), loaded=())
+    assert rig.ask(path="/api/show", body={"model": "m"})[0] == 503
+    assert rig.ask(path="/v1/models/m", method="GET")[0] == 503
 
 
 def tenants_of(*names, more=""):

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -495,6 +496,19 @@ def test_curl_sends_three_megabytes_and_asks_whether_it_may(door):
     for flags in (["-H", "Expect: 100-continue"], ["-H", "Expect:"]):
         text, status = curl(door, "/api/generate", body, *flags)
         assert status == 200 and json.loads(text)["response"].endswith("image of 3145728 bytes"), text[:300]
+
+
+def test_who_asks_whether_it_may_send_is_told_before_it_does(door):
+    body = json.dumps({"model": CHAT, "prompt": "hi", "stream": False}).encode()
+    with socket.create_connection(("127.0.0.1", door.port), 20) as link:
+        link.sendall(("POST /api/generate HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n"
+                      "Expect: 100-continue\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (
+                          door.token, len(body))).encode())
+        assert link.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        link.sendall(body)
+        with link.makefile("rb") as stream:
+            answer = stream.read()
+    assert answer.startswith(b"HTTP/1.1 200 ") and b"You said: hi" in answer
 
 
 def test_curl_looks_around(door):

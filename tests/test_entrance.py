@@ -319,8 +319,10 @@ def test_the_token_of_the_local_agent_goes_to_its_door_and_nowhere_else(local, m
         assert asked() == asked("127.0.0.1", 4711) == asked("localhost", 4711) == ours
         assert asked("127.0.0.1", 4712) == ("http://127.0.0.1:4712", "")
         assert asked("gpu.lan", 4711) == ("http://gpu.lan:4711", "")
-        assert asked(token="t-given")[1] == "t-given"
+        assert asked(token="t-given") == ("http://127.0.0.1:4711", "t-given")
         monkeypatch.setenv("INFERENCE_TOKEN", "t-of-the-environment")
+        assert asked() == ("http://127.0.0.1:4711", "t-of-the-environment")
+        assert asked("127.0.0.1") == ("http://127.0.0.1:11434", "t-of-the-environment")
         assert asked("gpu.lan", 4711) == ("http://gpu.lan:4711", "t-of-the-environment")
         assert asked(token="t-given")[1] == "t-given"
         monkeypatch.delenv("INFERENCE_TOKEN")

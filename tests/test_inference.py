@@ -239,7 +239,7 @@ def test_the_python_client_and_the_official_ones_reach_the_engine(world):
     assert set(client.list_models()) == {"llama3.2:latest", "nomic-embed-text:latest"}
     assert client.health()
     assert client.load_model("llama3.2")
-    assert "unloaded by the agent alone" in client.unload_model("llama3.2").error
+    assert client.unload_model("llama3.2"), "the token of inference.token has admin rights"
     theirs = ollama.Client(host=url, headers={"Authorization": "Bearer " + here.token})
     assert theirs.chat("llama3.2", [{"role": "user", "content": "hello"}]
                        )["message"]["content"] == said.content

@@ -1129,7 +1129,19 @@ def test_who_wants_the_control_api_on_loopback_alone_has_it(arguments, network, 
     with Program(network.command(*command), environment(home, BETA9_TOKEN=TOKEN)) as agent:
         agent.wait_line("tailnet state=up address=100.70.1.2")
         agent.wait_line("unreachable")
-        assert agent.stop() == 0 and "url=http://100." not in agent.text()
+        agent.wait_line("listening api=inference url=http://100.70.1.2:")  # the front door is there
+        assert agent.stop() == 0 and "api=control url=http://100." not in agent.text()
+
+
+@pytest.mark.root
+def test_a_front_door_that_is_set_to_loopback_stays_there(network, home, hostile):
+    network.add("tailscale0")
+    network.ip("addr add 100.70.1.2/32 dev tailscale0")
+    command = agent_command("run", "--gateway-port", "9", "--inference-host", "127.0.0.1")
+    with Program(network.command(*command), environment(home, BETA9_TOKEN=TOKEN)) as agent:
+        agent.wait_line("listening api=control url=http://100.70.1.2:9999")
+        agent.wait_line("unreachable")
+        assert agent.stop() == 0 and "api=inference url=http://100." not in agent.text()
 
 
 @pytest.mark.root
@@ -1141,5 +1153,7 @@ def test_an_address_that_is_not_there_yet_is_tried_again(network, home, tailscal
         network.add("tailscale0")
         network.ip("addr add 100.64.0.7/32 dev tailscale0")
         agent.wait_line("listening api=control url=http://100.64.0.7:9999")
+        agent.wait_line("listening api=inference url=http://100.64.0.7:")
         assert agent.stop() == 0
-        assert agent.text().count("cannot listen on") == 1
+        for name in ("control", "inference"):
+            assert agent.text().count("no_tailnet api=%s what=" % name) == 1

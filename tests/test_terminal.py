@@ -205,7 +205,8 @@ def test_keys_open_its_panes_and_esc_leaves_them(shown):
     one.keys("BSpace", "Enter")
     screen = wait_until(lambda: not any("ready" in line for line in one.screen()[2:]) and one.screen(),
                         "the filtered log")
-    assert sum(" info " in line for line in screen) == 1 and "control" in "\n".join(screen)
+    assert sum(" info " in line for line in screen) == 2  # the control API and the front door
+    assert all("api=%s" % name in "\n".join(screen) for name in ("control", "inference"))
     one.keys("Escape")
     one.shows("INFERENCE")
     one.keys("d")

@@ -265,6 +265,7 @@ class Bench:
             B9AGENT_INFERENCE_SLOTS=1024, B9AGENT_INFERENCE_QUEUE=4096,
             B9AGENT_INFERENCE_GPU_USD_PER_HOUR=1)
         agent.wait_line(r"notice ready\b")
+        self.end.callback(agent.stop)  # and it ends its engine
         status = control(state, "POST", "/inference/start", {"engine": "llama-server", "model": model})
         if status.get("status") != "running":
             sys.exit("the agent's engine did not start: %s" % status)
