@@ -11752,7 +11752,8 @@ def _embeddings(ask: Ask, wire: Wire, body: bytes, usage: Usage) -> bytes:
             usage.prompt_tokens = int(found)
     if ask.dialect == wire.dialect and "prompt" not in ask.body:
         return body
-    vectors = re.findall(rb"\[([-+.\deE,\s]+)\]", body)
+    # One by one: what takes them all at once lets no other thread go on meanwhile.
+    vectors = [found.group(1) for found in re.finditer(rb"\[([-+.\deE,\s]+)\]", body)]
     model, prompt = json.dumps(ask.model).encode(), usage.prompt_tokens or 0
     if "prompt" in ask.body:
         return b'{"embedding":[%s]}\n' % b"".join(vectors[:1])
