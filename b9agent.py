@@ -8562,7 +8562,8 @@ TENANT_FIELDS = (
                 "together share them"),
     TenantField("usd_per_day", "USD", number_within("dollars", 0, 10**6),
                 "the same in money; wants inference.gpu_usd_per_hour"),
-    TenantField("max_context_tokens", "N", _parse_count, "largest context of a request"),
+    TenantField("max_context_tokens", "N", _parse_count,
+                "largest context of a request; its prompt is estimated by its length"),
     TenantField("max_output_tokens", "N", _parse_count, "longest answer; more is cut to it"),
 )
 TENANT_FIELD_BY_KEY = {row.key: row for row in TENANT_FIELDS}
@@ -8592,7 +8593,8 @@ def _tenant_faults(values: Dict[str, Any], priced: bool) -> Iterator[Tuple[str, 
     if len(values.get("token_sha256", ())) > 2:
         yield "it has more than two tokens", "one, and for a while the old one"
     if "usd_per_day" in values and not priced:
-        yield "`usd_per_day` without a price", "inference.gpu_usd_per_hour to be set"
+        yield "`usd_per_day` without a price", ("inference.gpu_usd_per_hour to be set, which "
+                                                    "the agent reads as it starts")
 
 
 def _tenant_of(node: Node, path: str, priced: bool) -> Tenant:
@@ -12634,7 +12636,8 @@ DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
 DOOR_WHOLE_MAX_BYTES = 64 << 20
 DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
 DOOR_SAVE_S = 5.0
-DOOR_RATIOS_MAX = 10000       # tenants and models of whose prompts the tokens per byte are known
+PROMPT_TOKENS_A_BYTE = 0.2    # of text in any language, no less
+DOOR_PROMPTS_MAX = 10000      # tenants and models whose last prompt is known
 
 
 class DoorLimits(NamedTuple):
@@ -12666,7 +12669,7 @@ DOOR_ROUTES = tuple(DoorRoute(*row) for row in (
     ("GET", "/api/tags", "ollama", "list", "tags", "models that the caller may use"),
     ("GET", "/api/ps", "ollama", "list", "ps", "those of them that are in memory"),
     ("POST", "/api/show", "ollama", "list", "show", "what one of them is"),
-    ("GET", "/api/version", "ollama", "list", "version", "the engine's version"),
+    ("GET", "/api/version", "ollama", "list", "version", "Ollama's, or the one whose API this is"),
     ("POST", "/api/pull", "ollama", "manage", "pull", "admin: fetch a model"),
     ("POST", "/api/copy", "ollama", "manage", "copy", "admin: another name for a model"),
     ("DELETE", "/api/delete", "ollama", "manage", "delete", "admin: remove a model"),
@@ -12904,9 +12907,9 @@ class FrontDoor:
         self._idle: Any = collections.deque()       # kept connections to the engine
         self._idle_at: Optional[Endpoint] = None
         self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
-        # By tenant and model: what one sends is no measure of another's prompts.  Of tenant "": the
-        # last of all, for bills of who has no measure yet.
-        self._tokens_per_byte: Dict[Tuple[str, str], float] = {}
+        # By tenant and model, the last one: its bound, its tokens.  What one sends is no measure of
+        # another's.  Of tenant "": the last of all, for bills of who has no measure yet.
+        self._prompts: Dict[Tuple[str, str], Tuple[int, float]] = {}
         self._bodies_bytes = 0
         self._unsaved, self._save_s, self._since_s = False, 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
@@ -13129,7 +13132,11 @@ class FrontDoor:
         if target.engine is not None and target.engine.many:
             refuse_cloud(name)
             key = model_key(name)
-        if key not in target.models or not tenant.may_use(key):
+        allowed = tenant.may_use(key)
+        if allowed and key not in target.models and target.state == "starting":
+            raise HttpError(503, "no_engine", "the engine is starting, and has not told yet which "
+                            "models it has", "Ask again", (("Retry-After", "5"),))
+        if not allowed or key not in target.models:
             raise HttpError(404, "model_not_found", f"model '{printable(name[:100])}' not found",
                             "GET /v1/models lists those that are here")
         return key
@@ -13207,8 +13214,9 @@ class FrontDoor:
         target = self._target()
         if target.state == "running" or waits and target.state == "starting" and target.engine:
             return target
-        raise HttpError(503, "no_engine", "no engine runs here" if target.state == "stopped" else
-                        f"the engine is {target.state}", "b9agent.py start",
+        what = {"stopped": "no engine runs here", "error": "the engine has failed"}.get(
+            target.state, f"the engine is {target.state}")
+        raise HttpError(503, "no_engine", what, "On the machine: b9agent.py start",
                         (("Retry-After", "10"),))
 
     def _admit(self, client: ClientWire, ask: Ask) -> None:
@@ -13221,15 +13229,15 @@ class FrontDoor:
             ask = ask._replace(keep_alive=None)  # it is loaded, and kept as others are
         model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
         context = room = target.context_tokens
-        output, likely = ask.output_tokens, self._likely_tokens(caller.tenant, ask, model)
+        # No less than usual: prompts of blanks must not make room for a longer one.
+        output, likely = ask.output_tokens, max(ask.prompt_tokens - TEMPLATE_TOKENS >> 2,
+                                                self._likely_tokens(caller.tenant, ask, model))
         if limits.max_context_tokens is not None:
             context = min(context, limits.max_context_tokens)
-            # No less than usual: a prompt of blanks must not make room for a longer one.
-            left = context - max(likely, ask.prompt_tokens - TEMPLATE_TOKENS >> 2)
-            if left < 0:
+            if likely > context:
                 raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
-            room = max(1, left)
+            room = max(1, context - likely)
             output = output and min(output, room * _choices(ask))
         if target.engine.name in ("vllm", "sglang"):
             # Who does not say how long an answer may be gets the room that is left: they refuse
@@ -13414,15 +13422,17 @@ class FrontDoor:
         completion = usage.pieces if usage.completion_tokens is None else usage.completion_tokens
         if usage.prompt_tokens is not None:
             return usage.prompt_tokens, completion
-        return self._likely_tokens(job.caller.tenant, job.ask, job.model) if completion else 0, (
-            completion)
+        unknown = self._prompts.get(("", job.model), (1, 0.25))
+        return (self._likely_tokens(job.caller.tenant, job.ask, job.model, unknown)
+                if completion else 0), completion
 
-    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str) -> int:
-        """What a prompt comes to, by its length.  No less than 0.2 a byte: a few that are nearly
-        all picture, or all template, must not make the long ones cheap."""
-        known, text = self._tokens_per_byte, max(0, ask.prompt_tokens - TEMPLATE_TOKENS)
-        ratio = known.get((tenant.name, model), known.get(("", model), 0.25))
-        return round(text * max(0.2, ratio))
+    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str,
+                       unknown: Tuple[int, float] = (1, 0.25)) -> int:
+        """What a prompt comes to, by the tenant's last one.  What it has more than that one is
+        counted as text: short prompts, all template, must not make long ones cheap."""
+        bound, tokens = self._prompts.get((tenant.name, model), unknown)
+        each, more = tokens / bound, max(0, ask.prompt_tokens - bound)
+        return round((ask.prompt_tokens - more) * each + more * max(PROMPT_TOKENS_A_BYTE, each))
 
     def settle(self, job: _Job, status: int) -> None:
         """The one step after the engine, whatever happened; a second time it does nothing."""
@@ -13441,12 +13451,12 @@ class FrontDoor:
                 del self._on_engine[job.model]
         elif self._waiting.pop(job, None) is not None:
             self._queue.remove(job)
-        text = job.ask.prompt_tokens - TEMPLATE_TOKENS
-        if job.usage is not None and job.usage.prompt_tokens and text > TEMPLATE_TOKENS:
-            if len(self._tokens_per_byte) > DOOR_RATIOS_MAX:
-                self._tokens_per_byte.clear()
+        bound = job.ask.prompt_tokens
+        if job.usage is not None and job.usage.prompt_tokens and bound:
+            if len(self._prompts) > DOOR_PROMPTS_MAX:
+                self._prompts.clear()
             for whose in (name, ""):
-                self._tokens_per_byte[whose, job.model] = min(1.0, prompt / text)
+                self._prompts[whose, job.model] = bound, min(prompt, bound)
         tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
         for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
                                ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):
@@ -13607,7 +13617,7 @@ _PATH = Field("path", "string", "a GGUF file or a folder of safetensors on this 
 # What is asked, the method of Inference that does it (its arguments are named as the fields), what
 # it is about, the fields.
 _INFERENCE_ROUTES: Tuple[Tuple[str, str, str, Tuple[Field, ...]], ...] = (
-    ("GET /inference/status", "status", "the engine, its address and its models", ()),
+    ("GET /inference/status", "status", "the engine, its models and where they are reached", ()),
     ("POST /inference/start", "start",
      "start an engine; answers when a token came, or why none did", (
          Field("engine", "string", "default: what suits the model and this machine",
@@ -17144,8 +17154,11 @@ class InferenceClient:
             stream = http_stream(method, endpoint, path, headers, data, self._timeout_s,
                                  self._timeout_s if streams else None)
         except HttpFailure as failure:
-            raise InferenceUnreachable(f"{endpoint.url} cannot be asked: {failure}",
-                                       "Does an agent run there? b9agent.py status") from failure
+            raise InferenceUnreachable(
+                f"{endpoint.url} cannot be asked: {failure}", "configure(scheme=\"https\", host=…, "
+                "ca_file=…) has the name that its certificate has, and who signed it"
+                if failure.kind == "tls" else "Does an agent run there? b9agent.py status"
+                ) from failure
         if stream.status == 200:
             return stream
         with stream:
@@ -17591,8 +17604,8 @@ class Entrance:
             self._log("error", "no_front_door", what=what,
                       where=host_port(host, self._settings.inference_port),
                       do="The machine is kept alive without it, and nobody reaches its models. "
-                         + (getattr(error, "hint", "") or "A taken port? Free it, or set "
-                            "inference.port (0 takes a free one)"))
+                         + (getattr(error, "hint", "") or "A full disk? Make room. A taken port? "
+                            "Free it, or set inference.port (0 takes a free one)"))
             return
         except Exception as error:
             self.stop()
@@ -19484,7 +19497,7 @@ def judge_front_door(loaded: Loaded, status: Dict[str, Any]) -> Finding:
     if status and not place:
         return warn("front door: the agent has none: nobody reaches its models",
                     "b9agent.py logs   # says why")
-    found = local_door(settings.state_dir) if status else None
+    found = local_door(settings.state_dir)  # also where its control API is not to be had
     if found:
         try:
             http_request("GET", found[0], "/", {}, None, _REQUEST_LIMIT_S)
@@ -19492,7 +19505,7 @@ def judge_front_door(loaded: Loaded, status: Dict[str, Any]) -> Finding:
             if failure.kind != "tls":
                 return warn(f"front door: {found[0].url} does not answer: {failure}",
                             "b9agent.py logs   # then restart it")
-        return ok(f"front door: the agent listens, {place}")
+        return ok(f"front door: the agent listens, {place or found[0].url}")
     host, port = settings.inference_host or "127.0.0.1", settings.inference_port
     why = why_not_listening(host, port) if port else ""
     if why and loopback(host) and loaded.origins["inference_port"] == "default":

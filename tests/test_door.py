@@ -727,7 +727,7 @@ def test_who_does_not_say_how_long_an_answer_may_be_gets_the_room_that_is_left(r
     for text, least, most in (("x" * 100, 7800, 8192), ("x" * 12000, 3000, 5000), ("x" * 60000, 1024, 1024)):
         rig.ask(dict(body, messages=[{"role": "user", "content": text}]))
         assert least <= rig.engine.asked[-1].body["max_tokens"] <= most
-        rig.door._tokens_per_byte.clear()
+        rig.door._prompts.clear()
     rig.target = rig.target._replace(engine=b9agent.ENGINE_BY_NAME["llama-server"])
     rig.ask(dict(body, messages=[{"role": "user", "content": "x" * 12000}]))
     assert rig.engine.asked[-1].body["max_tokens"] == 8192
@@ -943,6 +943,14 @@ def test_of_a_model_nothing_is_said_while_no_engine_runs(rig):
     rig.target = rig.target._replace(state="stopped", models=(), loaded=())
     assert rig.ask(path="/api/show", body={"model": "m"})[0] == 503
     assert rig.ask(path="/v1/models/m", method="GET")[0] == 503
+
+
+def test_a_model_that_a_starting_engine_has_not_told_of_yet_is_not_said_to_be_missing(tmp_path):
+    with rig_at(tmp_path, tenants=limited(models="m*")) as rig:
+        rig.target = rig.target._replace(state="starting", models=(), loaded=())
+        status, headers, body = rig.raw(rig.request(rig.chat()))
+        assert (status, headers["retry-after"]) == (503, "5") and b"starting" in body
+        assert rig.ask(rig.chat(model="other"))[0] == 404
 
 
 def tenants_of(*names, more=""):
