@@ -1249,6 +1249,7 @@ def render_yaml(tree: Dict[str, Any], indent: str = "") -> str:
 # -- JSON, as strictly -------------------------------------------------
 
 JSON_DEPTH_MAX = 32
+JSON_VALUES_MAX = 1 << 19  # twice the numbers of the largest context; each costs microseconds
 
 
 def _no_constant(name: str) -> None:
@@ -1278,16 +1279,23 @@ _STRICT_JSON = json.JSONDecoder(object_pairs_hook=_json_pairs, parse_constant=_n
                                 parse_int=_json_integer, parse_float=_json_float)
 
 
+def _json_outside(text: str) -> str:
+    """What stands outside of a JSON text's strings.  Raises: ValueError for too many of them."""
+    # Without escaped backslashes, then without escaped quotes, every other piece is a string.
+    bare = text.replace("\\\\", "").replace('\\"', "") if "\\" in text else text
+    if bare.count('"') > 4 * JSON_VALUES_MAX:
+        raise ValueError(f"more than {JSON_VALUES_MAX} values")
+    return "".join(bare.split('"')[::2])
+
+
 def _json_depth(text: str) -> int:
     """How deep a JSON text is nested.
 
     >>> _json_depth('{"[[": ["\\\\\\"[", [1]]}')
     3
     """
-    # Without escaped backslashes, then without escaped quotes, every other piece is a string.
-    bare = text.replace("\\\\", "").replace('\\"', "") if "\\" in text else text
     depth = deepest = 0
-    for marks in re.findall(r"[\[{]+|[\]}]+", "".join(bare.split('"')[::2])):
+    for marks in re.findall(r"[\[{]+|[\]}]+", _json_outside(text)):
         depth += len(marks) if marks[0] in "[{" else -len(marks)
         deepest = max(deepest, depth)
     return deepest
@@ -1296,12 +1304,15 @@ def _json_depth(text: str) -> int:
 def decode_json(raw: bytes) -> Any:
     """Strictly RFC 8259: UTF-8, each name once, finite numbers, no half of a surrogate pair.
 
-    Nesting is bounded before the decoder, which recurses, sees it.  Megabytes in one string (a
+    Nesting is bounded before the decoder, which recurses, sees it, and so is the number of values:
+    a gigabyte and half a minute may be in megabytes of them.  Megabytes in one string (a
     picture) cost little more than copying them.  Raises: ValueError.
     >>> decode_json(b'{"a": [1, 2.5, "["]}')
     {'a': [1, 2.5, '[']}
     """
     text = raw.decode("utf-8")
+    if sum(map(text.count, ",[{")) > JSON_VALUES_MAX < sum(map(_json_outside(text).count, ",[{")):
+        raise ValueError(f"more than {JSON_VALUES_MAX} values")
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX and _json_depth(text) > JSON_DEPTH_MAX:
         raise ValueError(f"nested deeper than {JSON_DEPTH_MAX}")
     value = _STRICT_JSON.decode(text)
@@ -11519,7 +11530,8 @@ class StreamFlow:
         out = [self._line(line.strip()) for line in lines]
         if self._held_bytes > STREAM_LINE_MAX_BYTES:
             self._held, self._held_bytes = [], 0
-            out.append(self.fail("the engine sent a line without an end"))
+            out.append(b"" if self.usage.error else self.fail(
+                "the engine sent a line without an end"))
         return b"".join(out)
 
     def _line(self, line: bytes) -> bytes:
@@ -11742,7 +11754,8 @@ def _embeddings(ask: Ask, wire: Wire, body: bytes, usage: Usage) -> bytes:
             usage.prompt_tokens = int(found)
     if ask.dialect == wire.dialect and "prompt" not in ask.body:
         return body
-    vectors = re.findall(rb"\[([-+.\deE,\s]+)\]", body)
+    # One by one: what takes them all at once lets no other thread go on meanwhile.
+    vectors = [found.group(1) for found in re.finditer(rb"\[([-+.\deE,\s]+)\]", body)]
     model, prompt = json.dumps(ask.model).encode(), usage.prompt_tokens or 0
     if "prompt" in ask.body:
         return b'{"embedding":[%s]}\n' % b"".join(vectors[:1])
@@ -12030,6 +12043,7 @@ class Relay:
                         wire.ready(mask)
                     except Exception as error:  # a defect costs one connection, never the loop
                         self.log.defect(error)
+                        self._guarded(getattr(wire, "lost", wire.close))
                         wire.close()
             if again and now_s() >= sweep_s:
                 sweep_s = now_s() + RELAY_SWEEP_S
@@ -12251,22 +12265,18 @@ class EngineWire(RelaySocket):
 
     def _head(self, data: bytes) -> None:
         self._held += data
-        end = self._held.find(b"\r\n\r\n")
-        if end < 0:
-            if len(self._held) > HTTP_HEAD_MAX_BYTES:
-                raise HttpFailure("too_large", "a head that is too long")
-            return
-        head, rest = self._held[:end], self._held[end + 4:]
-        first, headers = _split_head(head.decode("latin-1").split("\r\n"))
-        match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
-        if not match:
-            raise HttpFailure("garbage", "not an HTTP answer")
-        status = int(match.group(2))
-        if status < 200:
-            self._held = b""
-            if rest:
-                self._head(rest)
-            return
+        status = 100
+        while status < 200:  # one that only says that the answer will come
+            head, end, rest = self._held.partition(b"\r\n\r\n")
+            if not end:
+                if len(self._held) > HTTP_HEAD_MAX_BYTES:
+                    raise HttpFailure("too_large", "a head that is too long")
+                return
+            first, headers = _split_head(head.decode("latin-1").split("\r\n"))
+            match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
+            if not match:
+                raise HttpFailure("garbage", "not an HTTP answer")
+            self._held, status = rest, int(match.group(2))
         self._request = b""  # it was heard
         length, encoding = headers.get("content-length"), headers.get("transfer-encoding", "")
         if length and (encoding or not re.fullmatch("[0-9]{1,15}", length)) or (
@@ -12807,6 +12817,9 @@ class _Job:
                 self.wire.pause(True)
         if flow.usage.pieces != self.pieces:
             self._count()
+        if flow.usage.error:  # what follows is of no use, and may have no end
+            self.wire.cut()
+            self.on_end("")
 
     def _count(self) -> None:
         """Tokens have come."""
@@ -12941,6 +12954,9 @@ class FrontDoor:
                 listener.close()
             for job in [*self._running, *self._waiting]:
                 self.fail(job, 503, "stopping", "this machine is being stopped")
+            for errand in list(self.errands):
+                self._cut(errand)
+                errand.on_end("this machine is being stopped")
         self._relay.call(end)
         self._relay.stop()
         self._ledger.save()

@@ -1052,3 +1052,29 @@ def test_the_real_mlx_server_is_understood(home):
                   "--port", str(port)], engines.engine_environment(home)):
         wait_until(lambda: healthy(port), "it answers")
         speaks("mlx", port, "tiny")
+
+
+def test_a_body_of_millions_of_values_is_refused_before_any_is_made():
+    """Thirty megabytes of them are a gigabyte of memory, and half a minute."""
+    most = b9agent.JSON_VALUES_MAX
+    for value in (b"1", b"[]", b"{}", b'""', b'"a"'):
+        raw = b'{"model":"m","prompt":[%s1]}' % ((value + b",") * most)
+        with pytest.raises(b9agent.HttpError) as caught:
+            b9agent.read_ask("openai", "complete", raw)
+        assert caught.value.status == 400 and "values" in caught.value.what
+    with pytest.raises(b9agent.HttpError) as caught:
+        b9agent.read_ask("openai", "complete", b'{"model":"m","prompt":"x%s"}' % (
+            b'","' * 5 * most))
+    assert "values" in caught.value.what
+    said = ',[{\\"' * most  # within one text they are no values
+    raw = ('{"model":"m","prompt":"%s"}' % said).encode()
+    assert b9agent.read_ask("openai", "complete", raw).body["prompt"] == said.replace("\\", "")
+
+
+def test_a_line_without_an_end_is_an_error_once():
+    ask = b9agent.read_ask("openai", "chat", json.dumps({
+        "model": "m", "stream": True, "messages": [{"role": "user", "content": "x"}]}).encode())
+    flow = b9agent.make_flow(ask, b9agent.Wire("/v1/chat/completions", b"", "openai", "chat"), "1")
+    piece = b"x" * (b9agent.STREAM_LINE_MAX_BYTES + 1)
+    assert b"error" in flow.feed(piece)
+    assert flow.feed(piece) == b"" and flow.end("") == b""

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies
 
 import b9agent
-from door_rig import (COMPLETION, DONE, STOP, STREAM_HEAD, TOKEN, Rig, ScriptedEngine, chunk, events_of,
-                      read_answer, streamed, token, usage, whole)
+from door_rig import (COMPLETION, DONE, STOP, STREAM_HEAD, TOKEN, Rig, ScriptedEngine, chunk,
+                      event, events_of, read_answer, streamed, token, usage, whole)
 from helpers import PATIENCE_S, wait_until
 
 TENANTS = """tenants:
@@ -1044,3 +1044,45 @@ def test_who_lingers_after_a_refusal_makes_room_for_others(tmp_path):
             sock.sendall(rig.request(rig.chat(), token="")[:-1])
             assert read_answer(sock)[0] == 401
         assert rig.ask(rig.chat())[0] == 200
+
+
+def test_an_engine_that_never_ends_after_an_error_is_left(rig):
+    rig.engine.script = lambda _asked, sock: (
+        sock.sendall(STREAM_HEAD + chunk(token()) + chunk(event({"error": {"message": "no"}}))),
+        rig.engine.wait_until_left(sock))
+    status, _, body = rig.raw(rig.request(rig.chat(stream=True)))
+    assert status == 200 and events_of(body)[-1]["error"]["message"] == "no"
+    assert rig.engine.left.wait(PATIENCE_S)
+    rig.settled()
+    assert rig.used()["completion_tokens"] == 1
+
+
+def test_any_number_of_words_before_an_answer_is_passed_over(rig):
+    rig.engine.script = lambda _asked, sock: sock.sendall(
+        b"HTTP/1.1 103 Early Hints\r\n\r\n" * 3000 + whole(COMPLETION))
+    assert rig.ask(rig.chat())[0] == 200
+
+
+def test_a_defect_while_the_engine_answers_is_an_answer_at_once(rig, monkeypatch):
+    def broken(*_given):
+        raise RuntimeError("a defect")
+    monkeypatch.setattr(b9agent, "make_flow", broken)
+    with rig.connect() as sock:
+        sock.sendall(rig.request(rig.chat(stream=True)))
+        assert read_answer(sock)[0] == 502
+    rig.settled()
+    assert rig.log.defects.pop() and rig.used()["running"] == 0
+
+
+def test_a_stop_ends_a_pull_in_good_form(tmp_path):
+    def script(_asked, sock):
+        sock.sendall(STREAM_HEAD + chunk(b'{"status":"pulling"}\n'))
+        return rig.engine.wait_until_left(sock)
+    with rig_at(tmp_path, engine="ollama", script=script) as rig, rig.connect() as sock:
+        sock.sendall(rig.request({"model": "m"}, path="/api/pull"))
+        wait_until(lambda: rig.door.errands, "it is at the engine")
+        wait_until(lambda: any(each._status for each in rig.door.errands), "it has begun")
+        rig.door.stop()
+        rig.door.stop = lambda: None  # once
+        body = read_answer(sock)[2]
+        assert "stopped" in json.loads(body.split(b"\n")[1])["error"]
