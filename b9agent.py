@@ -8593,8 +8593,8 @@ def _tenant_faults(values: Dict[str, Any], priced: bool) -> Iterator[Tuple[str, 
     if len(values.get("token_sha256", ())) > 2:
         yield "it has more than two tokens", "one, and for a while the old one"
     if "usd_per_day" in values and not priced:
-        yield "`usd_per_day` without a price", ("inference.gpu_usd_per_hour to be set, which "
-                                                    "the agent reads as it starts")
+        yield "`usd_per_day` without a price", (
+            "inference.gpu_usd_per_hour to be set, which the agent reads as it starts")
 
 
 def _tenant_of(node: Node, path: str, priced: bool) -> Tenant:
@@ -13241,7 +13241,7 @@ class FrontDoor:
         if limits.max_context_tokens is not None:
             context = min(context, limits.max_context_tokens)
             if likely > context:
-                raise HttpError(400, "max_context_tokens", "the prompt is longer than the "
+                raise HttpError(400, "max_context_tokens", "the prompt is likely longer than the "
                                 f"{context} tokens of context that you may use", "Send less")
             room = max(1, context - likely)
             output = output and min(output, room * _choices(ask))

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=4b2054cf86c8ae2dcccc00101a6dc32b3de118c4b01eda4ab188ee3dd918cabe
+  sha256=1d9dfd082f1001e91d9451d88fdc3dedadfe889adcb9a23d111c73ac9a44277a
 }
 
 usage() {

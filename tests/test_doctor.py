@@ -782,3 +782,15 @@ def test_every_finding_that_is_not_ok_says_what_mends_it(doctor):
     for name, rows in found.items():
         for row in rows:
             assert row.level == "ok" or row.mend or row.seen.startswith("not tried"), (name, row)
+
+
+@pytest.mark.parametrize("given, said", [
+    (["--oidc-issuer", "https://id.example.org"], "not all are set"),
+    (["--oidc-issuer", "https://id.example.org", "--oidc-audience", "b9", "--oidc-jwks", "/nowhere/keys"],
+     "there is no file /nowhere/keys"),
+    (["--tls", "tailscale", "--tailnet-socket", "none"], "there is no Tailscale here")])
+def test_what_the_front_door_lacks_is_said(tmp_path, given, said):
+    loaded = b9agent.load_what_can_be(b9agent.parse_arguments(
+        ["--state-dir", str(tmp_path), *given], ()).flags, {}, must_exist=True)
+    found = [finding for finding in b9agent.check_door(loaded) if finding.level == "warn"]
+    assert len(found) == 1 and said in found[0].seen and found[0].mend
