@@ -12626,7 +12626,8 @@ DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
 DOOR_WHOLE_MAX_BYTES = 64 << 20
 DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
 DOOR_SAVE_S = 5.0
-DOOR_RATIOS_MAX = 10000       # tenants and models of whose prompts the tokens per byte are known
+PROMPT_TOKENS_A_BYTE = 0.2    # of text in any language, no less
+DOOR_PROMPTS_MAX = 10000      # tenants and models whose last prompt is known
 
 
 class DoorLimits(NamedTuple):
@@ -12893,9 +12894,9 @@ class FrontDoor:
         self._idle: Any = collections.deque()       # kept connections to the engine
         self._idle_at: Optional[Endpoint] = None
         self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
-        # By tenant and model: what one sends is no measure of another's prompts.  Of tenant "": the
-        # last of all, for bills of who has no measure yet.
-        self._tokens_per_byte: Dict[Tuple[str, str], float] = {}
+        # By tenant and model, the last one: its bound, its tokens.  What one sends is no measure of
+        # another's.  Of tenant "": the last of all, for bills of who has no measure yet.
+        self._prompts: Dict[Tuple[str, str], Tuple[int, float]] = {}
         self._bodies_bytes = 0
         self._unsaved, self._save_s, self._since_s = False, 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
@@ -13214,8 +13215,7 @@ class FrontDoor:
         context = room = target.context_tokens
         # No less than usual: prompts of blanks must not make room for a longer one.
         output, likely = ask.output_tokens, max(ask.prompt_tokens - TEMPLATE_TOKENS >> 2,
-                                                self._likely_tokens(
-                                                    caller.tenant, ask, model, caller.tenant.name))
+                                                self._likely_tokens(caller.tenant, ask, model))
         if limits.max_context_tokens is not None:
             context = min(context, limits.max_context_tokens)
             if likely > context:
@@ -13406,16 +13406,17 @@ class FrontDoor:
         completion = usage.pieces if usage.completion_tokens is None else usage.completion_tokens
         if usage.prompt_tokens is not None:
             return usage.prompt_tokens, completion
-        return self._likely_tokens(job.caller.tenant, job.ask, job.model) if completion else 0, (
-            completion)
+        unknown = self._prompts.get(("", job.model), (1, 0.25))
+        return (self._likely_tokens(job.caller.tenant, job.ask, job.model, unknown)
+                if completion else 0), completion
 
-    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str, known: str = "") -> int:
-        """What a prompt comes to, as this tenant's before it did, or else those of others (known:
-        "", or whose alone); of a long one no less than a fifth of its bytes, so that a few blanks
-        do not make it cheap."""
-        ratios, most = self._tokens_per_byte, ask.prompt_tokens
-        ratio = ratios.get((tenant.name, model), ratios.get((known, model), 0.25))
-        return max(round(most * ratio), (most - 4096) // 5)
+    def _likely_tokens(self, tenant: Tenant, ask: Ask, model: str,
+                       unknown: Tuple[int, float] = (1, 0.25)) -> int:
+        """What a prompt comes to, by the tenant's last one.  What it has more than that one is
+        counted as text: short prompts, all template, must not make long ones cheap."""
+        bound, tokens = self._prompts.get((tenant.name, model), unknown)
+        each, more = tokens / bound, max(0, ask.prompt_tokens - bound)
+        return round((ask.prompt_tokens - more) * each + more * max(PROMPT_TOKENS_A_BYTE, each))
 
     def settle(self, job: _Job, status: int) -> None:
         """The one step after the engine, whatever happened; a second time it does nothing."""
@@ -13434,11 +13435,12 @@ class FrontDoor:
                 del self._on_engine[job.model]
         elif self._waiting.pop(job, None) is not None:
             self._queue.remove(job)
-        if job.usage is not None and job.usage.prompt_tokens and job.ask.prompt_tokens:
-            if len(self._tokens_per_byte) > DOOR_RATIOS_MAX:
-                self._tokens_per_byte.clear()
+        bound = job.ask.prompt_tokens
+        if job.usage is not None and job.usage.prompt_tokens and bound:
+            if len(self._prompts) > DOOR_PROMPTS_MAX:
+                self._prompts.clear()
             for whose in (name, ""):
-                self._tokens_per_byte[whose, job.model] = min(1.0, prompt / job.ask.prompt_tokens)
+                self._prompts[whose, job.model] = bound, min(prompt, bound)
         tally.add("b9agent_door_requests_total", (name, job.model, str(status)))
         for metric, amount in (("prompt_tokens", prompt), ("completion_tokens", completion),
                                ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=2ffa38bb150b36e055e69e6421311f3c45e9993cc7c858c8141cb43a6cabee76
+  sha256=5d2cf99214c1bbe3a18aea478b9a7ca8a2c58e29035eb79b57ae9f0a5899b38b
 }
 
 usage() {

@@ -727,7 +727,7 @@ def test_who_does_not_say_how_long_an_answer_may_be_gets_the_room_that_is_left(r
     for text, least, most in (("x" * 100, 7800, 8192), ("x" * 12000, 3000, 5000), ("x" * 60000, 1024, 1024)):
         rig.ask(dict(body, messages=[{"role": "user", "content": text}]))
         assert least <= rig.engine.asked[-1].body["max_tokens"] <= most
-        rig.door._tokens_per_byte.clear()
+        rig.door._prompts.clear()
     rig.target = rig.target._replace(engine=b9agent.ENGINE_BY_NAME["llama-server"])
     rig.ask(dict(body, messages=[{"role": "user", "content": "x" * 12000}]))
     assert rig.engine.asked[-1].body["max_tokens"] == 8192
