@@ -1063,13 +1063,14 @@ def test_any_number_of_words_before_an_answer_is_passed_over(rig):
     assert rig.ask(rig.chat())[0] == 200
 
 
-def test_a_defect_while_the_engine_answers_is_an_answer_at_once(rig, monkeypatch):
+@pytest.mark.parametrize("what, stream, statuses", [("make_flow", True, (500,)), ("whole_answer", False, (500, 502))])
+def test_a_defect_of_ours_is_an_answer_at_once(rig, monkeypatch, what, stream, statuses):
     def broken(*_given):
         raise RuntimeError("a defect")
-    monkeypatch.setattr(b9agent, "make_flow", broken)
+    monkeypatch.setattr(b9agent, what, broken)
     with rig.connect() as sock:
-        sock.sendall(rig.request(rig.chat(stream=True)))
-        assert read_answer(sock)[0] == 502
+        sock.sendall(rig.request(rig.chat(stream=stream)))
+        assert read_answer(sock)[0] in statuses
     rig.settled()
     assert rig.log.defects.pop() and rig.used()["running"] == 0
 
