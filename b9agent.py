@@ -13399,7 +13399,7 @@ class FrontDoor:
         if len(raw) > DOOR_BIG_BYTES:
             self._beside(client, form, told)
         else:
-            told(form())
+            self._attempt(client, lambda: told(form()))
 
     def fail(self, job: _Job, status: int, code: str, what: str,
              limit: Optional[LimitReached] = None) -> None:

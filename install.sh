@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=1d9dfd082f1001e91d9451d88fdc3dedadfe889adcb9a23d111c73ac9a44277a
+  sha256=df076cc8cd6d3bfbbb7407de796947bb2e191eb10525da05276baf403771a5b8
 }
 
 usage() {

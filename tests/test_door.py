@@ -1063,14 +1063,15 @@ def test_any_number_of_words_before_an_answer_is_passed_over(rig):
     assert rig.ask(rig.chat())[0] == 200
 
 
-@pytest.mark.parametrize("what, stream, statuses", [("make_flow", True, (500,)), ("whole_answer", False, (500, 502))])
-def test_a_defect_of_ours_is_an_answer_at_once(rig, monkeypatch, what, stream, statuses):
+@pytest.mark.parametrize("place, what, stream", [
+    (b9agent, "make_flow", True), (b9agent, "whole_answer", False), (b9agent._Job, "on_head", True),
+    (b9agent._Job, "on_body", False), (b9agent._Job, "on_body", True)])
+def test_a_defect_of_ours_is_an_answer_at_once(rig, monkeypatch, place, what, stream):
     def broken(*_given):
         raise RuntimeError("a defect")
-    monkeypatch.setattr(b9agent, what, broken)
-    with rig.connect() as sock:
-        sock.sendall(rig.request(rig.chat(stream=stream)))
-        assert read_answer(sock)[0] in statuses
+    monkeypatch.setattr(place, what, broken)
+    status, answer = rig.ask(rig.chat(stream=stream))
+    assert status in (500, 502) or what == "on_body" and "error" in events_of(answer)[-1]
     rig.settled()
     assert rig.log.defects.pop() and rig.used()["running"] == 0
 
