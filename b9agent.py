@@ -11100,7 +11100,7 @@ def _prompt_weight(dialect: str, task: str, body: Dict[str, Any]) -> int:
     if task == "responses":
         return total + _content_weight(body[name], name)
     return total + sum(MESSAGE_TOKENS + (_weight(text) if type(text) is str else len(text))
-                       for text in _inputs(body, name) if body.get(name))
+                       for text in (_inputs(body, name) if body.get(name) else ()))
 
 
 def _limit(fields: Dict[str, Any], *names: str) -> Optional[int]:
@@ -11976,6 +11976,7 @@ class Relay:
         self.waits: Any = BlockingIOError  # what a socket raises that has to be asked again
         self.wires: Set[Any] = set()
         self._errands = Errands(f"{name}-errand", 8, 512)
+        self._asking = Errands(f"{name}-asking", 4, 64)  # a wedged engine holds these up alone
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def call(self, function: Callable[[], None]) -> None:
@@ -11989,8 +11990,10 @@ class Relay:
         """From the loop's own: after this batch of events."""
         self._calls.append(function)
 
-    def errand(self, work: Callable[[], Any], done: Callable[[Any, Any], None]) -> None:
-        """work() on another thread, then done(what it returned, what it raised) here."""
+    def errand(self, work: Callable[[], Any], done: Callable[[Any, Any], None],
+               asks: bool = False) -> None:
+        """work() on another thread, then done(what it returned, what it raised) here.  asks: an
+        engine, which may not answer."""
         def run() -> None:
             result = problem = None
             try:
@@ -11998,7 +12001,7 @@ class Relay:
             except Exception as error:
                 problem = error
             self.call(lambda: done(result, problem))
-        if not self._errands.run(run):
+        if not (self._asking if asks else self._errands).run(run):
             busy = _too_many("too much is going on here", 5)
             self.call(lambda: done(None, busy))
 
@@ -13046,7 +13049,7 @@ class FrontDoor:
                                           f"a defect of ours, number {number} in the log"))
 
     def _beside(self, client: ClientWire, work: Callable[[], Any],
-                then: Callable[[Any], None]) -> None:
+                then: Callable[[Any], None], asks: bool = False) -> None:
         """work() beside the loop, and then(its result) here, if the client is still there, and was
         not answered meanwhile."""
         exchange = client.exchange
@@ -13058,7 +13061,7 @@ class FrontDoor:
                 then(result)
             if not client.dead and client.exchange is exchange:
                 self._attempt(client, go_on)
-        self._relay.errand(work, done)
+        self._relay.errand(work, done, asks)
 
     def answered(self, client: ClientWire) -> None:
         self._bodies_bytes -= client.charged_bytes
@@ -13120,7 +13123,7 @@ class FrontDoor:
         route = client.route
         if route.kind == "list":
             self._beside(client, lambda: self._listed(client, body),
-                         lambda found: client.answer(Response(200, found)))
+                         lambda found: client.answer(Response(200, found)), True)
         elif route.kind == "manage":
             self._manage(client, body)
         elif len(body) > DOOR_BIG_BYTES:

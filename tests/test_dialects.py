@@ -1078,3 +1078,12 @@ def test_a_line_without_an_end_is_an_error_once():
     piece = b"x" * (b9agent.STREAM_LINE_MAX_BYTES + 1)
     assert b"error" in flow.feed(piece)
     assert flow.feed(piece) == b"" and flow.end("") == b""
+
+
+def test_a_model_is_loaded_by_its_name_alone():
+    """As Ollama's manual says it: {"model": "m"}, without a prompt."""
+    for task in ("chat", "complete", "embed"):
+        asked = read_ask("ollama", task, b'{"model":"m"}')
+        path = engine_request(asked, ENGINES["ollama"], "m:latest", 9, 4096).path
+        assert path == {"chat": "/api/chat", "complete": "/api/generate"}.get(task, "/api/embed")
+        assert engine_request(asked, ENGINES["vllm"], "m", 9, 4096).path == ""

@@ -1088,3 +1088,27 @@ def test_a_stop_ends_a_pull_in_good_form(tmp_path):
         rig.door.stop = lambda: None  # once
         body = read_answer(sock)[2]
         assert "stopped" in json.loads(body.split(b"\n")[1])["error"]
+
+
+def test_an_engine_that_answers_no_list_holds_up_nobody_elses_identification(tmp_path):
+    def whois(_host, _port):
+        return b9agent.WhoIs("ada@example.com", (), "laptop")
+
+    def script(asked, sock):
+        if asked.path == "/api/tags":
+            return rig.engine.wait_until_left(sock)
+        sock.sendall(whole({"message": {"content": "x"}, "done": True}))
+    tenants = tenants_of("a") + "  - name: ada\n    tailnet: ada@example.com\n"
+    with rig_at(tmp_path, engine="ollama", models=("m:latest",), loaded=("m:latest",),
+                script=script, whois=whois, on_tailnet=True, tenants=tenants
+                ) as rig, contextlib.ExitStack() as stack:
+        for _ in range(12):
+            sock = stack.enter_context(rig.connect())
+            sock.sendall(rig.request(path="/api/tags", method="GET", token="a" * 40))
+        wait_until(lambda: rig.engine.asked, "the engine is asked")
+        with rig.connect("127.0.0.2") as other:
+            other.sendall(rig.request(rig.chat(), token=""))
+            assert read_answer(other)[0] == 200
+        waiting = [asked for asked in rig.engine.asked if asked.path == "/api/tags"]
+        assert len(waiting) < 12, "it had to wait until lists were given up"
+        rig.engine.close()
