@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=df076cc8cd6d3bfbbb7407de796947bb2e191eb10525da05276baf403771a5b8
+  sha256=914e6165567de2f6b83d9ae46db002d1dcccfd202f922db9ab03f2905011432e
 }
 
 usage() {
