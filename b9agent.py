@@ -13012,6 +13012,7 @@ class FrontDoor:
         """An answer in the form of the dialect that was spoken; what was reserved is given back."""
         exchange, client.exchange = client.exchange, None
         if isinstance(exchange, _Job):
+            self._cut(exchange)
             self.settle(exchange, error.status)
         if client.dead:
             return

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=914e6165567de2f6b83d9ae46db002d1dcccfd202f922db9ab03f2905011432e
+  sha256=fc188d05b11388d7d5986af625acf5a536c2c8f803cfab17d4bb42e143a6c1a8
 }
 
 usage() {
