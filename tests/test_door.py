@@ -1112,3 +1112,66 @@ def test_an_engine_that_answers_no_list_holds_up_nobody_elses_identification(tmp
         waiting = [asked for asked in rig.engine.asked if asked.path == "/api/tags"]
         assert len(waiting) < 12, "it had to wait until lists were given up"
         rig.engine.close()
+
+
+# -- what a front of Ollama has to design around -----------------------------------------------------
+
+def ollama_answer(asked, sock):
+    sock.sendall(whole({"model": asked.body["model"], "message": {"role": "assistant", "content": "Hi"},
+                        "done": True, "done_reason": "stop", "prompt_eval_count": 7, "eval_count": 2}))
+
+
+def test_requests_for_a_loaded_model_wait_here_and_not_in_ollama(tmp_path):
+    """Its own bound counts only those that need a load."""
+    goes_on = threading.Event()
+
+    def script(asked, sock):
+        assert goes_on.wait(PATIENCE_S)
+        ollama_answer(asked, sock)
+    with rig_at(tmp_path, engine="ollama", models=("m:latest", "other:latest"), loaded=("m:latest",), slots=1,
+                script=script, limits=b9agent.DoorLimits(queue=2)) as rig, contextlib.ExitStack() as stack:
+        def send(model="m"):
+            sock = stack.enter_context(rig.connect())
+            sock.sendall(rig.request({"model": model, "stream": False, "messages": [
+                {"role": "user", "content": "x"}]}, path="/api/chat"))
+            return sock
+        socks = [send() for _ in range(3)]
+        wait_until(lambda: rig.door.status()["waiting"] == 2 and rig.engine.asked, "two wait")
+        assert len(rig.engine.asked) == 1
+        assert read_answer(send())[0] == 429, "and no more than the queue holds"
+        goes_on.set()
+        assert [read_answer(sock)[0] for sock in socks] == [200] * 3
+
+
+def test_a_model_that_is_loaded_does_not_wait_for_the_load_of_another(tmp_path):
+    """Ollama loads one after the other, and asks that of nobody whose model is there."""
+    loaded = threading.Event()
+
+    def script(asked, sock):
+        if asked.body["model"] == "cold:latest":
+            assert loaded.wait(PATIENCE_S)
+        ollama_answer(asked, sock)
+    with rig_at(tmp_path, engine="ollama", models=("m:latest", "cold:latest"), loaded=("m:latest",), slots=1,
+                script=script) as rig, rig.connect() as first:
+        body = {"stream": False, "messages": [{"role": "user", "content": "x"}]}
+        first.sendall(rig.request(dict(body, model="cold"), path="/api/chat"))
+        wait_until(lambda: rig.engine.asked, "the load has begun")
+        assert rig.ask(dict(body, model="m"), path="/api/chat")[0] == 200
+        loaded.set()
+        assert read_answer(first)[0] == 200
+        assert sum(line.startswith("b9agent_door_cold_starts_total{") for line in rig.tally.lines()) == 1
+
+
+def test_answers_have_numbers_of_their_own(tmp_path):
+    """Ollama's own have one of 999."""
+    with rig_at(tmp_path, engine="ollama", models=("m:latest",), script=ollama_answer) as rig:
+        found = {rig.ask(rig.chat())[1]["id"] for _ in range(20)}
+        assert len(found) == 20
+
+
+def test_no_cookie_and_no_other_word_of_the_client_goes_to_an_ollama(tmp_path):
+    """To a model of ollama.com it would pass them on."""
+    with rig_at(tmp_path, engine="ollama", models=("m:latest",), script=ollama_answer) as rig:
+        assert rig.ask({"model": "m", "stream": False, "messages": [{"role": "user", "content": "x"}]},
+                       path="/api/chat", headers=[("Cookie", "a=b"), ("Origin", "http://x")])[0] == 200
+        assert not {"cookie", "origin", "authorization"} & rig.engine.asked[0].headers.keys()
