@@ -12622,8 +12622,10 @@ class Listener:
                 return
             try:
                 self._accepted(self, sock, address[:2])
-            except OSError:
-                sock.close()  # it left again
+            except Exception as error:
+                sock.close()
+                if not isinstance(error, OSError):  # else it left again
+                    self._relay.log.defect(error)
 
 
 # ----------------------------------------------------------------------
@@ -12928,7 +12930,7 @@ class FrontDoor:
     def listen(self, host: str, port: int, on_tailnet: bool = False) -> Listener:
         """Raises: OSError."""
         listener = Listener(self._relay, host, port, self._accept, self._tls, on_tailnet)
-        self._listeners.append(listener)
+        self._listeners = [each for each in self._listeners if not each.dead] + [listener]
         return listener
 
     def start(self) -> None:

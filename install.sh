@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=fc188d05b11388d7d5986af625acf5a536c2c8f803cfab17d4bb42e143a6c1a8
+  sha256=f57f5f937a59c4dc2367a8652bf339e33165d65a1248df066cbc699567323d15
 }
 
 usage() {

@@ -1076,6 +1076,26 @@ def test_a_defect_of_ours_is_an_answer_at_once(rig, monkeypatch, place, what, st
     assert rig.log.defects.pop() and rig.used()["running"] == 0
 
 
+def test_a_defect_in_letting_somebody_in_costs_him_alone(rig, monkeypatch):
+    def broken(*_given):
+        raise RuntimeError("a defect")
+    with monkeypatch.context() as patch:
+        patch.setattr(b9agent, "ClientWire", broken)
+        with rig.connect() as sock:
+            assert sock.recv(1) == b""
+    assert rig.ask(rig.chat())[0] == 200 and "a defect" in rig.log.defects.pop()
+
+
+def test_listeners_that_have_ended_are_not_kept(rig):
+    """The tailnet's address may come and go for years."""
+    for _ in range(5):
+        listener = rig.door.listen("127.0.0.1", 0)
+        listener.start()
+        listener.stop()
+        wait_until(lambda: listener.dead, "it has ended")
+    assert len(rig.door._listeners) <= 2
+
+
 def test_a_stop_ends_a_pull_in_good_form(tmp_path):
     def script(_asked, sock):
         sock.sendall(STREAM_HEAD + chunk(b'{"status":"pulling"}\n'))
