@@ -12019,6 +12019,15 @@ class Relay:
             del self._watched[number]
         wire.mask = mask
 
+    def look(self, wire: Any, mask: int) -> None:
+        """A defect costs one connection, never the loop."""
+        try:
+            wire.ready(mask)
+        except Exception as error:
+            self.log.defect(error)
+            self._guarded(getattr(wire, "lost", wire.close))
+            wire.close()
+
     def bury(self, wire: Any) -> None:
         """Its socket is closed after this batch of events."""
         self.watch(wire, 0)
@@ -12042,12 +12051,7 @@ class Relay:
                 if wire is None:
                     self._wake.wait(0)
                 elif not wire.dead:
-                    try:
-                        wire.ready(mask)
-                    except Exception as error:  # a defect costs one connection, never the loop
-                        self.log.defect(error)
-                        self._guarded(getattr(wire, "lost", wire.close))
-                        wire.close()
+                    self.look(wire, mask)
             if again and now_s() >= sweep_s:
                 sweep_s = now_s() + RELAY_SWEEP_S
                 again = self._guarded(self._sweep)
@@ -12575,7 +12579,7 @@ class Listener:
     Raises: OSError where the address is not to be had.  tls: None for plain http.
     """
 
-    def __init__(self, relay: Relay, host: str, port: int, accepted: Callable[..., None],
+    def __init__(self, relay: Relay, host: str, port: int, accepted: Callable[..., Any],
                  tls: Any = None, on_tailnet: bool = False) -> None:
         self._relay, self._accepted = relay, accepted
         self.tls, self.on_tailnet = tls, on_tailnet
@@ -12621,11 +12625,14 @@ class Listener:
                     self._relay.resting.append(self)
                 return
             try:
-                self._accepted(self, sock, address[:2])
+                wire = self._accepted(self, sock, address[:2])
             except Exception as error:
                 sock.close()
                 if not isinstance(error, OSError):  # else it left again
                     self._relay.log.defect(error)
+            else:
+                if wire is not None:  # most have asked by now
+                    self._relay.look(wire, _READ)
 
 
 # ----------------------------------------------------------------------
@@ -12973,16 +12980,20 @@ class FrontDoor:
 
     # -- clients ------------------------------------------------------------
 
-    def _accept(self, listener: Listener, sock: socket.socket, peer: Tuple[str, int]) -> None:
+    def _accept(self, listener: Listener, sock: socket.socket,
+                peer: Tuple[str, int]) -> Optional[ClientWire]:
+        """None where there is no room.  Raises: OSError."""
         if len(self._clients) >= self._most:
             # Who asks for nothing makes room, the oldest first: a new one may have a token.
             oldest = next((each for each in self._clients
                            if each.phase in ("head", "tls", "linger")), None)
             if oldest is None:
                 sock.close()
-                return
+                return None
             oldest.close()
-        self._clients[ClientWire(self._relay, sock, peer, self, listener)] = None
+        client = ClientWire(self._relay, sock, peer, self, listener)
+        self._clients[client] = None
+        return client
 
     def left(self, client: ClientWire) -> None:
         """A client is gone, and so is what the engine does for it, but for a load."""

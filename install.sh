@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=f57f5f937a59c4dc2367a8652bf339e33165d65a1248df066cbc699567323d15
+  sha256=0fd1aa3aec3ebd37fd7ff5a4fcb10837589d3354f6a74261e4bcda5f818917ed
 }
 
 usage() {
