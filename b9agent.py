@@ -9038,7 +9038,8 @@ class Access:
         if on_tailnet and self._book.tables.by_tailnet:
             return self._by_tailnet(host, peer[1], wait)
         raise AccessRefused(401, "no_token", "this machine's models want a token",
-                            "Send Authorization: Bearer TOKEN; `b9agent.py tenant add` makes one")
+                            "Send Authorization: Bearer TOKEN; its owner has one in "
+                            "inference.token, and makes others with `b9agent.py tenant add`")
 
     def _failed(self, host: str, refused: AccessRefused) -> AccessRefused:
         """What to answer to credentials that are no use; guesses are slowed down."""
@@ -9603,6 +9604,15 @@ def parse_query(fields: Sequence[Field], text: str) -> Dict[str, Any]:
     return given
 
 
+def json_body(raw: bytes) -> Any:
+    """Raises: HttpError."""
+    try:
+        return decode_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise HttpError(400, "bad_json", "the body is not strict JSON: "
+                        + printable(str(error)[:200])) from error
+
+
 def encode_json(value: Any) -> bytes:
     return json.dumps(value).encode("utf-8") + b"\n"
 
@@ -9695,10 +9705,7 @@ class Api:
             if media_type(headers) != "application/json":
                 raise HttpError(415, "unsupported_media_type", "the body must be JSON",
                                 "Send Content-Type: application/json")
-            try:
-                given = decode_json(body)
-            except ValueError as error:
-                raise HttpError(400, "bad_json", f"the body is not strict JSON: {error}") from error
+            given = json_body(body)
         return checked_fields(route.fields, given, "body")
 
     def answer(self, head: RequestHead, read_body: Callable[[], bytes],
@@ -11130,11 +11137,7 @@ def _only_loads(body: Dict[str, Any]) -> bool:
 def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
     """A client's request, checked field by field.  POST /api/embeddings is an "embed" with a
     `prompt`.  Raises: HttpError 400 with the field and the mend."""
-    try:
-        given = decode_json(raw)
-    except (ValueError, RecursionError) as error:
-        raise _bad("the body is not strict JSON: " + printable(str(error)[:200]),
-                   code="bad_json") from error
+    given = json_body(raw)
     body = _checked(dialect + "/" + task, given)
     model = body.pop("model", "")
     if not model.strip() or len(model) > 512:
@@ -12208,6 +12211,13 @@ class EngineWire(RelaySocket):
         if self._body is not None:
             self.watch(self.mask & ~_READ if paused else self.mask | _READ)
 
+    def wait_for(self, client: Any) -> None:
+        """The engine waits where a reader has too much before him."""
+        if client.out_bytes > RELAY_HELD_MAX_BYTES and client.stalled_s is None and (
+                not client.dead):
+            client.stalled_s = now_s()
+            self.pause(True)
+
     def _end(self, problem: str) -> None:
         exchange, self.exchange = self.exchange, None
         stale = problem and self._reused and self._body is None and not self._held
@@ -12352,14 +12362,14 @@ class ClientWire(RelaySocket):
         self._goes_on = self._chunked = False
         self._stream_head = b""
         self.exchange: Any = None
-        self.received_s = self.begun_s = now_s()
+        self.received_s = now_s()
         # Its owner's: of the request that is there.
         self.caller: Any = None
         self.route: Any = None
         self.name = ""
         self.charged_bytes = 0
         self.stalled_s: Optional[float] = None  # since when the engine waits for the reader
-        self.until_s = self.begun_s + HTTP_REQUEST_LIMIT_S
+        self.until_s = self.received_s + HTTP_REQUEST_LIMIT_S
         self.watch(_READ)
 
     def close(self) -> None:
@@ -12550,8 +12560,7 @@ class ClientWire(RelaySocket):
     def _sent(self) -> None:
         """The whole answer."""
         if self._goes_on:
-            self.phase, self.begun_s = "head", now_s()
-            self.until_s = self.begun_s + HTTP_PEER_LIMIT_S
+            self.phase, self.until_s = "head", now_s() + HTTP_PEER_LIMIT_S
             self.watch(_READ)
             if self._held:  # another request has come meanwhile; called later, for they may be many
                 self.relay.soon(self._look_again)
@@ -12821,12 +12830,9 @@ class _Job:
             return
         told = flow.feed(piece)
         if told:
-            client = self.client
+            client = self.client  # it may leave in the middle of this
             client.stream(told)
-            if client.out_bytes > RELAY_HELD_MAX_BYTES and client.stalled_s is None and (
-                    not client.dead):
-                client.stalled_s = now_s()
-                self.wire.pause(True)
+            self.wire.wait_for(client)
         if flow.usage.pieces != self.pieces:
             self._count()
         if flow.usage.error:  # what follows is of no use, and may have no end
@@ -12864,14 +12870,11 @@ class _Job:
 class _Errand:
     """A request that manages models, passed on to Ollama: its answer is passed back as it comes."""
 
-    grant = None
-
     def __init__(self, door: "FrontDoor", client: ClientWire) -> None:
         self._door = door
         self.client: Optional[ClientWire] = client
         self.wire: Optional[EngineWire] = None
         self._status = 0
-        self._last = b""
 
     def wire_replaced(self, wire: EngineWire) -> None:
         self.wire = wire
@@ -12882,13 +12885,9 @@ class _Errand:
         self.client.begin_stream(Response(status, b"", kind))
 
     def on_body(self, piece: bytes) -> None:
-        client = self.client
+        client = self.client  # it may leave in the middle of this
         client.stream(piece)
-        self._last = piece[-1:]
-        if client.out_bytes > RELAY_HELD_MAX_BYTES and client.stalled_s is None and (
-                not client.dead):
-            client.stalled_s = now_s()
-            self.wire.pause(True)
+        self.wire.wait_for(client)
 
     def on_end(self, problem: str) -> None:
         self._door.errands.discard(self)
@@ -13173,7 +13172,7 @@ class FrontDoor:
         if task == "model":
             name = self._known(target, tenant, client.name)
         elif task == "show":
-            fields = checked_fields(_SHOW_FIELDS, self._object(body), "body")
+            fields = checked_fields(_SHOW_FIELDS, json_body(body), "body")
             sent = fields.get("model") or fields.get("name") or ""
             name = self._known(target, tenant, sent)
         if target.engine is None or not target.engine.many or client.route.dialect == "openai":
@@ -13196,14 +13195,6 @@ class FrontDoor:
                             self._since_s)
 
     @staticmethod
-    def _object(body: bytes) -> Any:
-        try:
-            return decode_json(body)
-        except (ValueError, UnicodeError) as error:
-            raise HttpError(400, "bad_json", f"the body is not JSON: {printable(str(error)[:100])}"
-                            ) from error
-
-    @staticmethod
     def _shown(record: Dict[str, Any], tenant: Tenant) -> Dict[str, Any]:
         """The Modelfile names folders of this machine."""
         return record if tenant.admin else {name: value for name, value in record.items()
@@ -13215,7 +13206,7 @@ class FrontDoor:
             raise HttpError(501, "not_here", f"{target.engine.title} holds one model: there is "
                             "nothing to manage", "b9agent.py start --engine ollama")
         task = client.route.task
-        fields = checked_fields(_MANAGE_FIELDS[task], self._object(body), "body")
+        fields = checked_fields(_MANAGE_FIELDS[task], json_body(body), "body")
         if task == "copy":
             fields = {place: check_and_key(fields[place]) for place in ("source", "destination")}
         else:
@@ -17088,27 +17079,18 @@ class ModelNames(list):
     error = ""
 
 
-def _dict_at(record: Any, *path: Any) -> Dict[str, Any]:
-    """The object at a place in JSON; {} where there is none."""
-    for step in path:
-        inside = isinstance(record, dict) and step in record or (
-            isinstance(record, list) and type(step) is int and step < len(record))
-        record = record[step] if inside else None
-    return record if isinstance(record, dict) else {}
-
-
 def parse_answer(answer: Dict[str, Any], streams: bool = False) -> InferenceResult:
     """A completion, or a chunk of one, in OpenAI's form.
 
     >>> parse_answer({"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}]})[:3]
     (True, 'Hi', 'stop')
     """
-    choice = _dict_at(answer, "choices", 0)
-    said = _dict_at(choice, "delta" if streams else "message").get("content", choice.get("text"))
+    choice = _within(answer, "choices", 0)
+    said = _within(choice, "delta" if streams else "message").get("content", choice.get("text"))
     reason = choice.get("finish_reason")
     return InferenceResult(True, said if isinstance(said, str) else "",
                            reason if isinstance(reason, str) else None,
-                           _dict_at(answer, "usage"), str(answer.get("model") or ""))
+                           _within(answer, "usage"), str(answer.get("model") or ""))
 
 
 def local_door(state_dir: str) -> Optional[Tuple[Endpoint, str]]:
@@ -17252,7 +17234,7 @@ class InferenceClient:
             return self._stream(path, body)
         def ask() -> InferenceResult:
             answer = self._ask("POST", path, dict(body, stream=False))
-            if not _dict_at(answer, "choices", 0):
+            if not _within(answer, "choices", 0):
                 raise InferenceError("the answer holds no completion")
             return parse_answer(answer)
         return self._result(ask)
@@ -17287,7 +17269,7 @@ class InferenceClient:
                     isinstance(vector, list) and vector and all(type(number) in (int, float)
                     for number in vector) for vector in vectors):
                 raise InferenceError("the answer does not hold the embeddings")
-            return InferenceResult(True, usage=_dict_at(answer, "usage"), model=model,
+            return InferenceResult(True, usage=_within(answer, "usage"), model=model,
                                    embeddings=tuple(map(tuple, vectors)))
         return self._result(ask)
 

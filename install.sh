@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=0fd1aa3aec3ebd37fd7ff5a4fcb10837589d3354f6a74261e4bcda5f818917ed
+  sha256=893cdf2bd0efda9b0407ae39f6d1eb3f40e3a625f2bf6d950b5d1f58c2573e0c
 }
 
 usage() {

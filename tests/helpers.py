@@ -32,6 +32,17 @@ def wait_until(condition, what, within_s=PATIENCE_S):
         time.sleep(0.01)
 
 
+def print_table(rows):
+    """As Markdown has it: the first row is the head, the first column stands to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(width) if not column else cell.rjust(width)
+                 for column, (cell, width) in enumerate(zip(row, widths))]
+        print("| " + " | ".join(cells) + " |")
+        if not number:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
 def quiet_port():
     """A port of loopback where nobody listens, and that no socket gets by asking for any free one: it
     is below the range that the system hands out (an agent's control API was once its own gateway)."""

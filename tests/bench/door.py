@@ -39,7 +39,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
 from fake_ollama import llama_metadata, make_gguf  # noqa: E402
-from helpers import AGENT, Program, environment, wait_until  # noqa: E402
+from helpers import Program, agent_command, environment, print_table, wait_until  # noqa: E402
 from hostile_gateway import TOKEN, HostileGateway  # noqa: E402
 
 LITELLM = os.path.join(HERE, ".venv-litellm")
@@ -355,17 +355,6 @@ def control(state, method, path, body=None):
 
 # -- what is printed ----------------------------------------------------
 
-def table(rows):
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        cells = [cell.ljust(width) if not column else cell.rjust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths))]
-        print("| " + " | ".join(cells) + " |")
-        if not number:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    print()
-
-
 def quantile(values, part):
     return sorted(values)[min(len(values) - 1, int(len(values) * part))]
 
@@ -495,8 +484,9 @@ def run(folder):
                                      "runs": sum(peer.figures.values(), [])} for peer in peers]}))
     else:
         print(about + "\n")
-        table(first_rows(peers))
-        table(stream_rows(peers, streams))
+        for rows in (first_rows(peers), stream_rows(peers, streams)):
+            print_table(rows)
+            print()
         for peer in peers[1:]:
             print("%s: held %d streams; idle %.1f MiB and %.2f ms of CPU a second (taken off above)" % (
                 peer.name, peer.held(), peer.idle_mib, peer.idle_us / 1000))

@@ -25,6 +25,10 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, os.path.dirname(HERE))
+
+from helpers import print_table  # noqa: E402
+
 AGENT = os.path.join(ROOT, "b9agent.py")
 TOKEN = "bench-machine-token-0123456789"
 AIMS = {("b9agent.py, a script", "first_ms"): 60, ("b9agent, installed", "first_ms"): 45,
@@ -207,16 +211,6 @@ def contenders(scratch):
     return found
 
 
-def table(rows):
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        cells = [cell.ljust(width) if not column else cell.rjust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths))]
-        print("| " + " | ".join(cells) + " |")
-        if not number:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-
-
 def number(values, digits=1):
     return "%.*f" % (digits, statistics.median(values)) if values else "–"
 
@@ -230,7 +224,7 @@ def report(found):
         ratio = "%.2f" % (statistics.median(row.first_ms) / against) if row.first_ms else "–"
         rows.append((row.name, number(row.first_ms), ratio, number(row.wall_ms), number(row.cpu_ms),
                      number(row.peak_mib)))
-    table(rows)
+    print_table(rows)
     print()
     rows = [("in service: %d s, a keepalive a second" % OPTIONS.seconds, "RSS, MiB",
              "CPU, ms a keepalive", "÷ urllib floor", "period, s")]
@@ -240,7 +234,7 @@ def report(found):
                          "%.2f" % (row.per_keepalive_ms / floor.per_keepalive_ms),
                          "%.3f" % row.period_s))
     if len(rows) > 1:
-        table(rows)
+        print_table(rows)
         print()
     figures = {"first_ms": lambda row: row.first_ms and statistics.median(row.first_ms),
                "rss_mib": lambda row: row.rss_mib, "cpu_ms": lambda row: row.per_keepalive_ms}
