@@ -39,7 +39,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 
 from fake_ollama import llama_metadata, make_gguf  # noqa: E402
-from helpers import Program, agent_command, environment, print_table, wait_until  # noqa: E402
+from helpers import AGENT, Program, environment, print_table, wait_until  # noqa: E402
 from hostile_gateway import TOKEN, HostileGateway  # noqa: E402
 
 LITELLM = os.path.join(HERE, ".venv-litellm")
