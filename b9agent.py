@@ -11093,7 +11093,8 @@ def _prompt_weight(dialect: str, task: str, body: Dict[str, Any]) -> int:
         task, "prompt" if "prompt" in body else "input")
     if not body.get(name) and dialect != "ollama":
         raise _bad(f"`{name}` is missing", code="missing_field")
-    if {"chat_template", "tokenize"} & body.get("chat_template_kwargs", {}).keys():
+    if "chat_template_kwargs" in body and (
+            {"chat_template", "tokenize"} & body["chat_template_kwargs"].keys()):
         raise _bad("`chat_template_kwargs` may not replace the template")
     for tool in body.get("tools", ()):  # others the engine itself would use
         if not _within(tool) or tool.get("type", "function") not in ("function", "custom"):
@@ -11101,7 +11102,8 @@ def _prompt_weight(dialect: str, task: str, body: Dict[str, Any]) -> int:
     total = TEMPLATE_TOKENS + len(body.get("images", ())) * IMAGE_TOKENS + sum(
         MESSAGE_TOKENS + _weight(value) for key, value in body.items()
         if key not in (name, "images", "options", "system") and type(value) in (str, list, dict))
-    total += _content_weight(body.get("system", ""), "system")
+    if "system" in body:
+        total += _content_weight(body["system"], "system")
     if name == "messages":
         return total + _chat_weight(dialect, body.setdefault("messages", []))
     if task == "responses":
@@ -11145,14 +11147,15 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
                    "missing_field")
     wants_usage = body.pop("stream_options", {}).get("include_usage") is True
     stream = body.pop("stream", dialect == "ollama" and task != "embed")
-    limits = _checked("ollama/options", body.pop("options", {}), "options.")
-    if limits.get("num_predict") in (-1, -2):  # without an end; the door sets one
-        del limits["num_predict"]
-    context = _limit(limits, "num_ctx")
-    output = _limit(limits, "num_predict") or _limit(
-        body, "max_completion_tokens", "max_tokens", "max_output_tokens")
-    if limits:
-        body["options"] = limits
+    context = output = None
+    if "options" in body:
+        limits = body["options"] = _checked("ollama/options", body["options"], "options.")
+        if limits.get("num_predict") in (-1, -2):  # without an end; the door sets one
+            del limits["num_predict"]
+        context, output = _limit(limits, "num_ctx"), _limit(limits, "num_predict")
+        if not limits:
+            del body["options"]
+    output = output or _limit(body, "max_completion_tokens", "max_tokens", "max_output_tokens")
     ask = Ask(dialect, task, model, stream, body, _prompt_weight(dialect, task, body),
               0 if task == "embed" else output, context, wants_usage)
     choices = _choices(ask)
@@ -11488,40 +11491,88 @@ def _openai_answer(ask: Ask, request_id: str, kind: str, choices: Sequence[Any])
             "created": int(time.time()), "model": ask.model, "choices": choices}
 
 
+def _is_string(text: bytes) -> bool:
+    """Whether this can stand between the quotes of JSON."""
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return bool(text) and b'"' not in bare and not bare.endswith(b"\\")
+
+
 def _reason(said: Any, calls: Any, called: str) -> str:
     """Why an answer ended: the same in both dialects, but after calls of tools."""
     return "length" if said == "length" else called if calls else "stop"
 
 
-_NEVER = b"\0never"
+_NEVER, _TEXT = b"\0never", "\0text"
+
+
+class Shape(NamedTuple):
+    """Of an engine's events that are some text: what stands before it and at the end of the event,
+    the key that it is under, and the model's name with its key, b"" where it is not told."""
+    mark: bytes = _NEVER
+    tail: bytes = b""
+    key: str = ""
+    name: bytes = b""
 
 
 class StreamFlow:
     """An engine's stream on its way to a client: each piece goes through feed(), and end() says the
     rest.  complete: the engine said that it was done.
 
-    What most pieces are, one event with some text, is known by a mark in its bytes: the key before
-    the text, which the last event that was read whole had.  A model cannot forge it, for quotes
-    within its words are escaped.  Every other event is read whole."""
+    What most pieces are, one event with some text, is known by its shape: that of the last event
+    that was read whole, in this stream or, by expect(), in one before.  A model cannot forge it,
+    for quotes within its words are escaped.  Every other event is read whole."""
 
     content_type = "text/event-stream"
-    _tail, _lines = b"\n\n", 2  # of one event; no lines: each is read whole
+    _tail, _lines = b"\n\n", 2  # of one event
+    event_end = b"\n\n"
+    _outer = b""                 # where a shape begins, if the dialects differ
+    _role: Dict[str, str] = {}   # still to be said
 
     def __init__(self, ask: Ask, request_id: str, clock: Callable[[], int]) -> None:
         self.ask, self.request_id, self.clock = ask, request_id, clock
         self.usage, self.complete, self.began_ns, self.first_ns = Usage(), False, clock(), 0
-        self._mark, self._name, self._held, self._held_bytes = _NEVER, b"", [], 0
+        self._held, self._held_bytes = [], 0
         self._new_name = b'"model":' + json.dumps(ask.model).encode()
+        self.shape, self._mark, self._name = Shape(), _NEVER, b""
+        self._before = self._after = b""
+
+    def expect(self, shape: Shape) -> None:
+        """What is likely to come."""
+        self.shape, self._mark, self._name = shape, shape.mark, shape.name
+        if self._outer and shape.key:
+            self._tail = shape.tail
+            before, found, after = self._around(shape.key).partition(json.dumps(_TEXT)[1:-1].encode())
+            self._before, self._after = before, after
+            self._mark = shape.mark if found else _NEVER
+
+    def _around(self, key: str) -> bytes:
+        """The client's event for one with _TEXT under a key of the engine's."""
+        raise NotImplementedError
 
     def feed(self, piece: bytes) -> bytes:
         """What goes to the client for this piece of the engine's body."""
         at = piece.find(self._mark)
         if at >= 0 and not self._held and piece.endswith(self._tail) \
-                and piece.count(b"\n") == self._lines and b'_tokens"' not in piece \
-                and piece[at + len(self._mark)] != 34:  # the quote that ends an empty text
-            self.usage.pieces += 1
-            return piece.replace(self._name, self._new_name, 1) if self._name else piece
+                and piece.count(b"\n") == self._lines and b'_tokens"' not in piece:
+            at += len(self._mark)
+            if self._outer:
+                text = piece[at:-len(self._tail)]
+                if text and not (b'"' in text or b"\\" in text) or _is_string(text):
+                    return self._recast(text)
+            elif piece[at] != 34:  # the quote that ends an empty text
+                self.usage.pieces += 1
+                return piece.replace(self._name, self._new_name, 1) if self._name else piece
         return self._read(piece)
+
+    def _recast(self, text: bytes) -> bytes:
+        """A text, as JSON has it, as the client's dialect has it."""
+        self.usage.pieces += 1
+        self.first_ns = self.first_ns or self.clock()
+        told = self._before + text + self._after
+        if self._role:
+            self._role = {}
+            self.expect(self.shape)
+        return told
 
     def _read(self, piece: bytes) -> bytes:
         *lines, rest = piece.split(b"\n")
@@ -11541,7 +11592,7 @@ class StreamFlow:
         """An event of an engine ends with its one line of data."""
         if self.complete or self.usage.error or not line:
             return b""
-        events = self._tail == StreamFlow._tail
+        events = self._lines > 1  # else lines of JSON
         if events and not line.startswith((b"data:", b"error:", b"{")):
             return line + b"\n" if self.content_type == StreamFlow.content_type else b""
         data = line.partition(b":")[2].strip() if line[:1] != b"{" else line
@@ -11564,10 +11615,13 @@ class StreamFlow:
         for key in keys.split():
             if said.get(key):
                 self.usage.pieces += 1
-                marks = [form % key.encode() for form in (b'"%s":"', b'"%s": "')]
-                self._mark = next((mark for mark in marks if mark in data), _NEVER)
                 name = re.search(rb'"model": ?"[^"\\]*"', data)
-                self._name = name.group() if name else b""
+                found = re.search(rb'"%b": ?"()(?:[^"\\]|\\.)+(")' % key.encode(), data,
+                                  re.DOTALL)
+                begin = data.find(self._outer) if self._outer else found and found.start()
+                self.expect(Shape() if not found or not 0 <= begin <= found.start() else Shape(
+                    data[begin:found.start(1)], data[found.start(2):] + b"\n" * self._lines, key,
+                    name.group() if name else b""))
                 return
 
     def _named(self, data: bytes) -> bytes:
@@ -11633,7 +11687,7 @@ class _OllamaFlow(StreamFlow):
     """From Ollama's lines to the same."""
 
     content_type = "application/x-ndjson"
-    _tail, _lines = b'"done":false}\n', 1
+    _tail, _lines, event_end = b'"done":false}\n', 1, b"\n"
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
         said = _within(value, "message") or value
@@ -11647,12 +11701,26 @@ class _OllamaFlow(StreamFlow):
 class _OllamaToOpenAi(_OllamaFlow):
     """From Ollama's lines to OpenAI's chunks."""
 
-    content_type, _lines = StreamFlow.content_type, 0
-    _calls, _role = 0, {"role": "assistant"}
+    content_type, _calls = StreamFlow.content_type, 0
+
+    def __init__(self, ask: Ask, request_id: str, clock: Callable[[], int]) -> None:
+        super().__init__(ask, request_id, clock)
+        chat = ask.task == "chat"
+        self._role, self._outer = ({"role": "assistant"}, b'"message":') if chat else (
+            {}, b'"response":')
+        self._head = _openai_answer(ask, request_id, ".chunk", ())
+
+    def _around(self, key: str) -> bytes:
+        said = _openai_said(self.ask, {key: _TEXT, "message": {key: _TEXT}}, "", 0)
+        return self._text_chunk(said, None)
+
+    def _text_chunk(self, said: Dict[str, Any], logprobs: Any) -> bytes:
+        choice: Dict[str, Any] = {"index": 0, "finish_reason": None, "logprobs": logprobs}
+        choice.update({"delta": dict(self._role, **said)} if self.ask.task == "chat" else said)
+        return self._chunk([choice])
 
     def _chunk(self, choices: Any, **more: Any) -> bytes:
-        return b"data: " + encode_json(dict(_openai_answer(
-            self.ask, self.request_id, ".chunk", choices), **more)) + b"\n"
+        return b"data: " + encode_json(dict(self._head, choices=choices, **more)) + b"\n"
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
         super()._event(value, data)
@@ -11660,10 +11728,11 @@ class _OllamaToOpenAi(_OllamaFlow):
         self._calls += len(said.get("tool_calls", ()))
         out, chat = b"", self.ask.task == "chat"
         if any(said.values()) or not self.complete:
-            choice = {"index": 0, "finish_reason": None, "logprobs": {
-                "content": value["logprobs"]} if value.get("logprobs") else None}
-            choice.update({"delta": dict(self._role, **said)} if chat else said)
-            out, self._role = self._chunk([choice]), {}
+            logprobs = {"content": value["logprobs"]} if value.get("logprobs") else None
+            out = self._text_chunk(said, logprobs)
+            if self._role:
+                self._role = {}
+                self.expect(self.shape)
         if self.complete:
             reason = _reason(value.get("done_reason"), self._calls, "tool_calls")
             out += self._chunk([dict({"delta": {}} if chat else {"text": ""}, index=0,
@@ -11676,13 +11745,16 @@ class _OllamaToOpenAi(_OllamaFlow):
 class _OpenAiToOllama(StreamFlow):
     """From OpenAI's chunks to Ollama's lines."""
 
-    content_type, _lines = _OllamaFlow.content_type, 0
+    content_type, _outer = _OllamaFlow.content_type, b'"choices":'
     _reason: Any = None
 
     def __init__(self, ask: Ask, request_id: str, clock: Callable[[], int]) -> None:
         super().__init__(ask, request_id, clock)
         self._calls: Dict[Any, Dict[str, Any]] = {}
         self._head = {"model": ask.model, "created_at": utc_stamp()}
+
+    def _around(self, key: str) -> bytes:
+        return encode_json(dict(self._head, **_ollama_said(self.ask, {}, {key: _TEXT}), done=False))
 
     def _event(self, value: Dict[str, Any], data: bytes) -> bytes:
         self.usage.take(_within(value, "usage"))
@@ -12154,6 +12226,23 @@ class RelaySocket:
         raise NotImplementedError
 
 
+@functools.lru_cache(maxsize=16)
+def parse_answer_head(head: bytes) -> Tuple[int, Optional[int], bool, bool, Dict[str, str]]:
+    """(status, length, whether it is chunked, whether the connection is kept, headers) of an
+    engine's answer.  Most differ in their date, from second to second.  Raises: HttpFailure."""
+    first, headers = _split_head(head.decode("latin-1").split("\r\n"))
+    match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
+    if not match:
+        raise HttpFailure("garbage", "not an HTTP answer")
+    length, encoding = headers.get("content-length"), headers.get("transfer-encoding", "")
+    if length and (encoding or not re.fullmatch("[0-9]{1,15}", length)) or (
+            encoding and encoding.lower() != "chunked"):
+        raise HttpFailure("garbage", "an answer without a clear end")
+    said = headers.get("connection", "").lower()
+    keep = "close" not in said if match.group(1) == "1" else "keep-alive" in said
+    return int(match.group(2)), int(length) if length else None, bool(encoding), keep, headers
+
+
 class EngineWire(RelaySocket):
     """A connection to the engine.  exchange: whose answer is on its way: it is told
 
@@ -12289,22 +12378,12 @@ class EngineWire(RelaySocket):
                 if len(self._held) > HTTP_HEAD_MAX_BYTES:
                     raise HttpFailure("too_large", "a head that is too long")
                 return
-            first, headers = _split_head(head.decode("latin-1").split("\r\n"))
-            match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
-            if not match:
-                raise HttpFailure("garbage", "not an HTTP answer")
-            self._held, status = rest, int(match.group(2))
+            status, length, chunked, keep, headers = parse_answer_head(head)
+            self._held = rest
         self._request = b""  # it was heard
-        length, encoding = headers.get("content-length"), headers.get("transfer-encoding", "")
-        if length and (encoding or not re.fullmatch("[0-9]{1,15}", length)) or (
-                encoding and encoding.lower() != "chunked"):
-            raise HttpFailure("garbage", "an answer without a clear end")
         bare = self._method == "HEAD" or status in (204, 304)
-        self._body = BodyReader(0 if bare else int(length) if length else None,
-                                bool(encoding) and not bare)
-        said = headers.get("connection", "").lower()
-        self._keep = not self._body.endless and (
-            "close" not in said if match.group(1) == "1" else "keep-alive" in said)
+        self._body = BodyReader(0 if bare else length, chunked and not bare)
+        self._keep = keep and not self._body.endless
         self.exchange.on_head(status, headers)
         if self.exchange is not None and (rest or self._body.done):
             self._more(rest)
@@ -12622,26 +12701,25 @@ class Listener:
 
     def ready(self, _mask: int) -> None:
         import errno
-        for _ in range(64):  # the others are to have their turn
-            try:
-                sock, address = self.sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._relay.log("debug", "not_accepted", what=repr(error))
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._relay.watch(self, 0)  # it stays ready: look again with the next sweep
-                    self._relay.resting.append(self)
-                return
-            try:
-                wire = self._accepted(self, sock, address[:2])
-            except Exception as error:
-                sock.close()
-                if not isinstance(error, OSError):  # else it left again
-                    self._relay.log.defect(error)
-            else:
-                if wire is not None:  # most have asked by now
-                    self._relay.look(wire, _READ)
+        try:
+            sock, address = self.sock.accept()  # one: the others are to have their turn
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._relay.log("debug", "not_accepted", what=repr(error))
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._relay.watch(self, 0)  # it stays ready: look again with the next sweep
+                self._relay.resting.append(self)
+            return
+        try:
+            wire = self._accepted(self, sock, address[:2])
+        except Exception as error:
+            sock.close()
+            if not isinstance(error, OSError):  # else it left again
+                self._relay.log.defect(error)
+        else:
+            if wire is not None:  # most have asked by now
+                self._relay.look(wire, _READ)
 
 
 # ----------------------------------------------------------------------
@@ -12797,6 +12875,7 @@ class _Job:
         self.cold = self.settled = False
         self.queued_s = self.sent_s = self.first_s = self.last_s = 0.0
         self.pieces = 0
+        self.shape_key = model, ask.dialect, ask.task
 
     # -- what the engine says
 
@@ -12807,6 +12886,7 @@ class _Job:
         """What can be made while the engine thinks need not be made once it has spoken."""
         if self.ask.stream and self.client is not None:
             self.prepared = make_flow(self.ask, self.asked, self.id)
+            self.prepared.expect(self.door.shapes.get(self.shape_key, Shape()))
             self.client.begin_stream(Response(200, b"", self.prepared.content_type,
                                               (("X-Request-Id", self.id),)))
 
@@ -12828,6 +12908,16 @@ class _Job:
             if len(self.whole) > DOOR_WHOLE_MAX_BYTES:
                 self.door.fail(self, 502, "too_large", "the engine's answer is too large")
             return
+        if not self.pieces:  # the first token goes out before the rest is read
+            first, end, rest = piece.partition(flow.event_end)
+            if rest:
+                self._pass_on(first + end)
+                piece = rest
+        if not self.settled:
+            self._pass_on(piece)
+
+    def _pass_on(self, piece: bytes) -> None:
+        flow = self.flow
         told = flow.feed(piece)
         if told:
             client = self.client  # it may leave in the middle of this
@@ -12930,6 +13020,7 @@ class FrontDoor:
         self._bodies_bytes = 0
         self._unsaved, self._save_s, self._since_s = False, 0.0, time.time()
         self._inter_token: Dict[str, Any] = {}
+        self.shapes: Dict[Tuple[str, ...], Shape] = {}  # of the last stream, by _Job.shape_key
 
     # -- its life -----------------------------------------------------------
 
@@ -13380,6 +13471,7 @@ class FrontDoor:
         """The first token of an answer."""
         job.first_s = at_s
         self._warm_s[job.model] = at_s
+        self.shapes[job.shape_key] = job.flow.shape
         self._tally.histogram("b9agent_door_first_token_seconds", (
             job.caller.tenant.name, job.model)).observe(at_s - job.queued_s)
 
