@@ -9119,11 +9119,11 @@ USAGE_FIELDS = ("requests", "prompt_tokens", "completion_tokens", "gpu_seconds",
 
 
 class LimitReached(Exception):
-    """limit: its name in Limits.  numbers: what it is, what is used and held, what was asked."""
+    """code: the limit's name in Limits.  numbers: what it is, what is used and held, what was asked."""
 
     def __init__(self, limit: str, what: str, retry_after_s: int, numbers: Dict[str, Any]) -> None:
         super().__init__(what)
-        self.limit, self.what, self.numbers = limit, what, numbers
+        self.code, self.what, self.numbers = limit, what, numbers
         self.status = 402 if limit == "usd_per_day" else 429
         self.retry_after_s = max(1, retry_after_s)
         self.hint = (f"Come again in {self.retry_after_s} s, or ask this machine's owner for more"
@@ -9132,8 +9132,10 @@ class LimitReached(Exception):
 
 
 class Bill(NamedTuple):
+    """busy_s: its share of the time in which the engine computed, on GPUs or not."""
     gpu_seconds: float
     usd: float
+    busy_s: float = 0.0
 
 
 class _Account:
@@ -9369,9 +9371,11 @@ class Ledger:
         if grant.gpus is None:
             return
         self._pass(now)
-        used_s = grant.gpus * (self._share_s - grant.mark)
+        share_s, bill = self._share_s - grant.mark, grant.bill
+        used_s = grant.gpus * share_s
         grant.mark = self._share_s
-        grant.bill = Bill(grant.bill.gpu_seconds + used_s, grant.bill.usd + used_s * self._price)
+        grant.bill = Bill(bill.gpu_seconds + used_s, bill.usd + used_s * self._price,
+                          bill.busy_s + share_s)
         account.gpu_seconds += used_s
         account.usd += used_s * self._price
         self._dirty = True
@@ -10840,6 +10844,7 @@ IMAGE_TOKENS = 2048      # of a picture, at the most that a model in use here ma
 MESSAGE_TOKENS = 16      # what a chat template writes around a message
 TEMPLATE_TOKENS = 512    # what it writes by itself
 CHOICES_MAX = 16         # answers to one request
+DOOR_ID_MAX = 128        # characters of what a client calls a request or a tree of tasks
 STREAM_LINE_MAX_BYTES = 4 << 20  # Ollama's last line may hold a context of 262,144 numbers
 
 _PLACES = {"C": "openai/chat", "T": "openai/complete", "E": "openai/embed",
@@ -10868,7 +10873,8 @@ _FIELDS = (
     ("CT", "its work is not counted", "best_of use_beam_search prompt_logprobs"),
     ("CT", "it reaches into the machine, or to other requests", "adapters draft_model lora"
      " lora_path num_draft_tokens chat_template mm_processor_kwargs media_io_kwargs prompt_embeds"
-     " id_slot kv_transfer_params ec_transfer_params vllm_xargs priority request_id"),
+     " id_slot kv_transfer_params ec_transfer_params vllm_xargs priority"),
+    ("CTERAcge", "own", "_task_depth:i _tree_id:s request_id:s"),  # for the guards
     ("CTER", "drop", "user metadata store service_tier safety_identifier prompt_cache_key"
      " moderation prompt_cache_retention"
      " prompt_cache_options"),  # nothing is kept here, and nobody is told
@@ -10927,7 +10933,9 @@ _PARTS = {
 class Ask(NamedTuple):
     """A request that was checked.  body: what is sent of it, without what the door writes.
     prompt_tokens: an upper bound.  output_tokens: asked for, of all answers together.  keep_alive:
-    of a request that asks for nothing else: -1 to load the model for good, 0 to unload it."""
+    of a request that asks for nothing else: -1 to load the model for good, 0 to unload it; seconds,
+    where the door has set them.  tree, depth: of the task that it is part of; depth None: of none.
+    request_id: the client's own, the same in each of its tries."""
     dialect: str
     task: str
     model: str
@@ -10938,6 +10946,9 @@ class Ask(NamedTuple):
     context_tokens: Optional[int]
     wants_usage: bool
     keep_alive: Optional[int] = None
+    tree: str = ""
+    depth: Optional[int] = None
+    request_id: str = ""
 
 
 class Wire(NamedTuple):
@@ -11131,6 +11142,12 @@ def _choices(ask: Ask) -> int:
     return total
 
 
+def prompt_of(ask: Ask) -> Any:
+    """What a person or a program said in it: the field of its task."""
+    return next((ask.body[name] for name in ("messages", "prompt", "input") if name in ask.body),
+                "")
+
+
 def _only_loads(body: Dict[str, Any]) -> bool:
     """Whether a request in Ollama's words asks for nothing but that the model be loaded."""
     return not (body.get("messages") or body.get("prompt") or body.get("input"))
@@ -11147,6 +11164,10 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
                    "missing_field")
     wants_usage = body.pop("stream_options", {}).get("include_usage") is True
     stream = body.pop("stream", dialect == "ollama" and task != "embed")
+    tree, depth, request_id = "", None, ""
+    if "_tree_id" in body or "_task_depth" in body or "request_id" in body:
+        tree, depth = body.pop("_tree_id", ""), body.pop("_task_depth", None)
+        request_id = body.pop("request_id", "")[:DOOR_ID_MAX]
     context = output = None
     if "options" in body:
         limits = body["options"] = _checked("ollama/options", body["options"], "options.")
@@ -11157,7 +11178,7 @@ def read_ask(dialect: str, task: str, raw: bytes) -> Ask:
             del body["options"]
     output = output or _limit(body, "max_completion_tokens", "max_tokens", "max_output_tokens")
     ask = Ask(dialect, task, model, stream, body, _prompt_weight(dialect, task, body),
-              0 if task == "embed" else output, context, wants_usage)
+              0 if task == "embed" else output, context, wants_usage, None, tree, depth, request_id)
     choices = _choices(ask)
     if task == "messages" and not output:
         raise _bad("`max_tokens` is missing", code="missing_field")
@@ -11919,6 +11940,9 @@ def model_answer(path: str, names: Sequence[str], context_tokens: int,
 RELAY_SWEEP_S = 0.5             # how often deadlines are looked at
 RELAY_HELD_MAX_BYTES = 1 << 20  # of an answer, for a reader who is slower than the engine
 RELAY_SLOW_S = 10.0             # so long may he keep the engine waiting
+# Threads beside the loop: kind, how many, how much may wait.  A wedged engine holds up the second
+# kind alone, and models that are loaded the third.
+RELAY_ERRANDS = (("errand", 8, 512), ("asking", 4, 64), ("load", 16, 64))
 RELAY_BODY_MAX_BYTES = 32 << 20
 RELAY_BODIES_MAX_BYTES = 256 << 20  # of all requests that are on their way in
 ENGINE_CONNECT_S = 5.0
@@ -12050,8 +12074,8 @@ class Relay:
         self._lock = threading.Lock()
         self.waits: Any = BlockingIOError  # what a socket raises that has to be asked again
         self.wires: Set[Any] = set()
-        self._errands = Errands(f"{name}-errand", 8, 512)
-        self._asking = Errands(f"{name}-asking", 4, 64)  # a wedged engine holds these up alone
+        self._errands = {kind: Errands(f"{name}-{kind}", most, waiting_max) for
+                         kind, most, waiting_max in RELAY_ERRANDS}
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def call(self, function: Callable[[], None]) -> None:
@@ -12066,9 +12090,9 @@ class Relay:
         self._calls.append(function)
 
     def errand(self, work: Callable[[], Any], done: Callable[[Any, Any], None],
-               asks: bool = False) -> None:
-        """work() on another thread, then done(what it returned, what it raised) here.  asks: an
-        engine, which may not answer."""
+               kind: str = "errand") -> None:
+        """work() on another thread, one of RELAY_ERRANDS, then done(what it returned, what it
+        raised) here."""
         def run() -> None:
             result = problem = None
             try:
@@ -12076,7 +12100,7 @@ class Relay:
             except Exception as error:
                 problem = error
             self.call(lambda: done(result, problem))
-        if not (self._asking if asks else self._errands).run(run):
+        if not self._errands[kind].run(run):
             busy = _too_many("too much is going on here", 5)
             self.call(lambda: done(None, busy))
 
@@ -12728,24 +12752,74 @@ class Listener:
 # Whoever wants a model comes in here.  A request is routed by a table of what
 # is allowed, its caller is known before its body is read, and what it may cost
 # is reserved before the engine hears of it (the one admission step) and settled
-# after, whatever happened (the one settlement step).
+# after, whatever happened (the one settlement step).  A model that is not in
+# memory is loaded beside the loop, once for all who wait for it.
 
 DOOR_CONNECTIONS_MAX = 4096
 DOOR_LIST_LIMIT_S = 10.0
 DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
 DOOR_WHOLE_MAX_BYTES = 64 << 20
-DOOR_WARM_S = 20.0            # a model that gave a token is taken to be loaded: two looks
+DOOR_WARM_S = 20.0            # so long after its last use a model is taken to be loaded still
+DOOR_COLD_S = 1.0             # an engine that took so long over a model had to load it
+DOOR_TIMEOUT_S = 4.5          # who leaves so late, with nothing in hand, has timed out
+DOOR_REFUSED_MAX = 60         # refused requests of a tenant in the audit log, a minute
+DOOR_MODELS_MAX = 1000
+KEEP_WARM_S = 300.0           # Ollama's own
 DOOR_SAVE_S = 5.0
 PROMPT_TOKENS_A_BYTE = 0.2    # of text in any language, no less
 DOOR_PROMPTS_MAX = 10000      # tenants and models whose last prompt is known
 
 
 class DoorLimits(NamedTuple):
-    """queue: requests that wait for the engine, of all.  queue_wait_s: each, at most.  silence_s:
-    so long an engine may say nothing."""
-    queue: int = 64
+    """queue: requests that wait for the engine, of all.  queue_wait_s: each, at most, beside its
+    model's load.  silence_s: so long an engine may say nothing.  idle_stop_s: so long without a
+    request an engine of ours is stopped.  needs_audit: nothing is served that cannot be recorded.
+    keeps_prompts: in the audit log."""
+    queue: int = 512
     queue_wait_s: float = 60.0
     silence_s: float = 300.0
+    idle_stop_s: Optional[float] = None
+    needs_audit: bool = False
+    keeps_prompts: bool = False
+
+
+class DoorGuards:
+    """What keeps patterns of requests from burning GPU time.  Settings are those of guards.*; one
+    thread uses it."""
+
+    def __init__(self, settings: Any, clock: Clock = now_s, wall: Clock = time.time) -> None:
+        price = settings.inference_gpu_usd_per_hour
+        self._settings, self._clock = settings, clock
+        self._usd_per_s = 0.0006 if price is None else price / 3600
+        self.cold = ColdStartGuard(
+            settings.guards_parallel_cold_starts, daily_cold_start_budget_seconds=(
+                settings.guards_cold_start_seconds_per_day or None), clock=clock, wall=wall)
+        self.trees = TaskQueueDepthGuard(settings.guards_task_depth, settings.guards_task_tree,
+                                         clock=clock)
+        self.retries = EndpointRetryGuard(
+            "", settings.guards_max_retries or sys.maxsize,
+            payload_hash_ttl_seconds=settings.guards_retry_ttl, clock=clock)
+        self.duplicates = settings.guards_duplicates
+        self._thrash: Dict[str, AutoscaleThrashGuard] = {}
+
+    def thrash(self, model: str) -> AutoscaleThrashGuard:
+        found = self._thrash.get(model)
+        if found is None:
+            if len(self._thrash) >= DOOR_MODELS_MAX:
+                self._thrash.clear()
+            most = self._settings.guards_cold_starts_per_hour or sys.maxsize
+            found = self._thrash[model] = AutoscaleThrashGuard(
+                max_cold_start_rate_per_hour=most, gpu_rate_per_second=self._usd_per_s,
+                clock=self._clock)
+        return found
+
+    def keep_warm_s(self, model: str) -> Optional[float]:
+        """How long it stays in memory without a request; None where nothing is set."""
+        wanted = keep_warm_of(self._settings, model)
+        if wanted != "auto":
+            return wanted
+        advice = self.thrash(model).advice()
+        return advice.keep_warm_s if advice is not None and advice.pays else KEEP_WARM_S
 
 
 class DoorRoute(NamedTuple):
@@ -12854,16 +12928,23 @@ def check_and_key(name: str) -> str:
 _JOB_PREFIX, _JOB_NUMBERS = os.urandom(4).hex(), itertools.count(1)
 
 
+class _Load(NamedTuple):
+    """A model on its way into memory.  job: who asked first, and pays for it.  slot: whether it was
+    known to be a cold start, and has one of the guard's slots."""
+    model: str
+    job: "_Job"
+    slot: bool
+    since_s: float
+
+
 class _Job:
     """One request to the engine, from admission to settlement; it is the engine wire's exchange.
-
-    client: None once it has left, while a model that is being loaded for it serves who comes next.
     """
 
     def __init__(self, door: "FrontDoor", client: ClientWire, caller: Caller, ask: Ask,
                  target: Target, model: str) -> None:
         self.door, self.caller, self.ask, self.target, self.model = door, caller, ask, target, model
-        self.client: Optional[ClientWire] = client
+        self.client = client
         self.id = f"{_JOB_PREFIX}{next(_JOB_NUMBERS):08x}"
         self.grant: Any = None
         self.asked: Any = None     # what the engine is asked (Wire of section 13a)
@@ -12872,9 +12953,13 @@ class _Job:
         self.whole: Any = None     # of one that does not
         self.usage: Any = None
         self.status = 0            # of the engine's answer
-        self.cold = self.settled = False
+        self.settled = False
+        self.load_s: Optional[float] = None  # of its model, where it waited for that
+        self.received_s = client.received_s
         self.queued_s = self.sent_s = self.first_s = self.last_s = 0.0
         self.pieces = 0
+        self.twin = ""             # by what the retry guard knows it
+        self.prompt_sha256 = ""
         self.shape_key = model, ask.dialect, ask.task
 
     # -- what the engine says
@@ -12884,7 +12969,7 @@ class _Job:
 
     def prepare(self) -> None:
         """What can be made while the engine thinks need not be made once it has spoken."""
-        if self.ask.stream and self.client is not None:
+        if self.ask.stream:
             self.prepared = make_flow(self.ask, self.asked, self.id)
             self.prepared.expect(self.door.shapes.get(self.shape_key, Shape()))
             self.client.begin_stream(Response(200, b"", self.prepared.content_type,
@@ -12892,10 +12977,7 @@ class _Job:
 
     def on_head(self, status: int, _headers: Dict[str, str]) -> None:
         self.status = status
-        if self.client is None:  # the model is there now, and nobody waits for this answer
-            self.wire.cut()
-            self.door.settle(self, 499)
-        elif status == 200 and self.ask.stream:
+        if status == 200 and self.ask.stream:
             self.flow = self.prepared
             self.usage = self.flow.usage
         else:
@@ -12940,9 +13022,7 @@ class _Job:
 
     def on_end(self, problem: str) -> None:
         door, client = self.door, self.client
-        if client is None:
-            door.settle(self, 499)
-        elif self.status == 0:
+        if self.status == 0:
             door.fail(self, 502, "engine_failed", problem)
         elif self.flow is None:
             if problem:
@@ -12953,7 +13033,8 @@ class _Job:
             if not problem and not self.flow.complete:
                 problem = "the engine ended its answer before it was done"
             last = self.flow.end(problem)
-            door.settle(self, 502 if problem or self.usage.error else 200)
+            failed = problem or self.usage.error
+            door.settle(self, 502 if failed else 200, "engine_failed" if failed else "")
             client.end_stream(last)
 
 
@@ -12981,6 +13062,7 @@ class _Errand:
 
     def on_end(self, problem: str) -> None:
         self._door.errands.discard(self)
+        self._door.managed(self.client, self._status or 502)
         if not self._status:
             self._door.refuse(self.client, HttpError(502, "engine_failed", problem))
         else:
@@ -12991,16 +13073,25 @@ class _Errand:
 class FrontDoor:
     """All but listen(), start(), stop() and status() is done by the relay's thread.
 
-    target(): what the engine is now.  tls: for every listener; None for plain http.  suspect(model)
-    is told of an engine that says nothing, and may take its time to see about it.
+    engine: an Inference.  tls: for every listener; None for plain http.  audit: None to record
+    nothing.  power(): watts that the engine's requests draw together now, and their basis, as
+    Energy has them, and grams of CO2e of a watt-hour; None where unknown.
     """
 
-    def __init__(self, log: Log, access: Access, ledger: Ledger, target: Callable[[], Target],
-                 tally: DoorTally, limits: DoorLimits, tls: Any = None,
-                 suspect: Callable[[str], None] = lambda model: None) -> None:
-        self._suspect = suspect
-        self._log, self._access, self._ledger, self._target = log, access, ledger, target
+    def __init__(self, log: Log, access: Access, ledger: Ledger, engine: Any, tally: DoorTally,
+                 limits: DoorLimits, guards: DoorGuards, audit: Any = None, tls: Any = None,
+                 power: Callable[[], Tuple[Optional[float], str, Optional[float]]] = lambda: (
+                     None, "", None)) -> None:
+        self._engine, self._target = engine, engine.target
+        self._log, self._access, self._ledger = log, access, ledger
         self._tally, self._limits, self._tls = tally, limits, tls
+        self._guards, self._audit, self._power = guards, audit, power
+        self._loads: Dict[str, _Load] = {}          # by model
+        self._used_s = now_s()                      # when the engine last had something to do
+        # Refusals that no line of their own tells of: (tenant, reason) -> how many.
+        self._refused: Dict[Tuple[str, str], int] = {}
+        self._refused_lines: Dict[str, int] = {}
+        self._refused_s = 0.0
         self._relay = Relay("door", log, self._sweep)
         if tls is not None:
             self._relay.waits = tls_waits()
@@ -13013,7 +13104,7 @@ class FrontDoor:
         self._on_engine: Dict[str, int] = {}        # requests, by model
         self._idle: Any = collections.deque()       # kept connections to the engine
         self._idle_at: Optional[Endpoint] = None
-        self._warm_s: Dict[str, float] = {}         # model: when it last gave a token
+        self._warm_s: Dict[str, float] = {}         # model: when it was last used
         # By tenant and model, the last one: its bound, its tokens.  What one sends is no measure of
         # another's.  Of tenant "": the last of all, for bills of who has no measure yet.
         self._prompts: Dict[Tuple[str, str], Tuple[int, float]] = {}
@@ -13066,7 +13157,7 @@ class FrontDoor:
     def status(self) -> Dict[str, Any]:
         return {"listening": [each.url for each in self._listeners if not each.dead],
                 "connections": len(self._clients), "streams": len(self._running),
-                "waiting": len(self._waiting)}
+                "waiting": len(self._waiting), "loading": list(self._loads)}
 
     # -- clients ------------------------------------------------------------
 
@@ -13086,7 +13177,7 @@ class FrontDoor:
         return client
 
     def left(self, client: ClientWire) -> None:
-        """A client is gone, and so is what the engine does for it, but for a load."""
+        """A client is gone, and so is what the engine does for it; a load goes on for others."""
         self._clients.pop(client, None)
         self._bodies_bytes -= client.charged_bytes
         client.charged_bytes = 0
@@ -13095,11 +13186,9 @@ class FrontDoor:
             self.errands.discard(exchange)
             self._cut(exchange)
         elif exchange is not None:
-            exchange.client = None
-            if not (exchange.cold and exchange.status == 0 and exchange in self._running):
-                self._cut(exchange)
-                done = exchange.flow is not None and exchange.flow.complete
-                self.settle(exchange, 200 if done else 499)  # some leave at the last word
+            self._cut(exchange)
+            done = exchange.flow is not None and exchange.flow.complete
+            self.settle(exchange, 200 if done else 499, "" if done else "left")
 
     @staticmethod
     def _cut(exchange: Any) -> None:
@@ -13116,7 +13205,9 @@ class FrontDoor:
         exchange, client.exchange = client.exchange, None
         if isinstance(exchange, _Job):
             self._cut(exchange)
-            self.settle(exchange, error.status)
+            self.settle(exchange, error.status, error.code)
+        else:
+            self._record_refusal(client, error)
         if client.dead:
             return
         what = error.what + (f". {error.hint}" if error.hint else "")
@@ -13137,23 +13228,31 @@ class FrontDoor:
             self.refuse(client, HttpError(error.status, error.code, error.what, error.hint, (
                 (("Retry-After", str(wait)),) if wait else ()) + (
                     (("WWW-Authenticate", error.challenge),) if error.status == 401 else ())))
-        except LimitReached as error:
-            refusal = HttpError(error.status, error.limit, error.what, error.hint,
-                                (("Retry-After", str(error.retry_after_s)),))
-            refusal.numbers = error.numbers
-            self.refuse(client, refusal)
+        except (LimitReached, GuardTripped) as error:
+            self.refuse(client, self._refusal(error))
         except AgentError as error:
-            status, code = next(((row[1], row[2]) for row in DOOR_ERRORS
-                                 if isinstance(error, row[0])), (500, "failed"))
-            self.refuse(client, HttpError(status, code, error.what, error.hint))
+            self.refuse(client, HttpError(*self._failure(error), error.what, error.hint))
         except Exception as error:
             number = os.urandom(4).hex()
             self._log.defect(error, id=number, request=client.head.target[:200])
             self.refuse(client, HttpError(500, "internal",
                                           f"a defect of ours, number {number} in the log"))
 
+    @staticmethod
+    def _refusal(error: Any) -> HttpError:
+        """Of a LimitReached or a GuardTripped."""
+        refusal = HttpError(error.status, error.code, error.what, error.hint, (
+            ("Retry-After", str(error.retry_after_s)),) if error.retry_after_s else ())
+        refusal.numbers = error.numbers
+        return refusal
+
+    @staticmethod
+    def _failure(error: AgentError) -> Tuple[int, str]:
+        return next(((status, code) for kind, status, code in DOOR_ERRORS
+                     if isinstance(error, kind)), (500, "failed"))
+
     def _beside(self, client: ClientWire, work: Callable[[], Any],
-                then: Callable[[Any], None], asks: bool = False) -> None:
+                then: Callable[[Any], None], kind: str = "errand") -> None:
         """work() beside the loop, and then(its result) here, if the client is still there, and was
         not answered meanwhile."""
         exchange = client.exchange
@@ -13165,7 +13264,7 @@ class FrontDoor:
                 then(result)
             if not client.dead and client.exchange is exchange:
                 self._attempt(client, go_on)
-        self._relay.errand(work, done, asks)
+        self._relay.errand(work, done, kind)
 
     def answered(self, client: ClientWire) -> None:
         self._bodies_bytes -= client.charged_bytes
@@ -13227,7 +13326,7 @@ class FrontDoor:
         route = client.route
         if route.kind == "list":
             self._beside(client, lambda: self._listed(client, body),
-                         lambda found: client.answer(Response(200, found)), True)
+                         lambda found: client.answer(Response(200, found)), "asking")
         elif route.kind == "manage":
             self._manage(client, body)
         elif len(body) > DOOR_BIG_BYTES:
@@ -13258,6 +13357,9 @@ class FrontDoor:
         """Beside the loop.  Raises: HttpError, AgentError."""
         tenant, task = client.caller.tenant, client.route.task
         target = self._running_target(True) if task in ("model", "show") else self._target()
+        if target.state == "asleep" and task == "show":
+            self._engine.wake("")
+            target = self._running_target()
         names = [name for name in target.models if tenant.may_use(name)]
         name = ""
         if task == "model":
@@ -13266,7 +13368,8 @@ class FrontDoor:
             fields = checked_fields(_SHOW_FIELDS, json_body(body), "body")
             sent = fields.get("model") or fields.get("name") or ""
             name = self._known(target, tenant, sent)
-        if target.engine is None or not target.engine.many or client.route.dialect == "openai":
+        if target.engine is None or not target.engine.many or target.state == "asleep" or (
+                client.route.dialect == "openai"):
             return encode_json(self._own_list(client.route, names, name, target))
         api = OllamaApi(target.endpoint)
         if task == "version":
@@ -13292,6 +13395,10 @@ class FrontDoor:
                                             if name != "modelfile"}
 
     def _manage(self, client: ClientWire, body: bytes) -> None:
+        if self._target().state == "asleep":
+            self._beside(client, lambda: self._engine.wake(""),
+                         lambda _: self._manage(client, body), "load")
+            return
         target = self._running_target()
         if not target.engine.many:
             raise HttpError(501, "not_here", f"{target.engine.title} holds one model: there is "
@@ -13315,9 +13422,10 @@ class FrontDoor:
     # -- admission ------------------------------------------------------------
 
     def _running_target(self, waits: bool = False) -> Target:
-        """Raises: HttpError where no engine runs; waits: or is about to."""
+        """Raises: HttpError where no engine runs; waits: or is about to, or can be."""
         target = self._target()
-        if target.state == "running" or waits and target.state == "starting" and target.engine:
+        if target.state == "running" or waits and target.engine and (
+                target.state in ("starting", "asleep")):
             return target
         what = {"stopped": "no engine runs here", "error": "the engine has failed"}.get(
             target.state, f"the engine is {target.state}")
@@ -13327,12 +13435,20 @@ class FrontDoor:
     def _admit(self, client: ClientWire, ask: Ask) -> None:
         """The one step before the engine.  Raises: HttpError, LimitReached, UsageError."""
         target, caller = self._running_target(True), client.caller
+        if self._limits.needs_audit and self._audit is not None and self._audit.failing:
+            raise HttpError(503, "audit_failing", "the audit log cannot be written, and nothing is "
+                            "served without it", "Make room on the disk (audit.full: refuse)",
+                            (("Retry-After", "30"),))
+        ask = self._checked_task(client, ask)
         if ask.keep_alive is not None and not (caller.tenant.admin or caller.identity == "gateway"):
             if ask.keep_alive == 0:
                 raise HttpError(403, "not_admin", "to unload a model wants admin rights",
                                 "On the machine: b9agent.py models unload NAME")
             ask = ask._replace(keep_alive=None)  # it is loaded, and kept as others are
         model, limits = self._known(target, caller.tenant, ask.model), caller.tenant.limits
+        if target.engine.many and ask.keep_alive is None:
+            warm_s = self._guards.keep_warm_s(model)
+            ask = ask if warm_s is None else ask._replace(keep_alive=int(warm_s) + 1)
         context = room = target.context_tokens
         # No less than usual: prompts of blanks must not make room for a longer one.
         output, likely = ask.output_tokens, max(ask.prompt_tokens - TEMPLATE_TOKENS >> 2,
@@ -13355,14 +13471,49 @@ class FrontDoor:
         client.exchange = job
 
         def form() -> Any:
+            if client.charged_bytes > DOOR_BIG_BYTES:
+                job.prompt_sha256 = payload_hash(prompt_of(ask))
             return engine_request(ask, target.engine, model, job.grant.output_tokens, context)
         if client.charged_bytes > DOOR_BIG_BYTES:
             self._beside(client, form, lambda asked: self._line_up(job, asked))
         else:
             self._line_up(job, form())
 
+    def _checked_task(self, client: ClientWire, ask: Ask) -> Ask:
+        """The request, with what its head says of it.  Raises: HttpError, GuardTripped."""
+        headers = client.head.headers
+        if "idempotency-key" in headers:
+            ask = ask._replace(request_id=headers["idempotency-key"][:DOOR_ID_MAX])
+        tree, depth = ask.tree or headers.get("x-task-tree-id", ""), ask.depth
+        if depth is None and "x-task-depth" in headers:
+            if not re.fullmatch("[0-9]{1,9}", headers["x-task-depth"]):
+                raise HttpError(400, "bad_field", "X-Task-Depth must be a number, 0 or more")
+            depth = int(headers["x-task-depth"])
+        if not tree and depth is None:
+            return ask
+        ask = ask._replace(tree=tree[:DOOR_ID_MAX] or "default", depth=depth or 0)
+        self._guards.trees.check(ask.tree, ask.depth, client.caller.tenant.name)
+        return ask
+
+    def _refuse_twin(self, job: _Job) -> None:
+        """Of a request that is being computed, or has timed out too often.  Raises: GuardTripped."""
+        guards, ask = self._guards, job.ask
+        if guards.duplicates == "off" or not job.client:
+            return
+        again = job.client.head.headers.get("x-stainless-retry-count", "0") != "0"
+        twin = f"{job.caller.tenant.name} {ask.request_id} {hash(job.asked.body)}"
+        try:
+            guards.retries.begin(twin)
+            job.twin = twin
+        except DuplicateInFlight:
+            # Equal words alone are no retry: many ask the same at once.
+            if again or ask.request_id or guards.duplicates == "payload":
+                raise
+
     def _line_up(self, job: _Job, asked: Any) -> None:
+        """Raises: HttpError, GuardTripped."""
         job.asked, job.queued_s = asked, now_s()
+        self._refuse_twin(job)
         if not asked.path:  # there is nothing to ask: it is loaded
             client = job.client
             self.settle(job, 200)
@@ -13378,6 +13529,7 @@ class FrontDoor:
             return
         self._waiting[job] = job.queued_s + self._limits.queue_wait_s
         self._queue.push(job, tenant.name, tenant.priority, job.model)
+        self._have_loaded(job, target)
         self._go_on()
 
     def _made_room(self, tenant: Tenant) -> bool:
@@ -13392,7 +13544,93 @@ class FrontDoor:
         return True
 
     def _is_free(self, target: Target, job: _Job) -> bool:
-        return target.state == "running" and self._on_engine.get(job.model, 0) < target.slots
+        return self._on_engine.get(job.model, 0) < target.slots and self._is_warm(target, job)
+
+    # -- models that are not in memory ------------------------------------------
+
+    def _is_warm(self, target: Target, job: _Job) -> bool:
+        if target.state != "running":
+            return False
+        model = job.model
+        if not target.engine.many or model in self._on_engine or job.ask.keep_alive == 0:
+            return True
+        warm_s = self._guards.keep_warm_s(model)
+        return now_s() - self._warm_s.get(model, -1e9) < (
+            DOOR_WARM_S if warm_s is None else min(DOOR_WARM_S, 0.9 * warm_s))
+
+    def _have_loaded(self, job: _Job, target: Target) -> None:
+        """Its model, unless that is under way.  Raises: GuardTripped."""
+        model, guards = job.model, self._guards
+        if model in self._loads or target.state not in ("running", "asleep") or (
+                self._is_warm(target, job)):
+            return
+        slot = target.state == "asleep" or model not in target.loaded  # else it is but asked for
+        if slot:
+            guards.thrash(model).check()
+            if not guards.cold.try_begin():
+                return  # its turn comes when another load has ended
+        if not self._paid(job, self._ledger.begin, job.grant, target.gpus):
+            if slot:
+                guards.cold.end(0.0)
+            return
+        wanted = {each.model for each in self._waiting}
+        idle = sorted((each for each in target.loaded if each not in wanted
+                       and each not in self._on_engine),
+                      key=lambda each: self._warm_s.get(each, 0.0))
+        load = self._loads[model] = _Load(model, job, slot, now_s())
+        self._relay.errand(lambda: self._engine.wake(model, idle),
+                           lambda took_s, problem: self._loaded(load, took_s, problem), "load")
+
+    def _loaded(self, load: _Load, took_s: Optional[float], problem: Any) -> None:
+        now, model, guards = now_s(), load.model, self._guards
+        del self._loads[model]
+        lasted_s = now - load.since_s if took_s is None else took_s
+        if load.slot:
+            guards.cold.end(lasted_s)
+        waiting = [job for job in self._waiting if job.model == model]
+        if problem is not None:
+            if not isinstance(problem, AgentError):
+                self._log.defect(problem)
+                problem = AgentError("a defect of ours: see the log")
+            for job in waiting:
+                self.fail(job, *self._failure(problem), problem.what)
+        else:
+            self._warm_s[model] = now
+            if took_s:
+                self._count_cold_start(model, took_s)
+            for job in waiting:
+                job.load_s = took_s or None
+                self._waiting[job] = now + self._limits.queue_wait_s
+        self._load_more()
+
+    def _count_cold_start(self, model: str, took_s: float) -> None:
+        self._guards.thrash(model).note(True, took_s)
+        self._tally.add("b9agent_door_cold_starts_total", (model,))
+        self._tally.add("b9agent_door_cold_start_seconds_total", (model,), took_s)
+
+    def _load_more(self) -> None:
+        """Whatever can go on now does."""
+        target = self._target()
+        for job in list(self._waiting):
+            try:
+                self._have_loaded(job, target)
+            except GuardTripped as error:
+                self.fail(job, error.status, error.code, error.what, error)
+        self._go_on()
+
+    def _stop_idle(self, now: float) -> bool:
+        """Stop an engine that has had nothing to do for long.  Returns: whether one may be."""
+        target = self._target()
+        limit_s = self._limits.idle_stop_s
+        if target.engine is not None and not target.engine.many and target.models:
+            warm_s = self._guards.keep_warm_s(target.models[0])  # it goes with its engine
+            limit_s = min(filter(None, (limit_s, warm_s)), default=None)
+        if target.state != "running" or self._running or self._waiting or self._loads or (
+                self.errands):
+            self._used_s = now
+        elif limit_s is not None and now - self._used_s >= limit_s and self._engine.doze():
+            self._relay.errand(self._engine.sleep, self._told, "load")
+        return limit_s is not None
 
     def _go_on(self) -> None:
         """Whose turn it is goes to the engine, as long as that takes more."""
@@ -13424,21 +13662,18 @@ class FrontDoor:
         told_s = now_s()
         if job.settled or not self._paid(job, self._ledger.begin, job.grant, target.gpus):
             return
-        job.cold = job.model not in target.loaded and (
-            now - self._warm_s.get(job.model, -1e9) > DOOR_WARM_S)
         job.prepare()
         name = job.caller.tenant.name
         self._tally.histogram("b9agent_door_queue_seconds", (name,)).observe(now - job.queued_s)
-        if job.client is not None:
-            self._tally.histogram("b9agent_door_overhead_seconds", ()).observe(
-                max(0.0, job.queued_s - job.client.received_s) + told_s - now)
+        self._tally.histogram("b9agent_door_overhead_seconds", ()).observe(
+            max(0.0, job.queued_s - job.received_s) + told_s - now)
 
     def _paid(self, job: _Job, reserve: Callable[..., None], *given: Any) -> bool:
         """Whether there is GPU time left for it; it is ended where there is not."""
         try:
             reserve(*given)
         except LimitReached as error:
-            self.fail(job, error.status, error.limit, error.what, error)
+            self.fail(job, error.status, error.code, error.what, error)
             return False
         return True
 
@@ -13502,22 +13737,20 @@ class FrontDoor:
             self._attempt(client, lambda: told(form()))
 
     def fail(self, job: _Job, status: int, code: str, what: str,
-             limit: Optional[LimitReached] = None) -> None:
-        """End it, and say why in good form."""
+             limit: Any = None) -> None:
+        """End it, and say why in good form.  limit: the LimitReached or GuardTripped that did."""
         client = job.client
         self._cut(job)
-        self.settle(job, status)
-        if client is None or client.dead:
+        self.settle(job, status, code)
+        if client.dead:
             return
         client.exchange = None
         if job.flow is not None:
             client.end_stream(job.flow.end(what))
         else:
-            error = HttpError(status, code, what, limit.hint if limit else "", headers=(
-                (("Retry-After", str(limit.retry_after_s if limit else 5)),)
-                if limit or status in (429, 503) else ()))
-            error.numbers = limit.numbers if limit else {}
-            self.refuse(client, error)
+            self.refuse(client, self._refusal(limit) if limit else HttpError(
+                status, code, what, headers=(("Retry-After", "5"),) if status in (429, 503)
+                else ()))
 
     # -- settlement -------------------------------------------------------------
 
@@ -13542,12 +13775,13 @@ class FrontDoor:
         each, more = tokens / bound, max(0, ask.prompt_tokens - bound)
         return round((ask.prompt_tokens - more) * each + more * max(PROMPT_TOKENS_A_BYTE, each))
 
-    def settle(self, job: _Job, status: int) -> None:
-        """The one step after the engine, whatever happened; a second time it does nothing."""
+    def settle(self, job: _Job, status: int, code: str = "") -> None:
+        """The one step after the engine, whatever happened; a second time it does nothing.  code:
+        why it came to no whole answer."""
         if job.settled:
             return
         job.settled = self._unsaved = True
-        prompt, completion = self._tokens_of(job)
+        now, (prompt, completion) = now_s(), self._tokens_of(job)
         name, tally = job.caller.tenant.name, self._tally
         bill = self._ledger.settle(job.grant, prompt, completion)
         if job in self._running:
@@ -13557,6 +13791,9 @@ class FrontDoor:
                 self._on_engine[job.model] = left
             else:
                 del self._on_engine[job.model]
+            self._used_s = now
+            if job.status == 200:
+                self._warm_s[job.model] = now
         elif self._waiting.pop(job, None) is not None:
             self._queue.remove(job)
         bound = job.ask.prompt_tokens
@@ -13570,12 +13807,91 @@ class FrontDoor:
                                ("gpu_seconds", bill.gpu_seconds), ("usd", bill.usd or 0.0)):
             if amount:
                 tally.add(f"b9agent_door_{metric}_total", (name, job.model), amount)
-        if job.cold and job.status == 200:
-            loaded_s = job.usage.load_s if job.usage is not None else None
-            tally.add("b9agent_door_cold_starts_total", (job.model,))
-            tally.add("b9agent_door_cold_start_seconds_total", (job.model,), (
-                (job.first_s or now_s()) - job.sent_s) if loaded_s is None else loaded_s)
+        self._tell_guards(job, status, now)
+        if self._audit is not None:
+            self._record(job, status, code, (prompt, completion), bill)
         self._relay.soon(self._go_on)
+
+    def _tell_guards(self, job: _Job, status: int, now: float) -> None:
+        engine_s = job.usage.load_s if job.usage is not None else None
+        if job.load_s is None and engine_s is not None and engine_s > DOOR_COLD_S:
+            job.load_s = engine_s  # it was gone again, and the engine itself loaded it
+            self._count_cold_start(job.model, engine_s)
+        elif job.sent_s:
+            self._guards.thrash(job.model).note(False)
+        if job.twin:
+            silent = not job.pieces and status in (499, 503, 504) and (
+                now - job.received_s >= DOOR_TIMEOUT_S)
+            self._guards.retries.end(job.twin, silent)
+
+    # -- the audit log ------------------------------------------------------------
+
+    def _record(self, job: _Job, status: int, code: str, tokens: Tuple[int, int],
+                bill: Bill) -> None:
+        """One line for a request that got as far as being admitted."""
+        now, ask, usage = now_s(), job.ask, job.usage
+        watts, basis, grams_per_wh = self._power()
+        energy_wh = None if watts is None else bill.busy_s * watts / 3600
+        told = usage is not None and None not in (usage.prompt_tokens, usage.completion_tokens)
+        self._audit.record("request", {
+            **self._said_by(job.client), "id": job.id, "request_id": ask.request_id,
+            "task": ask.task, "stream": ask.stream, "model": job.model,
+            "digest": job.target.digests.get(job.model, ""), "engine": job.target.engine.name,
+            "prompt_sha256": job.prompt_sha256 or payload_hash(prompt_of(ask)),
+            **({"prompt": encode_json(prompt_of(ask)).decode()[:DOOR_PROMPT_MAX]}
+               if self._limits.keeps_prompts else {}),
+            "prompt_tokens": tokens[0], "completion_tokens": tokens[1],
+            "tokens_basis": "engine" if told else "counted",
+            "queued_ms": _ms((job.sent_s or now) - (job.queued_s or now)),
+            "first_token_ms": _ms(job.first_s - job.received_s) if job.first_s else None,
+            "total_ms": _ms(now - job.received_s), "cold": job.load_s is not None,
+            "load_ms": None if job.load_s is None else _ms(job.load_s),
+            "gpu_seconds": round(bill.gpu_seconds, 6),
+            "usd": round(bill.usd, 9) if self._ledger.priced else None,
+            "energy_wh": energy_wh and round(energy_wh, 6), "energy_basis": basis,
+            "co2e_g": None if energy_wh is None or grams_per_wh is None else round(
+                energy_wh * grams_per_wh, 6),
+            "outcome": "ok" if status == 200 else "left" if status == 499 else
+                       "failed" if job.sent_s else "refused",
+            "status": status, "reason": code, "guards": [code] if code in GUARD_CODES else [],
+            **({} if ask.depth is None else {"task_tree": ask.tree, "task_depth": ask.depth})})
+
+    @staticmethod
+    def _said_by(client: ClientWire) -> Dict[str, Any]:
+        caller = client.caller
+        return {"tenant": caller.tenant.name, "identity": caller.identity, "peer": client.peer[0],
+                "path": client.route.path}
+
+    def _record_refusal(self, client: ClientWire, error: HttpError) -> None:
+        """Of a request that was not admitted.  Strangers, and who is refused all the time, are only
+        counted."""
+        if self._audit is None:
+            return
+        tenant = client.caller.tenant.name if client.caller else ""
+        lines = self._refused_lines.get(tenant, 0)
+        if tenant and client.route.kind in ("ask", "manage") and lines < DOOR_REFUSED_MAX:
+            self._refused_lines[tenant] = lines + 1
+            self._audit.record("request", {
+                **self._said_by(client), "task": client.route.task, "status": error.status,
+                "outcome": "refused" if error.status < 500 else "failed", "reason": error.code,
+                "guards": [error.code] if error.code in GUARD_CODES else []})
+        else:
+            self._refused[tenant, error.code] = self._refused.get((tenant, error.code), 0) + 1
+
+    def managed(self, client: ClientWire, status: int) -> None:
+        """A model was fetched, copied or removed by the front door, or was not."""
+        if self._audit is not None:
+            self._audit.record("request", {
+                **self._said_by(client), "task": client.route.task, "status": status,
+                "outcome": "ok" if status == 200 else "failed", "reason": "", "guards": []})
+
+    def _record_refused(self, now: float) -> None:
+        """Once a minute, in sum."""
+        if self._audit is not None and now >= self._refused_s:
+            self._refused_s = now + 60.0
+            refused, self._refused, self._refused_lines = self._refused, {}, {}
+            for (tenant, reason), count in refused.items():
+                self._audit.record("refusals", {"tenant": tenant, "reason": reason, "count": count})
 
     # -- twice a second -----------------------------------------------------------
 
@@ -13590,19 +13906,26 @@ class FrontDoor:
                 wire.close()  # the engine has waited long enough for this reader
         for job in list(self._running):
             self._watch(job, now)
-        for job in [job for job, until_s in self._waiting.items() if now > until_s]:
+        for load in list(self._loads.values()):
+            if now >= load.job.grant.extend_at_s and not load.job.settled:
+                self._paid(load.job, self._ledger.extend, load.job.grant)
+        for job in [job for job, until_s in self._waiting.items()
+                    if now > until_s and job.model not in self._loads]:
             self.fail(job, 503, "queue_wait", "the engine had no time for this request within "
                       f"{self._limits.queue_wait_s:g} s")
         while self._idle and self._idle[0].dead:
             self._idle.popleft()
-        self._go_on()
+        self._load_more()
+        self._record_refused(now)
+        may_stop = self._stop_idle(now)
         self._tally.set("b9agent_door_streams", len(self._running))
         self._tally.set("b9agent_door_waiting", len(self._waiting))
         self._tally.set("b9agent_door_connections", len(self._clients))
         if self._unsaved and now > self._save_s:
             self._save_s, self._unsaved = now + DOOR_SAVE_S, False
             self._relay.errand(self._ledger.save, self._told)
-        return self._unsaved or bool(self._running or self._waiting or self._clients)
+        return self._unsaved or may_stop or bool(
+            self._running or self._waiting or self._clients or self._refused or self._loads)
 
     def _told(self, _result: Any, problem: Any) -> None:
         if problem is not None:
@@ -13619,14 +13942,11 @@ class FrontDoor:
 
     def _watch(self, job: _Job, now: float) -> None:
         """A request that the engine has."""
-        if job.client is None and (job.model in self._target().loaded):
-            job.wire.cut()
-            self.settle(job, 499)
-        elif job.wire is not None and not job.wire.paused and (
+        if job.wire is not None and not job.wire.paused and (
                 job.wire.silent_s(job.sent_s) > self._limits.silence_s):
             self.fail(job, 504, "engine_silent", "the engine said nothing for "
                       f"{self._limits.silence_s:g} s")
-            self._relay.errand(lambda: self._suspect(job.model), self._told)
+            self._relay.errand(lambda: self._engine.suspect(job.model), self._told)
         elif now >= job.grant.extend_at_s:
             self._paid(job, self._ledger.extend, job.grant)
 
