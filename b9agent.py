@@ -1422,6 +1422,23 @@ def parse_tunnel(text: str) -> str:
     return text
 
 
+def parse_warm(text: str) -> Any:
+    """Seconds, or "auto"."""
+    return text if text == "auto" else number_within("auto, or seconds", 1, 2592000)(text)
+
+
+def parse_warm_models(text: str) -> Tuple[Tuple[str, Any], ...]:
+    """
+    >>> parse_warm_models("llama3.2:1b=600, hf.co/a/B=auto")
+    (('llama3.2:1b', 600.0), ('hf.co/a/B', 'auto'))
+    """
+    pairs = [part.strip().rpartition("=") for part in text.split(",")]
+    if not all(re.fullmatch("[^=\\s]{1,512}", name) and printable(name) == name
+               for name, _, _ in pairs):
+        raise ValueError("MODEL=SECONDS or MODEL=auto, with commas between them")
+    return tuple((name, parse_warm(kept)) for name, _, kept in pairs)
+
+
 def parse_interval(text: str) -> float:
     """Seconds.  The gateway forgets a machine after 300 s, so one lost keepalive must fit in."""
     return number_within("seconds", 1, 150)(text[:-1] if text.endswith("s") else text)
@@ -1613,6 +1630,19 @@ SETTINGS = (
             "inference.silence_limit", "SECONDS", number_within("seconds", 1, 86400),
             "seconds without a byte from the engine after which an answer is given up",
             default="300"),
+    Setting("inference_keep_warm", "B9AGENT_INFERENCE_KEEP_WARM", "inference.keep_warm", "SECONDS",
+            parse_warm, "seconds that a model stays in memory after its last request; `auto`: as "
+            "long as that costs less than its cold starts; default: Ollama's own five minutes, and "
+            "for good in an engine with one model"),
+    Setting("inference_keep_warm_models", "B9AGENT_INFERENCE_KEEP_WARM_MODELS",
+            "inference.keep_warm_models", "LIST", parse_warm_models,
+            "the same for single models: MODEL=SECONDS or MODEL=auto, with commas between them"),
+    Setting("inference_idle_stop", "B9AGENT_INFERENCE_IDLE_STOP", "inference.idle_stop", "SECONDS",
+            number_within("seconds", 1, 2592000), "seconds without a request after which the "
+            "engine is ended; the next request starts it again; default: it stays"),
+    Setting("inference_load_limit", "B9AGENT_INFERENCE_LOAD_LIMIT", "inference.load_limit",
+            "SECONDS", number_within("seconds", 1, 86400), "seconds in which a request's model, "
+            "and the engine with it, must be there", default="600"),
     Setting("inference_gateway_access", "B9AGENT_INFERENCE_GATEWAY_ACCESS",
             "inference.gateway_access", "HOW", one_of("address", "loopback", "off"),
             "the gateway's router sends no token: `address` lets it in by the gateway's address, "
@@ -1621,6 +1651,43 @@ SETTINGS = (
     Setting("inference_gpu_usd_per_hour", "B9AGENT_INFERENCE_GPU_USD_PER_HOUR",
             "inference.gpu_usd_per_hour", "USD", number_within("dollars", 0, 1000),
             "price of an hour of one GPU, for the tenants' limits in money"),
+    Setting("guards_parallel_cold_starts", "B9AGENT_GUARDS_PARALLEL_COLD_STARTS",
+            "guards.parallel_cold_starts", "N", number_within("a number of models", 1, 64, int),
+            "models that requests may have loaded at once; the next one waits", default="3"),
+    Setting("guards_cold_start_seconds_per_day", "B9AGENT_GUARDS_COLD_START_SECONDS",
+            "guards.cold_start_seconds_per_day", "N", number_within("seconds", 0, 864000),
+            "seconds of loading that requests may cause in a day (UTC); 0: no limit",
+            default="3600"),
+    Setting("guards_cold_starts_per_hour", "B9AGENT_GUARDS_COLD_STARTS_PER_HOUR",
+            "guards.cold_starts_per_hour", "N", number_within("a number of loads", 0, 3600, int),
+            "times in an hour that requests may have one model loaded; 0: no limit", default="12"),
+    Setting("guards_duplicates", "B9AGENT_GUARDS_DUPLICATES", "guards.duplicates", "HOW",
+            one_of("auto", "payload", "off"),
+            "which request of a tenant is refused while its twin is computed: `auto` one with the "
+            "same request_id or Idempotency-Key; `payload` one with the same body, too; `off` none",
+            default="auto"),
+    Setting("guards_max_retries", "B9AGENT_GUARDS_MAX_RETRIES", "guards.max_retries", "N",
+            number_within("a number of retries", 0, 100, int),
+            "times that the same request may time out within guards.retry_ttl before it is "
+            "refused; 0: no limit", default="2"),
+    Setting("guards_retry_ttl", "B9AGENT_GUARDS_RETRY_TTL", "guards.retry_ttl", "SECONDS",
+            number_within("seconds", 1, 86400), "seconds that a time-out is remembered",
+            default="300"),
+    Setting("guards_task_depth", "B9AGENT_GUARDS_TASK_DEPTH", "guards.task_depth", "N",
+            number_within("a depth", 1, 10000, int),
+            "depth in its tree of tasks at which a request is refused", default="4"),
+    Setting("guards_task_tree", "B9AGENT_GUARDS_TASK_TREE", "guards.task_tree", "N",
+            number_within("a number of tasks", 1, 1000000, int), "requests of one tree of tasks",
+            default="50"),
+    Setting("audit_keep_days", "B9AGENT_AUDIT_KEEP_DAYS", "audit.keep_days", "DAYS",
+            number_within("days", 0, 36500, int),
+            "days that the audit log is kept; 0: there is none", default="184"),
+    Setting("audit_full", "B9AGENT_AUDIT_FULL", "audit.full", "HOW", one_of("go_on", "refuse"),
+            "when the disk takes no audit log: `go_on` serving, and say so loudly, or `refuse` "
+            "requests until it does", default="go_on"),
+    Setting("audit_prompts", "B9AGENT_AUDIT_PROMPTS", "audit.prompts", "", parse_switch,
+            "write the prompts themselves into the audit log, not their hashes alone",
+            default="false"),
     Setting("tls", "B9AGENT_TLS", "tls", "HOW", one_of("tailscale", "none"),
             "`tailscale`: TLS with this machine's certificate of its tailnet; in place of tls.cert "
             "and tls.key"),
@@ -1962,6 +2029,9 @@ def setting_text(row: Setting, value: Any) -> str:
         return "true" if value else "false"
     if row.parse is parse_gpu_ids:
         return ",".join(f"{vendor}:{index}" if vendor else str(index) for vendor, index in value)
+    if row.parse is parse_warm_models:
+        return ",".join(f"{name}={kept if kept == 'auto' else f'{kept:.10g}'}"
+                        for name, kept in value)
     if row.parse is parse_cpu:
         return f"{value}m"
     if row.parse is parse_memory:
@@ -7696,6 +7766,13 @@ def imported_name(facts: ModelFacts) -> str:
     return model_key(re.sub(r"[^\w.-]", "-", facts.name or "model", flags=re.ASCII))
 
 
+def keep_warm_of(settings: Any, model: str) -> Union[None, float, str]:
+    """Seconds that a model stays in memory after its last request, or "auto"; None: nothing is
+    set."""
+    named = {model_key(name): kept for name, kept in settings.inference_keep_warm_models or ()}
+    return named.get(model_key(model), settings.inference_keep_warm)
+
+
 class Hardware(NamedTuple):
     """vendor: of the GPUs that are offered, "" for none.  gpu_free_bytes: of each; None where a
     driver does not say.  host_free_bytes: for what a GPU cannot hold.  gpu_indexes: of each, as the
@@ -7716,6 +7793,16 @@ def visible_gpus(hardware: Hardware) -> Dict[str, str]:
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **{
         variable: chosen if chosen and vendor == hardware.vendor else "-1" for vendor, variable in (
             ("nvidia", "CUDA_VISIBLE_DEVICES"), ("amd", "ROCR_VISIBLE_DEVICES"))}}
+
+
+def files_digest(records: Any) -> Optional[str]:
+    """Of a model of files, from what the book has of them: that of its one file, or of a list of
+    them as `sha256sum` writes it; None where it has not got any."""
+    import hashlib
+    sums = sorted((os.path.basename(row["path"]), str(row["sha256"])) for row in records or ())
+    text = "".join(f"{digest}  {name}\n" for name, digest in sums)
+    return sums and "sha256:" + (hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+                                 if sums[1:] else sums[0][1]) or None
 
 
 def loopback(host: str) -> bool:
@@ -7773,7 +7860,8 @@ class DoorPlace(NamedTuple):
 class Target(NamedTuple):
     """What the front door sends requests to.  models: that it serves; of Ollama as model_key()
     spells them.  loaded: of these, in memory at the last look.  gpus: that it computes on, 0 is the
-    CPU alone.  context_tokens: of each request.  slots: requests of a model at once."""
+    CPU alone.  context_tokens: of each request.  slots: requests of a model at once.  digests: of
+    these models, "sha256:…", where they are known: of an Ollama's as its list of models has it."""
     state: str
     engine: Optional[Engine]
     endpoint: Optional[Endpoint]
@@ -7782,6 +7870,7 @@ class Target(NamedTuple):
     gpus: int
     context_tokens: int
     slots: int
+    digests: Dict[str, str] = {}
 
 
 _NO_TARGET = Target("stopped", None, None, (), (), 0, CONTEXT_TOKENS, 1)
