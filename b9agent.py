@@ -1422,6 +1422,23 @@ def parse_tunnel(text: str) -> str:
     return text
 
 
+def parse_warm(text: str) -> Any:
+    """Seconds, or "auto"."""
+    return text if text == "auto" else number_within("auto, or seconds", 1, 2592000)(text)
+
+
+def parse_warm_models(text: str) -> Tuple[Tuple[str, Any], ...]:
+    """
+    >>> parse_warm_models("llama3.2:1b=600, hf.co/a/B=auto")
+    (('llama3.2:1b', 600.0), ('hf.co/a/B', 'auto'))
+    """
+    pairs = [part.strip().rpartition("=") for part in text.split(",")]
+    if not all(re.fullmatch("[^=\\s]{1,512}", name) and printable(name) == name
+               for name, _, _ in pairs):
+        raise ValueError("MODEL=SECONDS or MODEL=auto, with commas between them")
+    return tuple((name, parse_warm(kept)) for name, _, kept in pairs)
+
+
 def parse_interval(text: str) -> float:
     """Seconds.  The gateway forgets a machine after 300 s, so one lost keepalive must fit in."""
     return number_within("seconds", 1, 150)(text[:-1] if text.endswith("s") else text)
@@ -1613,6 +1630,19 @@ SETTINGS = (
             "inference.silence_limit", "SECONDS", number_within("seconds", 1, 86400),
             "seconds without a byte from the engine after which an answer is given up",
             default="300"),
+    Setting("inference_keep_warm", "B9AGENT_INFERENCE_KEEP_WARM", "inference.keep_warm", "SECONDS",
+            parse_warm, "seconds that a model stays in memory after its last request; `auto`: as "
+            "long as that costs less than its cold starts; default: Ollama's own five minutes, and "
+            "for good in an engine with one model"),
+    Setting("inference_keep_warm_models", "B9AGENT_INFERENCE_KEEP_WARM_MODELS",
+            "inference.keep_warm_models", "LIST", parse_warm_models,
+            "the same for single models: MODEL=SECONDS or MODEL=auto, with commas between them"),
+    Setting("inference_idle_stop", "B9AGENT_INFERENCE_IDLE_STOP", "inference.idle_stop", "SECONDS",
+            number_within("seconds", 1, 2592000), "seconds without a request after which the "
+            "engine is ended; the next request starts it again; default: it stays"),
+    Setting("inference_load_limit", "B9AGENT_INFERENCE_LOAD_LIMIT", "inference.load_limit",
+            "SECONDS", number_within("seconds", 1, 86400), "seconds in which a request's model, "
+            "and the engine with it, must be there", default="600"),
     Setting("inference_gateway_access", "B9AGENT_INFERENCE_GATEWAY_ACCESS",
             "inference.gateway_access", "HOW", one_of("address", "loopback", "off"),
             "the gateway's router sends no token: `address` lets it in by the gateway's address, "
@@ -1621,6 +1651,43 @@ SETTINGS = (
     Setting("inference_gpu_usd_per_hour", "B9AGENT_INFERENCE_GPU_USD_PER_HOUR",
             "inference.gpu_usd_per_hour", "USD", number_within("dollars", 0, 1000),
             "price of an hour of one GPU, for the tenants' limits in money"),
+    Setting("guards_parallel_cold_starts", "B9AGENT_GUARDS_PARALLEL_COLD_STARTS",
+            "guards.parallel_cold_starts", "N", number_within("a number of models", 1, 64, int),
+            "models that requests may have loaded at once; the next one waits", default="3"),
+    Setting("guards_cold_start_seconds_per_day", "B9AGENT_GUARDS_COLD_START_SECONDS",
+            "guards.cold_start_seconds_per_day", "N", number_within("seconds", 0, 864000),
+            "seconds of loading that requests may cause in a day (UTC); 0: no limit",
+            default="3600"),
+    Setting("guards_cold_starts_per_hour", "B9AGENT_GUARDS_COLD_STARTS_PER_HOUR",
+            "guards.cold_starts_per_hour", "N", number_within("a number of loads", 0, 3600, int),
+            "times in an hour that requests may have one model loaded; 0: no limit", default="12"),
+    Setting("guards_duplicates", "B9AGENT_GUARDS_DUPLICATES", "guards.duplicates", "HOW",
+            one_of("auto", "payload", "off"),
+            "which request of a tenant is refused while its twin is computed: `auto` one with the "
+            "same request_id or Idempotency-Key; `payload` one with the same body, too; `off` none",
+            default="auto"),
+    Setting("guards_max_retries", "B9AGENT_GUARDS_MAX_RETRIES", "guards.max_retries", "N",
+            number_within("a number of retries", 0, 100, int),
+            "times that the same request may time out within guards.retry_ttl before it is "
+            "refused; 0: no limit", default="2"),
+    Setting("guards_retry_ttl", "B9AGENT_GUARDS_RETRY_TTL", "guards.retry_ttl", "SECONDS",
+            number_within("seconds", 1, 86400), "seconds that a time-out is remembered",
+            default="300"),
+    Setting("guards_task_depth", "B9AGENT_GUARDS_TASK_DEPTH", "guards.task_depth", "N",
+            number_within("a depth", 1, 10000, int),
+            "depth in its tree of tasks at which a request is refused", default="4"),
+    Setting("guards_task_tree", "B9AGENT_GUARDS_TASK_TREE", "guards.task_tree", "N",
+            number_within("a number of tasks", 1, 1000000, int), "requests of one tree of tasks",
+            default="50"),
+    Setting("audit_keep_days", "B9AGENT_AUDIT_KEEP_DAYS", "audit.keep_days", "DAYS",
+            number_within("days", 0, 36500, int),
+            "days that the audit log is kept; 0: there is none", default="184"),
+    Setting("audit_full", "B9AGENT_AUDIT_FULL", "audit.full", "HOW", one_of("go_on", "refuse"),
+            "when the disk takes no audit log: `go_on` serving, and say so loudly, or `refuse` "
+            "requests until it does", default="go_on"),
+    Setting("audit_prompts", "B9AGENT_AUDIT_PROMPTS", "audit.prompts", "", parse_switch,
+            "write the prompts themselves into the audit log, not their hashes alone",
+            default="false"),
     Setting("tls", "B9AGENT_TLS", "tls", "HOW", one_of("tailscale", "none"),
             "`tailscale`: TLS with this machine's certificate of its tailnet; in place of tls.cert "
             "and tls.key"),
@@ -1962,6 +2029,9 @@ def setting_text(row: Setting, value: Any) -> str:
         return "true" if value else "false"
     if row.parse is parse_gpu_ids:
         return ",".join(f"{vendor}:{index}" if vendor else str(index) for vendor, index in value)
+    if row.parse is parse_warm_models:
+        return ",".join(f"{name}={kept if kept == 'auto' else f'{kept:.10g}'}"
+                        for name, kept in value)
     if row.parse is parse_cpu:
         return f"{value}m"
     if row.parse is parse_memory:
@@ -7040,27 +7110,29 @@ class OllamaApi:
     def show(self, name: str) -> Dict[str, Any]:
         return self.ask("POST", "/api/show", {"model": name})
 
-    def generate_token(self, name: str, keep_alive: Any = None, limit_s: float = 3600.0) -> str:
+    def generate_token(self, name: str, keep_alive: Any = None, limit_s: float = 3600.0,
+                       prompt: str = "Hello") -> str:
         """One token: who gives it is loaded and able.  Of a model that only embeds: "".
-        keep_alive: None leaves it as it is."""
+        keep_alive: None leaves it as it is.  prompt: "" only loads it."""
         keep = {"model": name} if keep_alive is None else {"model": name, "keep_alive": keep_alive}
         try:
             answer = self.ask("POST", "/api/generate", dict(
-                keep, prompt="Hello", stream=False, think=False, options={"num_predict": 1}),
+                keep, prompt=prompt, stream=False, think=False, options={"num_predict": 1}),
                 limit_s)
         except ModelRefused as refused:
             if "does not support" not in refused.what:
                 raise
-            answer = self.ask("POST", "/api/embed", dict(keep, input="Hello"), limit_s)
-        if answer.get("done") is not True and not answer.get("embeddings"):
+            answer = self.ask("POST", "/api/embed", dict(keep, input=prompt), limit_s)
+        if answer.get("done") is not True and not (answer.get("embeddings") or not prompt):
             raise ModelError(f"{name} gave no token: {printable(str(answer)[:200])}")
         return str(answer.get("response", ""))
 
-    def load(self, name: str, keep_alive: Any = -1, limit_s: float = 3600.0) -> None:
+    def load(self, name: str, keep_alive: Any = -1, limit_s: float = 3600.0,
+             prompt: str = "Hello") -> None:
         """Into memory, to stay there; and one token of it, for loaded is not yet able."""
         if self.show(name).get("remote_host"):  # a stub, whatever its name
             refuse_cloud(f"{name}:cloud")
-        self.generate_token(name, keep_alive, limit_s)
+        self.generate_token(name, keep_alive, limit_s, prompt)
 
     def unload(self, name: str, limit_s: float = 60.0) -> None:
         """Until it is out of memory: a busy model goes after its last request.
@@ -7267,6 +7339,10 @@ class Transfers:
     def all(self) -> List[Progress]:
         with self._lock:
             return [transfer.progress for transfer in self._known.values()]
+
+    def any_runs(self) -> bool:
+        """Without _lock, for who holds another."""
+        return any(each.progress.state == "running" for each in tuple(self._known.values()))
 
     def cancel(self, name: str) -> bool:
         """Whether it was running."""
@@ -7696,6 +7772,19 @@ def imported_name(facts: ModelFacts) -> str:
     return model_key(re.sub(r"[^\w.-]", "-", facts.name or "model", flags=re.ASCII))
 
 
+def tag_digest(text: Any) -> Optional[str]:
+    """Ollama writes it with its kind or without; None for what is none."""
+    found = re.fullmatch("(?:sha256:)?([0-9a-f]{64})", text) if isinstance(text, str) else None
+    return "sha256:" + found.group(1) if found else None
+
+
+def keep_warm_of(settings: Any, model: str) -> Union[None, float, str]:
+    """Seconds that a model stays in memory after its last request, or "auto"; None: nothing is
+    set."""
+    named = {model_key(name): kept for name, kept in settings.inference_keep_warm_models or ()}
+    return named.get(model_key(model), settings.inference_keep_warm)
+
+
 class Hardware(NamedTuple):
     """vendor: of the GPUs that are offered, "" for none.  gpu_free_bytes: of each; None where a
     driver does not say.  host_free_bytes: for what a GPU cannot hold.  gpu_indexes: of each, as the
@@ -7716,6 +7805,15 @@ def visible_gpus(hardware: Hardware) -> Dict[str, str]:
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **{
         variable: chosen if chosen and vendor == hardware.vendor else "-1" for vendor, variable in (
             ("nvidia", "CUDA_VISIBLE_DEVICES"), ("amd", "ROCR_VISIBLE_DEVICES"))}}
+
+
+def files_digest(records: Any) -> Optional[str]:
+    """Of a model of files, from what the book has of them: that of its one file, or of the list of
+    all, sorted; None where it has none."""
+    import hashlib
+    sums = sorted(str(row["sha256"]) for row in records or ())
+    joined = hashlib.sha256("\n".join(sums).encode()).hexdigest() if sums[1:] else "".join(sums)
+    return f"sha256:{joined}" if sums else None
 
 
 def loopback(host: str) -> bool:
@@ -7755,12 +7853,13 @@ def gpus_for(facts: Optional[ModelFacts], hardware: Hardware,
 
 
 class EngineFigures(NamedTuple):
-    """name: "" where none was started.  state: "" where no agent runs."""
+    """name: "" where none was started.  state: "" where no agent runs.  loads: under way."""
     name: str = ""
     state: str = ""
     starts: Optional[int] = None
     uptime_s: Optional[float] = None
     models: Optional[int] = None
+    loads: Optional[int] = None
 
 
 class DoorPlace(NamedTuple):
@@ -7773,7 +7872,8 @@ class DoorPlace(NamedTuple):
 class Target(NamedTuple):
     """What the front door sends requests to.  models: that it serves; of Ollama as model_key()
     spells them.  loaded: of these, in memory at the last look.  gpus: that it computes on, 0 is the
-    CPU alone.  context_tokens: of each request.  slots: requests of a model at once."""
+    CPU alone.  context_tokens: of each request.  slots: requests of a model at once.  digests: of
+    these models, "sha256:…", where they are known: of an Ollama's as its list of models has it."""
     state: str
     engine: Optional[Engine]
     endpoint: Optional[Endpoint]
@@ -7782,13 +7882,15 @@ class Target(NamedTuple):
     gpus: int
     context_tokens: int
     slots: int
+    digests: Dict[str, str] = {}
 
 
 _NO_TARGET = Target("stopped", None, None, (), (), 0, CONTEXT_TOKENS, 1)
 
 
 class _Up(NamedTuple):
-    """An engine that was started, or found.  child: None for one that is not ours."""
+    """An engine that was started, or found.  child: None for one that is not ours.  wanted: what
+    starts it again, of Inference._begin()."""
     engine: Engine
     reference: Reference
     name: str
@@ -7798,6 +7900,38 @@ class _Up(NamedTuple):
     since_s: float
     gpus: int
     context_tokens: int
+    wanted: Tuple[Any, ...] = ()
+
+
+class LoadTooLong(EngineError):
+    """A model, or the engine with it, was not there within inference.load_limit."""
+
+
+class _Load:
+    """A model on its way into memory, for all who wait for it.  told: it was not there, and that
+    was told.  took_s, error: of its end."""
+
+    def __init__(self, model: str, why: str) -> None:
+        self.model, self.why, self.since_s = model, why, now_s()
+        self.told, self.took_s, self.done = False, 0.0, threading.Event()
+        self.error: Optional[AgentError] = EngineError(f"{model} could not be loaded: a defect")
+
+    def record(self) -> Dict[str, Any]:
+        return {"model": self.model, "seconds": round(now_s() - self.since_s, 1), "why": self.why}
+
+
+def _at_work(method: Callable[..., Any]) -> Callable[..., Any]:
+    """While it runs, the engine is not put to sleep."""
+    @functools.wraps(method)
+    def run(self: "Inference", *values: Any, **named: Any) -> Any:
+        with self._lock:
+            self._works += 1
+        try:
+            return method(self, *values, **named)
+        finally:
+            with self._lock:
+                self._works -= 1
+    return run
 
 
 _WIRE_STATES = {ChildState.STOPPED: "stopped", ChildState.STARTING: "starting",
@@ -7806,14 +7940,20 @@ _WIRE_STATES = {ChildState.STOPPED: "stopped", ChildState.STARTING: "starting",
 INFERENCE_CHECK_S = 10.0  # the gateway's router drops a node that is silent for 30 s
 SUSPECT_LIMIT_S = 60.0    # for one token of an engine that seems to be wedged
 SILENT_CHECKS = 3         # in a row without an answer: it is no longer said to run
+MEMORY_BACK_S = 5.0       # for a GPU's memory to be free again after a model has gone
+UNLOAD_LIMIT_S = 5.0      # for a model that should be idle
+WARM_LEAST_S = 5          # a model that was just loaded: the request that it is for is on its way
+ESTIMATE = 1.2            # memory of a model that was never loaded here, by the size of its files
 MODELS_TOLD = 1000        # to the gateway, of an Ollama
 
 
 class Inference:
     """The engine and its models.
 
-    _lock guards _up, _ending, _closed, _models, _target, _told and _watch_thread, and is held for
-    nothing that takes time.  _up stays until its processes have ended.  hardware(): what is here
+    _lock guards _up, _ending, _asleep, _waking_s, _closed, _works, _loads, _models, _target, _told,
+    _pinned, _vram and _watch_thread, and is held for nothing that takes time.  _up stays
+    until its processes have ended, and while it is asleep: its engine was ended, and whoever wants
+    something of it has it started again.  hardware(): what is here
     now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.  keep: whether what is
     known of models is read and written.  place: to be set by who opens the front door.
     """
@@ -7829,7 +7969,12 @@ class Inference:
         self._lock = threading.Lock()
         self.place: Callable[[], DoorPlace] = DoorPlace
         self._up: Optional[_Up] = None
-        self._started = self._ending = self._closed = False
+        self._started = self._ending = self._closed = self._asleep = False
+        self._waking_s: Optional[float] = None  # since when it is started again, until it is there
+        self._works = 0  # that want the engine awake
+        self._loads: Dict[str, _Load] = {}
+        self._pinned: Set[str] = set()  # by `start` and `models load`, where keep_warm says nothing
+        self._vram: Dict[str, int] = {}  # bytes that a model had when it was loaded last
         self._models: Tuple[str, ...] = ()
         self._target = _NO_TARGET  # replaced whole
         self._silent = 0  # checks in a row that it did not answer
@@ -7849,6 +7994,8 @@ class Inference:
         up = self._up
         if up is None or self._ending:
             return "stopped"
+        if self._asleep:
+            return "asleep"
         state = "running" if up.child is None else _WIRE_STATES[up.child.snapshot.state]
         return "error" if state == "running" and self._silent >= SILENT_CHECKS else state
 
@@ -7857,19 +8004,27 @@ class Inference:
         target, state = self._target, self.state()
         return target if target.state == state else target._replace(state=state)
 
+    def _serves(self) -> bool:
+        """Whether requests may come: one that sleeps is started for them."""
+        state = self.state()
+        return state in ("running", "asleep") or state == "starting" and self._waking_s is not None
+
     def _set(self, up: Optional[_Up], models: Tuple[str, ...] = (),
-             loaded: Tuple[str, ...] = ()) -> None:
+             loaded: Tuple[str, ...] = (), digests: Optional[Dict[str, str]] = None) -> None:
         """Of who holds _lock."""
         self._up, self._models, self._target = up, models, _NO_TARGET
         if up is not None:
             names = tuple(map(model_key, models)) if up.engine.many else models
             self._target = Target(self.state(), up.engine, up.endpoint, names, loaded, up.gpus,
                                   up.context_tokens, self._settings.inference_slots
-                                  or up.engine.slots or self._settings.inference_parallel)
+                                  or up.engine.slots or self._settings.inference_parallel,
+                                  digests or {})
 
     def _message(self, up: _Up) -> str:
         if self._ending:
             return f"{up.engine.title} is being stopped"
+        if self._asleep:
+            return f"{up.engine.title} sleeps; a request starts it"
         if up.child is None:
             return ("the Ollama that was here has stopped answering" if self.state() == "error" else
                     "an Ollama that was here before; it is used, and never ended")
@@ -7886,13 +8041,14 @@ class Inference:
             "engine_endpoint": None, "models": [], "message": self._told, "engine": None,
             "transfers": [dict(progress_record(progress), layers=len(progress.layers))
                           for progress in self.transfers.all() if progress.state == "running"],
+            "loads": self._loading(),
             **dict.fromkeys(("requests_per_second", "tokens_per_second", "queue"))}
         if up is None:
             return record
         child = up.child.snapshot if up.child else None
         record.update(
             engine_endpoint=up.endpoint.url,
-            models=list(self._models) if state == "running" else [],
+            models=list(self._models) if self._serves() else [],
             message=self._message(up),
             engine=up.engine.name, version=up.engine.many and self._version or None,
             adopted=up.child is None,
@@ -7917,18 +8073,23 @@ class Inference:
         if up is None:
             return EngineFigures("", state)
         return EngineFigures(up.engine.name, state, up.child and up.child.snapshot.starts,
-                             now_s() - up.since_s, len(self._models))
+                             now_s() - up.since_s, len(self._models), len(self._loading()))
+
+    def _loading(self) -> List[Dict[str, Any]]:
+        with self._lock:
+            return [load.record() for load in self._loads.values() if load.told]
 
     def wire(self) -> Optional[Dict[str, Any]]:
         """The `inference` of a keepalive; None where the gateway cannot reach the front door or is
         not let in, for it would send its users there, and before the first start."""
-        gateway, state = self.place().gateway, self.state()
-        return gateway and {"status": state, "ip": gateway.host, "port": gateway.port,
-                            "models": list(self._models) if state == "running" else []
+        gateway, serves = self.place().gateway, self._serves()
+        return gateway and {"status": "running" if serves else self.state(), "ip": gateway.host,
+                            "port": gateway.port, "models": list(self._models) if serves else []
                             } if self._started else None
 
     # -- start ----------------------------------------------------------
 
+    @_at_work
     def start(self, engine: str = "", model: Optional[str] = None,
               context_tokens: Optional[int] = None, force: bool = False) -> Dict[str, Any]:
         """Until a token came, or the API answered where there is no model yet.
@@ -7946,13 +8107,9 @@ class Inference:
             check_name(reference.text)
         up = None
         while up is None:
-            up = self._same(engine, reference) or self._begin(engine, reference, context_tokens,
-                                                              force)
-        if up.child is not None:
-            self._await_ready(up)
-        if up.engine.many:
-            self._version = OllamaApi(up.endpoint).version()
-        self._refresh(up)
+            up = self._same(engine, reference) or self._begin(
+                (engine, reference, context_tokens, force))
+        self._settle(up)
         if up.engine.many and reference.text:
             self._load_first(reference)
         elif reference.facts is not None:
@@ -7964,6 +8121,14 @@ class Inference:
                   models=",".join(self._models) or None)
         self._on_change()
         return status
+
+    def _settle(self, up: _Up, until_s: float = float("inf")) -> None:
+        """Until it is ready, and what it has is known.  Raises: EngineError."""
+        if up.child is not None:
+            self._await_ready(up, until_s)
+        if up.engine.many:
+            self._version = OllamaApi(up.endpoint).version()
+        self._refresh(up)
 
     def _load_first(self, reference: Reference) -> None:
         """The model that a start names, in an engine with many.  Raises: EngineError."""
@@ -7993,22 +8158,35 @@ class Inference:
                 up.engine.many and reference.format in ("", "name")
                 or up.engine.many and engine == up.engine.name and reference.format == "gguf"
                 or reference.text in ("", up.reference.text)):
-            return up
+            return self._begin(up.wanted, up) if self._asleep else up
         raise EngineConflict(f"{up.engine.title} is {self.state()} with {up.name or 'no model'}",
                              "One engine runs at a time: b9agent.py stop")
 
-    def _begin(self, wanted: str, reference: Reference, context_tokens: Optional[int],
-               force: bool) -> Optional[_Up]:
-        """What was chosen and started; None where another start was faster."""
-        before = self._up
-        up = self._choose(wanted, reference, context_tokens, force)
+    def _begin(self, wanted: Tuple[Any, ...], asleep: Optional[_Up] = None) -> Optional[_Up]:
+        """What was chosen and started; None where another start, or a stop, was faster.
+
+        wanted: engine, reference, context_tokens, force, as _choose() takes them.  asleep: the one
+        that is started again.
+        """
+        before = asleep or self._up
+
+        def changed() -> bool:
+            return self._up is not before or self._ending or self.state() not in (
+                ("asleep",) if asleep else ("stopped", "error"))
+        if asleep is not None:
+            self._put_down(asleep)
+        if changed():
+            return None
+        up = self._choose(*wanted)
+        up = up._replace(wanted=(up.engine.name,) + wanted[1:])
         with self._lock:
             if self._closed:
                 raise EngineConflict("the agent is being stopped")
-            if self._up is not before or self._ending:
+            if changed():
                 return None
             self._silent, self._told, self._load, self._started = 0, "", None, True
-            self._set(up)
+            self._waking_s, self._asleep = now_s() if asleep else None, False
+            self._set(up, *((self._models, (), self._target.digests) if asleep else ()))
             if up.child is not None:
                 up.child.start()  # here, so that a stop finds it started; its thread does the rest
         self._log("info", "inference_starting", engine=up.engine.name, model=up.name or None,
@@ -8097,14 +8275,16 @@ class Inference:
             return f"{sum(missing) / 2**30:.1f} GiB of GPU memory" if missing else ""
         return held
 
-    def _await_ready(self, up: _Up) -> None:
+    def _await_ready(self, up: _Up, until_s: float = float("inf")) -> None:
         done = (ChildState.RUNNING, ChildState.ERROR, ChildState.STOPPED)
         while True:
-            child = up.child.wait(done, 3600.0)
+            child = up.child.wait(done, min(3600.0, until_s - now_s()))
             if child.state is ChildState.RUNNING:
                 return
             if child.state in done:
                 break
+            if now_s() >= until_s:
+                raise EngineError(f"{up.engine.title} is still starting: {child.said}")
         if self._up is not up or self._ending:
             raise EngineConflict("it was stopped while it started")
         raise EngineError(f"{up.engine.title} did not start: {child.message}",
@@ -8112,29 +8292,48 @@ class Inference:
 
     # -- while it runs ---------------------------------------------------
 
-    def _refresh(self, up: _Up) -> None:
+    def _refresh(self, up: Optional[_Up], why: str = "the engine let it go") -> None:
         """Ask whether it answers, what it serves, and what of it is in memory; an engine with one
-        model serves that."""
+        model serves that.  why: of models that have left memory."""
+        if up is None:
+            return
         models: Tuple[str, ...] = (up.name,) if up.name else ()
-        loaded = models
+        loaded, digests, vram = models, self._target.digests, self._vram
         try:
             if up.engine.many:
                 api = OllamaApi(up.endpoint)
-                names = (row["name"] for row in api.tags())
-                models = tuple(name for name in names if len(name) <= 512 and name.isprintable()
-                               )[:MODELS_TOLD]
-                loaded = tuple({model_key(row["name"]) for row in api.loaded()}
-                               & set(map(model_key, models)))
+                tags = [row for row in api.tags() if len(row["name"]) <= 512
+                        and row["name"].isprintable()][:MODELS_TOLD]
+                models = tuple(row["name"] for row in tags)
+                digests = {model_key(row["name"]): found for row in tags
+                           for found in [tag_digest(row.get("digest"))] if found}
+                memory = {model_key(row["name"]): _number(row.get("size_vram"), 1 << 60)
+                          for row in api.loaded()}
+                keys = set(map(model_key, models))
+                loaded = tuple(memory.keys() & keys)
+                vram = {key: size for key, size in {**vram, **memory}.items()
+                        if key in keys and size is not None}
             elif http_request("GET", up.endpoint, up.engine.alive, {}, None, 5.0).status != 200:
                 raise EngineError(f"{up.engine.title} is unwell")
+            elif up.name:
+                digest = files_digest(self.book.entries().get(up.name, {}).get("files"))
+                digests = {up.name: digest} if digest else {}
             silent = 0
         except (AgentError, HttpFailure):
             models, loaded = self._models or models, self._target.loaded or loaded
             silent = self._silent + 1
         with self._lock:
-            if self._up is up and not self._ending:
-                self._silent = silent
-                self._set(up, models, loaded)
+            if self._up is not up or self._ending or self._asleep:
+                return
+            left, waking_s = set(self._target.loaded) - set(loaded), self._waking_s
+            self._silent, self._vram = silent, vram
+            self._waking_s = waking_s if silent else None
+            self._set(up, models, loaded, digests)
+        if waking_s is not None and not silent:
+            self._tell_load("awake", "notice", "engine_awake", engine=up.engine.name,
+                            seconds=round(now_s() - waking_s, 3))
+        for key in left:
+            self._tell_load("unloaded", "info", "model_unloaded", model=key, why=why)
 
     def _start_watch(self) -> None:
         with self._lock:
@@ -8145,8 +8344,11 @@ class Inference:
 
     def _look(self, up: _Up) -> None:
         """At one that runs, or ran and may answer again; a change is told."""
-        if up.child is not None and up.child.snapshot.state is not ChildState.RUNNING:
+        if self._asleep or up.child is not None and (
+                up.child.snapshot.state is not ChildState.RUNNING):
             self._silent = 0  # another start begins with a clean slate
+            if self._serves():
+                self._beat(self._models)
             return
         before = self.state()
         self._refresh(up)
@@ -8181,6 +8383,7 @@ class Inference:
         with self._lock:
             up = self._up
             self._told = "" if up else "no engine was running"
+            self._ending = up is not None  # here, so that no request starts it once more
         if up is not None:
             left = self._end(up)
             if left:
@@ -8199,13 +8402,49 @@ class Inference:
             if self._up is not up:
                 return left  # another was as fast, and told
             lives_on = up.child is not None and up.child.snapshot.state is ChildState.ERROR
-            self._ending = False
+            self._ending = self._asleep = False
+            self._waking_s = None
+            self._pinned.clear()
             self._set(up if lives_on else None)
             self._told = left if up.child else (
                 f"the Ollama at {up.endpoint.url} was here before, and runs on")
         self._watch_wake.set()
         self._log("notice", "inference_stopped", engine=up.engine.name, left=left or None)
         self._on_change()
+        return left
+
+    def doze(self) -> bool:
+        """For the front door, when there was no request for long; nothing is waited for.  True: the
+        engine is asleep from now on, and sleep() has to be called.  False: it is in use, or not of
+        ours to end."""
+        with self._lock:
+            up = self._up
+            if (up is None or up.child is None or self._works or self.state() != "running"
+                    or self.transfers.any_runs()):
+                return False
+            self._asleep = True
+            self._target = self._target._replace(state="asleep", loaded=())
+            return True
+
+    def sleep(self) -> None:
+        """End what doze() has put to sleep, and keep what is needed to start it again."""
+        with self._lock:
+            up = self._up if self._asleep else None
+        if up is None:
+            return
+        left = self._put_down(up)
+        if self._up is up and not self._ending:
+            self._tell_load(self.state(), "notice", "engine_asleep", engine=up.engine.name,
+                            left=left or None)
+            self._on_change()
+
+    def _put_down(self, up: _Up) -> str:
+        """Returns when what sleeps has ended: "", or what is left.  What cannot be ended does not
+        sleep: its state is "error"."""
+        left = up.child.stop()
+        with self._lock:
+            if self._up is up and up.child.snapshot.state is ChildState.ERROR:
+                self._asleep = False
         return left
 
     def close(self) -> None:
@@ -8220,6 +8459,9 @@ class Inference:
     def _ollama(self, start: bool = False) -> OllamaApi:
         """The Ollama that runs.  start: or is started for this.  Raises: EngineError."""
         up, state = self._up, self.state()
+        if state == "asleep" and up and up.engine.many:
+            self._settle(self._roused())
+            up, state = self._up, self.state()
         if start and state != "running" and (state != "starting" or up and up.engine.many):
             self.start("ollama", "")
             up = self._up
@@ -8230,12 +8472,14 @@ class Inference:
                                  "b9agent.py start --engine ollama")
         return OllamaApi(up.endpoint)
 
+    @_at_work
     def pull(self, model: str, who: str = "control API") -> Transfer:
         """Begin to pull a model, or join who does.  Raises: UsageError, EngineError."""
         key, api = parse_model_name(model).key, self._ollama(start=True)
         return self._transfer(key, "pull", who, api, pull_work(api, model.strip(),
                                                               store_folder()))
 
+    @_at_work
     def bring(self, path: str, name: str = "", quantize: str = "",
               who: str = "control API") -> Transfer:
         """Begin to import files into Ollama.  Raises: UsageError, EngineError."""
@@ -8281,9 +8525,7 @@ class Inference:
                 raise
             tell("success")
             self._log("notice", "model_here", model=key, how=kind)
-            up = self._up
-            if up is not None:
-                self._refresh(up)
+            self._refresh(self._up)
             self._on_change()
         if self._closed:
             raise EngineConflict("the agent is being stopped")
@@ -8327,29 +8569,185 @@ class Inference:
     def _alone(self, name: str) -> Optional[_Up]:
         """The engine that serves one model, where that is what runs.  Raises: ModelMissing."""
         up = self._up
-        if up is None or up.engine.many or self.state() != "running":
+        if up is None or up.engine.many or self.state() not in ("running", "asleep"):
             return None
         if name != up.name:
             raise ModelMissing(f"{up.engine.title} serves {up.name} alone",
                                "One with other models starts after: b9agent.py stop")
         return up
 
+    # -- in and out of memory ---------------------------------------------
+
+    @_at_work
+    def wake(self, model: str, idle: Sequence[str] = ()) -> float:
+        """Until a model is in memory, in an engine that is started for it where it sleeps; however
+        many ask, it is loaded once.
+
+        idle: models that nobody uses, the least recently used first: as many as the GPUs' free
+        memory wants are unloaded before.  Returns: seconds, 0.0 where it was there.
+        Raises: EngineError.
+        """
+        try:
+            return self._bring_in(model, "request", idle)
+        except UsageError as error:  # of a name, which a client has sent
+            raise ModelRefused(error.what, error.hint) from error
+
+    def _bring_in(self, model: str, why: str, idle: Sequence[str] = ()) -> float:
+        with self._lock:
+            load = self._loads.get(model)
+            mine = load is None
+            if mine:
+                load = self._loads[model] = _Load(model, why)
+        if not mine:
+            load.done.wait()  # bounded by the limit of who loads it
+            if load.error is not None:
+                raise type(load.error)(load.error.what, load.error.hint) from load.error
+            return load.took_s
+        try:
+            load.took_s, load.error = self._into_memory(load, idle), None
+        except AgentError as error:
+            load.error = error
+            if load.told:
+                self._tell_load("failed", "warning", "load_failed", what=str(error),
+                                **load.record())
+            raise
+        finally:
+            with self._lock:
+                del self._loads[model]
+            load.done.set()
+        return load.took_s
+
+    def _into_memory(self, load: _Load, idle: Sequence[str]) -> float:
+        """As wake(), for the one who loads it.  Raises: EngineError, UsageError."""
+        limit_s = self._settings.inference_load_limit
+        until_s, up = load.since_s + limit_s, self._up
+        try:
+            if up is not None and not up.engine.many and load.model != up.name:
+                raise ModelMissing(f"{up.engine.title} serves {up.name} alone",
+                                   "One with other models starts after: b9agent.py stop")
+            if self.state() in ("asleep", "starting"):
+                self._tell_begun(load)
+            up = self._roused()
+            if load.told:
+                self._settle(up, until_s)
+            if self.state() != "running":
+                raise EngineError(self._message(up))
+            if up.engine.many:
+                self._load_into(up, load, idle, until_s)
+        except (EngineError, UsageError) as error:
+            if up is not None and (self._up is None or self._ending):
+                raise EngineConflict("it was stopped while it was loaded") from error
+            if now_s() > until_s - 0.05:
+                raise LoadTooLong(
+                    f"{load.model} was not in memory after {now_s() - load.since_s:.0f} s: "
+                    f"{error.what}", f"Raise inference.load_limit, which is {limit_s:g} s; or load "
+                    f"it before it is wanted: b9agent.py models load {load.model}") from error
+            raise
+        if not load.told:
+            return 0.0
+        took_s = max(0.001, now_s() - load.since_s)
+        self._tell_load("loaded", "info", "model_loaded", model=load.model, why=load.why,
+                        seconds=round(took_s, 3))
+        return took_s
+
+    def _roused(self) -> _Up:
+        """The engine, started again where it sleeps.  Raises: EngineError."""
+        while True:
+            with self._lock:
+                up, asleep = self._up, self._asleep
+                if up is None or self._ending:
+                    raise EngineConflict("no engine runs here", "b9agent.py start")
+            up = self._begin(up.wanted, up) if asleep else up
+            if up is not None:
+                return up
+
+    def _load_into(self, up: _Up, load: _Load, idle: Sequence[str], until_s: float) -> None:
+        """Into an engine with many.  Raises: EngineError, UsageError."""
+        api, key = OllamaApi(up.endpoint), model_key(load.model)
+        memory = {model_key(row["name"]): row for row in api.loaded()}
+        if key in memory:
+            return
+        self._tell_begun(load)
+        self._make_room(up, key, [name for name in map(model_key, idle)
+                                   if name in memory and name != key])
+        kept = self._keep_alive(key)
+        api.load(load.model, kept if kept is None or kept < 0 else max(WARM_LEAST_S, kept),
+                 max(0.1, until_s - now_s()), "")
+        self._refresh(up)
+
+    def _keep_alive(self, key: str) -> Optional[int]:
+        """What Ollama is told with a load; None: nothing.  What `auto` comes to, requests say."""
+        kept = keep_warm_of(self._settings, key)
+        if kept is None:
+            return -1 if key in self._pinned else None
+        return None if kept == "auto" else max(1, int(kept))
+
+    def _free_bytes(self) -> Optional[int]:
+        """Of the GPUs; None where it is not known, or there is none."""
+        free = self._hardware().gpu_free_bytes
+        return None if not free or None in free else sum(free)
+
+    def _make_room(self, up: _Up, key: str, idle: Sequence[str]) -> None:
+        """Unload those of idle that are in the way; where that cannot be told, none: Ollama's own
+        scheduler makes room, too, and does not know who will be wanted."""
+        api, free = OllamaApi(up.endpoint), self._free_bytes() if idle else None
+        if free is None:
+            return
+        needed = self._vram.get(key)
+        if needed is None:
+            sizes = [_number(row.get("size"), 1 << 60) for row in api.tags()
+                     if model_key(row["name"]) == key]
+            needed = int(sizes[0] * ESTIMATE) if sizes and sizes[0] is not None else 0
+        for name in idle:
+            if free is None or free >= needed:
+                return
+            try:
+                api.unload(name, UNLOAD_LIMIT_S)
+                self._refresh(up, f"room for {key}")
+                free = self._await_memory(min(needed, free + (self._vram.get(name) or 0) // 2))
+            except EngineError as error:  # somebody uses it after all
+                self._log.error("unload_failed", error, "info", model=name)
+
+    def _await_memory(self, wanted_bytes: int) -> Optional[int]:
+        """What is free once it is that much, or after MEMORY_BACK_S: drivers take their time."""
+        until_s = now_s() + MEMORY_BACK_S
+        with contextlib.closing(Wake()) as wake:
+            while True:
+                free = self._free_bytes()
+                if free is None or free >= wanted_bytes or now_s() > until_s:
+                    return free
+                wake.wait(0.1)
+
+    def _tell_begun(self, load: _Load) -> None:
+        if not load.told:
+            load.told = True
+            self._tell_load("loading", "debug", "model_loading", **load.record())
+
+    def _tell_load(self, state: str, level: str, event: str, **fields: Any) -> None:
+        self._log(level, event, **fields)
+        self._log.events.tell("inference", state=state, **fields)
+
+    @_at_work
     def load(self, model: str) -> Dict[str, Any]:
         """Into memory, and a token of it.  Raises: EngineError."""
         up = self._alone(model)
         if up is not None:
-            generate_one_token(up.endpoint, model, 600.0)
+            self._bring_in(model, "asked for")
+            generate_one_token(self.target().endpoint or up.endpoint, model, 600.0)
         else:
             check_name(model)
-            api = self._ollama()
-            api.load(model)
-            model, up = model_key(model), self._up
+            api, key = self._ollama(), model_key(model)
+            with self._lock:
+                self._pinned.add(key)
+            self._bring_in(key, "asked for")
+            api.load(model, self._keep_alive(key))
+            model = key
             self._note(api, model)
-            if up is not None:
-                self._refresh(up)
+            self._refresh(self._up)
         self.book.used(model)
         return {"status": "loaded", "model": model, "message": "it is in memory and gave a token"}
 
+    @_at_work
     def suspect(self, model: str) -> None:
         """Nothing has come of a request for long: ask for one token, and start an engine of ours
         again that gives none.  (Where a client leaves, Ollama may lose a slot for ever.)"""
@@ -8369,15 +8767,21 @@ class Inference:
         finally:
             self._suspected = False
 
+    @_at_work
     def unload(self, model: str) -> Dict[str, Any]:
-        up = self._alone(model)
-        if up is not None:
-            raise EngineConflict(f"{up.engine.title} holds {model} as long as it runs",
+        sleeps = self.state() == "asleep"
+        if not sleeps and self._alone(model) is not None:
+            raise EngineConflict(f"{model} is held in memory as long as its engine runs",
                                  "b9agent.py stop")
         check_name(model)
-        self._ollama().unload(model)
+        with self._lock:
+            self._pinned.discard(model_key(model))
+        if not sleeps:
+            self._ollama().unload(model)
+            self._refresh(self._up, "asked for")
         return {"status": "unloaded", "model": model, "message": "it is out of memory"}
 
+    @_at_work
     def delete(self, model: str) -> Dict[str, Any]:
         check_name(model)
         api = self._ollama()
@@ -8385,20 +8789,20 @@ class Inference:
         if api.has(model):
             raise ModelError(f"Ollama says that it deleted {model}, and still lists it")
         self.book.forget(model_key(model))
-        if self._up is not None:
-            self._refresh(self._up)
+        self._refresh(self._up)
         return {"status": "deleted", "model": model, "message": "it is out of Ollama's store"}
 
     def models(self) -> Dict[str, Any]:
         """What is in the store or served now, and what is remembered of it."""
         up, running = self._up, self.state() == "running"
+        idle = "it sleeps" if self.state() == "asleep" else "no engine runs"
         rows = model_list(OllamaApi(up.endpoint) if running and up.engine.many else None, self.book)
         for row in rows:
             if up is not None and up.name == row["name"]:
                 row["loaded"] = running
         transfers = [progress_record(progress) for progress in self.transfers.all()]
         return {"models": rows, "transfers": transfers,
-                "message": "" if running else "no engine runs: this is what is remembered"}
+                "message": "" if running else f"{idle}: this is what is remembered"}
 
     def fit_of(self, model: str, context_tokens: Optional[int] = None) -> Dict[str, Any]:
         """Of files, or of a model in Ollama's store.  Raises: UsageError."""
@@ -10634,10 +11038,12 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
 
     ("inference_state", "1 for the state of the engine, 0 for the others.", lambda view: [
         ({"state": state}, state == view.engine.state)
-        for state in ("stopped", "starting", "running", "error")] if view.engine.state else []),
+        for state in ("stopped", "starting", "running", "asleep", "error")]
+     if view.engine.state else []),
     ("inference_starts_total", "Starts of the engine since it was asked for.", _engine("starts")),
     ("inference_uptime_seconds", "Time since the engine was asked for.", _engine("uptime_s")),
     ("inference_models", "Models that the engine serves.", _engine("models")),
+    ("inference_loads", "Models that are on their way into memory.", _engine("loads")),
 
     ("host_info", "System and processor of this machine.", _host_info),
     ("host_cpu_cores", "CPU cores, without SMT.", _at("facts.cpu_cores")),
@@ -13992,7 +14398,8 @@ INFERENCE_FIELDS = fields_of(
     ("string!", "status message"), ("boolean!", "running"),
     ("string", "endpoint engine_endpoint engine version model why log"), ("boolean", "adopted"),
     ("integer", "pid starts queue"),
-    ("number", "uptime_seconds requests_per_second tokens_per_second"), ("array!", "transfers"),
+    ("number", "uptime_seconds requests_per_second tokens_per_second"),
+    ("array!", "transfers loads"),
 ) + (Field("models", "array", "names that the engine serves", True),)
 
 
@@ -16070,7 +16477,7 @@ def _level(value: Any, warn_at: float, bad_at: float) -> str:
 
 
 _STATES = {state: style for style, states in (
-    ("ok", "ready running up watching"), ("dim", "stopped none off completed"),
+    ("ok", "ready running up watching"), ("dim", "stopped asleep none off completed"),
     ("warn", "starting registering registered connecting waiting pending backoff expired"),
     ("bad", "unreachable refused error failed down")) for state in states.split()}
 
@@ -16282,7 +16689,10 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
             if unit == "tokens/s" and columns > 95:
                 items[-1].append((_spark(view, "tokens", 24), "dim"))
     items.append(said if said[0][1] == "dim" else [])
-    moving = [_transfer_line(each) for each in objects_in(engine.get("transfers"))]
+    moving = [[(f"loading {_text(each.get('model'))}", ""),
+               (f" {_shown(each.get('seconds'), ' s', '.0f')}", "dim")]
+              for each in objects_in(engine.get("loads"))]
+    moving += [_transfer_line(each) for each in objects_in(engine.get("transfers"))]
     lines = _flow(items, columns, max(1, rows - 1 - len(moving)))
     return [_heading("INFERENCE"), *lines, *moving][:rows] if engine else []
 
@@ -17061,7 +17471,7 @@ class Dashboard:
 
     def _start_or_stop(self) -> None:
         inference = _object(self._seen.status.get("inference"))
-        if "start" in self._busy or inference.get("status") in ("starting", "running"):
+        if "start" in self._busy or inference.get("status") in ("starting", "running", "asleep"):
             self._prompt = _Prompt("Stop inference? y/n ", lambda _: self._do("stop", lambda: (
                 self._source.ask("stop").get("message") or "inference stopped")), True)
         else:
@@ -21461,6 +21871,8 @@ def inference_lines(status: Dict[str, Any]) -> List[str]:
             "adopted" if status.get("adopted") else "")))))
         rows.append(("endpoint", status.get("endpoint") or "-"))
         rows.append(("models", ", ".join(status.get("models") or ()) or "none yet"))
+    rows += [("loading", f"{load['model']}, for {load['seconds']:.0f} s")
+             for load in status.get("loads") or ()]
     return table_lines(rows)
 
 
