@@ -2231,6 +2231,8 @@ class Log:
         self.held_level = "warning"
         self.kept = Ring(LOG_KEPT_LINES)
         self.events = EventRing(EVENTS_KEPT)
+        # Is told of all, of any level, by the thread that logs: (level, event, fields).
+        self.watch: Callable[[str, str, Dict[str, Any]], None] = lambda level, event, fields: None
 
     def _keep(self, level: str, event: str, fields: Dict[str, Any]) -> None:
         line = REDACTOR.scrub(render_event(level, event, fields, utc_stamp(), "json"))
@@ -2242,6 +2244,7 @@ class Log:
             self.events.add(("log", line))
 
     def __call__(self, level: str, event: str, **fields: Any) -> None:
+        self.watch(level, event, fields)
         if _PRIORITIES[level] > self._lowest:
             return
         fields = _scrubbed(fields)
@@ -7781,7 +7784,9 @@ def tag_digest(text: Any) -> Optional[str]:
 def keep_warm_of(settings: Any, model: str) -> Union[None, float, str]:
     """Seconds that a model stays in memory after its last request, or "auto"; None: nothing is
     set."""
-    named = {model_key(name): kept for name, kept in settings.inference_keep_warm_models or ()}
+    if not settings.inference_keep_warm_models:
+        return settings.inference_keep_warm
+    named = {model_key(name): kept for name, kept in settings.inference_keep_warm_models}
     return named.get(model_key(model), settings.inference_keep_warm)
 
 
@@ -9121,7 +9126,11 @@ class TenantBook:
             if stamp != self._stamp:
                 try:
                     self.tables = tables_of(self._load(len(stamp) > 1))
-                    self._log("info", "tenants", names=len(self.tables.tenants))
+                    import hashlib
+                    text = read_text(self._path, 8 << 20) or ""
+                    self._log("info", "tenants", count=len(self.tables.tenants), names=",".join(
+                        sorted(tenant.name for tenant in self.tables.tenants))[:1000] or None,
+                        sha256=hashlib.sha256(text.encode("utf-8")).hexdigest())
                 except UsageError as error:
                     kept = ("Those known before stay in force" if self.tables.gateway else
                             "Until then nobody is let in")
@@ -9595,6 +9604,7 @@ class Ledger:
     def __init__(self, path: Optional[str], log: Log, usd_per_gpu_second: Optional[float],
                  clock: Callable[[], float] = now_s, wall: Callable[[], float] = time.time) -> None:
         self._path, self._log, self._price = path, log, usd_per_gpu_second or 0.0
+        self.priced = usd_per_gpu_second is not None
         self._clock, self._wall, self._lock = clock, wall, threading.Lock()
         self._accounts: Dict[str, _Account] = {}
         self._running, self._share_s, self._last_s = 0, 0.0, 0.0
@@ -13170,6 +13180,9 @@ DOOR_COLD_S = 1.0             # an engine that took so long over a model had to 
 DOOR_TIMEOUT_S = 4.5          # who leaves so late, with nothing in hand, has timed out
 DOOR_REFUSED_MAX = 60         # refused requests of a tenant in the audit log, a minute
 DOOR_MODELS_MAX = 1000
+DOOR_ADVICE_S = 5.0           # so long an advice is kept: it takes a look at all calls
+DOOR_PROMPT_MAX = 65536       # characters of a prompt in the audit log, where it is kept
+GUARD_CODES = frozenset(kind.code for kind in GuardTripped.__subclasses__())
 KEEP_WARM_S = 300.0           # Ollama's own
 DOOR_SAVE_S = 5.0
 PROMPT_TOKENS_A_BYTE = 0.2    # of text in any language, no less
@@ -13203,16 +13216,19 @@ class DoorGuards:
         self.trees = TaskQueueDepthGuard(settings.guards_task_depth, settings.guards_task_tree,
                                          clock=clock)
         self.retries = EndpointRetryGuard(
-            "", settings.guards_max_retries or sys.maxsize,
-            payload_hash_ttl_seconds=settings.guards_retry_ttl, clock=clock)
-        self.duplicates = settings.guards_duplicates
+            "", settings.guards_max_retries, payload_hash_ttl_seconds=settings.guards_retry_ttl,
+            clock=clock)
+        self.duplicates, self.counts_timeouts = (settings.guards_duplicates,
+                                                 settings.guards_max_retries > 0)
         self._thrash: Dict[str, AutoscaleThrashGuard] = {}
+        self._advised: Dict[str, Tuple[float, float]] = {}  # model: until when, keep_warm_s
 
     def thrash(self, model: str) -> AutoscaleThrashGuard:
         found = self._thrash.get(model)
         if found is None:
             if len(self._thrash) >= DOOR_MODELS_MAX:
                 self._thrash.clear()
+                self._advised.clear()
             most = self._settings.guards_cold_starts_per_hour or sys.maxsize
             found = self._thrash[model] = AutoscaleThrashGuard(
                 max_cold_start_rate_per_hour=most, gpu_rate_per_second=self._usd_per_s,
@@ -13224,8 +13240,12 @@ class DoorGuards:
         wanted = keep_warm_of(self._settings, model)
         if wanted != "auto":
             return wanted
-        advice = self.thrash(model).advice()
-        return advice.keep_warm_s if advice is not None and advice.pays else KEEP_WARM_S
+        until_s, keep_s = self._advised.get(model, (0.0, 0.0))
+        if self._clock() >= until_s:
+            advice = self.thrash(model).advice()
+            keep_s = advice.keep_warm_s if advice is not None and advice.pays else KEEP_WARM_S
+            self._advised[model] = self._clock() + DOOR_ADVICE_S, keep_s
+        return keep_s
 
 
 class DoorRoute(NamedTuple):
@@ -13331,6 +13351,10 @@ def check_and_key(name: str) -> str:
     return check_name(name).key
 
 
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
 _JOB_PREFIX, _JOB_NUMBERS = os.urandom(4).hex(), itertools.count(1)
 
 
@@ -13360,7 +13384,7 @@ class _Job:
         self.usage: Any = None
         self.status = 0            # of the engine's answer
         self.settled = False
-        self.load_s: Optional[float] = None  # of its model, where it waited for that
+        self.load_s: Optional[float] = None  # of its model, where it had that loaded
         self.received_s = client.received_s
         self.queued_s = self.sent_s = self.first_s = self.last_s = 0.0
         self.pieces = 0
@@ -13591,6 +13615,7 @@ class FrontDoor:
         if isinstance(exchange, _Errand):
             self.errands.discard(exchange)
             self._cut(exchange)
+            self.managed(client, 499)
         elif exchange is not None:
             self._cut(exchange)
             done = exchange.flow is not None and exchange.flow.complete
@@ -14004,8 +14029,8 @@ class FrontDoor:
             self._warm_s[model] = now
             if took_s:
                 self._count_cold_start(model, took_s)
+                load.job.load_s = took_s
             for job in waiting:
-                job.load_s = took_s or None
                 self._waiting[job] = now + self._limits.queue_wait_s
         self._load_more()
 
@@ -14214,13 +14239,17 @@ class FrontDoor:
             if amount:
                 tally.add(f"b9agent_door_{metric}_total", (name, job.model), amount)
         self._tell_guards(job, status, now)
-        if self._audit is not None:
-            self._record(job, status, code, (prompt, completion), bill)
+        if self._audit is not None:  # soon: its client need not wait for that
+            self._relay.soon(lambda: self._record(job, status, code, (prompt, completion), bill,
+                                                  now))
         self._relay.soon(self._go_on)
 
     def _tell_guards(self, job: _Job, status: int, now: float) -> None:
         engine_s = job.usage.load_s if job.usage is not None else None
-        if job.load_s is None and engine_s is not None and engine_s > DOOR_COLD_S:
+        load = self._loads.get(job.model)
+        if load is not None and load.job is job:  # it did not wait for the end of it
+            job.load_s = now - load.since_s
+        elif job.load_s is None and engine_s is not None and engine_s > DOOR_COLD_S:
             job.load_s = engine_s  # it was gone again, and the engine itself loaded it
             self._count_cold_start(job.model, engine_s)
         elif job.sent_s:
@@ -14228,14 +14257,14 @@ class FrontDoor:
         if job.twin:
             silent = not job.pieces and status in (499, 503, 504) and (
                 now - job.received_s >= DOOR_TIMEOUT_S)
-            self._guards.retries.end(job.twin, silent)
+            self._guards.retries.end(job.twin, silent and self._guards.counts_timeouts)
 
     # -- the audit log ------------------------------------------------------------
 
-    def _record(self, job: _Job, status: int, code: str, tokens: Tuple[int, int],
-                bill: Bill) -> None:
-        """One line for a request that got as far as being admitted."""
-        now, ask, usage = now_s(), job.ask, job.usage
+    def _record(self, job: _Job, status: int, code: str, tokens: Tuple[int, int], bill: Bill,
+                now: float) -> None:
+        """One line for a request that got as far as being admitted, and ended at now."""
+        ask, usage = job.ask, job.usage
         watts, basis, grams_per_wh = self._power()
         energy_wh = None if watts is None else bill.busy_s * watts / 3600
         told = usage is not None and None not in (usage.prompt_tokens, usage.completion_tokens)
@@ -14289,7 +14318,8 @@ class FrontDoor:
         if self._audit is not None:
             self._audit.record("request", {
                 **self._said_by(client), "task": client.route.task, "status": status,
-                "outcome": "ok" if status == 200 else "failed", "reason": "", "guards": []})
+                "outcome": {200: "ok", 499: "left"}.get(status, "failed"), "reason": "",
+                "guards": []})
 
     def _record_refused(self, now: float) -> None:
         """Once a minute, in sum."""
@@ -18315,6 +18345,15 @@ def listeners_tls(settings: Any, tls: Optional[ServerTls]
     return found[0], found[1], clear
 
 
+# What the log tells of and the audit log keeps, and its name there where that is another.
+AUDIT_EVENTS = dict(dict.fromkeys((
+    "inference_ready", "inference_starting", "inference_stopped", "inference_failed", "inference",
+    "engine_wedged", "engine_asleep", "engine_awake", "child", "leftover", "model_here",
+    "model_loaded", "model_unloaded", "model_failed", "model_deleted", "tenants_refused",
+    "front_door", "no_front_door", "insecure", "bad_tokens", "usage_file", "usage_not_kept",
+    "audit_failing", "defect"), ""), tenants="tenants_changed")
+
+
 class Entrance:
     """The front door with what it needs, as long as an agent lives.
 
@@ -18331,6 +18370,11 @@ class Entrance:
         self.private_ip = ""
         self.on_change: Callable[[], None] = lambda: None
         self.tally = DoorTally()
+        settings = loaded.settings
+        self.audit = AuditLog(os.path.join(settings.state_dir, "audit"), settings.audit_keep_days,
+                              log) if settings.audit_keep_days else None
+        self.power: Callable[[], Tuple[Optional[float], str, Optional[float]]] = lambda: (
+            None, "", None)
         self._door: Any = None
         self._here: Any = None        # its listener where it is told to listen, or on loopback
         self._on_tailnet: Any = None  # the last one of the tailnet's address
@@ -18393,9 +18437,11 @@ class Entrance:
         access = Access(book, oidc, self._tailnet.whois, self.addresses, log)
         ledger = Ledger(os.path.join(settings.state_dir, "usage.json"), log,
                         None if price is None else price / 3600)
-        return FrontDoor(log, access, ledger, self._inference.target, self.tally, DoorLimits(
+        return FrontDoor(log, access, ledger, self._inference, self.tally, DoorLimits(
             settings.inference_queue, settings.inference_queue_wait,
-            settings.inference_silence_limit), self._tls, self._inference.suspect)
+            settings.inference_silence_limit, settings.inference_idle_stop,
+            settings.audit_full == "refuse", settings.audit_prompts), DoorGuards(settings),
+            self.audit, self._tls, lambda: self.power())
 
     def _port(self, host: str) -> int:
         """Raises: OSError, LockedError with who holds it."""
@@ -18444,6 +18490,38 @@ class Entrance:
         if self._settings.inference_host is None:
             self._tailnet.serve("inference", self._serve_tailnet)
         self._log("info", "listening", api="inference", url=here.url)
+
+    # -- the audit log -----------------------------------------------------
+
+    def open_audit(self, machine_id: str) -> None:
+        """One that cannot be written costs itself, and with audit.full: refuse the models."""
+        if self.audit is None:
+            return
+        settings, log = self._settings, self._log
+        try:
+            self.audit.open()
+        except UsageError as error:
+            log.error("no_audit_log", error)
+            return
+        import hashlib
+        shown = json.dumps({name: value for name, value in sorted(settings._asdict().items())
+                            if not SETTING_BY_KEY[name].secret}, default=str)
+        self.audit.record("event", {
+            "event": "agent_started", "level": "info", "version": VERSION, "machine_id": machine_id,
+            "settings_sha256": hashlib.sha256(shown.encode()).hexdigest(),
+            "retention_days": settings.audit_keep_days})
+
+        def watch(level: str, event: str, fields: Dict[str, Any]) -> None:
+            if event in AUDIT_EVENTS:
+                self.audit.record("event", dict(fields, event=AUDIT_EVENTS[event] or event,
+                                                level=level))
+        log.watch = watch
+
+    def close_audit(self) -> None:
+        if self.audit is not None:
+            self._log.watch = lambda level, event, fields: None
+            self.audit.record("event", {"event": "agent_stopped", "level": "info"})
+            self.audit.close()
 
     def status(self) -> Optional[Dict[str, Any]]:
         door = self._door
@@ -18522,8 +18600,20 @@ class Agent:
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
         self.entrance = Entrance(loaded, log, self.inference, self.tailnet, door_tls)
-        self.entrance.on_change = self._tell_place
+        self.entrance.on_change, self.entrance.power = self._tell_place, self._engine_power
         self.pods = PodWatch(settings, machine_id, log, read=self._pods_kubeconfig)
+
+    def _engine_power(self) -> Tuple[Optional[float], str, Optional[float]]:
+        """(watts, basis, grams of CO2e a Wh) of what the engine computes on, at the last look."""
+        settings, sample = self.settings, self._sample
+        energy = sample.energy if sample is not None else None
+        grams = None if settings.grid_intensity is None else (
+            settings.grid_intensity * settings.pue / 1000)
+        if energy is None:
+            return None, "", grams
+        if self.inference.target().gpus:
+            return energy.gpu_w, energy.gpu_basis, grams
+        return energy.cpu_w, energy.cpu_basis, grams
 
     def _make_tls(self) -> Tuple[Optional[ServerTls], Optional[ServerTls]]:
         """What the control API and the front door get.  Raises: UsageError."""
@@ -18822,6 +18912,7 @@ class Agent:
         """Until stop(), or until the gateway refuses the machine.  The caller holds the state
         folder's lock.  Raises: TokenRefused, RequestRefused."""
         try:
+            self.entrance.open_audit(self.identity.machine_id)
             end_leftovers(self.settings.state_dir, self._log)
             self._start_control()
             self.entrance.start()
@@ -18851,6 +18942,7 @@ class Agent:
                 self.tunnel.stop()
             self._stop_control()
             self._energy.save()
+            self.entrance.close_audit()
         if self._failure is not None:
             raise self._failure
         self._log("info", "stopped", keepalives=self.membership.snapshot.keepalives)
