@@ -140,7 +140,7 @@ EXPECTED = {
         ({"status": "FAILED"}, 1)],
     "b9agent_inference_state": [
         ({"state": "stopped"}, 0), ({"state": "starting"}, 0), ({"state": "running"}, 1),
-        ({"state": "error"}, 0)],
+        ({"state": "asleep"}, 0), ({"state": "error"}, 0)],
     "b9agent_inference_starts_total": [({"engine": "ollama"}, 3)],
     "b9agent_inference_uptime_seconds": [({"engine": "ollama"}, 77.5)],
     "b9agent_inference_models": [({"engine": "ollama"}, 2)],
@@ -241,7 +241,7 @@ WITHOUT_UNIT = {  # counts of things, and yes or no
     "host_cpu_threads", "host_load1", "host_load5", "host_load15", "gpus_known", "gpus", "gpus_omitted",
     "gpu_problems", "gpu_healthy", "gpu_offered", "gpu_free", "gpu_stale", "gpu_asleep",
     "gpu_ecc_errors", "gpu_processes", "gpu_mig_enabled", "tunnel_state", "tailnet_up",
-    "inference_state", "inference_starts", "inference_models", "pods_watch_state", "worker_pods"}
+    "inference_state", "inference_starts", "inference_models", "inference_loads", "pods_watch_state", "worker_pods"}
 OF_PROMETHEUS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds",
                  "process_threads", "process_start_time_seconds"}
 
