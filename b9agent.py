@@ -8843,6 +8843,504 @@ class Inference:
 
 
 # ----------------------------------------------------------------------
+# 10. Guards           wait; one of them asks the endpoint that it is given
+# ----------------------------------------------------------------------
+# Four ways to ask burn a GPU's money: many cold starts at once, tasks that
+# spawn tasks, retries of what still runs, calls spaced just past the time that
+# a model is kept warm.  Each guard stands alone (`from b9agent import
+# ColdStartGuard`); threads may share it; of much it forgets the oldest.  The
+# front door uses those methods that never wait, with what it measures.
+
+GUARD_KEYS_MAX, GUARD_CALLS_MAX, TREE_ID_MAX = 16384, 4096, 128
+
+
+class GuardTripped(RuntimeError):
+    """A guard says no.  guard: its class.  numbers: those that tripped it.  status: HTTP's.
+    retry_after_s: None where waiting mends nothing.  result: of a call that was made already."""
+    code, status, what, hint, result = "", 429, "", "", None
+
+    def __init__(self, guard: str, numbers: Dict[str, Any],
+                 retry_after_s: Optional[float] = None) -> None:
+        super().__init__(guard, numbers, retry_after_s)  # all of them, so that it pickles
+        self.guard, self.numbers = guard, rounded(numbers)
+        self.what, self.hint = self.what.format(**numbers), self.hint.format(**numbers)
+        self.retry_after_s = None if retry_after_s is None else max(1, int(retry_after_s) + 1)
+
+    def __str__(self) -> str:
+        return f"{self.guard}: {self.what}. {self.hint}"
+
+
+def _trip(name: str, code: str, status: int, what: str, hint: str) -> Any:
+    return type(name, (GuardTripped,), {"__module__": __name__, "__doc__": what, "code": code,
+                                        "status": status, "what": what, "hint": hint})
+
+
+ColdStartsSpent = _trip(
+    "ColdStartsSpent", "cold_starts", 429, "{seconds:.0f} of {budget_seconds:.0f} s for cold "
+    "starts are used", "Keep models warm for longer, dispatch fewer at once, or allow more")
+NoColdStartSlot = _trip(
+    "NoColdStartSlot", "cold_starts", 429, "no slot within {waited_seconds:g} s: {active} of "
+    "{slots} are taken", "Dispatch fewer; a guarded function that calls its guard waits for itself")
+TaskTooDeep = _trip(
+    "TaskTooDeep", "task_depth", 422, "depth {depth} in tree `{tree}`, and {max_depth} is too deep",
+    "Does every task make others? Its prompt, or what divides tasks, has to know an end")
+TaskTreeTooLarge = _trip(
+    "TaskTreeTooLarge", "task_tree", 422, "tree `{tree}` has had {tree_size} tasks, as many as may "
+    "be", "It is forgotten after a while; a task of something else wants its own _tree_id")
+DuplicateInFlight = _trip(
+    "DuplicateInFlight", "duplicate", 409, "the same request came {in_flight_seconds:.0f} s ago "
+    "and is not answered yet", "Wait for that; one that is meant to be another has a request_id")
+TooManyRetries = _trip(
+    "TooManyRetries", "retries", 429, "the same request failed {attempts} times, {timed_out} of "
+    "them by a time-out", "Has its answer an end? See max_tokens, stop sequences, the endpoint")
+ColdStartThrash = _trip(
+    "ColdStartThrash", "thrash", 429, "{cold_starts} cold starts in {window_seconds:g} s, and "
+    "{max_cold_starts} may be: {cold_start_seconds:.0f} s, ${usd_per_hour:.4f} an hour", "{advice}")
+BudgetSpent = _trip(
+    "BudgetSpent", "budget", 402, "${spent_usd:.4f} of ${max_spend_usd:.4f} are spent",
+    "Raise max_spend_usd, or begin another session")
+
+
+class BudgetGuard:
+    """So much money; once it is spent nothing more is begun.
+
+    >>> budget = BudgetGuard(max_spend_usd=0.5)
+    >>> budget.spend(gpu_seconds=10 * 60)  # ten containers that start for a minute
+    >>> round(budget.left_usd, 2)
+    0.14
+    """
+
+    def __init__(self, max_spend_usd: float, gpu_rate_per_second: float = 0.0006) -> None:
+        self._max_usd, self._rate = max_spend_usd, gpu_rate_per_second
+        self._lock, self._gpu_s = threading.Lock(), 0.0  # it guards the sum
+
+    @property
+    def left_usd(self) -> float:
+        return max(0.0, self._max_usd - self._gpu_s * self._rate)
+
+    def check(self) -> None:
+        """Raises: BudgetSpent."""
+        if self.left_usd < 1e-9:  # what rounding leaves
+            raise BudgetSpent("BudgetGuard", {"spent_usd": self._gpu_s * self._rate,
+                                              "max_spend_usd": self._max_usd})
+
+    def spend(self, gpu_seconds: float) -> None:
+        """What was used, also beyond the budget.  Raises: UsageError for what is no time."""
+        if not 0 <= gpu_seconds < 1e9:  # a NaN in a sum, and no limit is ever reached
+            raise UsageError(f"`gpu_seconds` cannot be {gpu_seconds}")
+        with self._lock:
+            self._gpu_s += gpu_seconds
+
+
+def cold_seconds(answer: Any, took_s: float, least_s: float) -> float:
+    """Of a call: Ollama's load_duration (ns; below a second it looked at a loaded model), where the
+    answer has it; else all of its time, where that is least_s or more."""
+    told = answer.get("load_duration") if isinstance(answer, dict) else None
+    if type(told) is int and 0 <= told < 10**18:
+        return told / 1e9 if told >= 10**9 else 0.0
+    return took_s if took_s >= least_s else 0.0
+
+
+class ColdStartGuard:
+    """So many calls at once, and so many seconds of cold starts on a day of UTC.
+
+    A plain function does not tell that it started cold: a call that took a third of the detection
+    window is taken to have, for its time but the window at most.  Calls that run as the seconds are
+    used up may end.  wall: None for seconds that no new day brings back.  _free guards all.
+
+    >>> guard = ColdStartGuard(max_parallel_cold_starts=2)
+    >>> [guard.dispatch(str.upper, word) for word in ("a", "b", "c")]
+    ['A', 'B', 'C']
+    """
+
+    def __init__(self, max_parallel_cold_starts: int = 3,
+                 cold_start_detection_window_seconds: float = 90.0,
+                 daily_cold_start_budget_seconds: Optional[float] = 600.0, *,
+                 max_wait_seconds: float = 600.0, clock: Callable[[], float] = now_s,
+                 wall: Optional[Callable[[], float]] = time.time) -> None:
+        self._slots, self._budget_s = max_parallel_cold_starts, daily_cold_start_budget_seconds
+        self._window_s, self._max_wait_s = cold_start_detection_window_seconds, max_wait_seconds
+        self._clock, self._wall, self._free = clock, wall, threading.Condition(threading.Lock())
+        self._active, self._day, self._cold_s = 0, 0, 0.0
+
+    def dispatch(self, func: Callable[[Any], Any], payload: Any) -> Any:
+        """func(payload), once there is a slot.  Raises: NoColdStartSlot, ColdStartsSpent, and what
+        func raises; the slot is given back in any case."""
+        with self._free:
+            if not self._free.wait_for(self._may_begin, self._max_wait_s):
+                raise NoColdStartSlot("ColdStartGuard", {"waited_seconds": self._max_wait_s,
+                                                         "active": self._active,
+                                                         "slots": self._slots}, 0)
+            self._active += 1
+        result, start_s = None, self._clock()
+        try:
+            result = func(payload)
+            return result
+        finally:
+            seconds = cold_seconds(result, self._clock() - start_s, self._window_s / 3)
+            self.end(min(seconds, self._window_s))
+
+    def try_begin(self) -> bool:
+        """A slot until end(); False where none is free.  No waiting.  Raises: ColdStartsSpent."""
+        with self._free:
+            free = self._may_begin()
+            self._active += free
+            return free
+
+    def end(self, cold_start_seconds: float) -> None:
+        """Of what began; 0.0 for what was warm after all.  No waiting."""
+        with self._free:
+            self._active = max(0, self._active - 1)
+            self._cold_s = self._seconds_today() + (
+                cold_start_seconds if 0 < cold_start_seconds < 1e9 else 0.0)
+            self._free.notify_all()  # the day's seconds may be used up for all who wait
+
+    def figures(self) -> Dict[str, Any]:
+        with self._free:
+            return {"active": self._active, "slots": self._slots,
+                    "seconds_today": self._seconds_today(), "budget_seconds": self._budget_s}
+
+    def _seconds_today(self) -> float:
+        """A clock that is set back within a day brings no second budget."""
+        day = int(self._wall() // 86400) if self._wall else 0
+        if day > self._day or day < self._day - 1:
+            self._day, self._cold_s = day, 0.0
+        return self._cold_s
+
+    def _may_begin(self) -> bool:
+        if self._budget_s is not None and self._seconds_today() >= self._budget_s:
+            raise ColdStartsSpent(
+                "ColdStartGuard", {"seconds": self._cold_s, "budget_seconds": self._budget_s},
+                (self._day + 1) * 86400 - self._wall() if self._wall else None)
+        return self._active < self._slots
+
+
+def _keep(rows: Any, before_s: float, key: Any = None, row: Any = None) -> None:
+    """In an OrderedDict whose rows end with their time; what is too old, or too much, goes."""
+    if row is not None:
+        rows[key] = row
+        rows.move_to_end(key)
+    while rows and (len(rows) > GUARD_KEYS_MAX or next(iter(rows.values()))[-1] <= before_s):
+        rows.popitem(last=False)
+
+
+class TaskQueueDepthGuard:
+    """How deep tasks may spawn tasks, and how many there may be of one tree.
+
+    A tree is forgotten tree_ttl_seconds after its newest task; tasks that name none are one tree,
+    "default".  _lock guards _trees: (scope, id) -> [how many, when the newest came].
+
+    >>> tasks = []
+    >>> TaskQueueDepthGuard().check_and_enqueue(tasks.append, {"prompt": "a"}), tasks
+    (True, [{'prompt': 'a', '_task_depth': 1, '_tree_id': 'default'}])
+    """
+
+    def __init__(self, max_depth: int = 4, max_tree_size: int = 50,
+                 tree_ttl_seconds: float = 3600.0, *, clock: Callable[[], float] = now_s) -> None:
+        self._max_depth, self._max_size, self._ttl_s = max_depth, max_tree_size, tree_ttl_seconds
+        self._clock, self._lock, self._trees = clock, threading.Lock(), collections.OrderedDict()
+
+    def check_and_enqueue(self, queue: Any, payload: Dict[str, Any]) -> bool:
+        """Puts a child of the task with this payload, which stays as it is; what put() refuses is
+        not counted.  queue: has put(), or is called.  Raises: as check(), and what put() raises."""
+        depth, tree_id = payload.get("_task_depth", 0), payload.get("_tree_id", "default")
+        self.check(tree_id, depth)
+        try:
+            getattr(queue, "put", queue)({**payload, "_task_depth": depth + 1, "_tree_id": tree_id})
+        except BaseException:
+            with self._lock:
+                self._trees.get(("", tree_id), [0])[0] -= 1
+            raise
+        return True
+
+    def check(self, tree_id: str, depth: int, scope: str = "") -> None:
+        """Counts one task.  scope: whose trees these are.  No waiting.  Raises: TaskTooDeep,
+        TaskTreeTooLarge; UsageError, for id and depth come from strangers."""
+        if not isinstance(tree_id, str) or not 0 < len(tree_id) <= TREE_ID_MAX:
+            raise UsageError("`_tree_id` cannot be used", f"It is a text, {TREE_ID_MAX} characters "
+                             "at most")
+        if type(depth) is not int or not 0 <= depth < 10**9:
+            raise UsageError("`_task_depth` cannot be used", "It is a whole number from 0 on")
+        tree = printable(tree_id)
+        if depth >= self._max_depth:
+            raise TaskTooDeep("TaskQueueDepthGuard", {"tree": tree, "depth": depth,
+                                                      "max_depth": self._max_depth})
+        with self._lock:
+            now = self._clock()
+            _keep(self._trees, now - self._ttl_s)
+            row = self._trees.get((scope, tree_id)) or [0, now]
+            if row[0] >= self._max_size:
+                raise TaskTreeTooLarge("TaskQueueDepthGuard", {
+                    "tree": tree, "tree_size": row[0], "max_tree_size": self._max_size},
+                    row[1] + self._ttl_s - now)
+            row[:] = row[0] + 1, now
+            _keep(self._trees, now - self._ttl_s, (scope, tree_id), row)
+
+
+def payload_hash(payload: Any) -> str:
+    """SHA-256 of its canonical JSON.  A request_id in it counts: twins that are meant to be two
+    differ by it, and retries of one share it.  Never raises: what has no JSON has no twin.
+
+    >>> payload_hash({"a": 1, "b": [2]}) == payload_hash({"b": [2], "a": 1})
+    True
+    """
+    import hashlib
+    try:
+        text = json.dumps(payload, sort_keys=True, separators=(",", ":"), default=str)
+    except Exception as error:  # a ring, too deep, a __str__ that fails
+        text = f"{type(error).__name__} {id(payload)}"
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+class EndpointRetryGuard:
+    """The same request once at a time, and not for ever again while it is still computed.
+
+    max_retries: how often call() asks again, and at how many time-outs within the TTL a request is
+    refused (one at least).  headers: such as Authorization.  around(func, *arguments): calls func,
+    which is one attempt.  last_…: of the newest one.  Keys: of payload_hash(), or a caller's own.
+    _lock guards _in_flight: key -> (since when,); _timed_out: key -> when.
+    """
+
+    def __init__(self, endpoint_url: str, max_retries: int = 2, backoff_base_seconds: float = 5.0,
+                 payload_hash_ttl_seconds: float = 300.0, *, headers: Optional[Dict] = None,
+                 clock: Callable[[], float] = now_s,
+                 # No step of the wall clock stretches it, as it does Event.wait() before 3.11.
+                 wait: Callable[[float], Any] = lambda s: select.select((), (), (), s),
+                 around: Callable[..., Any] = lambda func, *arguments: func(*arguments)) -> None:
+        self._url, self._headers = endpoint_url, {"Content-Type": "application/json",
+                                                  **(headers or {})}
+        self._retries, self._backoff_s = max_retries, backoff_base_seconds
+        self._ttl_s, self._clock, self._wait, self._around = (payload_hash_ttl_seconds, clock, wait,
+                                                              around)
+        self._lock, self._in_flight = threading.Lock(), collections.OrderedDict()
+        self._timed_out: Any = collections.OrderedDict()
+        self.last_duration_seconds, self.last_was_cold = 0.0, False
+
+    def call(self, payload: Any, timeout_seconds: float = 60.0) -> Dict[str, Any]:
+        """POSTs it as JSON; the JSON object that is answered.  No answer, 429 and 5xx are tried
+        again, each time after twice the wait: what still runs has so long to end.  Time-outs are no
+        answer in time, 408 and 504.  Raises: DuplicateInFlight, TooManyRetries; HttpFailure for
+        another answer; ValueError, TypeError for what is no JSON."""
+        body = json.dumps(payload, allow_nan=False).encode("ascii")
+        key, timed_out = payload_hash(payload), 0
+        self.begin(key)
+        try:
+            for attempt in range(self._retries + 1):
+                if attempt:
+                    self._wait(self._backoff_s * 2 ** (attempt - 1))
+                try:
+                    return self._around(self._attempt, body, timeout_seconds)
+                except HttpFailure as error:
+                    failure = error
+                timed_out += failure.kind == "timeout"
+                if failure.kind in ("tls", "garbage", "too_large", "status"):
+                    raise failure  # it would be so again
+            raise TooManyRetries("EndpointRetryGuard", {
+                "attempts": self._retries + 1, "timed_out": timed_out}) from failure
+        finally:
+            self.end(key, timed_out)
+
+    def begin(self, key: str) -> None:
+        """Until end().  No waiting.  Raises: DuplicateInFlight, TooManyRetries."""
+        self.timed_out_too_often(key)
+        with self._lock:
+            now = self._clock()
+            if key in self._in_flight:
+                raise DuplicateInFlight("EndpointRetryGuard", {
+                    "in_flight_seconds": now - self._in_flight[key][0]})
+            _keep(self._in_flight, float("-inf"), key, (now,))
+
+    def timed_out_too_often(self, key: str) -> None:
+        """No waiting.  Raises: TooManyRetries."""
+        with self._lock:
+            late_s = self._clock() - self._ttl_s
+            _keep(self._timed_out, late_s)
+            times = [at for at in self._timed_out.get(key, ()) if at > late_s]
+        if len(times) >= max(1, self._retries):
+            raise TooManyRetries("EndpointRetryGuard", {
+                "attempts": len(times), "timed_out": len(times)}, times[0] - late_s)
+
+    def end(self, key: str, timed_out: int) -> None:
+        """timed_out: whether, or how often.  No waiting."""
+        with self._lock:
+            self._in_flight.pop(key, None)
+            times = (*self._timed_out.get(key, ()), *[self._clock()] * timed_out)
+            if timed_out:
+                _keep(self._timed_out, float("-inf"), key, times[-max(1, self._retries):])
+
+    def _attempt(self, body: bytes, limit_s: float) -> Dict[str, Any]:
+        """Raises: HttpFailure; also of the kinds unwell, and status for what stays refused."""
+        match = re.fullmatch(r"(https?)://([^]:/?#@[]+|\[[^]]+\])(:[0-9]{1,5})?(/[!-~]*)?",
+                             str(self._url))
+        if not match:
+            raise UsageError("`endpoint_url` cannot be used", "Such as https://HOST:PORT/PATH")
+        scheme, host, port, path = match.groups()
+        port = parse_port(port[1:] if port else "443" if scheme == "https" else "80")
+        start_s, answer = self._clock(), None
+        try:
+            reply = http_request("POST", Endpoint(scheme, host.strip("[]"), port), path or "/",
+                                 self._headers, body, limit_s, 64 << 20)
+            if not 200 <= reply.status < 300:
+                kind = {408: "timeout", 504: "timeout", 429: "unwell"}.get(reply.status)
+                raise HttpFailure(kind or ("unwell" if reply.status >= 500 else "status"),
+                                  f"{host} answered {reply.status}")
+            answer = _json_object(reply.body)
+            if not answer and reply.body.strip() != b"{}":
+                raise HttpFailure("garbage", f"{host} answered no JSON object")
+            return answer
+        finally:
+            took_s = self._clock() - start_s
+            self.last_duration_seconds = took_s
+            self.last_was_cold = cold_seconds(answer, took_s, 20.0) > 0
+
+
+class KeepWarmAdvice(NamedTuple):
+    """keep_warm_s: 1.5 times the mean gap.  pays: whether so many seconds an hour, for each
+    container, cost less than the cold starts.  held_s_per_hour: how long GPUs would be held."""
+    cold_starts_per_hour: float
+    calls_per_hour: float
+    mean_gap_s: float
+    cold_start_s: float
+    keep_warm_s: float
+    keep_warm_usd_per_hour: float
+    cold_start_usd_per_hour: float
+    pays: bool
+    what: str
+    held_s_per_hour: float
+
+
+class AutoscaleThrashGuard:
+    """Not more cold starts in the window than the ceiling; and what keeping warm would cost.
+
+    A plain function's calls of cold_start_threshold_seconds and more are taken for cold ones.
+    _lock guards _calls, _cold: (when, seconds of cold start) of the newest calls, of cold ones.
+    """
+
+    def __init__(self, cold_start_threshold_seconds: float = 20.0,
+                 max_cold_start_rate_per_hour: int = 5, session_window_seconds: float = 3600.0,
+                 gpu_rate_per_second: float = 0.0006, *,
+                 clock: Callable[[], float] = now_s) -> None:
+        self._least_s, self._most = cold_start_threshold_seconds, max_cold_start_rate_per_hour
+        self._window_s, self._rate = session_window_seconds, gpu_rate_per_second
+        self._clock, self._lock = clock, threading.Lock()
+        self._calls: Any = collections.deque(maxlen=GUARD_CALLS_MAX)
+        self._cold: Any = collections.deque(maxlen=GUARD_CALLS_MAX)
+
+    def wrap(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """func, which is not called while there were too many cold starts.  Raises: ColdStartThrash
+        also after the call that was one too many; it has its result."""
+        @functools.wraps(func)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.refuse()
+            start_s = self._clock()
+            result = func(*args, **kwargs)
+            took_s = self._clock() - start_s
+            seconds = cold_seconds(result, took_s, self._least_s)
+            self.record_invocation(seconds or took_s, seconds > 0, result)
+            return result
+        return guarded
+
+    def record_invocation(self, duration_seconds: float, was_cold_start: bool,
+                          result: Any = None) -> None:
+        """result: for the exception.  Raises: ColdStartThrash, for a cold one alone."""
+        self.note(was_cold_start, duration_seconds)
+        if was_cold_start:
+            self.refuse(result)
+
+    def note(self, was_cold_start: bool, cold_start_seconds: float = 0.0) -> None:
+        """0.0: not known, the threshold stands for it.  No waiting, never raises."""
+        seconds = cold_start_seconds if 0 < cold_start_seconds < 1e9 else self._least_s or 1.0
+        with self._lock:
+            self._calls.append((self._clock(), seconds if was_cold_start else 0.0))
+            if was_cold_start:
+                self._cold.append(self._calls[-1])
+
+    def check(self) -> None:
+        """Before a cold start.  No waiting.  Raises: ColdStartThrash where it is one too many."""
+        self.refuse(more=1)
+
+    def refuse(self, result: Any = None, more: int = 0) -> None:
+        """Raises: ColdStartThrash where there were too many, with `more` of them."""
+        cold, most = self._newest(self._cold), self._most - more
+        if len(cold) > most:
+            seconds, advice = sum(row[1] for row in cold), self.advice()
+            tripped = ColdStartThrash("AutoscaleThrashGuard", {
+                "cold_starts": len(cold), "max_cold_starts": self._most,
+                "window_seconds": self._window_s, "cold_start_seconds": seconds,
+                "usd_per_hour": seconds * self._rate * 3600 / self._window_s,
+                "advice": advice.what if advice else "Keep the model warm for longer"},
+                cold[-most - 1][0] + self._window_s - self._clock() if most >= 0 else None)
+            tripped.result = result
+            raise tripped
+
+    def advice(self, containers: int = 1) -> Optional[KeepWarmAdvice]:
+        """None before three calls.  containers: how many would be kept."""
+        calls = self._newest(self._calls)
+        gaps = [later[0] - sooner[0] for sooner, later in zip(calls, calls[1:])]
+        if len(calls) < 3 or sum(gaps) <= 0:
+            return None
+        gap_s, cold = sum(gaps) / len(gaps), [row[1] for row in calls if row[1]]
+        calls_h, keep_s = 3600 / gap_s, 1.5 * gap_s
+        cold_h, cold_s = calls_h * len(cold) / len(calls), sum(cold) / max(1, len(cold))
+        keep_usd, cold_usd = keep_s * self._rate * containers, cold_s * self._rate * cold_h
+        held_s = 3600 * sum(min(gap, keep_s) for gap in gaps) / sum(gaps) * containers
+        what = (f"{calls_h:.3g} calls an hour with {cold_h:.3g} cold starts of {cold_s:.3g} s cost "
+                f"${cold_usd:.4f}, a keep-warm of {keep_s:.0f} s ${keep_usd:.4f}: ")
+        what += "it does not pay, leave it" if keep_usd >= cold_usd else (
+            f"set it. It holds GPUs for {held_s:.0f} s of each hour, ${held_s * self._rate:.4f} "
+            "where idle ones are billed as well")
+        return KeepWarmAdvice(cold_h, calls_h, gap_s, cold_s, keep_s, keep_usd, cold_usd,
+                              keep_usd < cold_usd, what, held_s)
+
+    def _newest(self, rows: Any) -> List[Tuple[float, float]]:
+        """Those within the window; the older ones are dropped."""
+        with self._lock:
+            late_s = self._clock() - self._window_s
+            while rows and rows[0][0] <= late_s:
+                rows.popleft()
+            return list(rows)
+
+
+class SessionGuard:
+    """All of them under one budget, of which cold starts may use 30 %."""
+
+    def __init__(self, endpoint_url: str, session_budget_usd: float = 5.0,
+                 gpu_rate_per_second: float = 0.0006, *, clock: Callable[[], float] = now_s,
+                 **endpoint: Any) -> None:
+        """endpoint: such as headers, of EndpointRetryGuard."""
+        self.budget, self._clock = BudgetGuard(session_budget_usd, gpu_rate_per_second), clock
+        self.cold_start_guard = ColdStartGuard(3, 90.0, session_budget_usd * 0.3 / (
+            gpu_rate_per_second or 1e-9), clock=clock, wall=None)
+        self.queue_guard = TaskQueueDepthGuard(clock=clock)
+        self.thrash_guard = AutoscaleThrashGuard(30.0, 6, 3600.0, gpu_rate_per_second, clock=clock)
+        self.retry_guard = EndpointRetryGuard(endpoint_url, 2, 10.0, clock=clock, **endpoint,
+                                              around=self.thrash_guard.wrap(self._paid))
+
+    def dispatch_parallel(self, func: Callable[[Any], Any], payloads: Iterable[Any]) -> List[Any]:
+        """The results in their order, of three at a time; none is begun once one has failed."""
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(3, "guarded") as pool:
+            return list(pool.map(functools.partial(
+                self.cold_start_guard.dispatch, functools.partial(self._paid, func)), payloads))
+
+    def enqueue_subtask(self, queue: Any, payload: Dict[str, Any]) -> bool:
+        self.budget.check()
+        return self.queue_guard.check_and_enqueue(queue, payload)
+
+    def call_endpoint(self, payload: Any, timeout_seconds: float = 60.0) -> Dict[str, Any]:
+        return self.retry_guard.call(payload, timeout_seconds)
+
+    def _paid(self, func: Callable[..., Any], *arguments: Any) -> Any:
+        """Nothing is begun without money, each retry neither."""
+        self.budget.check()
+        start_s = self._clock()
+        try:
+            return func(*arguments)
+        finally:
+            self.budget.spend(max(0.0, self._clock() - start_s))
+
+
+# ----------------------------------------------------------------------
 # 11. Access    STATE/tenants.yaml, inference.token, usage.json; keys of OIDC
 # ----------------------------------------------------------------------
 # Who asks, and what is theirs.  A tenant is known by a token, of which only
@@ -9532,7 +10030,7 @@ USAGE_FIELDS = ("requests", "prompt_tokens", "completion_tokens", "gpu_seconds",
 
 
 class LimitReached(Exception):
-    """code: the limit's name in Limits.  numbers: what it is, what is used and held, what was asked."""
+    """code: its name in Limits.  numbers: what it is, what is used and held, what was asked."""
 
     def __init__(self, limit: str, what: str, retry_after_s: int, numbers: Dict[str, Any]) -> None:
         super().__init__(what)
@@ -12661,8 +13159,8 @@ class StreamFlow:
         self.shape, self._mark, self._name = shape, shape.mark, shape.name
         if self._outer and shape.key:
             self._tail = shape.tail
-            before, found, after = self._around(shape.key).partition(json.dumps(_TEXT)[1:-1].encode())
-            self._before, self._after = before, after
+            text = json.dumps(_TEXT)[1:-1].encode()
+            self._before, found, self._after = self._around(shape.key).partition(text)
             self._mark = shape.mark if found else _NEVER
 
     def _around(self, key: str) -> bytes:
@@ -14041,7 +14539,7 @@ def _ms(seconds: float) -> float:
 _JOB_PREFIX, _JOB_NUMBERS = os.urandom(4).hex(), itertools.count(1)
 
 
-class _Load(NamedTuple):
+class _ColdStart(NamedTuple):
     """A model on its way into memory.  job: who asked first, and pays for it.  slot: whether it was
     known to be a cold start, and has one of the guard's slots."""
     model: str
@@ -14199,7 +14697,7 @@ class FrontDoor:
         self._log, self._access, self._ledger = log, access, ledger
         self._tally, self._limits, self._tls = tally, limits, tls
         self._guards, self._audit, self._power = guards, audit, power
-        self._loads: Dict[str, _Load] = {}          # by model
+        self._loads: Dict[str, _ColdStart] = {}          # by model
         self._used_s = now_s()                      # when the engine last had something to do
         # Refusals that no line of their own tells of: (tenant, reason) -> how many.
         self._refused: Dict[Tuple[str, str], int] = {}
@@ -14610,7 +15108,7 @@ class FrontDoor:
         return ask
 
     def _refuse_twin(self, job: _Job) -> None:
-        """Of a request that is being computed, or has timed out too often.  Raises: GuardTripped."""
+        """Of one that is being computed, or has timed out too often.  Raises: GuardTripped."""
         guards, ask = self._guards, job.ask
         if guards.duplicates == "off" or not job.client:
             return
@@ -14691,11 +15189,11 @@ class FrontDoor:
         idle = sorted((each for each in target.loaded if each not in wanted
                        and each not in self._on_engine),
                       key=lambda each: self._warm_s.get(each, 0.0))
-        load = self._loads[model] = _Load(model, job, slot, now_s())
+        load = self._loads[model] = _ColdStart(model, job, slot, now_s())
         self._relay.errand(lambda: self._engine.wake(model, idle),
                            lambda took_s, problem: self._loaded(load, took_s, problem), "load")
 
-    def _loaded(self, load: _Load, took_s: Optional[float], problem: Any) -> None:
+    def _loaded(self, load: _ColdStart, took_s: Optional[float], problem: Any) -> None:
         now, model, guards = now_s(), load.model, self._guards
         del self._loads[model]
         lasted_s = now - load.since_s if took_s is None else took_s

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import threading
+import time
 
 import b9agent
 from helpers import PATIENCE_S, wait_until
@@ -159,12 +160,48 @@ class QuietLog:
             type(error), error, error.__traceback__)))
 
 
+def settings_of(**given):
+    """The agent's settings, their defaults but for these."""
+    found = b9agent.load_settings({"state_dir": "/nonexistent"}, {})
+    return found.settings._replace(**given)
+
+
+class RigInference:
+    """What the door needs of an Inference: `target` is what it is told, wakes what it was asked."""
+
+    def __init__(self, rig):
+        self._rig, self.wakes, self.slept, self.may_doze = rig, [], 0, True
+        self.on_wake = lambda model: 0.0  # seconds that it took, or raises
+
+    def target(self):
+        return self._rig.target
+
+    def suspect(self, model):
+        self._rig.suspected.append(model)
+
+    def wake(self, model, idle=()):
+        self.wakes.append((model, tuple(idle)))
+        took_s = self.on_wake(model)
+        target = self._rig.target
+        self._rig.target = target._replace(state="running", loaded=tuple({*target.loaded, model}))
+        return took_s
+
+    def doze(self):
+        if self.may_doze:
+            self._rig.target = self._rig.target._replace(state="asleep", loaded=())
+        return self.may_doze
+
+    def sleep(self):
+        self.slept += 1
+
+
 class Rig:
     """door, engine and what a client needs."""
 
     def __init__(self, state, engine="vllm", script=None, tenants="", limits=None, tls=None,
                  whois=lambda host, port: None, gateway=(), models=("m",), loaded=("m",), slots=64,
-                 on_tailnet=False, gpus=1, usd=0.0006, oidc=None):
+                 on_tailnet=False, gpus=1, usd=0.0006, oidc=None, audit=None,
+                 power=lambda: (None, "", None), clock=b9agent.now_s, wall=time.time, **settings):
         self.state, self.suspected = str(state), []
         self.log = QuietLog()
         self.engine = ScriptedEngine(script)
@@ -181,9 +218,11 @@ class Rig:
         self.ledger = b9agent.Ledger(os.path.join(self.state, "usage.json"), self.log, usd)
         self.tally = b9agent.DoorTally()
         self.access = b9agent.Access(self.book, oidc, whois, lambda: gateway, self.log)
-        self.door = b9agent.FrontDoor(self.log, self.access, self.ledger, lambda: self.target,
-                                      self.tally, limits or b9agent.DoorLimits(), tls,
-                                      self.suspected.append)
+        self.inference = RigInference(self)
+        self.guards = b9agent.DoorGuards(settings_of(**settings), clock, wall)
+        self.door = b9agent.FrontDoor(self.log, self.access, self.ledger, self.inference,
+                                      self.tally, limits or b9agent.DoorLimits(), self.guards,
+                                      audit, tls, power)
         self.listener = self.door.listen("127.0.0.1", 0, on_tailnet)
         self.port = self.listener.port
         self.door.start()

@@ -322,38 +322,6 @@ def test_a_client_that_leaves_ends_the_engines_work(rig):
     assert rig.used()["completion_tokens"] == 1
 
 
-def test_a_client_that_leaves_during_a_cold_load_leaves_it_to_whoever_comes_next(tmp_path, quick):
-    loaded = threading.Event()
-
-    def script(_asked, sock):
-        assert loaded.wait(PATIENCE_S)
-        sock.sendall(STREAM_HEAD + chunk(token()))
-        return rig.engine.wait_until_left(sock)
-    with rig_at(tmp_path, loaded=(), script=script) as rig:
-        with rig.connect() as sock:
-            sock.sendall(rig.request(rig.chat(True)))
-            wait_until(lambda: rig.engine.asked, "the engine was asked")
-        wait_until(lambda: not rig.door.status()["connections"], "the client is gone")
-        assert rig.engine.open == 1 and not rig.engine.left.is_set(), "the load goes on"
-        loaded.set()
-        assert rig.engine.left.wait(PATIENCE_S), "and its work ends once the model is there"
-        rig.settled()
-        assert rig.used().get("completion_tokens", 0) == 0
-
-
-def test_a_cold_load_whose_answer_is_no_stream_ends_once_the_model_is_loaded(tmp_path, quick):
-    with rig_at(tmp_path, loaded=()) as rig:
-        rig.engine.script = lambda _asked, sock: rig.engine.wait_until_left(sock)
-        with rig.connect() as sock:
-            sock.sendall(rig.request(rig.chat()))
-            wait_until(lambda: rig.engine.asked, "the engine was asked")
-        wait_until(lambda: not rig.door.status()["connections"], "the client is gone")
-        assert rig.door.status()["streams"] == 1
-        rig.target = rig.target._replace(loaded=("m",))
-        assert rig.engine.left.wait(PATIENCE_S)
-        rig.settled()
-
-
 def test_a_slow_reader_holds_the_engine_up_for_a_while_and_is_closed_then(tmp_path, quick):
     filler, sent = token("x" * 60000), [0]
 
@@ -1161,25 +1129,6 @@ def test_requests_for_a_loaded_model_wait_here_and_not_in_ollama(tmp_path):
         assert read_answer(send())[0] == 429, "and no more than the queue holds"
         goes_on.set()
         assert [read_answer(sock)[0] for sock in socks] == [200] * 3
-
-
-def test_a_model_that_is_loaded_does_not_wait_for_the_load_of_another(tmp_path):
-    """Ollama loads one after the other, and asks that of nobody whose model is there."""
-    loaded = threading.Event()
-
-    def script(asked, sock):
-        if asked.body["model"] == "cold:latest":
-            assert loaded.wait(PATIENCE_S)
-        ollama_answer(asked, sock)
-    with rig_at(tmp_path, engine="ollama", models=("m:latest", "cold:latest"), loaded=("m:latest",), slots=1,
-                script=script) as rig, rig.connect() as first:
-        body = {"stream": False, "messages": [{"role": "user", "content": "x"}]}
-        first.sendall(rig.request(dict(body, model="cold"), path="/api/chat"))
-        wait_until(lambda: rig.engine.asked, "the load has begun")
-        assert rig.ask(dict(body, model="m"), path="/api/chat")[0] == 200
-        loaded.set()
-        assert read_answer(first)[0] == 200
-        assert sum(line.startswith("b9agent_door_cold_starts_total{") for line in rig.tally.lines()) == 1
 
 
 def test_answers_have_numbers_of_their_own(tmp_path):

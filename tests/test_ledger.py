@@ -82,7 +82,7 @@ def test_requests_at_once_count_until_they_are_settled():
     one = tenant(concurrent_requests=2)
     first, second = (book.reserve(one, 1, 1, 1) for _ in range(2))
     refused = refusal(book.reserve, one, 1, 1, 1)
-    assert (refused.limit, refused.status, refused.retry_after_s) == ("concurrent_requests", 429, 1)
+    assert (refused.code, refused.status, refused.retry_after_s) == ("concurrent_requests", 429, 1)
     assert "ada" in refused.what and "concurrent_requests" in refused.what
     assert refused.numbers == {"limit": 2, "used": 2, "held": 0, "asked": 1}
     book.settle(first, 1, 1)
@@ -114,7 +114,7 @@ def test_a_refused_request_costs_nothing():
     book = ledger(clock, price=1.0)
     one = tenant(requests_per_minute=2, tokens_per_day=100, concurrent_requests=5)
     for _ in range(50):
-        assert refusal(book.reserve, one, 99, 2, 1).limit == "tokens_per_day"
+        assert refusal(book.reserve, one, 99, 2, 1).code == "tokens_per_day"
     book.settle(book.reserve(one, 60, 40, 1), 0, 0)
     book.settle(book.reserve(one, 60, 40, 1), 0, 0)
     assert book.usage()["ada"]["requests"] == 2
@@ -128,7 +128,7 @@ def test_tokens_of_a_day_are_reserved_whole_so_that_a_burst_cannot_overshoot():
             grants.append(book.reserve(one, 100, 200, 1))
     assert len(grants) == 3
     refused = caught.value
-    assert refused.limit == "tokens_per_day" and refused.status == 429
+    assert refused.code == "tokens_per_day" and refused.status == 429
     assert refused.numbers == {"limit": 1000, "used": 0, "held": 900, "asked": 300}
     assert refused.retry_after_s == b9agent.HELD_RETRY_S, "its own requests hold it: soon"
     for grant in grants:
@@ -165,10 +165,10 @@ def test_money_that_is_out_is_402_and_says_so():
     assert grant.extend_at_s == clock.now + 5.0 - b9agent.GPU_SPARE_S, "what is left, if that is less"
     clock.pass_s(4.5)
     refused = refusal(book.extend, grant)
-    assert (refused.limit, refused.status) == ("usd_per_day", 402)
+    assert (refused.code, refused.status) == ("usd_per_day", 402)
     assert book.settle(grant, 1, 1).usd == pytest.approx(0.045)
     refused = refusal(book.reserve, one, 1, 1, 1)
-    assert (refused.limit, refused.status) == ("usd_per_day", 402)
+    assert (refused.code, refused.status) == ("usd_per_day", 402)
     assert refused.retry_after_s > 80000
     assert refused.numbers["limit"] == 0.05 and refused.numbers["used"] == 0.045
 
@@ -182,7 +182,7 @@ def test_gpu_seconds_are_reserved_by_slices():
     book.begin(second, 2)  # the other 40
     assert second.extend_at_s == clock.now + 20.0 - b9agent.GPU_SPARE_S
     refused = refusal(book.reserve, one, 1, 1, 1)
-    assert (refused.limit, refused.status) == ("gpu_seconds_per_day", 429)
+    assert (refused.code, refused.status) == ("gpu_seconds_per_day", 429)
     assert refused.retry_after_s == b9agent.HELD_RETRY_S
     clock.pass_s(19.0)  # both share: 19 each
     book.extend(second)
@@ -196,9 +196,9 @@ def test_gpu_seconds_are_reserved_by_slices():
 def test_a_request_that_was_refused_at_its_begin_leaves_nothing_behind():
     book, one = ledger(Clock()), tenant(gpu_seconds_per_day=3)
     grant = book.reserve(one, 5, 5, 5)
-    assert refusal(book.begin, grant, 4).limit == "gpu_seconds_per_day"
+    assert refusal(book.begin, grant, 4).code == "gpu_seconds_per_day"
     book.extend(grant)  # it never began
-    assert book.settle(grant, 0, 0) == (0.0, 0.0)
+    assert book.settle(grant, 0, 0)[:2] == (0.0, 0.0)
     other = book.reserve(one, 5, 5, 5)
     book.begin(other, 1)
     assert other.held_gpu_s == 3.0
@@ -211,7 +211,7 @@ def test_a_cpu_alone_costs_no_gpu_seconds():
     book.begin(grant, 0)
     clock.pass_s(1000.0)
     book.extend(grant)
-    assert book.settle(grant, 1, 1) == (0.0, 0.0)
+    assert book.settle(grant, 1, 1)[:2] == (0.0, 0.0)
 
 
 def test_requests_that_are_computed_together_share_the_time():
@@ -390,7 +390,7 @@ class AnyOrder(RuleBasedStateMachine):
                     self.book.extend(grant)
                     assert grant.extend_at_s > self.clock.now
                 except LimitReached as refused:
-                    assert refused.limit in ("gpu_seconds_per_day", "usd_per_day")
+                    assert refused.code in ("gpu_seconds_per_day", "usd_per_day")
                     self.end(grant, 0, 0)
 
     def end(self, grant, prompt, completion):
@@ -410,7 +410,7 @@ class AnyOrder(RuleBasedStateMachine):
             grant = self.book.reserve(one, prompt, output, 60)
         except LimitReached as refused:
             assert refused.retry_after_s >= 1 and refused.status == (
-                402 if refused.limit == "usd_per_day" else 429)
+                402 if refused.code == "usd_per_day" else 429)
             assert (before or {"running": 0}) == (self.book.usage().get(one.name)
                                                   if before else {"running": 0})
             return
