@@ -8851,7 +8851,7 @@ class Inference:
 # ColdStartGuard`); threads may share it; of much it forgets the oldest.  The
 # front door uses those methods that never wait, with what it measures.
 
-GUARD_KEYS_MAX, GUARD_CALLS_MAX, TREE_ID_MAX = 16384, 4096, 128
+GUARD_KEYS_MAX, GUARD_CALLS_MAX, TREE_ID_MAX, ADVICE_LEAST_S = 16384, 4096, 128, 60.0
 
 
 class GuardTripped(RuntimeError):
@@ -8902,13 +8902,7 @@ BudgetSpent = _trip(
 
 
 class BudgetGuard:
-    """So much money; once it is spent nothing more is begun.
-
-    >>> budget = BudgetGuard(max_spend_usd=0.5)
-    >>> budget.spend(gpu_seconds=10 * 60)  # ten containers that start for a minute
-    >>> round(budget.left_usd, 2)
-    0.14
-    """
+    """So much money; once it is spent nothing more is begun."""
 
     def __init__(self, max_spend_usd: float, gpu_rate_per_second: float = 0.0006) -> None:
         self._max_usd, self._rate = max_spend_usd, gpu_rate_per_second
@@ -9028,12 +9022,7 @@ class TaskQueueDepthGuard:
     """How deep tasks may spawn tasks, and how many there may be of one tree.
 
     A tree is forgotten tree_ttl_seconds after its newest task; tasks that name none are one tree,
-    "default".  _lock guards _trees: (scope, id) -> [how many, when the newest came].
-
-    >>> tasks = []
-    >>> TaskQueueDepthGuard().check_and_enqueue(tasks.append, {"prompt": "a"}), tasks
-    (True, [{'prompt': 'a', '_task_depth': 1, '_tree_id': 'default'}])
-    """
+    "default".  _lock guards _trees: (scope, id) -> [how many, when the newest came]."""
 
     def __init__(self, max_depth: int = 4, max_tree_size: int = 50,
                  tree_ttl_seconds: float = 3600.0, *, clock: Callable[[], float] = now_s) -> None:
@@ -9061,18 +9050,16 @@ class TaskQueueDepthGuard:
                              "at most")
         if type(depth) is not int or not 0 <= depth < 10**9:
             raise UsageError("`_task_depth` cannot be used", "It is a whole number from 0 on")
-        tree = printable(tree_id)
+        numbers = {"tree": printable(tree_id), "depth": depth, "max_depth": self._max_depth}
         if depth >= self._max_depth:
-            raise TaskTooDeep("TaskQueueDepthGuard", {"tree": tree, "depth": depth,
-                                                      "max_depth": self._max_depth})
+            raise TaskTooDeep("TaskQueueDepthGuard", numbers)
         with self._lock:
             now = self._clock()
             _keep(self._trees, now - self._ttl_s)
             row = self._trees.get((scope, tree_id)) or [0, now]
             if row[0] >= self._max_size:
-                raise TaskTreeTooLarge("TaskQueueDepthGuard", {
-                    "tree": tree, "tree_size": row[0], "max_tree_size": self._max_size},
-                    row[1] + self._ttl_s - now)
+                numbers.update(tree_size=row[0], max_tree_size=self._max_size)
+                raise TaskTreeTooLarge("TaskQueueDepthGuard", numbers, row[1] + self._ttl_s - now)
             row[:] = row[0] + 1, now
             _keep(self._trees, now - self._ttl_s, (scope, tree_id), row)
 
@@ -9098,8 +9085,7 @@ class EndpointRetryGuard:
     max_retries: how often call() asks again, and at how many time-outs within the TTL a request is
     refused (one at least).  headers: such as Authorization.  around(func, *arguments): calls func,
     which is one attempt.  last_…: of the newest one.  Keys: of payload_hash(), or a caller's own.
-    _lock guards _in_flight: key -> (since when,); _timed_out: key -> when.
-    """
+    _lock guards _in_flight: key -> (since when,); _timed_out: key -> when."""
 
     def __init__(self, endpoint_url: str, max_retries: int = 2, backoff_base_seconds: float = 5.0,
                  payload_hash_ttl_seconds: float = 300.0, *, headers: Optional[Dict] = None,
@@ -9189,8 +9175,7 @@ class EndpointRetryGuard:
                 raise HttpFailure("garbage", f"{host} answered no JSON object")
             return answer
         finally:
-            took_s = self._clock() - start_s
-            self.last_duration_seconds = took_s
+            self.last_duration_seconds = took_s = self._clock() - start_s
             self.last_was_cold = cold_seconds(answer, took_s, 20.0) > 0
 
 
@@ -9227,8 +9212,8 @@ class AutoscaleThrashGuard:
         self._cold: Any = collections.deque(maxlen=GUARD_CALLS_MAX)
 
     def wrap(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """func, which is not called while there were too many cold starts.  Raises: ColdStartThrash
-        also after the call that was one too many; it has its result."""
+        """func, which is not called while there were too many cold starts; failed calls are none.
+        Raises: ColdStartThrash, also after the one too many; it has that call's result."""
         @functools.wraps(func)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             self.refuse()
@@ -9274,10 +9259,11 @@ class AutoscaleThrashGuard:
             raise tripped
 
     def advice(self, containers: int = 1) -> Optional[KeepWarmAdvice]:
-        """None before three calls.  containers: how many would be kept."""
+        """None before three calls, and a minute: less tells nothing of an hour.  containers: how
+        many would be kept."""
         calls = self._newest(self._calls)
         gaps = [later[0] - sooner[0] for sooner, later in zip(calls, calls[1:])]
-        if len(calls) < 3 or sum(gaps) <= 0:
+        if len(calls) < 3 or sum(gaps) < ADVICE_LEAST_S:
             return None
         gap_s, cold = sum(gaps) / len(gaps), [row[1] for row in calls if row[1]]
         calls_h, keep_s = 3600 / gap_s, 1.5 * gap_s
@@ -9287,8 +9273,8 @@ class AutoscaleThrashGuard:
         what = (f"{calls_h:.3g} calls an hour with {cold_h:.3g} cold starts of {cold_s:.3g} s cost "
                 f"${cold_usd:.4f}, a keep-warm of {keep_s:.0f} s ${keep_usd:.4f}: ")
         what += "it does not pay, leave it" if keep_usd >= cold_usd else (
-            f"set it. It holds GPUs for {held_s:.0f} s of each hour, ${held_s * self._rate:.4f} "
-            "where idle ones are billed as well")
+            f"set it. GPUs are held {held_s:.0f} s of each hour then: ${held_s * self._rate:.4f}, "
+            "where idle ones are billed, too")
         return KeepWarmAdvice(cold_h, calls_h, gap_s, cold_s, keep_s, keep_usd, cold_usd,
                               keep_usd < cold_usd, what, held_s)
 
@@ -9317,7 +9303,7 @@ class SessionGuard:
                                               around=self.thrash_guard.wrap(self._paid))
 
     def dispatch_parallel(self, func: Callable[[Any], Any], payloads: Iterable[Any]) -> List[Any]:
-        """The results in their order, of three at a time; none is begun once one has failed."""
+        """The results in their order, of three at a time; the first failure ends it."""
         from concurrent.futures import ThreadPoolExecutor
         with ThreadPoolExecutor(3, "guarded") as pool:
             return list(pool.map(functools.partial(
@@ -13738,7 +13724,7 @@ class Relay:
             return None
 
     def _run(self) -> None:
-        sweep_s, again = 0.0, False
+        sweep_s, again = 0.0, True
         while not self._stopping:
             again = bool(again or self.wires or self.resting)
             wait_s = RELAY_SWEEP_S if again else 3600.0
@@ -14360,6 +14346,7 @@ DOOR_WARM_S = 20.0            # so long after its last use a model is taken to b
 DOOR_COLD_S = 1.0             # an engine that took so long over a model had to load it
 DOOR_TIMEOUT_S = 4.5          # who leaves so late, with nothing in hand, has timed out
 DOOR_REFUSED_MAX = 60         # refused requests of a tenant in the audit log, a minute
+DOOR_BURST_S = 10.0           # a model's requests that follow sooner are one call to the guard
 DOOR_MODELS_MAX = 1000
 DOOR_ADVICE_S = 5.0           # so long an advice is kept: it takes a look at all calls
 DOOR_PROMPT_MAX = 65536       # characters of a prompt in the audit log, where it is kept
@@ -14372,20 +14359,18 @@ DOOR_PROMPTS_MAX = 10000      # tenants and models whose last prompt is known
 
 class DoorLimits(NamedTuple):
     """queue: requests that wait for the engine, of all.  queue_wait_s: each, at most, beside its
-    model's load.  silence_s: so long an engine may say nothing.  idle_stop_s: so long without a
-    request an engine of ours is stopped.  needs_audit: nothing is served that cannot be recorded.
-    keeps_prompts: in the audit log."""
+    model's load.  silence_s: so long an engine may say nothing.  needs_audit: nothing is served
+    that cannot be recorded.  keeps_prompts: in the audit log."""
     queue: int = 512
     queue_wait_s: float = 60.0
     silence_s: float = 300.0
-    idle_stop_s: Optional[float] = None
     needs_audit: bool = False
     keeps_prompts: bool = False
 
 
 class DoorGuards:
-    """What keeps patterns of requests from burning GPU time.  Settings are those of guards.*; one
-    thread uses it."""
+    """What keeps requests, and idleness, from burning GPU time, as settings have it.  One thread
+    uses it."""
 
     def __init__(self, settings: Any, clock: Clock = now_s, wall: Clock = time.time) -> None:
         price = settings.inference_gpu_usd_per_hour
@@ -14403,6 +14388,9 @@ class DoorGuards:
                                                  settings.guards_max_retries > 0)
         self._thrash: Dict[str, AutoscaleThrashGuard] = {}
         self._advised: Dict[str, Tuple[float, float]] = {}  # model: until when, keep_warm_s
+        self.idle_stop_s = settings.inference_idle_stop
+        self.stops_idle = self.idle_stop_s is not None or bool(
+            settings.inference_keep_warm or settings.inference_keep_warm_models)
 
     def thrash(self, model: str) -> AutoscaleThrashGuard:
         found = self._thrash.get(model)
@@ -14702,7 +14690,7 @@ class FrontDoor:
         # Refusals that no line of their own tells of: (tenant, reason) -> how many.
         self._refused: Dict[Tuple[str, str], int] = {}
         self._refused_lines: Dict[str, int] = {}
-        self._refused_s = 0.0
+        self._refused_s = now_s() + 60.0
         self._relay = Relay("door", log, self._sweep)
         if tls is not None:
             self._relay.waits = tls_waits()
@@ -15233,7 +15221,7 @@ class FrontDoor:
     def _stop_idle(self, now: float) -> bool:
         """Stop an engine that has had nothing to do for long.  Returns: whether one may be."""
         target = self._target()
-        limit_s = self._limits.idle_stop_s
+        limit_s = self._guards.idle_stop_s
         if target.engine is not None and not target.engine.many and target.models:
             warm_s = self._guards.keep_warm_s(target.models[0])  # it goes with its engine
             limit_s = min(filter(None, (limit_s, warm_s)), default=None)
@@ -15242,7 +15230,7 @@ class FrontDoor:
             self._used_s = now
         elif limit_s is not None and now - self._used_s >= limit_s and self._engine.doze():
             self._relay.errand(self._engine.sleep, self._told, "load")
-        return limit_s is not None
+        return self._guards.stops_idle
 
     def _go_on(self) -> None:
         """Whose turn it is goes to the engine, as long as that takes more."""
@@ -15275,6 +15263,8 @@ class FrontDoor:
         if job.settled or not self._paid(job, self._ledger.begin, job.grant, target.gpus):
             return
         job.prepare()
+        if job.load_s is None and now - self._warm_s.get(job.model, -1e9) >= DOOR_BURST_S:
+            self._guards.thrash(job.model).note(False)
         name = job.caller.tenant.name
         self._tally.histogram("b9agent_door_queue_seconds", (name,)).observe(now - job.queued_s)
         self._tally.histogram("b9agent_door_overhead_seconds", ()).observe(
@@ -15433,8 +15423,6 @@ class FrontDoor:
         elif job.load_s is None and engine_s is not None and engine_s > DOOR_COLD_S:
             job.load_s = engine_s  # it was gone again, and the engine itself loaded it
             self._count_cold_start(job.model, engine_s)
-        elif job.sent_s:
-            self._guards.thrash(job.model).note(False)
         if job.twin:
             silent = not job.pieces and status in (499, 503, 504) and (
                 now - job.received_s >= DOOR_TIMEOUT_S)
@@ -19620,8 +19608,7 @@ class Entrance:
                         None if price is None else price / 3600)
         return FrontDoor(log, access, ledger, self._inference, self.tally, DoorLimits(
             settings.inference_queue, settings.inference_queue_wait,
-            settings.inference_silence_limit, settings.inference_idle_stop,
-            settings.audit_full == "refuse", settings.audit_prompts), DoorGuards(settings),
+            settings.inference_silence_limit, settings.audit_full == "refuse", settings.audit_prompts), DoorGuards(settings),
             self.audit, self._tls, lambda: self.power())
 
     def _port(self, host: str) -> int:

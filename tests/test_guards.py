@@ -272,10 +272,11 @@ def test_the_daily_budget_resets_at_the_day_s_turn_of_utc():
     clock.pass_s(0.5)
     assert guard.figures()["seconds_today"] == 0.0
     assert guard.dispatch(len, "abc") == 3
-    clock.wall -= 10.0  # set back over midnight: no second budget, and none is lost
+    clock.wall -= 10.0  # set back over midnight: no second budget, then or as it passes again
     guard.end(5.0)
+    clock.wall += 10.0
     assert guard.figures()["seconds_today"] == 5.0
-    clock.wall += 86410.0
+    clock.wall += 86400.0
     assert guard.figures()["seconds_today"] == 0.0
 
 
@@ -882,6 +883,7 @@ def test_the_break_even_by_hand(gap, cold, containers, calls, keep, keep_usd, co
     if pays:
         assert f"a keep-warm of {keep:.0f} s" in advice.what and "set it" in advice.what
         assert f"{3600 * containers} s of each hour" in advice.what
+        assert f"${2.16 * containers:.4f}, where idle ones are billed" in advice.what
     else:
         assert "it does not pay, leave it" in advice.what and "set it" not in advice.what
 
@@ -894,7 +896,13 @@ def test_advice_counts_warm_calls_and_how_long_a_gpu_is_held_between_bursts():
     guard.note(False)
     assert guard.advice() is None, "two calls are too few"
     guard.note(False)
-    assert guard.advice() is None, "all at once, they say nothing of gaps"
+    clock.pass_s(59.0)
+    guard.note(False)
+    assert guard.advice() is None, "in less than a minute they tell nothing of an hour"
+    guard = AutoscaleThrashGuard(clock=clock, session_window_seconds=7200.0)
+    guard.note(True, 40.0)
+    guard.note(False)
+    guard.note(False)
     for _ in range(3):
         clock.pass_s(1000.0)
         guard.note(True)  # how long is not known: the threshold, 20 s

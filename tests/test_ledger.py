@@ -61,7 +61,7 @@ def test_what_is_settled_is_what_is_told():
     book.begin(grant, 2)
     clock.pass_s(3.0)
     bill = book.settle(grant, 40, 7)
-    assert bill == (6.0, 3.0)
+    assert bill == (6.0, 3.0, 3.0)
     assert book.settle(grant, 1000, 1000) == bill  # once
     assert book.usage() == {"ada": {"requests": 1, "prompt_tokens": 40, "completion_tokens": 7,
                                     "gpu_seconds": 6.0, "usd": 3.0, "running": 0}}
