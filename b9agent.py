@@ -9544,7 +9544,7 @@ def _open_audit(path: str, flags: int = os.O_RDONLY) -> Any:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or flags and status.st_uid not in (0, os.geteuid()):
         os.close(descriptor)
-        raise OSError(22, "is no file of ours", path)
+        raise OSError(22, "no file of ours", path)
     if flags and stat.S_IMODE(status.st_mode) != 0o600:
         os.fchmod(descriptor, 0o600)
     return open(descriptor, "r+b" if flags else "rb", buffering=0 if flags else 1 << 16)
@@ -9696,8 +9696,8 @@ class AuditLog:
                     remove_file(os.path.join(self._folder, name))
             told = self._recover()
         except OSError as error:
-            raise UsageError(f"the audit log cannot be gone on with: {error.filename}: "
-                             f"{error.strerror}", f"Mend it, or move {self._folder} away") from error
+            raise UsageError(f"the audit log cannot be gone on with: {error.filename or 'it'}: "
+                             f"{error.strerror}", f"Mend it, or move {self._folder}") from error
         self._open, self._opened = True, (self._wall(), self._clock())
         if told:
             self._log("warning", "audit_mended", **told)
@@ -9756,7 +9756,8 @@ class AuditLog:
                         told["head"] = "differs"
             if name == names[-1] and not begin + stays:
                 os.unlink(path)
-            last = last or _last_audit_line(path) if not head else last
+            elif not head and not last:
+                last = _last_audit_line(path)
         # What head.json tells of will be missed in the chain, where it is not there.
         if head and (head.closed or not last or last.seq <= head.seq):
             self._seq, self._hash = head[:2]
@@ -9790,7 +9791,7 @@ class AuditLog:
             with self._lock:
                 self._tell_gap()
         except (OSError, UsageError) as error:
-            problem = f"{getattr(error, 'filename', None) or self._folder}: {error}"
+            problem = f"{self._folder}: {getattr(error, 'strerror', None) or error}"
         except Exception as error:
             problem = f"defect: {type(error).__name__}"
             self._log.defect(error)
@@ -9903,7 +9904,7 @@ def read_audit(folder: str, from_s: Optional[float] = None, to_s: Optional[float
                ) -> Iterator[Dict[str, Any]]:
     """Lines in their order, of a time from from_s and before to_s.  One that is not as it was
     written is left out: verify_audit() tells of it.  Raises: UsageError, OSError."""
-    since, until = ("%s.%03dZ" % (utc_stamp(int(at))[:-1], at % 1 * 1000) if at is not None else other
+    since, until = (other if at is None else "%s.%03dZ" % (utc_stamp(int(at))[:-1], at % 1 * 1000)
                     for at, other in ((from_s, ""), (to_s, "~")))
     for name in list_audit(folder):
         # A clock that was set back may have put older lines into later files, never the reverse.
@@ -9924,10 +9925,8 @@ class _AuditWalk:
         self.faults: List[AuditFault] = []
         self.lines = self.beyond = self.beyond_lines = 0  # bytes and lines after the head's
         self.torn = self._excused = False
-        self.first: Optional[AuditLine] = None
-        self.last: Optional[AuditLine] = None
-        self._first_at = self.at = ("", 0)
-        self._bad = 0  # lines since the last that was whole
+        self.first = self.last = None  # AuditLine
+        self._first_at, self.at, self._bad = ("", 0), ("", 0), 0  # lines since one that was whole
 
     def fault(self, place: Tuple[str, int], what: str) -> None:
         if len(self.faults) <= AUDIT_FAULTS_MAX:
@@ -9977,8 +9976,8 @@ class _AuditWalk:
                        "or in the wrong place, or was added")
             return
         if step > self._bad + 1:
-            self.fault(self.at, f"lines are missing before it, of the numbers {self.last.seq + 1} to "
-                       f"{line.seq - 1}")
+            self.fault(self.at, "lines are missing before it, of the numbers "
+                       f"{self.last.seq + 1} to {line.seq - 1}")
         elif step == 1 and line.prev != self.last.hash:
             self.fault(self.at, "does not follow the line before it: that one was changed or added")
         self.last, self._bad = line, 0
@@ -9989,19 +9988,19 @@ class _AuditWalk:
         with contextlib.suppress(ValueError, RecursionError):  # made anew by somebody
             fields = json.loads(raw)
         if kind == "pruned":
-            last = (fields.get("last_seq"), str(fields.get("last_hash")))
+            last = (fields.get("last_seq"), fields.get("last_hash"))
             self._excused |= last == (self.first.seq - 1, self.first.prev)
-            self.wanted -= {row for row in self.wanted if row == last}
+            self.wanted = {row for row in self.wanted if row != last}
         elif fields.get("head") != "ok":
-            self.fault(self.at, "when the agent started here, head.json was missing or did not fit: "
-                       "lines before this one may be missing, or made anew")
+            self.fault(self.at, "when the agent started here, head.json was missing or did not "
+                       "fit: lines before this one may be missing, or made anew")
 
     def ends(self, head: Optional[AuditHead], later: Optional[AuditHead]) -> None:
         """later: head.json as it is after all was read."""
         first, last_seq = self.first, self.last.seq if self.last else 0
         if first and not self._excused and (first.seq, first.prev) != (1, AUDIT_START):
-            self.fault(self._first_at, f"lines are missing before it, up to number {first.seq - 1}, "
-                       "and no record tells that their time had come")
+            self.fault(self._first_at, "lines are missing before it, up to number "
+                       f"{first.seq - 1}, and no record tells that their time had come")
         if head is None and (self.lines or self.torn):
             self.fault(("head.json", 0), "is missing, or cannot be used: whether lines are missing "
                        "at the end cannot be said")
@@ -10010,7 +10009,7 @@ class _AuditWalk:
                        if last_seq >= head.seq else
                        f"lines are missing after it, up to number {head.seq}")
         if later and later.closed and last_seq > later.seq:
-            self.fault(self.at, f"lines after number {later.seq} were added when the agent had ended")
+            self.fault(self.at, f"lines after number {later.seq} were added after the agent's end")
         elif later == head and self.beyond_lines > 1 and self.beyond > AUDIT_BATCH_MAX:
             self.fault(("head.json", 0), "is older than these lines: another one's place was taken")
 
@@ -22111,13 +22110,13 @@ def command_audit_head(loaded: Loaded, _options: Dict[str, str]) -> int:
 
 def command_audit_show(loaded: Loaded, options: Dict[str, str]) -> int:
     """The newest lines, the oldest of them first."""
-    count = option_value(options, "last", number_within("a number of lines", 1, 100000, int)) or 20
+    count = option_value(options, "last", number_within("a number of lines", 1, 10000, int)) or 20
     folder, found = audit_folder(loaded), []
     for name in reversed(list_audit(folder)):
-        lines = read_audit_tail(os.path.join(folder, name), 64 << 20)[1]
+        begin, lines = read_audit_tail(os.path.join(folder, name), 64 << 20)
         whole = [json.loads(raw) for raw in lines[-count:] if parse_audit_line(raw)]
         found[:0] = whole[max(0, len(whole) + len(found) - count):]
-        if len(found) >= count:
+        if len(found) >= count or begin:
             break
     if "json" in options:
         say_json({"lines": found})

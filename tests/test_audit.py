@@ -406,6 +406,17 @@ def test_a_newest_file_with_nothing_whole_in_it_is_removed(folder):
     assert verify_audit(folder)[:2] == (True, 51)
 
 
+@pytest.mark.parametrize("tail", [b"", b"\0" * 100, b"x"])
+def test_without_head_json_the_line_before_an_empty_newest_file_is_gone_on_from(folder, tail):
+    written(folder, days=2, close=False)
+    os.unlink(os.path.join(folder, "head.json"))
+    write(os.path.join(folder, "2024-10-06.jsonl"), tail)
+    opened(folder, Clock(DAY0 + 3 * 86400)).close()
+    verdict = verify_audit(folder)
+    assert verdict.last_seq == 51 and places(verdict) == [("2024-10-07.jsonl", 1)]
+    assert "head.json was missing" in verdict.faults[0].what
+
+
 def test_drafts_of_head_json_that_a_kill_left_are_removed(folder):
     written(folder, days=1)
     write(os.path.join(folder, "head.json.123.tmp"), b"x")
