@@ -9490,6 +9490,14 @@ def parse_audit_line(raw: bytes) -> Optional[AuditLine]:
     return AuditLine(int(first.group(1)), *texts)
 
 
+def decode_audit_line(raw: bytes) -> Dict[str, Any]:
+    """Of one that is whole; {} where somebody has made it anew, of what is no JSON."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+
+
 def _audit_plain(value: Any, limit: int = AUDIT_TEXT_MAX, depth: int = 3) -> Any:
     """What JSON can say of a value, bounded and redacted; what is no number is unknown."""
     if value is None or isinstance(value, int):
@@ -9912,8 +9920,7 @@ def read_audit(folder: str, from_s: Optional[float] = None, to_s: Optional[float
             for raw in _audit_lines(os.path.join(folder, name)) if name >= since[:10] else ():
                 line = parse_audit_line(raw)
                 if line and since <= line.time < until:
-                    with contextlib.suppress(ValueError, RecursionError):
-                        yield json.loads(raw)
+                    yield from filter(None, [decode_audit_line(raw)])
 
 
 class _AuditWalk:
@@ -9984,9 +9991,7 @@ class _AuditWalk:
 
     def _told(self, kind: str, raw: bytes) -> None:
         """What the agent itself has recorded of the files."""
-        fields: Dict[str, Any] = {}
-        with contextlib.suppress(ValueError, RecursionError):  # made anew by somebody
-            fields = json.loads(raw)
+        fields = decode_audit_line(raw)
         if kind == "pruned":
             last = (fields.get("last_seq"), fields.get("last_hash"))
             self._excused |= last == (self.first.seq - 1, self.first.prev)
@@ -22114,13 +22119,13 @@ def command_audit_show(loaded: Loaded, options: Dict[str, str]) -> int:
     folder, found = audit_folder(loaded), []
     for name in reversed(list_audit(folder)):
         begin, lines = read_audit_tail(os.path.join(folder, name), 64 << 20)
-        whole = [json.loads(raw) for raw in lines[-count:] if parse_audit_line(raw)]
+        whole = [decode_audit_line(raw) for raw in lines[-count:] if parse_audit_line(raw)]
         found[:0] = whole[max(0, len(whole) + len(found) - count):]
         if len(found) >= count or begin:
             break
     if "json" in options:
         say_json({"lines": found})
-    for row in found if "json" not in options else ():
+    for row in filter(None, found if "json" not in options else ()):
         ends = [str(row.pop(name)) for name in ("seq", "kind", "time", "v", "prev", "hash")]
         fields = {name: value for name, value in row.items() if value not in (None, "", [])}
         say(render_event(ends[0], ends[1], rounded(fields), ends[2], "text"))
