@@ -22362,7 +22362,7 @@ COMMANDS = (
     Command("audit verify", command_audit_verify, (
         Option("--head", "SEQ:HASH", "one that `audit head` printed before, and that was kept "
                "elsewhere"), _JSON), ("state_dir",),
-        "whether any line was changed, added, moved or lost, and where; exit code 1 if so"),
+        "whether a line was changed, added, moved or lost, and where; if so, exit code 1"),
     Command("audit head", command_audit_head, (), ("state_dir",),
             "number and hash of the newest line, to be kept elsewhere"),
     Command("audit show", command_audit_show, (
