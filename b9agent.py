@@ -10346,23 +10346,17 @@ class FairQueue:
 # as in a log that leaves this machine.  It cannot show what was never recorded.
 
 AUDIT_START = "0" * 64  # stands for the hash of the line before the first
-AUDIT_LINE_MAX = 1 << 20
-AUDIT_TEXT_MAX, AUDIT_PROMPT_MAX = 4096, 32768
-AUDIT_BATCH_MAX = 1 << 18  # bytes: so much at most may be in the files and not in head.json yet
+AUDIT_LINE_MAX, AUDIT_TEXT_MAX, AUDIT_PROMPT_MAX = 1 << 20, 4096, 32768
+AUDIT_BATCH_MAX = 1 << 18  # bytes: so much at most is in the files before head.json tells of it
 AUDIT_BATCH_S, AUDIT_RETRY_S = 0.2, 1.0
 AUDIT_WAITING_MAX = 8 << 20
 AUDIT_FAULTS_MAX = 100
 _AUDIT_OWN = frozenset(("v", "seq", "time", "kind", "prev", "hash"))
 _encode_audit = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
-
-class AuditLine(NamedTuple):
-    """The ends of a line that is whole: its hash is that of what stands before it."""
-    seq: int
-    hash: str
-    prev: str
-    kind: str
-    time: str
+AuditLine = NamedTuple("AuditLine", [("seq", int), ("hash", str), ("prev", str), ("kind", str),
+                                     ("time", str)])
+AuditFault = NamedTuple("AuditFault", [("file", str), ("line", int), ("what", str)])  # 0: no line
 
 
 class AuditHead(NamedTuple):
@@ -10371,13 +10365,6 @@ class AuditHead(NamedTuple):
     hash: str
     file: str
     closed: bool
-
-
-class AuditFault(NamedTuple):
-    """line: from 1; 0 where it is the file."""
-    file: str
-    line: int
-    what: str
 
 
 class AuditVerdict(NamedTuple):
@@ -10393,23 +10380,30 @@ class AuditVerdict(NamedTuple):
 
 
 def parse_audit_line(raw: bytes) -> Optional[AuditLine]:
-    """None where it is not whole, or not as it was written."""
+    """None where it is not whole: its hash is that of all that stands before it."""
     import hashlib
-    first = re.match(rb'\{"v":1,"seq":([0-9]{1,18}),"time":"([0-9T:.Z-]{1,32})","kind":"(\w{1,64})"',
-                     raw)
-    body, prev, digest = raw[:-76], raw[-141:-77], raw[-67:-3]
+    first = re.match(rb'\{"v":1,"seq":([0-9]{1,18}),"time":"([0-9T:.Z-]{10,32})",'
+                     rb'"kind":"([a-z_]{1,64})"', raw)
     if (not first or raw[-150:-141] != b',"prev":"' or raw[-77:-67] != b'","hash":"'
-            or raw[-3:] != b'"}\n' or hashlib.sha256(body).hexdigest().encode() != digest):
+            or hashlib.sha256(raw[:-76]).hexdigest().encode() + b'"}\n' != raw[-67:]):
         return None
-    stamp, kind = first.group(2).decode(), first.group(3).decode("ascii", "replace")
-    return AuditLine(int(first.group(1)), digest.decode(), prev.decode("ascii", "replace"), kind,
-                     stamp)
+    texts = [text.decode("ascii", "replace") for text in (
+        raw[-67:-3], raw[-141:-77], first.group(3), first.group(2))]
+    return AuditLine(int(first.group(1)), *texts)
+
+
+def decode_audit_line(raw: bytes) -> Dict[str, Any]:
+    """Of one that is whole; {} where somebody has made it anew, of what is no JSON."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
 
 
 def _audit_plain(value: Any, limit: int = AUDIT_TEXT_MAX, depth: int = 3) -> Any:
     """What JSON can say of a value, bounded and redacted; what is no number is unknown."""
-    if value is None or isinstance(value, int) and value.bit_length() <= 512:
-        return value
+    if value is None or isinstance(value, int):
+        return value if value is None or value.bit_length() <= 512 else None
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if isinstance(value, dict) and depth:
@@ -10418,12 +10412,13 @@ def _audit_plain(value: Any, limit: int = AUDIT_TEXT_MAX, depth: int = 3) -> Any
     if isinstance(value, (list, tuple)) and depth:
         return [_audit_plain(item, limit, depth - 1) for item in value[:64]]
     # Cut before, for it may be megabytes; less than it is cut to after, for half a secret is one.
-    text = REDACTOR.scrub(str(value)[:limit + AUDIT_TEXT_MAX])
+    text = REDACTOR.scrub((value if isinstance(value, str) else type(value).__name__)
+                          [:limit + AUDIT_TEXT_MAX])
     return text[:limit].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def render_audit_fields(fields: Dict[str, Any]) -> str:
-    """As JSON, all of it ASCII, without the braces.  Never raises for what a value is."""
+    """As JSON, all of it ASCII, without the braces.  Whatever the values are, it does not raise."""
     try:
         text = _encode_audit(fields) if "prompt" not in fields else "\\"
         # No backslash: nothing in it is escaped, half a character, or a secret in disguise.
@@ -10432,100 +10427,93 @@ def render_audit_fields(fields: Dict[str, Any]) -> str:
             return text[1:-1]
     except (TypeError, ValueError, RecursionError):
         pass  # what follows mends it
-    plain = {(f"{name}_" if name in _AUDIT_OWN else str(name)[:64]): _audit_plain(
+    plain = {(f"{name}_" if name in _AUDIT_OWN else _audit_plain(str(name), 64)): _audit_plain(
         value, AUDIT_PROMPT_MAX if name == "prompt" else AUDIT_TEXT_MAX)
              for name, value in itertools.islice(fields.items(), 64)}
     text = _encode_audit(plain).replace("\x7f", "\\u007f")
-    if len(text) > AUDIT_LINE_MAX - 1024:
-        text = _encode_audit({"cut": text[:AUDIT_TEXT_MAX]})
-    return text[1:-1]
+    return (text if len(text) < AUDIT_LINE_MAX - 1024 else
+            _encode_audit({"cut": text[:AUDIT_TEXT_MAX]}))[1:-1]
 
 
-def audit_files(folder: str) -> List[str]:
-    """Names, the oldest first.  Raises: OSError."""
-    return sorted(name for name in os.listdir(folder)
-                  if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl", name, re.ASCII))
+def list_audit(folder: str) -> List[str]:
+    """Names of its files, the oldest first.  Raises: UsageError."""
+    try:
+        return sorted(name for name in os.listdir(folder)
+                      if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl", name, re.ASCII))
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no audit log in {folder}",
+                         "The agent makes one where audit.keep_days is not 0") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {folder}: {error.strerror}",
+                         "Run this as the user that the agent runs as, or with sudo") from error
 
 
-def _open_audit(path: str, flags: int) -> int:
-    """A descriptor.  No link is followed, and no pipe waited for.  Raises: OSError."""
+def _open_audit(path: str, flags: int = os.O_RDONLY) -> Any:
+    """A file.  No link is followed, and no pipe waited for.  Raises: OSError."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or (flags != os.O_RDONLY
-                                            and status.st_uid not in (0, os.geteuid())):
+    if not stat.S_ISREG(status.st_mode) or flags and status.st_uid not in (0, os.geteuid()):
         os.close(descriptor)
-        raise OSError(22, "is no file of ours", path)
-    return descriptor
+        raise OSError(22, "no file of ours", path)
+    if flags and stat.S_IMODE(status.st_mode) != 0o600:
+        os.fchmod(descriptor, 0o600)
+    return open(descriptor, "r+b" if flags else "rb", buffering=0 if flags else 1 << 16)
 
 
 def read_audit_head(folder: str) -> Optional[AuditHead]:
     """Of head.json; None where there is none that can be used."""
     try:
-        with open(_open_audit(os.path.join(folder, "head.json"), os.O_RDONLY), "rb") as handle:
+        with _open_audit(os.path.join(folder, "head.json")) as handle:
             head = AuditHead(**json.loads(handle.read(4096).decode("ascii")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    usable = (type(head.seq) is int and 0 <= head.seq < 10**18 and type(head.closed) is bool
-              and type(head.hash) is str and re.fullmatch("[0-9a-f]{64}", head.hash)
-              and type(head.file) is str)
+    usable = ([type(value) for value in head] == [int, str, str, bool]
+              and 0 <= head.seq < 10**18 and re.fullmatch("[0-9a-f]{64}", head.hash))
     return head if usable else None
 
 
-def read_audit_tail(path: str, max_bytes: int = 2 * AUDIT_LINE_MAX) -> Tuple[int, bytes]:
-    """(where it begins, the last whole lines of a file and what follows them).  Raises: OSError."""
-    with open(_open_audit(path, os.O_RDONLY), "rb") as handle:
+def read_audit_tail(path: str, max_bytes: int = 2 * AUDIT_LINE_MAX) -> Tuple[int, List[bytes]]:
+    """(where they begin, the last lines of a file).  Raises: OSError."""
+    with _open_audit(path) as handle:
         begin = max(0, os.fstat(handle.fileno()).st_size - max_bytes)
         handle.seek(begin)
-        if begin:
-            begin += len(handle.readline(AUDIT_LINE_MAX))
-        return begin, handle.read(max_bytes)
+        begin += len(handle.readline(AUDIT_LINE_MAX)) if begin else 0
+        return begin, io.BytesIO(handle.read(max_bytes)).readlines()
 
 
 def _last_audit_line(path: str) -> Optional[AuditLine]:
-    lines = io.BytesIO(read_audit_tail(path)[1]).readlines()
-    return next(filter(None, map(parse_audit_line, reversed(lines))), None)
+    lines = reversed(read_audit_tail(path)[1])
+    return next(filter(None, map(parse_audit_line, lines)), None)
 
 
-def _audit_lines(path: str) -> Iterator[bytes]:
-    """With their ends, which the last may lack; one that is too long is none.  Raises: OSError."""
-    with open(_open_audit(path, os.O_RDONLY), "rb") as handle:
-        for raw in iter(lambda: handle.readline(AUDIT_LINE_MAX), b""):
-            end = raw
-            while end and end[-1:] != b"\n":
-                end = handle.readline(AUDIT_LINE_MAX)
-            yield raw if raw[-1:] == b"\n" or not end else b"\n"
+def settle_audit_tail(name: str, lines: Sequence[bytes], head: Optional[AuditHead]
+                      ) -> Tuple[int, Optional[AuditLine], bool]:
+    """(bytes of a file's last lines that stay, the last whole one, whether head fits).
 
-
-def settle_audit_tail(tail: bytes, head: Optional[AuditHead], last: Tuple[int, str]
-                      ) -> Tuple[int, int, Tuple[int, str]]:
-    """(bytes that may stay, bytes of them that head does not tell of, (seq, hash) of the last line).
-
-    What head tells of stays, whatever has become of it: `audit verify` is to find it.  After that,
-    what a power cut has left is cut off where it no longer follows.  last: as returned, of what
-    stands before the tail.
+    What head tells of stays, whatever has become of it, but for half a line at the end: `audit
+    verify` is to find it.  After that, it is cut off where a power cut has left what is no line.
     """
-    stays = beyond = 0
-    for raw in io.BytesIO(tail):
-        line, new = parse_audit_line(raw), head is not None and last[0] >= head.seq
-        if not line if new else raw[-1:] != b"\n" or b"\0" in raw:
+    stays, last, fits = 0, None, head is not None and head.seq == 0
+    new = head is not None and head.file < name
+    for raw in lines:
+        line = parse_audit_line(raw)
+        if line is None and (new or raw[-1:] != b"\n"):
             break
-        if new and (line.seq - 1, line.prev) != last:  # whole, so that no power cut has done it
-            stays, _, last = settle_audit_tail(tail, None, last)
-            return stays, AUDIT_BATCH_MAX + 1, last
-        if line:
-            last = head[:2] if head and line.seq == head.seq else (line.seq, line.hash)
-            beyond += len(raw) if head and line.seq > head.seq else 0
+        if line and head:
+            new = new or line.seq >= head.seq
+            fits |= head[:2] in ((line.seq, line.hash), (line.seq - 1, line.prev))
+        last = line or last
         stays += len(raw)
-    return stays, beyond, last
+    return stays, last, fits
 
 
 class AuditLog:
     """The log's one writer, for the agent that holds the state folder's lock.
 
     Lines wait in memory, AUDIT_WAITING_MAX bytes at most, until the thread "audit" has them on the
-    disk; then they are lost, counted, and a `gap` record tells of it once there is room.  Those that
-    wait end with a process that is killed: the next one records that it was not closed.  Where
-    somebody changes the files meanwhile it says so and goes on; the chain shows the place.
+    disk; beyond that they are lost, counted, and a `gap` record tells of it once there is room.
+    Those that wait end with a process that is killed: the next one records that it was not closed.
+    Where somebody changes the files meanwhile it says so and goes on; the chain shows the place.
 
     _lock guards what record() changes: _seq, _hash, _day, _lines, _waiting, _lost and _stamp.  The
     rest is the thread's, from open() to close().
@@ -10542,14 +10530,14 @@ class AuditLog:
         self._waiting = 0  # bytes, the thread's too
         self._lost: Tuple[int, str, str] = (0, "", "")  # how many, first and last time
         self._stamp = (-1, "")
-        self._open = False
+        self._open = self._ending = self._torn = False
         self._pending: Any = collections.deque()
-        self._file: Optional[int] = None
-        self._file_day, self._size, self._torn = "", 0, False
-        self._head, self._head_due, self._prune_due = AuditHead(0, AUDIT_START, "", False), True, True
+        self._file: Any = None
+        self._file_day, self._size, self._opened = "", 0, (0.0, 0.0)  # by both clocks
+        self._head_due = self._prune_due = True
+        self._head = AuditHead(0, AUDIT_START, "", False)
         self._problem = self.retained_from = ""
         self._files = self._bytes = self.lost = 0
-        self._ending, self._opened = False, (0.0, 0.0)  # by both clocks
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
 
     @property
@@ -10558,36 +10546,35 @@ class AuditLog:
         return bool(self._problem) or self._waiting > AUDIT_WAITING_MAX // 2
 
     def figures(self) -> Dict[str, Any]:
-        """lines: that are known to be on the disk, since the chain began; head: of the last of
-        them; waiting: bytes that are not."""
+        """lines, head: of what is known to be on the disk; waiting: bytes that are not yet."""
         head = self._head
         return {"lines": head.seq, "lost": self.lost, "failing": self.failing, "seq": self._seq,
                 "head": f"{head.seq}:{head.hash}", "files": self._files, "bytes": self._bytes,
                 "waiting": self._waiting, "retained_from": self.retained_from}
 
     def record(self, kind: str, fields: Dict[str, Any]) -> None:
-        """From any thread, without waiting.  kind: a word."""
+        """From any thread, without waiting.  kind: a word of small letters."""
         text = render_audit_fields(fields)
         with self._lock:
-            wall_s = self._wall()
-            self._tell_gap(wall_s)
+            self._tell_gap()
             if not self._open or self._lost[0] or self._waiting + len(text) > AUDIT_WAITING_MAX:
-                stamp = self._time(wall_s)
+                stamp = self._time()
                 self._lost = (self._lost[0] + 1, self._lost[1] or stamp, stamp)
                 self.lost += 1
             else:
-                self._put(kind, text, wall_s)
+                self._put(kind, text)
 
     # -- under the lock
 
-    def _time(self, wall_s: float) -> str:
+    def _time(self) -> str:
+        wall_s = self._wall()
         second = int(wall_s)
         if second != self._stamp[0]:
             self._stamp = second, utc_stamp(second)[:-1]
         return "%s.%03dZ" % (self._stamp[1], (wall_s - second) * 1000)
 
-    def _put(self, kind: str, text: str, wall_s: float) -> None:
-        stamp = self._time(wall_s)
+    def _put(self, kind: str, text: str) -> None:
+        stamp = self._time()
         self._seq += 1
         self._day = max(self._day, stamp[:10])  # a clock that is set back opens no old file
         body = (f'{{"v":1,"seq":{self._seq},"time":"{stamp}","kind":"{kind}"'
@@ -10599,13 +10586,11 @@ class AuditLog:
         if len(self._lines) == 1:
             self._wake.set()
 
-    def _tell_gap(self, wall_s: float) -> None:
+    def _tell_gap(self) -> None:
         """Where lines were lost; only once there is room for many, so that few records tell it."""
         if self._lost[0] and self._open and self._waiting <= AUDIT_WAITING_MAX // 2:
-            count, since, until = self._lost
-            self._lost = (0, "", "")
-            self._put("gap", render_audit_fields({"lost": count, "from": since, "to": until}),
-                      wall_s)
+            told, self._lost = dict(zip(("lost", "from", "to"), self._lost)), (0, "", "")
+            self._put("gap", render_audit_fields(told))
 
     # -- open() and close()
 
@@ -10621,8 +10606,8 @@ class AuditLog:
                     remove_file(os.path.join(self._folder, name))
             told = self._recover()
         except OSError as error:
-            raise UsageError(f"the audit log cannot be gone on with: {error.filename}: "
-                             f"{error.strerror}", f"Mend it, or move {self._folder} away") from error
+            raise UsageError(f"the audit log cannot be gone on with: {error.filename or 'it'}: "
+                             f"{error.strerror}", f"Mend it, or move {self._folder}") from error
         self._open, self._opened = True, (self._wall(), self._clock())
         if told:
             self._log("warning", "audit_mended", **told)
@@ -10641,7 +10626,7 @@ class AuditLog:
         if self._thread.is_alive():
             self._log("error", "audit_not_closed", what="the disk has not answered for 30 s")
             return
-        self._flush()  # with room for a record of what was lost
+        self._flush()  # and then there is room for a record of what was lost
         with self._lock:
             self._open = False
         self._head_due, self._head = True, self._head._replace(closed=True)
@@ -10654,73 +10639,47 @@ class AuditLog:
 
     def _let_go(self) -> None:
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     def _say_head(self) -> None:
-        self._log("notice", "audit_head", head=f"{self._head.seq}:{self._head.hash}",
-                  file=self._head.file or None)
+        self._log("notice", "audit_head", head=f"{self._head.seq}:{self._head.hash}")
 
     def _recover(self) -> Dict[str, Any]:
         """Where to go on; returns what is to be told of the end that was found."""
-        names, head = audit_files(self._folder), read_audit_head(self._folder)
-        self._narrow(names)
-        last, told = (head[:2] if head else (0, AUDIT_START)), {}
-        known: Dict[str, Any] = {"file": names[-1] if names else "", "bytes": 0, "head": "ok"}
-        if names:
-            self._file_day = self._day = names[-1][:10]
-            known["bytes"], beyond, last = self._mend_tail(names[-1], head)
-            if not head or beyond > AUDIT_BATCH_MAX:
-                known["head"] = "differs" if head else "missing"
-            for name in reversed(names[:-1] if not last[0] else []):
-                line = _last_audit_line(os.path.join(self._folder, name))
-                last = (line.seq, line.hash) if line else last
-                if line:
-                    break
-        if known["bytes"] or known["head"] != "ok" or head and head.seq and not head.closed:
-            told = dict(known, closed=bool(head and head.closed))
-        # What it tells of is to be missed by whoever follows the chain, if it is not there.
-        if head and (head.closed or last[0] <= head.seq):
-            last = head[:2]
-        self._seq, self._hash = last
-        self._head = AuditHead(*last, known["file"], False)
+        names, head = list_audit(self._folder), read_audit_head(self._folder)
+        told: Dict[str, Any] = {"file": (names or [""])[-1], "bytes": 0,
+                                "closed": not head or not head.seq or head.closed,
+                                "head": "ok" if head or not names else "missing"}
+        last = None
+        for name in reversed(names):
+            path = os.path.join(self._folder, name)
+            with _open_audit(path, os.O_RDWR) as handle:  # every one, for its mode
+                if name == names[-1]:
+                    begin, lines = read_audit_tail(path)
+                    stays, last, fits = settle_audit_tail(name, lines, head)
+                    told["bytes"] = sum(map(len, lines)) - stays
+                    os.ftruncate(handle.fileno(), begin + stays)
+                    os.fsync(handle.fileno())
+                    self._file_day = self._day = name[:10]
+                    if head and last and last.seq >= head.seq and not fits:
+                        told["head"] = "differs"
+            if name == names[-1] and not begin + stays:
+                os.unlink(path)
+            elif not head and not last:
+                last = _last_audit_line(path)
+        # What head.json tells of will be missed in the chain, where it is not there.
+        if head and (head.closed or not last or last.seq <= head.seq):
+            self._seq, self._hash = head[:2]
+        elif last:
+            self._seq, self._hash = last[:2]
+        self._head = AuditHead(self._seq, self._hash, told["file"], False)
         self._survey()
-        return told
-
-    def _narrow(self, names: Sequence[str]) -> None:
-        for name in names:
-            descriptor = _open_audit(os.path.join(self._folder, name), os.O_RDWR)
-            try:
-                if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:
-                    os.fchmod(descriptor, 0o600)
-            finally:
-                os.close(descriptor)
-
-    def _mend_tail(self, name: str, head: Optional[AuditHead]) -> Tuple[int, int, Tuple[int, str]]:
-        """(bytes cut off, bytes that head does not tell of, (seq, hash) of the last line)."""
-        path = os.path.join(self._folder, name)
-        begin, tail = read_audit_tail(path)
-        before = head[:2] if head and head.file < name else (0, AUDIT_START)
-        stays, beyond, last = settle_audit_tail(tail, head, before)
-        if len(tail) - stays > AUDIT_BATCH_MAX + AUDIT_LINE_MAX:
-            # More than one batch: no power cut has done that, and it is not ours to remove.
-            stays, beyond = len(tail), len(tail)
-            line = _last_audit_line(path)
-            last = (line.seq, line.hash) if line else last
-        if stays < len(tail):
-            descriptor = _open_audit(path, os.O_RDWR)
-            try:
-                os.ftruncate(descriptor, begin + stays)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        if begin + stays == 0:
-            os.unlink(path)
-        return len(tail) - stays, beyond, last
+        return told if told["bytes"] or told["head"] != "ok" or not told["closed"] else {}
 
     def _survey(self) -> None:
-        names = audit_files(self._folder)
-        self._files, self.retained_from = len(names), (names[0][:10] if names else "")
+        names = list_audit(self._folder)
+        self._files, self.retained_from = len(names), (names or [""])[0][:10]
         self._bytes = sum(os.lstat(os.path.join(self._folder, name)).st_size for name in names)
 
     # -- the thread
@@ -10740,9 +10699,9 @@ class AuditLog:
             if self._prune_due and not self._ending:
                 self._prune()
             with self._lock:
-                self._tell_gap(self._wall())
-        except OSError as error:
-            problem = f"{error.filename or self._folder}: {error.strerror}"
+                self._tell_gap()
+        except (OSError, UsageError) as error:
+            problem = f"{self._folder}: {getattr(error, 'strerror', None) or error}"
         except Exception as error:
             problem = f"defect: {type(error).__name__}"
             self._log.defect(error)
@@ -10764,7 +10723,7 @@ class AuditLog:
                 write_atomic(os.path.join(self._folder, "head.json"), json.dumps(head) + "\n")
                 self._head_due = False
                 continue
-            day, size, batch = self._pending[0][0], 0, []
+            (day, line), size, batch = self._pending[0], 0, []
             for line_day, line in self._pending:
                 size += len(line)
                 if line_day != day or batch and size > AUDIT_BATCH_MAX:
@@ -10777,78 +10736,63 @@ class AuditLog:
         """The file that the next lines belong to; a look whether it is as we left it."""
         path = os.path.join(self._folder, day + ".jsonl")
         if self._file is not None and self._torn:
-            os.ftruncate(self._file, self._size)
+            os.ftruncate(self._file.fileno(), self._size)
             self._torn = False
         if self._file is not None and day == self._file_day:
-            ours, there = os.fstat(self._file), None
+            ours = os.fstat(self._file.fileno())
             with contextlib.suppress(OSError):
-                there = os.lstat(path)
-            if there and (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev):
-                if ours.st_size == self._size:
+                if os.path.samestat(os.lstat(path), ours) and ours.st_size == self._size:
                     return
             self._log("error", "audit_changed", what=f"{path} was changed by somebody else",
                       do="See where: b9agent.py audit verify")
         self._let_go()
-        new = not os.path.lexists(path)
         self._file = _open_audit(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        self._size, turned = os.fstat(self._file).st_size, day != self._file_day
-        self._file_day = day
-        if new:
-            folder = os.open(self._folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-            self._survey()
-            if turned:
-                self._prune_due = True
-                self._say_head()
+        self._size = os.fstat(self._file.fileno()).st_size
+        if day != self._file_day:
+            self._file_day, self._prune_due = day, True
+            self._say_head()
+        self._survey()
 
     def _append(self, data: bytes) -> None:
         """Whole lines of it, as many as there is room for.  Raises: OSError where not all are."""
-        self._torn = True
+        self._torn, file = True, self._file.fileno()
         try:
-            written = os.write(self._file, data)
+            written = os.write(file, data)
             whole = data.rfind(b"\n", 0, written) + 1
             if whole < written:
-                os.ftruncate(self._file, self._size + whole)
-            getattr(os, "fdatasync", os.fsync)(self._file)
+                os.ftruncate(file, self._size + whole)
+            getattr(os, "fdatasync", os.fsync)(file)
         except OSError:
-            os.ftruncate(self._file, self._size)  # where that fails as well, it is tried again
+            os.ftruncate(file, self._size)  # where that fails as well, it is tried again
             self._torn = False
             raise
-        self._torn = False
         self._size += whole
         self._bytes += whole
-        self._taken(whole)
-        if whole < len(data):
-            raise OSError(28, "No space left on device", self._folder)
-
-    def _taken(self, size: int) -> None:
-        left, line = size, b""
+        self._torn, left, line = False, whole, b""
         while left:
             line = self._pending.popleft()[1]
             left -= len(line)
         if line:
-            last = parse_audit_line(line)
-            self._head = self._head._replace(seq=last.seq, hash=last.hash,
-                                             file=self._file_day + ".jsonl")
+            seq, digest = parse_audit_line(line)[:2]
+            self._head = AuditHead(seq, digest, self._file_day + ".jsonl", self._head.closed)
             self._head_due = True
         with self._lock:
-            self._waiting -= size
+            self._waiting -= whole
+        if whole < len(data):
+            raise OSError(28, "No space left on device", self._folder)
 
     def _prune(self) -> None:
         """Days beyond keep_days: first a record that is on the disk, then the file."""
         # A clock that jumps forward is no reason to remove anything.
         wall_s = min(self._wall(), self._opened[0] + self._clock() - self._opened[1])
         oldest = utc_stamp(wall_s - self._keep_days * 86400.0)[:10]
-        old = [name for name in audit_files(self._folder)[:-1] if name < oldest]
+        old = [name for name in list_audit(self._folder)[:-1] if name < oldest]
         for name in old:
             line = _last_audit_line(os.path.join(self._folder, name))
-            fields = {"file": name, "last_seq": line.seq if line else 0,
-                      "last_hash": line.hash if line else "", "keep_days": self._keep_days}
+            told = {"file": name, "last_seq": line.seq if line else 0,
+                    "last_hash": line.hash if line else "", "keep_days": self._keep_days}
             with self._lock:
-                self._put("pruned", render_audit_fields(fields), self._wall())
+                self._put("pruned", render_audit_fields(told))
         self._write_out()
         for name in old:
             os.unlink(os.path.join(self._folder, name))
@@ -10856,55 +10800,47 @@ class AuditLog:
         self._survey()
 
 
-def list_audit(folder: str) -> List[str]:
-    """Raises: UsageError."""
-    try:
-        return audit_files(folder)
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no audit log in {folder}",
-                         "The agent makes one where audit.keep_days is not 0") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {folder}: {error.strerror}",
-                         "Run this as the user that the agent runs as, or with sudo") from error
+def _audit_lines(path: str) -> Iterator[bytes]:
+    """With their ends, which the last may lack; one that is too long is none.  Raises: OSError."""
+    with _open_audit(path) as handle:
+        for raw in iter(lambda: handle.readline(AUDIT_LINE_MAX), b""):
+            end = raw
+            while end and end[-1:] != b"\n":
+                end = handle.readline(AUDIT_LINE_MAX)
+            yield raw if raw[-1:] == b"\n" or not end else b"\n"
 
 
 def read_audit(folder: str, from_s: Optional[float] = None, to_s: Optional[float] = None
                ) -> Iterator[Dict[str, Any]]:
     """Lines in their order, of a time from from_s and before to_s.  One that is not as it was
     written is left out: verify_audit() tells of it.  Raises: UsageError, OSError."""
-    since, until = (value and f"{utc_stamp(int(value))[:-1]}.{int(value % 1 * 1000):03d}Z"
-                    for value in (from_s, to_s))
+    since, until = (other if at is None else "%s.%03dZ" % (utc_stamp(int(at))[:-1], at % 1 * 1000)
+                    for at, other in ((from_s, ""), (to_s, "~")))
     for name in list_audit(folder):
         # A clock that was set back may have put older lines into later files, never the reverse.
-        if since and name[:10] < since[:10]:
-            continue
         with contextlib.suppress(FileNotFoundError):  # its time came meanwhile
-            for raw in _audit_lines(os.path.join(folder, name)):
+            for raw in _audit_lines(os.path.join(folder, name)) if name >= since[:10] else ():
                 line = parse_audit_line(raw)
-                if line and (not since or line.time >= since) and (not until or line.time < until):
-                    with contextlib.suppress(ValueError, RecursionError):
-                        yield json.loads(raw)
+                if line and since <= line.time < until:
+                    yield from filter(None, [decode_audit_line(raw)])
 
 
 class _AuditWalk:
-    """Follows the chain through all files, once, with nothing kept but its ends."""
+    """Follows the chain through all files, once, with nothing kept but its ends.  wanted: (seq,
+    hash) of lines that must be there."""
 
     def __init__(self, wanted: Iterable[Tuple[int, str]], head_seq: int) -> None:
-        self.wanted = {row for row in wanted if row[0]}  # (seq, hash) of lines that must be there
-        self._head_seq = head_seq
-        self.beyond, self.beyond_lines = 0, 0  # bytes after the head's line
+        self.wanted, self._head_seq = {row for row in wanted if row[0]}, head_seq
         self.faults: List[AuditFault] = []
-        self.lines, self.torn, self.excused = 0, False, False
-        self.first: Optional[AuditLine] = None
-        self.last: Optional[AuditLine] = None
-        self.first_at = self.at = ("", 0)
-        self._bad = 0  # lines since the last that was whole
+        self.lines = self.beyond = self.beyond_lines = 0  # bytes and lines after the head's
+        self.torn = self._excused = False
+        self.first = self.last = None  # AuditLine
+        self._first_at, self.at, self._bad = ("", 0), ("", 0), 0  # lines since one that was whole
 
     def fault(self, place: Tuple[str, int], what: str) -> None:
-        if len(self.faults) < AUDIT_FAULTS_MAX:
-            self.faults.append(AuditFault(*place, what))
-        elif len(self.faults) == AUDIT_FAULTS_MAX:
-            self.faults.append(AuditFault(*place, "more faults follow, which are not told"))
+        if len(self.faults) <= AUDIT_FAULTS_MAX:
+            self.faults.append(AuditFault(*place, what if len(self.faults) < AUDIT_FAULTS_MAX else
+                                          "more faults follow, which are not told"))
 
     def file(self, folder: str, name: str, newest: bool) -> None:
         """Raises: UsageError where it may not be read."""
@@ -10937,55 +10873,50 @@ class _AuditWalk:
             self.beyond += len(raw)
             self.beyond_lines += 1
         if self.first is None:
-            self.first, self.first_at, self.last, self._bad = line, self.at, line, 0
+            self.first, self._first_at, self.last, self._bad = line, self.at, line, 0
         else:
-            self._follow(line)
+            self._follow(line, line.seq - self.last.seq)
         if line.kind in ("pruned", "torn"):
             self._told(line.kind, raw)
 
-    def _follow(self, line: AuditLine) -> None:
-        step = line.seq - self.last.seq
+    def _follow(self, line: AuditLine, step: int) -> None:
         if step < 1:
             self.fault(self.at, f"has number {line.seq} after {self.last.seq}: it is there twice, "
                        "or in the wrong place, or was added")
             return
         if step > self._bad + 1:
-            self.fault(self.at, f"lines are missing before it, of the numbers {self.last.seq + 1} to "
-                       f"{line.seq - 1}")
+            self.fault(self.at, "lines are missing before it, of the numbers "
+                       f"{self.last.seq + 1} to {line.seq - 1}")
         elif step == 1 and line.prev != self.last.hash:
             self.fault(self.at, "does not follow the line before it: that one was changed or added")
         self.last, self._bad = line, 0
 
     def _told(self, kind: str, raw: bytes) -> None:
         """What the agent itself has recorded of the files."""
-        try:
-            fields = json.loads(raw)
-        except (ValueError, RecursionError):
-            fields = {}  # made anew by somebody: the chain shows it
+        fields = decode_audit_line(raw)
         if kind == "pruned":
             last = (fields.get("last_seq"), fields.get("last_hash"))
-            self.excused |= last == (self.first.seq - 1, self.first.prev)
-            self.wanted -= {last}
+            self._excused |= last == (self.first.seq - 1, self.first.prev)
+            self.wanted = {row for row in self.wanted if row != last}
         elif fields.get("head") != "ok":
-            self.fault(self.at, "when the agent started here, head.json was missing or did not fit: "
-                       "lines before this one may be missing, or made anew")
+            self.fault(self.at, "when the agent started here, head.json was missing or did not "
+                       "fit: lines before this one may be missing, or made anew")
 
     def ends(self, head: Optional[AuditHead], later: Optional[AuditHead]) -> None:
         """later: head.json as it is after all was read."""
-        last_seq = self.last.seq if self.last else 0
-        if self.first and not self.excused and (self.first.seq, self.first.prev) != (1, AUDIT_START):
-            self.fault(self.first_at, f"lines are missing before it, up to number "
-                       f"{self.first.seq - 1}, and no record tells that their time had come")
-        if head is None:
-            if self.lines or self.torn:
-                self.fault(("head.json", 0), "is missing, or cannot be used: whether lines are missing "
-                           "at the end cannot be said")
-        elif head[:2] in self.wanted:
-            self.fault(self.at, f"lines are missing after it, up to number {head.seq}"
-                       if last_seq < head.seq else
-                       f"line {head.seq} is not the one that head.json tells of")
+        first, last_seq = self.first, self.last.seq if self.last else 0
+        if first and not self._excused and (first.seq, first.prev) != (1, AUDIT_START):
+            self.fault(self._first_at, "lines are missing before it, up to number "
+                       f"{first.seq - 1}, and no record tells that their time had come")
+        if head is None and (self.lines or self.torn):
+            self.fault(("head.json", 0), "is missing, or cannot be used: whether lines are missing "
+                       "at the end cannot be said")
+        elif head and head[:2] in self.wanted:
+            self.fault(self.at, f"line {head.seq} is not the one that head.json tells of"
+                       if last_seq >= head.seq else
+                       f"lines are missing after it, up to number {head.seq}")
         if later and later.closed and last_seq > later.seq:
-            self.fault(self.at, f"lines after number {later.seq} were added when the agent had ended")
+            self.fault(self.at, f"lines after number {later.seq} were added after the agent's end")
         elif later == head and self.beyond_lines > 1 and self.beyond > AUDIT_BATCH_MAX:
             self.fault(("head.json", 0), "is older than these lines: another one's place was taken")
 
@@ -23585,17 +23516,17 @@ def command_audit_head(loaded: Loaded, _options: Dict[str, str]) -> int:
 
 def command_audit_show(loaded: Loaded, options: Dict[str, str]) -> int:
     """The newest lines, the oldest of them first."""
-    count = option_value(options, "last", number_within("a number of lines", 1, 100000, int)) or 20
+    count = option_value(options, "last", number_within("a number of lines", 1, 10000, int)) or 20
     folder, found = audit_folder(loaded), []
     for name in reversed(list_audit(folder)):
-        lines = io.BytesIO(read_audit_tail(os.path.join(folder, name), 64 << 20)[1]).readlines()
-        whole = [json.loads(raw) for raw in lines[-count:] if parse_audit_line(raw)]
+        begin, lines = read_audit_tail(os.path.join(folder, name), 64 << 20)
+        whole = [decode_audit_line(raw) for raw in lines[-count:] if parse_audit_line(raw)]
         found[:0] = whole[max(0, len(whole) + len(found) - count):]
-        if len(found) >= count:
+        if len(found) >= count or begin:
             break
     if "json" in options:
         say_json({"lines": found})
-    for row in found if "json" not in options else ():
+    for row in filter(None, found if "json" not in options else ()):
         ends = [str(row.pop(name)) for name in ("seq", "kind", "time", "v", "prev", "hash")]
         fields = {name: value for name, value in row.items() if value not in (None, "", [])}
         say(render_event(ends[0], ends[1], rounded(fields), ends[2], "text"))
@@ -23832,7 +23763,7 @@ COMMANDS = (
     Command("audit verify", command_audit_verify, (
         Option("--head", "SEQ:HASH", "one that `audit head` printed before, and that was kept "
                "elsewhere"), _JSON), ("state_dir",),
-        "whether any line was changed, added, moved or lost, and where; exit code 1 if so"),
+        "whether a line was changed, added, moved or lost, and where; if so, exit code 1"),
     Command("audit head", command_audit_head, (), ("state_dir",),
             "number and hash of the newest line, to be kept elsewhere"),
     Command("audit show", command_audit_show, (
