@@ -80,7 +80,8 @@ def stand_in_verify(folder, known_head=""):
 
 
 @pytest.fixture(autouse=True)
-def audit_reader(monkeypatch):
+def audit_reader(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name, stand_in in (("read_audit", stand_in_read), ("verify_audit", stand_in_verify)):
         if not hasattr(b9agent, name):
             monkeypatch.setattr(b9agent, name, stand_in, raising=False)
@@ -181,5 +182,257 @@ def week():
 
 def run(capsys, state, *arguments):
     """`b9agent.py report …` in this process: (exit code, stdout, stderr)."""
-    code = b9agent.main(["report", "--state-dir", str(state), "--config", str(state / "none.yaml"), *arguments])
+    code = b9agent.main(["report", "--state-dir", str(state), *arguments])
     return (code, *capsys.readouterr())
+
+
+@pytest.fixture
+def state_of_week(tmp_path, week):
+    write_log(tmp_path / "state", week)
+    (tmp_path / "state" / "models.json").write_text(json.dumps(BOOK))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def week_ago(monkeypatch):
+    """Today is the 22nd of November 2025."""
+    monkeypatch.setattr(b9agent.time, "time", lambda: NOW_S)
+
+
+PERIOD = ("--from", WEEK[0], "--to", WEEK[-1])
+
+
+# -- the same figures, by plain sums over the lines -------------------------------------------
+
+def sums_of(lines):
+    """Every figure of a row, from the lines of its requests, by nothing of ours."""
+    done = [line for line in lines if line["outcome"] != "refused"]
+    cold = [line for line in done if line["cold"]]
+    told = {"requests": len(lines), "cold_starts": len(cold), "cold_start_seconds_unknown": sum(
+        line["load_ms"] is None for line in cold)}
+    told.update((name, sum(line["outcome"] == name for line in lines)) for name in ("ok", "refused", "failed", "left"))
+    for name in ("prompt_tokens", "completion_tokens", "gpu_seconds", "usd", "energy_wh", "co2e_g"):
+        known = [line[name] for line in lines if line[name] is not None]
+        told[name] = math.fsum(known) if known else None
+        told[name + "_unknown"] = sum(line[name] is None for line in done)
+    told["cold_start_seconds"] = math.fsum(line["load_ms"] / 1000 for line in cold)
+    for basis in ("measured", "estimated"):
+        told["energy_%s_wh" % basis] = None if told["energy_wh"] is None else math.fsum(
+            line["energy_wh"] for line in lines if line["energy_basis"] == basis)
+    first = sorted(line["first_token_ms"] for line in lines if line["first_token_ms"] is not None)
+    for name, share in (("median", 50), ("p95", 95)):
+        told["first_token_ms_" + name] = float("%.2g" % first[math.ceil(share * len(first) / 100) - 1]) if first else None
+    return told
+
+
+def of_requests(week):
+    return [line for line in map(json.loads, week) if line["kind"] == "request"]
+
+
+def grouped(lines, *names):
+    found = collections.defaultdict(list)
+    for line in lines:
+        found[tuple(line["time"][:10] if name == "day" else line[name] for name in names)].append(line)
+    return found
+
+
+def same(row, told):
+    assert set(told) <= set(row)
+    for name, value in told.items():
+        assert row[name] == (value if value is None else pytest.approx(value, abs=2e-6)), name
+
+
+def as_json(capsys, state, *arguments):
+    code, out, err = run(capsys, state, "--json", *arguments)
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def test_every_figure_of_the_json_is_what_the_lines_come_to(capsys, state_of_week, week, week_ago):
+    report, lines = as_json(capsys, state_of_week, *PERIOD), of_requests(week)
+    assert len(lines) > 4500
+    same(report["totals"], sums_of(lines))
+    for part, names in (("by_tenant", ("tenant",)), ("by_tenant_model", ("tenant", "model")), ("by_day", ("day",))):
+        groups = grouped(lines, *names)
+        assert [tuple(row[name] for name in names) for row in report[part]] == sorted(groups)
+        for row in report[part]:
+            same(row, sums_of(groups[tuple(row[name] for name in names)]))
+            assert set(row) == set(sums_of(lines)) | set(names), "a figure that nobody recomputes"
+    every = list(map(json.loads, week))
+    reasons = collections.Counter((line["outcome"], line["reason"]) for line in lines if line["outcome"] != "ok")
+    in_sums = collections.Counter()
+    for line in every:
+        if line["kind"] == "refusals":
+            in_sums["refused", line["reason"]] += line["count"]
+    assert report["reasons"] == [{"outcome": key[0], "reason": key[1], "requests": reasons[key], "in_sums": in_sums[key]}
+                                 for key in sorted({*reasons, *in_sums})]
+    guards = collections.Counter(code for line in lines for code in line["guards"])
+    assert {row["code"]: row["requests"] for row in report["guards"]} == guards
+    assert report["lines"] == dict.fromkeys(report["lines"], 0) | {
+        "read": len(week), "lost": 37, "torn": 1, "summed": 212, "strangers": 1893, "runs": 2, "incidents": 5,
+        "changes": 6}
+    assert report["period"] == {"from": WEEK[0], "to": WEEK[-1], "first_line": every[0]["time"],
+                                "last_line": every[-1]["time"]}
+
+
+def test_every_figure_of_the_evidence_is_what_the_lines_come_to(capsys, state_of_week, week, week_ago):
+    report, lines = as_json(capsys, state_of_week, "--evidence", *PERIOD), of_requests(week)
+    used = [line for line in lines if line["outcome"] != "refused"]
+
+    def spans(rows, *names, count="requests"):
+        return [dict(zip(names, key), **{count: len(of), "first": min(line["time"] for line in of),
+                                         "last": max(line["time"] for line in of)})
+                for key, of in sorted(grouped(rows, *names).items())]
+    assert report["uses"] == spans(used, "day", "model")
+    assert report["who"] == spans(lines, "tenant", "identity")
+    events = [dict(line, event=line.get("event", line["kind"]), level=line.get("level", ""))
+              for line in map(json.loads, week) if line["kind"] not in ("request", "refusals")]
+    assert report["events"] == spans(events, "event", "level", count="times")
+    loads = [line for line in events if line["event"] == "model_loaded"]
+    for row in report["models"]:
+        mine = [line["seconds"] for line in loads if line["model"] == row["model"]]
+        assert (row["loads"], row["load_seconds"]) == (len(mine), pytest.approx(sum(mine)))
+        assert row["requests"] == sum(line["model"] == row["model"] for line in used)
+        assert row["digests"] == [{"digest": MODELS[row["model"]], "requests": row["requests"]}]
+    assert [row["model"] for row in report["models"]] == sorted(MODELS)
+
+
+def numbers_of(markdown, title):
+    """A table of the Markdown: [{head: cell}], the texts of cells without their code spans."""
+    rows = markdown.split("\n## %s\n" % title)[1].split("\n## ")[0].split("\n")
+    rows = [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows if row.startswith("|")]
+    assert len({len(row) for row in rows}) == 1
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+TABLES = {"Usage by tenant": (("tenant",), "requests ok refused failed left gpu_seconds usd energy_wh co2e_g"),
+          "Requests by tenant and model": (("tenant", "model"), "requests ok refused failed left "
+                                           "first_token_ms_median first_token_ms_p95"),
+          "Work by tenant and model": (("tenant", "model"), "prompt_tokens completion_tokens gpu_seconds usd"),
+          "Energy by tenant and model": (("tenant", "model"), "energy_wh energy_measured_wh energy_estimated_wh co2e_g "
+                                         "cold_starts cold_start_seconds"),
+          "Usage by day": (("day",), "requests ok refused failed left prompt_tokens completion_tokens gpu_seconds usd "
+                           "energy_wh")}
+
+
+def is_figure(cell, told, name):
+    """Whether a cell says a sum of ours, to its last digit, and how many requests it lacks."""
+    number, _, lacking = cell.partition(" ")
+    if told[name] is None:
+        return cell == ("not set" if name == "usd" else "not known")
+    digits = len(number.partition(".")[2])
+    assert (lacking.strip("()").replace(",", "") or "0") == str(told.get(name + "_unknown", 0)), (cell, name)
+    return abs(float(number.replace(",", "")) - told[name]) <= 0.5000001 * 10 ** -digits
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_every_number_of_the_markdown_is_what_the_lines_come_to(capsys, state_of_week, week, week_ago, title):
+    names, columns = TABLES[title]
+    _, markdown, _ = run(capsys, state_of_week, *PERIOD)
+    groups = grouped(of_requests(week), *names)
+    rows = numbers_of(markdown, title)
+    assert len(rows) == len(groups) + 1
+    for row in rows:
+        cells = list(row.values())
+        lines = of_requests(week) if cells[0] == "total" else groups[tuple(cells[:len(names)])]
+        told = sums_of(lines)
+        assert len(cells) == len(names) + len(columns.split())
+        assert all(is_figure(cell, told, name) for cell, name in zip(cells[len(names):], columns.split())), row
+
+
+def test_the_totals_in_words_and_the_small_tables(capsys, state_of_week, week, week_ago):
+    _, markdown, _ = run(capsys, state_of_week, "--evidence", *PERIOD)
+    told, names = sums_of(of_requests(week)), list(sums_of([]))
+    found = [line.rpartition(": ")[2] for line in markdown.split("\n## Totals\n")[1].split("\n## ")[0].split("\n")
+             if line.startswith("- ")]
+    order = ("requests ok refused failed left prompt_tokens completion_tokens gpu_seconds usd energy_wh energy_measured_wh "
+             "energy_estimated_wh co2e_g cold_starts cold_start_seconds first_token_ms_median first_token_ms_p95").split()
+    assert set(order) | {name for name in names if name.endswith("_unknown")} == set(names)
+    assert len(found) == len(order) and all(is_figure(cell, told, name) for cell, name in zip(found, order))
+    report = as_json(capsys, state_of_week, "--evidence", *PERIOD)
+    for title, part, fields in (("Refused and failed", "reasons", ("requests", "in_sums")),
+                                ("Guard trips", "guards", ("requests",)), ("Periods of use", "uses", ("requests",)),
+                                ("Who", "who", ("requests",)), ("Events in sums", "events", ("times",))):
+        rows = numbers_of(markdown, title)
+        assert len(rows) == len(report[part])
+        for row, told in zip(rows, report[part]):
+            cells = [cell.replace(",", "") for cell in row.values()]
+            assert all(str(told[field]) in cells for field in fields)
+            if "first" in told:
+                assert (row["first"], row["last"]) == tuple(told[end][:19].replace("T", " ") for end in ("first", "last"))
+
+
+# -- evidence ---------------------------------------------------------------------------------
+
+def test_when_the_agent_ran_and_what_happened(capsys, state_of_week, week, week_ago):
+    report = as_json(capsys, state_of_week, "--evidence", *PERIOD)
+    lines = list(map(json.loads, week))
+    started = [line["time"] for line in lines if line.get("event") == "agent_started"]
+    killed = max(line["time"] for line in lines if line["time"] < started[1] and line["kind"] != "torn")
+    assert report["runs"] == [{"from": started[0], "to": killed, "end": "no stop was recorded"},
+                              {"from": started[1], "to": lines[-1]["time"], "end": "stopped"}]
+    assert [row["event"] for row in report["incidents"]] == ["torn", "inference_failed", "engine_wedged",
+                                                             "audit_failing", "gap"]
+    assert [row["event"] for row in report["changes"]] == [
+        "agent_started", "inference_ready", "tenants_changed", "agent_started", "inference_ready", "agent_stopped"]
+    assert "settings=changed" not in report["changes"][0]["told"]
+    assert report["changes"][3]["told"].startswith("settings=changed ")
+    assert "claims-desk" in report["changes"][2]["told"] and report["machine_id"] == "0badcafe"
+
+
+def test_models_with_their_origin_and_those_without(capsys, state_of_week, week_ago):
+    report = as_json(capsys, state_of_week, "--evidence", *PERIOD)
+    rows = {row["model"]: row for row in report["models"]}
+    assert rows["llama3.1:8b"]["as_pulled"] is True and rows["llama3.1:8b"]["verified_ok"] is True
+    assert rows["qwen2.5:14b"]["as_pulled"] is False, "its digest is not the one that was pulled"
+    assert rows["claims-tuned:latest"]["known"] is False and rows["claims-tuned:latest"]["as_pulled"] is None
+    assert rows["llama3.1:8b"]["license"].startswith("LLAMA 3.1") and rows["qwen2.5:14b"]["pulled_by"] == "ops"
+    notes = "\n".join(report["notes"])
+    assert "knows nothing (1): `claims-tuned:latest`" in notes and "by their digest (1): `qwen2.5:14b`" in notes
+    (state_of_week / "models.json").write_text("{")
+    notes = as_json(capsys, state_of_week, "--evidence", *PERIOD)["notes"]
+    assert any("knows nothing (3)" in note for note in notes)
+    assert (state_of_week / "models.json").read_text() == "{", "a report moves nothing aside"
+
+
+def test_integrity_says_the_verdict_and_its_head(capsys, state_of_week, week, week_ago):
+    head = "%d:%s" % (len(week), json.loads(week[-1])["hash"])
+    report = as_json(capsys, state_of_week, "--evidence", *PERIOD)
+    assert report["integrity"]["ok"] is True and report["integrity"]["head"] == head
+    _, markdown, _ = run(capsys, state_of_week, "--evidence", *PERIOD)
+    assert "`%s`" % head in markdown and "The chain of hashes holds" in markdown
+    path = state_of_week / "audit" / (WEEK[3] + ".jsonl")
+    path.write_text(path.read_text().replace('"tenant": "research"', '"tenant": "reserach"', 1))
+    _, markdown, _ = run(capsys, state_of_week, "--evidence", *PERIOD)
+    notes = markdown.split("## Read this first\n")[1].split("\n## ")[0]
+    assert "THE LOG WAS CHANGED, OR IS DAMAGED" in notes
+    assert "DOES NOT HOLD" in markdown and "Fault in `%s.jsonl`, line " % WEEK[3] in markdown
+
+
+@pytest.mark.parametrize("keep_days, oldest, says", [
+    (184, "2025-11-10T00:00:00.000Z", (True, False, 12)), (30, "2025-11-10T00:00:00.000Z", (False, False, 12)),
+    (400, "2025-05-22T23:59:59.000Z", (True, True, 184)), (183, "2025-05-23T00:00:00.000Z", (False, False, 183))])
+def test_retention_and_whether_six_months_are_covered(keep_days, oldest, says):
+    told = b9agent.retention_evidence(oldest, keep_days, NOW_S)
+    assert (told["six_months_set"], told["six_months_held"], told["days_held"]) == says
+    text = " ".join(told["says"])
+    assert ("NOT COVERED" in text) is not says[0] and ("does not reach back" in text) is not says[1]
+    assert "%d days (audit.keep_days)" % keep_days in text and "%d days ago" % says[2] in text
+
+
+def test_what_it_does_not_cover_is_said_and_what_the_law_asks_is_named(capsys, state_of_week, week_ago):
+    _, markdown, _ = run(capsys, state_of_week, "--evidence", *PERIOD)
+    last = markdown.split("## What this report does not cover\n")[1]
+    for word in ("no legal advice", "high-risk", "Biometric", "front door", "Inputs and outputs are not recorded",
+                 "tenths of a second", "tokens and log-ins", "kept elsewhere"):
+        assert word in last, word
+    for word in ("2024/1689", "Art. 12(1)", "Art. 12(2)(a)", "Art. 12(3)", "Art. 19(1)", "Art. 26(5)", "Art. 26(6)",
+                 "six months"):
+        assert word in markdown, word
+    titles = [line[3:] for line in markdown.split("\n") if line.startswith("## ")]
+    named = markdown.split("## What the Regulation asks of logs\n")[1].split("\n## ")[0]
+    for title in (title.strip(". ") for line in named.split("\n") if ": see " in line
+                  for title in line.partition(": see ")[2].split(",")):
+        assert title in titles, "a section that is not there: " + title
+    _, usage, _ = run(capsys, state_of_week, *PERIOD)
+    assert "## Who" not in usage and "identity" not in usage, "names of people only where they are asked for"
