@@ -9561,11 +9561,12 @@ class Figures:
         """A sum is None where it knows no request."""
         found = {name: self.numbers[name] for name in ("requests", *_OUTCOMES, "cold_starts")}
         for name in _SUMS:
-            basis = "energy_wh" if name.endswith("ed_wh") else name
-            known = self.numbers[basis + "_known"] or basis[:4] == "cold" and not found[basis[:10] + "s"]
+            known = self.numbers[("energy_wh" if name.endswith("ed_wh") else name) + "_known"]
             found[name] = round(self.numbers[name], 6) if known else None
-            if basis == name:
-                found[name + "_unknown"] = self.numbers[name + "_unknown"]
+            found[name + "_unknown"] = self.numbers[name + "_unknown"]
+        if not found["cold_starts"]:
+            found["cold_start_seconds"] = 0
+        del found["energy_measured_wh_unknown"], found["energy_estimated_wh_unknown"]
         return dict(found, first_token_ms_median=self._first_token(50),
                     first_token_ms_p95=self._first_token(95))
 
@@ -9611,7 +9612,7 @@ class AuditReport:
         self._inside, self._settings, self._alive = False, "", ""
 
     def add(self, line: Dict[str, Any]) -> None:
-        at, seq, kind = _text_of(line, "time"), line.get("seq"), line.get("kind")
+        at, kind, seq = _text_of(line, "time"), _text_of(line, "kind"), line.get("seq")
         before = self._inside
         if not re.fullmatch(r"[0-9-]{10}T[0-9:]{8}(\.[0-9]+)?Z", at) or not _is_amount(seq):
             self.count["unusable"] += before
@@ -9889,10 +9890,10 @@ def _cell(field: str, record: Dict[str, Any]) -> str:
                 "–" if field in ("level", "end") else "not known")
     if isinstance(value, bool):
         return "yes" if value else "NO"
-    if field in _TIMES:
-        return printable(value[:19].replace("T", " "))
     if field in ("outcome", "end"):
         return value
+    if field in _TIMES and re.fullmatch("[0-9T:.Z-]{10,30}", value):
+        return value[:19].replace("T", " ")
     if isinstance(value, str):
         return _code(value)
     text = f"{value:,.{4 if field == 'usd' else 0 if field.startswith('first') else 2}f}"
@@ -9906,14 +9907,14 @@ def _table_of(fields: Sequence[str], rows: Sequence[Dict[str, Any]],
     row, so that a column comes to its total."""
     most = set(map(id, sorted(rows, key=lambda row: -row.get("requests", 0))[:REPORT_LIST_MAX]))
     others = [row for row in rows if id(row) not in most]
+    sums = {field: sum([row.get(field) or 0 for row in others]) for name in fields[1:] if any(
+        _is_amount(row.get(name)) for row in others) for field in (name, name + "_unknown")
+            if "first" not in name}
     cells = [[_cell(field, row) for field in fields] for row in rows if id(row) in most]
-    for name, merged in ((f"and {len(others):,} more", others),
-                         ("total", [total] if total else [])):
-        sums = {key: sum(row.get(key) or 0 for row in merged) for field in fields[1:] if any(
-            _is_amount(row.get(field)) for row in merged) for key in (field, field + "_unknown")}
-        if merged:
-            cells.append([name] + [_cell(field, sums) if field in sums and not (
-                field.startswith("first") and merged is others) else "" for field in fields[1:]])
+    for name, told in ((f"and {len(others):,} more", sums if others else None), ("total", total)):
+        if told is not None:
+            cells.append([name] + [_cell(field, told) if field in told else ""
+                                   for field in fields[1:]])
     right = [any(_is_amount(row.get(field)) for row in rows) for field in fields]
     cells.insert(0, [_HEADS.get(field, field.replace("_", " ")) for field in fields])
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(fields))]

@@ -436,3 +436,240 @@ def test_what_it_does_not_cover_is_said_and_what_the_law_asks_is_named(capsys, s
         assert title in titles, "a section that is not there: " + title
     _, usage, _ = run(capsys, state_of_week, *PERIOD)
     assert "## Who" not in usage and "identity" not in usage, "names of people only where they are asked for"
+
+
+# -- sums over any lines ------------------------------------------------------------------------
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+amounts = st.one_of(st.none(), st.integers(0, 10 ** 6), st.floats(0, 1e6), st.just("7"), st.just(-1), st.just(True))
+some_lines = st.lists(st.builds(dict, outcome=st.sampled_from(("ok", "refused", "failed", "left")), time=st.builds(
+    "2025-11-{:02}T12:00:00.000Z".format, st.integers(10, 16)), tenant=st.sampled_from("abc"), identity=st.sampled_from("xy"),
+    model=st.sampled_from("mn"), prompt_tokens=amounts, gpu_seconds=amounts, usd=amounts, energy_wh=amounts, co2e_g=amounts,
+    energy_basis=st.sampled_from(("measured", "estimated", "", None)), cold=st.sampled_from((True, False, None, 1)),
+    load_ms=amounts, first_token_ms=amounts, guards=st.sampled_from(([], ["g"], None, "g"))), max_size=30)
+
+
+@hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=150)
+@hypothesis.given(some_lines, st.integers(2, 8))
+def test_rows_come_to_their_totals_whatever_the_lines_are(lines, bound):
+    kept, b9agent.REPORT_KEYS_MAX = b9agent.REPORT_KEYS_MAX, bound
+    try:
+        report = b9agent.AuditReport(WEEK[0], WEEK[-1])
+        for number, line in enumerate(lines):
+            report.add(dict(line, kind="request", seq=number))
+        record = report.record("now")
+    finally:
+        b9agent.REPORT_KEYS_MAX = kept
+    json.dumps(record, allow_nan=False)
+    totals = record["totals"]
+    assert totals["requests"] == len(lines) == sum(totals[name] for name in ("ok", "refused", "failed", "left"))
+    for part in ("by_tenant", "by_tenant_model", "by_day"):
+        assert len(record[part]) <= bound + 1
+        for name in totals:
+            values = [row[name] for row in record[part]]
+            if not name.startswith("first_token"):
+                # A row that knows nothing of a sum adds nothing to it.
+                assert (totals[name] or 0) == pytest.approx(sum(value or 0 for value in values), abs=1e-4), (part, name)
+                if lines and name != "cold_start_seconds":
+                    assert (totals[name] is None) == all(value is None for value in values), (part, name)
+    for row in (totals, *record["by_tenant"]):
+        known = row["energy_wh"]
+        if known is not None:
+            assert row["energy_measured_wh"] + row["energy_estimated_wh"] <= known + 1e-4
+    for title in TABLES:
+        for row in numbers_of(b9agent.render_report(record), title)[-1:] if lines else ():
+            assert list(row.values())[0] == "total"
+
+
+def things_in(value):
+    """How many values something is made of, all the way down."""
+    if isinstance(value, dict):
+        return sum(map(things_in, value.values())) + len(value)
+    if hasattr(value, "__dict__"):
+        return things_in(vars(value))
+    return sum(map(things_in, value)) if isinstance(value, (list, tuple, set, collections.deque)) else 1
+
+
+def test_a_hundred_thousand_identities_cost_no_more_than_two_thousand():
+    report, early = b9agent.AuditReport(WEEK[0], WEEK[-1]), 0
+    for number in range(100000):
+        report.add({"seq": number, "time": WEEK[0] + "T00:00:00.000Z", "kind": "request", "outcome": "failed",
+                    "tenant": "t%d" % number, "model": "m%d" % number, "identity": "i%d" % number, "reason":
+                    "r%d" % number, "guards": ["g%d" % number], "digest": "d%d" % number, "first_token_ms": number})
+        early = things_in(report) if number == 5000 else early
+    assert early < things_in(report) < early * 1.01 < 200000
+    record = report.record("now")
+    assert record["totals"]["requests"] == 100000 and len(record["by_tenant"]) == b9agent.REPORT_KEYS_MAX + 1
+    assert record["by_tenant"][-1]["tenant"] is None and record["by_tenant"][-1]["requests"] == 98000
+    rows = numbers_of(b9agent.render_report(record), "Usage by tenant")
+    assert len(rows) == b9agent.REPORT_LIST_MAX + 2
+    assert rows[-2]["tenant"] == "and 1,801 more" and rows[-2]["requests"] == "1,801"
+    assert sum(int(row["requests"].replace(",", "")) for row in rows[:-1]) == 100000
+
+
+# -- what strangers write -----------------------------------------------------------------------
+
+NASTY = ["a|b", "`code`", "two\nlines", "<script>alert(1)</script>", "[click](http://evil.example)", "www.evil.example",
+         "\x1b[31mred", "total", "\u202egnp.exe", "x" * 5000, "\ud800", "# Title", "![i](http://evil.example/p.png)", "\\`|",
+         "<!--", "–", "a\r\n\n## Read this first\n\n- All is well."]
+
+
+def test_names_cannot_leave_their_cell_or_become_marks(capsys, tmp_path, week_ago):
+    lines = [dict(one_request(random.Random(number), MONDAY_S + number), tenant=name, model=name, identity=name,
+                  reason=name, outcome="failed", guards=[name], digest=name) for number, name in enumerate(NASTY)]
+    lines += [event(MONDAY_S + 60, name, level, **{name: name}) for name in NASTY for level in ("warning", "notice", name)]
+    write_log(tmp_path / "state", chained(lines))
+    book = {name: {"name": name, "source": name, "license": name, "pulled_by": name, "pulled_at": name} for name in NASTY}
+    (tmp_path / "state" / "models.json").write_text(json.dumps({"models": book}))
+    code, markdown, err = run(capsys, tmp_path / "state", "--evidence", *PERIOD)
+    assert (code, err) == (0, "")
+    plain = "".join(markdown.split("`")[::2])  # what stands outside of code spans
+    assert markdown.count("`") % 2 == 0
+    for mark in ("<", "[", "](", "evil", "script", "\x1b", "\u202e", "\ud800", "\r"):
+        assert mark not in plain, mark
+    assert plain.count("## Read this first") == 1 and max(map(len, markdown.split("\n"))) < 1000
+    for title in ("Usage by tenant", "Who", "Models", "Incidents", "Changes", "Guard trips", "Refused and failed"):
+        numbers_of(markdown, title)  # each row has as many cells as its head
+    assert b9agent.printable(markdown.replace("\n", "")) == markdown.replace("\n", "")
+    as_json(capsys, tmp_path / "state", "--evidence", *PERIOD)
+
+
+@pytest.mark.parametrize("line", [
+    {}, {"time": 7}, {"time": WEEK[0]}, {"seq": "x"}, {"kind": ["request"]}, {"outcome": "won"}, {"outcome": None},
+    {"guards": [[1], {"a": 1}, None]}, {"tenant": {"a": 1}}, {"model": None, "identity": 7}, {"prompt_tokens": 10 ** 30},
+    {"kind": "refusals", "count": "many"}, {"kind": "event", "event": 7, "level": 9}, {"kind": "gap", "lost": -1},
+    {"kind": "event", "event": "agent_started", "retention_days": "x", "settings_sha256": 5},
+    {"kind": "event", "event": "agent_stopped"}, {"first_token_ms": 1e300}, {"first_token_ms": 0}])
+def test_no_line_of_whatever_form_stops_it(line):
+    report = b9agent.AuditReport(WEEK[0], WEEK[-1])
+    good = dict(one_request(random.Random(1), MONDAY_S), seq=1)
+    report.add(good)
+    report.add({**good, "seq": 2, **line})
+    report.add(dict(good, seq=3))
+    record = report.record("now")
+    json.dumps(record, allow_nan=False)
+    b9agent.render_report(record)
+    assert record["lines"]["read"] + record["lines"]["unusable"] >= 3 and record["totals"]["requests"] >= 2
+
+
+def test_damaged_lines_are_counted_and_said_at_the_top(capsys, tmp_path, week_ago):
+    lines = chained([one_request(random.Random(number), MONDAY_S + 3600 * number) for number in range(24 * 7)])
+    lines[30] = lines[30][:100]  # the first of the second day but six
+    lines[50:52] = []
+    lines[-1] = lines[-1].replace('"outcome": "', '"outcome": "x', 1)
+    write_log(tmp_path / "state", [line for line in lines if line.endswith("}")])
+    report = as_json(capsys, tmp_path / "state", *PERIOD)
+    whole = hasattr(b9agent, "AuditLog")  # the real reader leaves out what is not as it was written
+    assert report["lines"]["missing"] == 3 and report["lines"]["unusable"] == (0 if whole else 1)
+    _, markdown, _ = run(capsys, tmp_path / "state", *PERIOD)
+    note = markdown.split("## Read this first\n")[1].split("\n## ")[0]
+    assert "damaged" in note and ": 3." in note
+    # The first line of a period is missed by the one before it, the last by the one after it.
+    day = as_json(capsys, tmp_path / "state", "--from", WEEK[1], "--to", WEEK[1])
+    assert day["lines"]["missing"] == 1 and day["lines"]["read"] == 23
+    (tmp_path / "edge").mkdir()
+    write_log(tmp_path / "edge", lines[:24] + lines[25:30] + lines[31:47] + lines[48:50])
+    day = as_json(capsys, tmp_path / "edge", "--from", WEEK[1], "--to", WEEK[1])
+    assert day["lines"]["missing"] == 3 and day["lines"]["read"] == 21
+
+
+def test_unknown_money_and_energy_are_not_nought(capsys, tmp_path, week_ago):
+    lines = [dict(one_request(random.Random(9), MONDAY_S), outcome="ok", usd=None, energy_wh=None, co2e_g=None)] * 3
+    write_log(tmp_path / "state", chained(lines))
+    _, markdown, _ = run(capsys, tmp_path / "state", *PERIOD)
+    row = numbers_of(markdown, "Usage by tenant")[-1]
+    assert (row["USD"], row["energy, Wh"], row["CO2e, g"]) == ("not set", "not known", "not known")
+    assert "inference.gpu_usd_per_hour" in markdown
+    report = as_json(capsys, tmp_path / "state", *PERIOD)
+    assert report["totals"]["usd"] is None and report["totals"]["usd_unknown"] == 3
+
+
+def test_one_tenant_alone_and_nothing_of_the_others(capsys, state_of_week, week, week_ago):
+    lines = [line for line in of_requests(week) if line["tenant"] == "research"]
+    report = as_json(capsys, state_of_week, "--tenant", "research", "--evidence", *PERIOD)
+    same(report["totals"], sums_of(lines))
+    _, markdown, _ = run(capsys, state_of_week, "--tenant", "research", "--evidence", *PERIOD)
+    for text in (json.dumps(report), markdown):
+        assert not any(name in text for name in ("claims-desk", "support", "night batch", "insurer.example"))
+        assert "research" in text
+    assert report["lines"]["summed"] == report["lines"]["strangers"] == 0
+    code, out, err = run(capsys, state_of_week, "--tenant", "reserach", *PERIOD)
+    assert (code, out) == (2, "") and "no requests of tenant `reserach`" in err
+    assert "There are some of: " in err and "research" in err and "night batch" in err
+
+
+# -- the command --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, first, last", [
+    ((), "2025-11-01", "2025-11-22"), (("--days", "7"), "2025-11-16", "2025-11-22"), (("--days", "1"), "2025-11-22", "2025-11-22"),
+    (("--from", "2025-10-30"), "2025-10-30", "2025-11-22"), (("--to", "2025-10-30"), "2025-10-01", "2025-10-30"),
+    (("--to", "2025-03-02", "--days", "3"), "2025-02-28", "2025-03-02"),
+    (("--from", "2024-02-28", "--days", "3"), "2024-02-28", "2024-03-01"),
+    (("--from", "2025-11-20", "--days", "30"), "2025-11-20", "2025-11-22")])
+def test_the_period_that_is_meant(arguments, first, last):
+    options = dict(zip([flag[2:] for flag in arguments[::2]], arguments[1::2]))
+    found = b9agent.report_period(*(b9agent.parse_day(options[name]) if name in options else None for name in ("from", "to")),
+                                  int(options["days"]) if "days" in options else None, NOW_S)
+    assert tuple(b9agent.utc_stamp(day_s) for day_s in found) == (first + "T00:00:00Z", last + "T00:00:00Z")
+
+
+@pytest.mark.parametrize("arguments, says, remedy", [
+    (("--from", "2025-11-31"), "--from: `2025-11-31` cannot be used", "YEAR-MONTH-DAY"),
+    (("--to", "22.11.2025"), "--to: `22.11.2025` cannot be used", "such as"),
+    (("--from", "2025-1-1"), "cannot be used", "such as"), (("--from", "\u0662025-11-01"), "cannot be used", "such as"),
+    (("--days", "0"), "--days: `0` cannot be used", "1 to"), (("--days", "x"), "--days: `x`", "1 to"),
+    (("--from", "2025-11-16", "--to", "2025-11-10"), "is after --to 2025-11-10", "Turn them round"),
+    (("--from", "2025-11-23"), "--from 2025-11-23 is in the future: today is 2025-11-22", "ends today"),
+    (("--to", "2026-01-01"), "--to 2026-01-01 is in the future", "ends today"),
+    (("--from", "2025-11-10", "--to", "2025-11-16", "--days", "7"), "one too many", "Leave one"),
+    (("--from", "2025-11-18"), "no lines from 2025-11-18 to 2025-11-22", "It has some from 2025-11-10 to 2025-11-16"),
+    (("--to", "2025-11-09"), "no lines from 2025-11-01 to 2025-11-09", "It has some from")])
+def test_a_period_that_cannot_be_is_told_with_its_remedy(capsys, state_of_week, week_ago, arguments, says, remedy):
+    code, out, err = run(capsys, state_of_week, *arguments)
+    assert (code, out) == (2, "") and says in err and remedy in err
+
+
+def test_no_log_is_told_with_its_remedy(capsys, tmp_path, monkeypatch, week_ago):
+    (tmp_path / "state").mkdir(mode=0o700)
+    code, out, err = run(capsys, tmp_path / "state")
+    assert (code, out) == (2, "") and "no audit log in " in err and "--state-dir" in err
+    if any(row.key == "audit_keep_days" for row in b9agent.SETTINGS):
+        monkeypatch.setenv("B9AGENT_AUDIT_KEEP_DAYS", "0")
+        code, out, err = run(capsys, tmp_path / "state")
+        assert (code, out) == (2, "") and "audit.keep_days is 0" in err and "184" in err
+
+
+def test_out_writes_a_file_of_ones_own_and_overwrites_none(capsys, state_of_week, tmp_path, week_ago):
+    path = tmp_path / "report.md"
+    code, out, err = run(capsys, state_of_week, "--out", str(path), *PERIOD)
+    assert (code, err) == (0, "") and out.startswith("written: %s\n" % path)
+    assert "could not write" in out, "what is missing is said here, too"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    _, markdown, _ = run(capsys, state_of_week, *PERIOD)
+    assert path.read_text() == markdown and markdown.startswith("# Use of AI models, 2025-11-10 to 2025-11-16\n")
+    path.write_text("mine")
+    path.chmod(0o644)
+    code, out, err = run(capsys, state_of_week, "--out", str(path), "--json", *PERIOD)
+    assert (code, out) == (2, "") and "is there already" in err and "--force" in err and path.read_text() == "mine"
+    code, out, err = run(capsys, state_of_week, "--out", str(path), "--json", "--force", *PERIOD)
+    assert code == 0 and json.loads(path.read_text())["report"] == "usage" and stat.S_IMODE(path.stat().st_mode) == 0o600
+    code, out, err = run(capsys, state_of_week, "--out", str(tmp_path / "none" / "r.md"), *PERIOD)
+    assert (code, out) == (2, "") and "there is no folder" in err
+    code, out, err = run(capsys, state_of_week, "--out", str(tmp_path), "--force", *PERIOD)
+    assert (code, out) == (2, "") and os.path.isdir(str(tmp_path))
+    os.symlink(str(tmp_path / "elsewhere"), str(tmp_path / "link"))
+    code, out, err = run(capsys, state_of_week, "--out", str(tmp_path / "link"), *PERIOD)
+    assert code == 2 and not (tmp_path / "elsewhere").exists()
+    assert sorted(os.listdir(str(tmp_path))) == ["link", "report.md", "state"]
+
+
+def test_secrets_of_the_settings_are_in_no_report(capsys, tmp_path, week_ago, monkeypatch):
+    monkeypatch.setattr(b9agent, "REDACTOR", b9agent.Redactor())
+    b9agent.REDACTOR.add("s3cret-token-of-this-machine")
+    write_log(tmp_path / "state", chained([dict(one_request(random.Random(1), MONDAY_S),
+                                                identity="s3cret-token-of-this-machine")]))
+    for arguments in ((), ("--json",), ("--out", str(tmp_path / "r.md")), ("--json", "--out", str(tmp_path / "r.json"))):
+        _, out, _ = run(capsys, tmp_path / "state", "--evidence", *arguments, *PERIOD)
+        assert "s3cret" not in out
+    assert "s3cret" not in (tmp_path / "r.md").read_text() + (tmp_path / "r.json").read_text()
