@@ -9453,20 +9453,20 @@ _ROW_KEYS = {"guards": ("code",), "reasons": ("outcome", "reason"), "uses": ("da
 _LINE_COUNTS = ("read", "missing", "unusable", "disordered", "lost", "torn", "prompts", "summed",
                 "strangers", "runs", "incidents", "changes")
 _NOTES = (  # a count, and what is to be said where it is not 0
-    ("missing", "Lines that are missing or damaged, and in no figure: {:,}. `b9agent.py audit "
-     "verify` says where."),
+    ("missing", "Lines that are damaged, missing, or dated elsewhere by a clock that was set: {:,}. "
+     "They are in no figure; `b9agent.py audit verify` says which."),
     ("unusable", "Lines that were not understood, and are in no figure: {:,}."),
     ("disordered", "Lines that do not stand in the order of their numbers: {:,}."),
-    ("lost", "Lines that the agent could not write (a full disk, usually), and that are in no "
-     "figure: {:,}."),
+    ("lost", "Lines that the agent could not write (a full disk, usually): {:,}. They are in no "
+     "figure."),
     ("torn", "Unfinished last lines that were cut off after a crash or a power cut: {:,}."),
-    ("usd_unknown", "Requests without a price, which no cost includes: {:,}. A price is set with "
-     "inference.gpu_usd_per_hour, and counts from then on."),
+    ("usd_unknown", "Requests without a price, which no cost includes: {:,}. To set one: "
+     "inference.gpu_usd_per_hour; it counts from then on."),
     ("energy_wh_unknown", "Requests whose energy is unknown, and in no sum of it: {:,}."),
-    ("summed", "Refusals of known tenants that came too fast to be recorded one by one: {:,}. Only "
-     "“Refused and failed” has them."),
-    ("strangers", "Refusals of callers whom nobody knows (no valid token) that came so: {:,}. Only "
-     "“Refused and failed” has them."),
+    ("summed", "Refusals of tenants, too fast to be recorded one by one: {:,}. They stand under "
+     "“Refused and failed” alone."),
+    ("strangers", "Refusals of callers without a valid token, recorded in sums: {:,}. They stand "
+     "there alone, too."),
     ("prompts", "Requests that were recorded with the text of their prompt: {:,}."))
 
 
@@ -9666,38 +9666,34 @@ class AuditReport:
         self.rows["events"].seen((name, level), at, "times")
         fields = {key: value for key, value in line.items() if key not in (
             "v", "seq", "time", "kind", "prev", "hash", "event", "level")}
-        lost, seconds = (value if _is_amount(value) else 0
-                         for value in (line.get("lost"), line.get("seconds")))
+        lost, seconds = (line.get(key) if _is_amount(line.get(key)) else 0
+                         for key in ("lost", "seconds"))
         self.count.update(lost=lost, torn=int(name == "torn"))
         if name == "model_loaded":
             self.rows["loads"][_text_of(line, "model"),].update(loads=1, load_seconds=seconds)
         elif name == "agent_started":
-            settings = _text_of(line, "settings_sha256")
-            self.machine_id = _text_of(line, "machine_id")
-            if self._settings not in ("", settings):
+            self.machine_id, before = _text_of(line, "machine_id"), self._settings
+            self._settings = _text_of(line, "settings_sha256")
+            if before not in ("", self._settings):
                 fields = {"settings": "changed", **fields}
-            self._settings = settings
         elif name == "tenants_changed" and self.tenant is not None:
             fields = {"names": "left out: this report is of one tenant"}
-        kind = ("incidents" if level in ("warning", "error") or name in ("gap", "torn") else
-                "changes" if name not in ("model_loaded", "model_unloaded") else "")
-        if kind and name != "guard_tripped":  # guards are counted by the requests that met them
+        kind = "incidents" if level in ("warning", "error") or name in ("gap", "torn") else "changes"
+        # Loads are counted by model, and guards by the requests that met them.
+        if name not in ("model_loaded", "model_unloaded", "guard_tripped"):
             told = " ".join([f"{key}={_log_value(value)}" for key, value in fields.items()])
+            told = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", told[:600])[:200]
             self.count[kind] += 1
-            self.lists[kind].append({"time": at, "event": name, "level": level, "told": re.sub(
-                r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", told[:600])[:200]})
+            self.lists[kind].append({"time": at, "event": name, "level": level, "told": told})
 
     def _run(self, name: str, at: str) -> None:
         """When the agent ran.  from: None where it did before; end: "" where it still does."""
-        runs = self.lists["runs"]
-        if name == "agent_started":
-            if runs and not runs[-1]["end"]:
-                runs[-1].update(to=self._alive, end="no stop was recorded")
+        runs, starts = self.lists["runs"], name == "agent_started"
+        if starts and runs and not runs[-1]["end"]:
+            runs[-1].update(to=self._alive, end="no stop was recorded")
+        if starts or not runs:
             self.count["runs"] += 1
-            runs.append({"from": at, "to": None, "end": ""})
-        elif not runs:
-            self.count["runs"] += 1
-            runs.append({"from": None, "to": None, "end": ""})
+            runs.append({"from": at if starts else None, "to": None, "end": ""})
         if name == "agent_stopped":
             runs[-1].update(to=at, end="stopped")
         self._alive = at
