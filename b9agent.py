@@ -75,7 +75,7 @@ To read it: sections stand in order, and each uses only names from above it.
    7 gateway client and membership             19 agent: the composition
    8 child processes, 9a model files           20 service, 20b doctor, 20c k3s
    9b engines, 9c models, 9d inference         21 commands, main
-  11 access: tenants, limits, 11c report       13a dialects, 13b relay, 13c front door
+  11 access, 11b audit log, 11c report         13a dialects, 13b relay, 13c front door
 """
 import sys
 
@@ -138,7 +138,7 @@ class Exit(enum.IntEnum):
 EXIT_MEANINGS = (
     (Exit.OK, "done, or stopped by a signal"),
     (Exit.FAILED, "an engine or a model did not do what was asked (`start`, `pull`, `models`, "
-                  "`smoke`)"),
+                  "`smoke`); the audit log is not as it was written (`audit verify`)"),
     (Exit.USAGE, "usage or configuration: the message names the flag, variable or line; "
                  "`doctor`: something here keeps the machine from ready"),
     (Exit.TOKEN_REFUSED, "the gateway refused the token"),
@@ -9431,6 +9431,689 @@ class FairQueue:
             rows[tenant_name] = [row for row in rows[tenant_name] if row[1] is not item]
             if not rows[tenant_name]:
                 del rows[tenant_name]
+
+
+# ----------------------------------------------------------------------
+# 11b. Audit log                                              STATE/audit
+# ----------------------------------------------------------------------
+# One line of JSON for each request and event, each with the hash of the line
+# before it, in a file for each day.  It shows any line that was changed, added,
+# taken out or moved.  It holds no secret, so whoever may write the files may
+# also make all of them anew, or all after some line, and head.json with them:
+# against that helps a head (SEQ:HASH) that is kept where he cannot write, such
+# as in a log that leaves this machine.  It cannot show what was never recorded.
+
+AUDIT_START = "0" * 64  # stands for the hash of the line before the first
+AUDIT_LINE_MAX = 1 << 20
+AUDIT_TEXT_MAX, AUDIT_PROMPT_MAX = 4096, 32768
+AUDIT_BATCH_MAX = 1 << 18  # bytes: so much at most may be in the files and not in head.json yet
+AUDIT_BATCH_S, AUDIT_RETRY_S = 0.2, 1.0
+AUDIT_WAITING_MAX = 8 << 20
+AUDIT_FAULTS_MAX = 100
+_AUDIT_OWN = frozenset(("v", "seq", "time", "kind", "prev", "hash"))
+_encode_audit = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
+class AuditLine(NamedTuple):
+    """The ends of a line that is whole: its hash is that of what stands before it."""
+    seq: int
+    hash: str
+    prev: str
+    kind: str
+    time: str
+
+
+class AuditHead(NamedTuple):
+    """Of head.json: the newest line that is certainly on the disk.  closed: nothing follows it."""
+    seq: int
+    hash: str
+    file: str
+    closed: bool
+
+
+class AuditFault(NamedTuple):
+    """line: from 1; 0 where it is the file."""
+    file: str
+    line: int
+    what: str
+
+
+class AuditVerdict(NamedTuple):
+    """torn: the last line is half there: the agent writes it now, or was killed at it."""
+    ok: bool
+    lines: int
+    files: int
+    first_seq: int
+    last_seq: int
+    head: str
+    faults: Tuple[AuditFault, ...]
+    torn: bool
+
+
+def parse_audit_line(raw: bytes) -> Optional[AuditLine]:
+    """None where it is not whole, or not as it was written."""
+    import hashlib
+    first = re.match(rb'\{"v":1,"seq":([0-9]{1,18}),"time":"([0-9T:.Z-]{1,32})","kind":"(\w{1,64})"',
+                     raw)
+    body, prev, digest = raw[:-76], raw[-141:-77], raw[-67:-3]
+    if (not first or raw[-150:-141] != b',"prev":"' or raw[-77:-67] != b'","hash":"'
+            or raw[-3:] != b'"}\n' or hashlib.sha256(body).hexdigest().encode() != digest):
+        return None
+    stamp, kind = first.group(2).decode(), first.group(3).decode("ascii", "replace")
+    return AuditLine(int(first.group(1)), digest.decode(), prev.decode("ascii", "replace"), kind,
+                     stamp)
+
+
+def _audit_plain(value: Any, limit: int = AUDIT_TEXT_MAX, depth: int = 3) -> Any:
+    """What JSON can say of a value, bounded and redacted; what is no number is unknown."""
+    if value is None or isinstance(value, int) and value.bit_length() <= 512:
+        return value
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict) and depth:
+        return {_audit_plain(str(name), 64): _audit_plain(item, limit, depth - 1)
+                for name, item in itertools.islice(value.items(), 64)}
+    if isinstance(value, (list, tuple)) and depth:
+        return [_audit_plain(item, limit, depth - 1) for item in value[:64]]
+    # Cut before, for it may be megabytes; less than it is cut to after, for half a secret is one.
+    text = REDACTOR.scrub(str(value)[:limit + AUDIT_TEXT_MAX])
+    return text[:limit].encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def render_audit_fields(fields: Dict[str, Any]) -> str:
+    """As JSON, all of it ASCII, without the braces.  Never raises for what a value is."""
+    try:
+        text = _encode_audit(fields) if "prompt" not in fields else "\\"
+        # No backslash: nothing in it is escaped, half a character, or a secret in disguise.
+        if (len(text) <= AUDIT_TEXT_MAX and "\\" not in text and "\x7f" not in text
+                and REDACTOR.scrub(text) is text and _AUDIT_OWN.isdisjoint(fields)):
+            return text[1:-1]
+    except (TypeError, ValueError, RecursionError):
+        pass  # what follows mends it
+    plain = {(f"{name}_" if name in _AUDIT_OWN else str(name)[:64]): _audit_plain(
+        value, AUDIT_PROMPT_MAX if name == "prompt" else AUDIT_TEXT_MAX)
+             for name, value in itertools.islice(fields.items(), 64)}
+    text = _encode_audit(plain).replace("\x7f", "\\u007f")
+    if len(text) > AUDIT_LINE_MAX - 1024:
+        text = _encode_audit({"cut": text[:AUDIT_TEXT_MAX]})
+    return text[1:-1]
+
+
+def audit_files(folder: str) -> List[str]:
+    """Names, the oldest first.  Raises: OSError."""
+    return sorted(name for name in os.listdir(folder)
+                  if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.jsonl", name, re.ASCII))
+
+
+def _open_audit(path: str, flags: int) -> int:
+    """A descriptor.  No link is followed, and no pipe waited for.  Raises: OSError."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or (flags != os.O_RDONLY
+                                            and status.st_uid not in (0, os.geteuid())):
+        os.close(descriptor)
+        raise OSError(22, "is no file of ours", path)
+    return descriptor
+
+
+def read_audit_head(folder: str) -> Optional[AuditHead]:
+    """Of head.json; None where there is none that can be used."""
+    try:
+        with open(_open_audit(os.path.join(folder, "head.json"), os.O_RDONLY), "rb") as handle:
+            head = AuditHead(**json.loads(handle.read(4096).decode("ascii")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    usable = (type(head.seq) is int and 0 <= head.seq < 10**18 and type(head.closed) is bool
+              and type(head.hash) is str and re.fullmatch("[0-9a-f]{64}", head.hash)
+              and type(head.file) is str)
+    return head if usable else None
+
+
+def read_audit_tail(path: str, max_bytes: int = 2 * AUDIT_LINE_MAX) -> Tuple[int, bytes]:
+    """(where it begins, the last whole lines of a file and what follows them).  Raises: OSError."""
+    with open(_open_audit(path, os.O_RDONLY), "rb") as handle:
+        begin = max(0, os.fstat(handle.fileno()).st_size - max_bytes)
+        handle.seek(begin)
+        if begin:
+            begin += len(handle.readline(AUDIT_LINE_MAX))
+        return begin, handle.read(max_bytes)
+
+
+def _last_audit_line(path: str) -> Optional[AuditLine]:
+    lines = io.BytesIO(read_audit_tail(path)[1]).readlines()
+    return next(filter(None, map(parse_audit_line, reversed(lines))), None)
+
+
+def _audit_lines(path: str) -> Iterator[bytes]:
+    """With their ends, which the last may lack; one that is too long is none.  Raises: OSError."""
+    with open(_open_audit(path, os.O_RDONLY), "rb") as handle:
+        for raw in iter(lambda: handle.readline(AUDIT_LINE_MAX), b""):
+            end = raw
+            while end and end[-1:] != b"\n":
+                end = handle.readline(AUDIT_LINE_MAX)
+            yield raw if raw[-1:] == b"\n" or not end else b"\n"
+
+
+def settle_audit_tail(tail: bytes, head: Optional[AuditHead], last: Tuple[int, str]
+                      ) -> Tuple[int, int, Tuple[int, str]]:
+    """(bytes that may stay, bytes of them that head does not tell of, (seq, hash) of the last line).
+
+    What head tells of stays, whatever has become of it: `audit verify` is to find it.  After that,
+    what a power cut has left is cut off where it no longer follows.  last: as returned, of what
+    stands before the tail.
+    """
+    stays = beyond = 0
+    for raw in io.BytesIO(tail):
+        line, new = parse_audit_line(raw), head is not None and last[0] >= head.seq
+        if not line if new else raw[-1:] != b"\n" or b"\0" in raw:
+            break
+        if new and (line.seq - 1, line.prev) != last:  # whole, so that no power cut has done it
+            stays, _, last = settle_audit_tail(tail, None, last)
+            return stays, AUDIT_BATCH_MAX + 1, last
+        if line:
+            last = head[:2] if head and line.seq == head.seq else (line.seq, line.hash)
+            beyond += len(raw) if head and line.seq > head.seq else 0
+        stays += len(raw)
+    return stays, beyond, last
+
+
+class AuditLog:
+    """The log's one writer, for the agent that holds the state folder's lock.
+
+    Lines wait in memory, AUDIT_WAITING_MAX bytes at most, until the thread "audit" has them on the
+    disk; then they are lost, counted, and a `gap` record tells of it once there is room.  Those that
+    wait end with a process that is killed: the next one records that it was not closed.  Where
+    somebody changes the files meanwhile it says so and goes on; the chain shows the place.
+
+    _lock guards what record() changes: _seq, _hash, _day, _lines, _waiting, _lost and _stamp.  The
+    rest is the thread's, from open() to close().
+    """
+
+    def __init__(self, folder: str, keep_days: int, log: Log, wall: Callable[[], float] = time.time,
+                 clock: Callable[[], float] = now_s) -> None:
+        import hashlib
+        self._folder, self._keep_days, self._log = folder, keep_days, log
+        self._wall, self._clock, self._sha256 = wall, clock, hashlib.sha256
+        self._lock, self._wake = threading.Lock(), Wake()
+        self._seq, self._hash, self._day = 0, AUDIT_START, ""
+        self._lines: List[Tuple[str, bytes]] = []  # (day, line)
+        self._waiting = 0  # bytes, the thread's too
+        self._lost: Tuple[int, str, str] = (0, "", "")  # how many, first and last time
+        self._stamp = (-1, "")
+        self._open = False
+        self._pending: Any = collections.deque()
+        self._file: Optional[int] = None
+        self._file_day, self._size, self._torn = "", 0, False
+        self._head, self._head_due, self._prune_due = AuditHead(0, AUDIT_START, "", False), True, True
+        self._problem = self.retained_from = ""
+        self._files = self._bytes = self.lost = 0
+        self._ending, self._opened = False, (0.0, 0.0)  # by both clocks
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+
+    @property
+    def failing(self) -> bool:
+        """The disk does not take it."""
+        return bool(self._problem) or self._waiting > AUDIT_WAITING_MAX // 2
+
+    def figures(self) -> Dict[str, Any]:
+        """lines: that are known to be on the disk, since the chain began; head: of the last of
+        them; waiting: bytes that are not."""
+        head = self._head
+        return {"lines": head.seq, "lost": self.lost, "failing": self.failing, "seq": self._seq,
+                "head": f"{head.seq}:{head.hash}", "files": self._files, "bytes": self._bytes,
+                "waiting": self._waiting, "retained_from": self.retained_from}
+
+    def record(self, kind: str, fields: Dict[str, Any]) -> None:
+        """From any thread, without waiting.  kind: a word."""
+        text = render_audit_fields(fields)
+        with self._lock:
+            wall_s = self._wall()
+            self._tell_gap(wall_s)
+            if not self._open or self._lost[0] or self._waiting + len(text) > AUDIT_WAITING_MAX:
+                stamp = self._time(wall_s)
+                self._lost = (self._lost[0] + 1, self._lost[1] or stamp, stamp)
+                self.lost += 1
+            else:
+                self._put(kind, text, wall_s)
+
+    # -- under the lock
+
+    def _time(self, wall_s: float) -> str:
+        second = int(wall_s)
+        if second != self._stamp[0]:
+            self._stamp = second, utc_stamp(second)[:-1]
+        return "%s.%03dZ" % (self._stamp[1], (wall_s - second) * 1000)
+
+    def _put(self, kind: str, text: str, wall_s: float) -> None:
+        stamp = self._time(wall_s)
+        self._seq += 1
+        self._day = max(self._day, stamp[:10])  # a clock that is set back opens no old file
+        body = (f'{{"v":1,"seq":{self._seq},"time":"{stamp}","kind":"{kind}"'
+                f'{"," if text else ""}{text},"prev":"{self._hash}"').encode("ascii")
+        self._hash = self._sha256(body).hexdigest()
+        line = b'%b,"hash":"%b"}\n' % (body, self._hash.encode("ascii"))
+        self._waiting += len(line)
+        self._lines.append((self._day, line))
+        if len(self._lines) == 1:
+            self._wake.set()
+
+    def _tell_gap(self, wall_s: float) -> None:
+        """Where lines were lost; only once there is room for many, so that few records tell it."""
+        if self._lost[0] and self._open and self._waiting <= AUDIT_WAITING_MAX // 2:
+            count, since, until = self._lost
+            self._lost = (0, "", "")
+            self._put("gap", render_audit_fields({"lost": count, "from": since, "to": until}),
+                      wall_s)
+
+    # -- open() and close()
+
+    def open(self) -> None:
+        """Mends the end of the newest file, and begins.  Raises: UsageError."""
+        if os.path.islink(self._folder):
+            raise UsageError(f"{self._folder} is a link", "Let it be a folder: mount one there")
+        make_private_folder(self._folder)
+        try:
+            os.chmod(self._folder, 0o700)
+            for name in os.listdir(self._folder):
+                if name.startswith("head.json.") and name.endswith(".tmp"):
+                    remove_file(os.path.join(self._folder, name))
+            told = self._recover()
+        except OSError as error:
+            raise UsageError(f"the audit log cannot be gone on with: {error.filename}: "
+                             f"{error.strerror}", f"Mend it, or move {self._folder} away") from error
+        self._open, self._opened = True, (self._wall(), self._clock())
+        if told:
+            self._log("warning", "audit_mended", **told)
+            self.record("torn", told)
+        self._flush()
+        self._say_head()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Writes what is there, as far as the disk takes it."""
+        if not self._open:
+            return
+        self._ending = True
+        self._wake.set()
+        self._thread.join(30.0)
+        if self._thread.is_alive():
+            self._log("error", "audit_not_closed", what="the disk has not answered for 30 s")
+            return
+        self._flush()  # with room for a record of what was lost
+        with self._lock:
+            self._open = False
+        self._head_due, self._head = True, self._head._replace(closed=True)
+        self._flush()
+        if self._waiting:
+            self._log("error", "audit_lost", bytes=self._waiting, what=self._problem)
+        self._say_head()
+        self._let_go()
+        self._wake.close()
+
+    def _let_go(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _say_head(self) -> None:
+        self._log("notice", "audit_head", head=f"{self._head.seq}:{self._head.hash}",
+                  file=self._head.file or None)
+
+    def _recover(self) -> Dict[str, Any]:
+        """Where to go on; returns what is to be told of the end that was found."""
+        names, head = audit_files(self._folder), read_audit_head(self._folder)
+        self._narrow(names)
+        last, told = (head[:2] if head else (0, AUDIT_START)), {}
+        known: Dict[str, Any] = {"file": names[-1] if names else "", "bytes": 0, "head": "ok"}
+        if names:
+            self._file_day = self._day = names[-1][:10]
+            known["bytes"], beyond, last = self._mend_tail(names[-1], head)
+            if not head or beyond > AUDIT_BATCH_MAX:
+                known["head"] = "differs" if head else "missing"
+            for name in reversed(names[:-1] if not last[0] else []):
+                line = _last_audit_line(os.path.join(self._folder, name))
+                last = (line.seq, line.hash) if line else last
+                if line:
+                    break
+        if known["bytes"] or known["head"] != "ok" or head and head.seq and not head.closed:
+            told = dict(known, closed=bool(head and head.closed))
+        # What it tells of is to be missed by whoever follows the chain, if it is not there.
+        if head and (head.closed or last[0] <= head.seq):
+            last = head[:2]
+        self._seq, self._hash = last
+        self._head = AuditHead(*last, known["file"], False)
+        self._survey()
+        return told
+
+    def _narrow(self, names: Sequence[str]) -> None:
+        for name in names:
+            descriptor = _open_audit(os.path.join(self._folder, name), os.O_RDWR)
+            try:
+                if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:
+                    os.fchmod(descriptor, 0o600)
+            finally:
+                os.close(descriptor)
+
+    def _mend_tail(self, name: str, head: Optional[AuditHead]) -> Tuple[int, int, Tuple[int, str]]:
+        """(bytes cut off, bytes that head does not tell of, (seq, hash) of the last line)."""
+        path = os.path.join(self._folder, name)
+        begin, tail = read_audit_tail(path)
+        before = head[:2] if head and head.file < name else (0, AUDIT_START)
+        stays, beyond, last = settle_audit_tail(tail, head, before)
+        if len(tail) - stays > AUDIT_BATCH_MAX + AUDIT_LINE_MAX:
+            # More than one batch: no power cut has done that, and it is not ours to remove.
+            stays, beyond = len(tail), len(tail)
+            line = _last_audit_line(path)
+            last = (line.seq, line.hash) if line else last
+        if stays < len(tail):
+            descriptor = _open_audit(path, os.O_RDWR)
+            try:
+                os.ftruncate(descriptor, begin + stays)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if begin + stays == 0:
+            os.unlink(path)
+        return len(tail) - stays, beyond, last
+
+    def _survey(self) -> None:
+        names = audit_files(self._folder)
+        self._files, self.retained_from = len(names), (names[0][:10] if names else "")
+        self._bytes = sum(os.lstat(os.path.join(self._folder, name)).st_size for name in names)
+
+    # -- the thread
+
+    def _run(self) -> None:
+        while not self._ending:
+            self._wake.wait(AUDIT_RETRY_S if self._problem else 3600.0)
+            if not self._ending:
+                self._wake.wait(AUDIT_BATCH_S)  # more will come
+            self._flush()
+
+    def _flush(self) -> None:
+        """Never raises.  The disk's refusal is told once, and so is its end."""
+        problem, before = "", self._problem
+        try:
+            self._write_out()
+            if self._prune_due and not self._ending:
+                self._prune()
+            with self._lock:
+                self._tell_gap(self._wall())
+        except OSError as error:
+            problem = f"{error.filename or self._folder}: {error.strerror}"
+        except Exception as error:
+            problem = f"defect: {type(error).__name__}"
+            self._log.defect(error)
+        self._problem = problem
+        if problem and not before:
+            self._log("error", "audit_failing", what=problem, do="Make room: lines wait in memory, "
+                      f"{AUDIT_WAITING_MAX >> 20} MiB at most, and are lost after that")
+        elif before and not problem:
+            self._log("notice", "audit_written_again", lost=self.lost)
+
+    def _write_out(self) -> None:
+        """All that waits, in batches; what head.json does not tell of is one at most."""
+        with self._lock:
+            self._pending.extend(self._lines)
+            self._lines = []
+        while self._pending or self._head_due:
+            if self._head_due:
+                head = dict(self._head._asdict(), closed=self._head.closed and not self._pending)
+                write_atomic(os.path.join(self._folder, "head.json"), json.dumps(head) + "\n")
+                self._head_due = False
+                continue
+            day, size, batch = self._pending[0][0], 0, []
+            for line_day, line in self._pending:
+                size += len(line)
+                if line_day != day or batch and size > AUDIT_BATCH_MAX:
+                    break
+                batch.append(line)
+            self._open_day(day)
+            self._append(b"".join(batch))
+
+    def _open_day(self, day: str) -> None:
+        """The file that the next lines belong to; a look whether it is as we left it."""
+        path = os.path.join(self._folder, day + ".jsonl")
+        if self._file is not None and self._torn:
+            os.ftruncate(self._file, self._size)
+            self._torn = False
+        if self._file is not None and day == self._file_day:
+            ours, there = os.fstat(self._file), None
+            with contextlib.suppress(OSError):
+                there = os.lstat(path)
+            if there and (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev):
+                if ours.st_size == self._size:
+                    return
+            self._log("error", "audit_changed", what=f"{path} was changed by somebody else",
+                      do="See where: b9agent.py audit verify")
+        self._let_go()
+        new = not os.path.lexists(path)
+        self._file = _open_audit(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self._size, turned = os.fstat(self._file).st_size, day != self._file_day
+        self._file_day = day
+        if new:
+            folder = os.open(self._folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+            self._survey()
+            if turned:
+                self._prune_due = True
+                self._say_head()
+
+    def _append(self, data: bytes) -> None:
+        """Whole lines of it, as many as there is room for.  Raises: OSError where not all are."""
+        self._torn = True
+        try:
+            written = os.write(self._file, data)
+            whole = data.rfind(b"\n", 0, written) + 1
+            if whole < written:
+                os.ftruncate(self._file, self._size + whole)
+            getattr(os, "fdatasync", os.fsync)(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._size)  # where that fails as well, it is tried again
+            self._torn = False
+            raise
+        self._torn = False
+        self._size += whole
+        self._bytes += whole
+        self._taken(whole)
+        if whole < len(data):
+            raise OSError(28, "No space left on device", self._folder)
+
+    def _taken(self, size: int) -> None:
+        left, line = size, b""
+        while left:
+            line = self._pending.popleft()[1]
+            left -= len(line)
+        if line:
+            last = parse_audit_line(line)
+            self._head = self._head._replace(seq=last.seq, hash=last.hash,
+                                             file=self._file_day + ".jsonl")
+            self._head_due = True
+        with self._lock:
+            self._waiting -= size
+
+    def _prune(self) -> None:
+        """Days beyond keep_days: first a record that is on the disk, then the file."""
+        # A clock that jumps forward is no reason to remove anything.
+        wall_s = min(self._wall(), self._opened[0] + self._clock() - self._opened[1])
+        oldest = utc_stamp(wall_s - self._keep_days * 86400.0)[:10]
+        old = [name for name in audit_files(self._folder)[:-1] if name < oldest]
+        for name in old:
+            line = _last_audit_line(os.path.join(self._folder, name))
+            fields = {"file": name, "last_seq": line.seq if line else 0,
+                      "last_hash": line.hash if line else "", "keep_days": self._keep_days}
+            with self._lock:
+                self._put("pruned", render_audit_fields(fields), self._wall())
+        self._write_out()
+        for name in old:
+            os.unlink(os.path.join(self._folder, name))
+        self._prune_due = False
+        self._survey()
+
+
+def list_audit(folder: str) -> List[str]:
+    """Raises: UsageError."""
+    try:
+        return audit_files(folder)
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no audit log in {folder}",
+                         "The agent makes one where audit.keep_days is not 0") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {folder}: {error.strerror}",
+                         "Run this as the user that the agent runs as, or with sudo") from error
+
+
+def read_audit(folder: str, from_s: Optional[float] = None, to_s: Optional[float] = None
+               ) -> Iterator[Dict[str, Any]]:
+    """Lines in their order, of a time from from_s and before to_s.  One that is not as it was
+    written is left out: verify_audit() tells of it.  Raises: UsageError, OSError."""
+    since, until = (value and f"{utc_stamp(int(value))[:-1]}.{int(value % 1 * 1000):03d}Z"
+                    for value in (from_s, to_s))
+    for name in list_audit(folder):
+        # A clock that was set back may have put older lines into later files, never the reverse.
+        if since and name[:10] < since[:10]:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # its time came meanwhile
+            for raw in _audit_lines(os.path.join(folder, name)):
+                line = parse_audit_line(raw)
+                if line and (not since or line.time >= since) and (not until or line.time < until):
+                    with contextlib.suppress(ValueError, RecursionError):
+                        yield json.loads(raw)
+
+
+class _AuditWalk:
+    """Follows the chain through all files, once, with nothing kept but its ends."""
+
+    def __init__(self, wanted: Iterable[Tuple[int, str]], head_seq: int) -> None:
+        self.wanted = {row for row in wanted if row[0]}  # (seq, hash) of lines that must be there
+        self._head_seq = head_seq
+        self.beyond, self.beyond_lines = 0, 0  # bytes after the head's line
+        self.faults: List[AuditFault] = []
+        self.lines, self.torn, self.excused = 0, False, False
+        self.first: Optional[AuditLine] = None
+        self.last: Optional[AuditLine] = None
+        self.first_at = self.at = ("", 0)
+        self._bad = 0  # lines since the last that was whole
+
+    def fault(self, place: Tuple[str, int], what: str) -> None:
+        if len(self.faults) < AUDIT_FAULTS_MAX:
+            self.faults.append(AuditFault(*place, what))
+        elif len(self.faults) == AUDIT_FAULTS_MAX:
+            self.faults.append(AuditFault(*place, "more faults follow, which are not told"))
+
+    def file(self, folder: str, name: str, newest: bool) -> None:
+        """Raises: UsageError where it may not be read."""
+        try:
+            for number, raw in enumerate(_audit_lines(os.path.join(folder, name)), 1):
+                if newest and raw[-1:] != b"\n":
+                    self.torn = True
+                else:
+                    self.at = (name, number)
+                    self._line(raw)
+        except FileNotFoundError:
+            self.first, self._bad = None, 0  # the agent has removed it, and will have recorded that
+        except PermissionError as error:
+            raise UsageError(f"cannot read {os.path.join(folder, name)}: {error.strerror}",
+                             "Run this as the user that the agent runs as, or with sudo") from error
+        except OSError as error:
+            self.fault((name, 0), f"cannot be read: {error.strerror}")
+
+    def _line(self, raw: bytes) -> None:
+        self.lines += 1
+        line = parse_audit_line(raw)
+        if line is None:
+            self._bad += 1
+            self.fault(self.at, "was changed, or is no line of this log")
+            return
+        if self.at[1] == 1 and line.time[:10] != self.at[0][:10]:
+            self.fault(self.at, f"is of {line.time[:10]}: the file has another one's name")
+        self.wanted.discard((line.seq, line.hash))
+        if line.seq > self._head_seq:
+            self.beyond += len(raw)
+            self.beyond_lines += 1
+        if self.first is None:
+            self.first, self.first_at, self.last, self._bad = line, self.at, line, 0
+        else:
+            self._follow(line)
+        if line.kind in ("pruned", "torn"):
+            self._told(line.kind, raw)
+
+    def _follow(self, line: AuditLine) -> None:
+        step = line.seq - self.last.seq
+        if step < 1:
+            self.fault(self.at, f"has number {line.seq} after {self.last.seq}: it is there twice, "
+                       "or in the wrong place, or was added")
+            return
+        if step > self._bad + 1:
+            self.fault(self.at, f"lines are missing before it, of the numbers {self.last.seq + 1} to "
+                       f"{line.seq - 1}")
+        elif step == 1 and line.prev != self.last.hash:
+            self.fault(self.at, "does not follow the line before it: that one was changed or added")
+        self.last, self._bad = line, 0
+
+    def _told(self, kind: str, raw: bytes) -> None:
+        """What the agent itself has recorded of the files."""
+        try:
+            fields = json.loads(raw)
+        except (ValueError, RecursionError):
+            fields = {}  # made anew by somebody: the chain shows it
+        if kind == "pruned":
+            last = (fields.get("last_seq"), fields.get("last_hash"))
+            self.excused |= last == (self.first.seq - 1, self.first.prev)
+            self.wanted -= {last}
+        elif fields.get("head") != "ok":
+            self.fault(self.at, "when the agent started here, head.json was missing or did not fit: "
+                       "lines before this one may be missing, or made anew")
+
+    def ends(self, head: Optional[AuditHead], later: Optional[AuditHead]) -> None:
+        """later: head.json as it is after all was read."""
+        last_seq = self.last.seq if self.last else 0
+        if self.first and not self.excused and (self.first.seq, self.first.prev) != (1, AUDIT_START):
+            self.fault(self.first_at, f"lines are missing before it, up to number "
+                       f"{self.first.seq - 1}, and no record tells that their time had come")
+        if head is None:
+            if self.lines or self.torn:
+                self.fault(("head.json", 0), "is missing, or cannot be used: whether lines are missing "
+                           "at the end cannot be said")
+        elif head[:2] in self.wanted:
+            self.fault(self.at, f"lines are missing after it, up to number {head.seq}"
+                       if last_seq < head.seq else
+                       f"line {head.seq} is not the one that head.json tells of")
+        if later and later.closed and last_seq > later.seq:
+            self.fault(self.at, f"lines after number {later.seq} were added when the agent had ended")
+        elif later == head and self.beyond_lines > 1 and self.beyond > AUDIT_BATCH_MAX:
+            self.fault(("head.json", 0), "is older than these lines: another one's place was taken")
+
+
+def parse_audit_head(text: str) -> Tuple[int, str]:
+    match = re.fullmatch("([0-9]{1,18}):([0-9a-f]{64})", text)
+    if not match:
+        raise ValueError("SEQ:HASH, as `audit head` prints it")
+    return int(match.group(1)), match.group(2)
+
+
+def verify_audit(folder: str, known_head: str = "") -> AuditVerdict:
+    """Reads all of it, while the agent writes or without one.  known_head: SEQ:HASH of some time
+    before, kept elsewhere: nothing up to it was made anew.  Raises: UsageError, ValueError."""
+    known = parse_audit_head(known_head) if known_head else (0, "")
+    head = read_audit_head(folder)  # before the files, so that what it tells of is in them
+    names = list_audit(folder)
+    walk = _AuditWalk([known] + ([head[:2]] if head else []), head.seq if head else 0)
+    for name in names:
+        walk.file(folder, name, name == names[-1])
+    walk.ends(head, read_audit_head(folder))
+    first_seq, last_seq = (line.seq if line else 0 for line in (walk.first, walk.last))
+    if known in walk.wanted:
+        walk.fault(("--head", 0), f"line {known[0]} " + (
+            "is not there: lines are missing at the end" if known[0] > last_seq else
+            "is not there any more: take a newer head" if known[0] < first_seq else
+            "is not the one of this head: it, and all after it, may have been made anew"))
+    return AuditVerdict(not walk.faults, walk.lines, len(names), first_seq, last_seq,
+                        f"{last_seq}:{walk.last.hash}" if walk.last else "", tuple(walk.faults),
+                        walk.torn)
 
 
 # ----------------------------------------------------------------------
@@ -21740,75 +22423,6 @@ def command_logs(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
-# -- report ---------------------------------------------------------------
-
-REPORT_OPTIONS = (
-    Option("--from", "DATE", "its first day, such as 2026-11-01, in UTC; default: of the month"),
-    Option("--to", "DATE", "its last day; default: today"),
-    Option("--days", "N", "so many days, in place of one of the two"),
-    Option("--tenant", "NAME", "of this tenant alone"),
-    Option("--evidence", "", "with what record-keeping under the EU AI Act asks for"),
-    Option("--out", "FILE", "into this file, 0600, and not to the output"),
-    Option("--force", "", "also where that file is there"))
-
-
-def audit_period(folder: str, keep_days: int, options: Dict[str, str],
-                 wall_s: float) -> Tuple[float, float]:
-    """The period that is asked for, of a log that is there.  Raises: UsageError."""
-    first_s, last_s = report_period(
-        option_value(options, "from", parse_day), option_value(options, "to", parse_day),
-        option_value(options, "days", number_within("days", 1, 3660, int)), wall_s)
-    if not any(name.endswith(".jsonl") for name in list_folder(folder)):
-        raise UsageError(
-            "this agent keeps no audit log: audit.keep_days is 0" if not keep_days else
-            f"there is no audit log in {folder}", f"Set audit.keep_days to {SIX_MONTHS_DAYS}, which "
-            "is six months, and start the agent again" if not keep_days else "It begins with the "
-            "agent's next start; of an agent with another state folder: --state-dir")
-    return first_s, last_s
-
-
-def needed_lines(report: AuditReport, folder: str) -> None:
-    """Raises: UsageError where there is nothing to report of."""
-    days = sorted(name[:10] for name in list_folder(folder) if name.endswith(".jsonl"))
-    if not report.count["read"]:
-        raise UsageError(f"the audit log has no lines from {report.first_day} to {report.last_day}",
-                         f"It has some from {days[0]} to {days[-1]}: see --from and --to")
-    if report.tenant is not None and not report.rows["reasons"] and not report.usage:
-        names = ", ".join(printable(name or "")[:60] for name, in list(report.rows["tenants"])[:20])
-        raise UsageError(f"no requests of tenant `{printable(report.tenant[:60])}` from "
-                         f"{report.first_day} to {report.last_day}",
-                         f"There are some of: {names}" if names else "There are none of anybody")
-
-
-def command_report(loaded: Loaded, options: Dict[str, str]) -> int:
-    """Usage, and what evidence of it there is, out of the audit log; no agent has to run."""
-    state_dir, wall_s = loaded.settings.state_dir, time.time()
-    folder = os.path.join(state_dir, "audit")
-    keep_days = getattr(loaded.settings, "audit_keep_days", SIX_MONTHS_DAYS)
-    out = option_value(options, "out", parse_path)
-    if out and os.path.lexists(out) and "force" not in options:
-        raise UsageError(f"{out} is there already", "Choose another name, or say --force")
-    if out and not os.path.isdir(os.path.dirname(out)):
-        raise UsageError(f"there is no folder {os.path.dirname(out)}", "Make it first")
-    first_s, last_s = audit_period(folder, keep_days, options, wall_s)
-    report = AuditReport(utc_stamp(first_s)[:10], utc_stamp(last_s)[:10], options.get("tenant"))
-    for line in read_audit(folder, first_s - DAY_S, last_s + 2 * DAY_S):
-        report.add(line)
-    needed_lines(report, folder)
-    record = report.record(utc_stamp(wall_s))
-    if "evidence" in options:
-        add_evidence(record, report, state_dir, keep_days, wall_s)
-    text = json.dumps(record, indent=2) + "\n" if "json" in options else render_report(record)
-    if out is None:
-        say(text.rstrip("\n"))
-        return Exit.OK
-    write_atomic(out, REDACTOR.scrub(text))
-    say(f"written: {out}")
-    for note in record["notes"]:
-        say(note)
-    return Exit.OK
-
-
 # -- tenants --------------------------------------------------------------
 
 TENANT_OPTIONS = tuple(Option(row.flag, row.kind, row.about) for row in TENANT_FIELDS
@@ -22046,6 +22660,127 @@ def command_tenant_list(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK if rows else end_with(NOBODY_LET_IN, Exit.OK)
 
 
+# -- the audit log ----------------------------------------------------------
+
+def audit_folder(loaded: Loaded) -> str:
+    return os.path.join(for_the_agent(loaded).settings.state_dir, "audit")
+
+
+def command_audit_verify(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Exit code 1 where a line is not as it was written, or not there."""
+    known = option_value(options, "head", lambda text: parse_audit_head(text) and text) or ""
+    folder = audit_folder(loaded)
+    verdict = verify_audit(folder, known)
+    if "json" in options:
+        say_json(dict(verdict._asdict(), faults=[fault._asdict() for fault in verdict.faults]))
+        return Exit.OK if verdict.ok else Exit.FAILED
+    for fault in verdict.faults:
+        say(printable(f"{fault.file}:{fault.line}: {fault.what}" if fault.line else
+                      f"{fault.file}: {fault.what}"))
+    if verdict.torn:
+        say("the last line is half there: the agent writes it now, or was killed at it; its next "
+            "start cuts it off, and records that")
+    if not verdict.ok:
+        return end_with(f"{folder} is not as it was written. Keep a copy of it, and find out who "
+                        "could write there: no fault of the agent's does this", Exit.FAILED)
+    say(f"whole: {verdict.lines} lines in {verdict.files} files, up to {verdict.head}"
+        if verdict.lines else f"no lines yet in {folder}")
+    return Exit.OK
+
+
+def command_audit_head(loaded: Loaded, _options: Dict[str, str]) -> int:
+    folder = audit_folder(loaded)
+    list_audit(folder)
+    head = read_audit_head(folder)
+    if head is None:
+        raise UsageError(f"{folder}/head.json is missing, or cannot be used",
+                         "See what is there: b9agent.py audit verify")
+    say(f"{head.seq}:{head.hash}")
+    return end_with("keep this line where nobody who can write here can change it; `audit verify "
+                    "--head` then finds whether anything up to it was made anew", Exit.OK)
+
+
+def command_audit_show(loaded: Loaded, options: Dict[str, str]) -> int:
+    """The newest lines, the oldest of them first."""
+    count = option_value(options, "last", number_within("a number of lines", 1, 100000, int)) or 20
+    folder, found = audit_folder(loaded), []
+    for name in reversed(list_audit(folder)):
+        lines = io.BytesIO(read_audit_tail(os.path.join(folder, name), 64 << 20)[1]).readlines()
+        whole = [json.loads(raw) for raw in lines[-count:] if parse_audit_line(raw)]
+        found[:0] = whole[max(0, len(whole) + len(found) - count):]
+        if len(found) >= count:
+            break
+    if "json" in options:
+        say_json({"lines": found})
+    for row in found if "json" not in options else ():
+        ends = [str(row.pop(name)) for name in ("seq", "kind", "time", "v", "prev", "hash")]
+        fields = {name: value for name, value in row.items() if value not in (None, "", [])}
+        say(render_event(ends[0], ends[1], rounded(fields), ends[2], "text"))
+    return Exit.OK if found else end_with(f"no lines yet in {folder}", Exit.OK)
+
+
+# -- report ---------------------------------------------------------------
+
+REPORT_OPTIONS = (
+    Option("--from", "DATE", "its first day, such as 2026-11-01, in UTC; default: of the month"),
+    Option("--to", "DATE", "its last day; default: today"),
+    Option("--days", "N", "so many days, in place of one of the two"),
+    Option("--tenant", "NAME", "of this tenant alone"),
+    Option("--evidence", "", "with what record-keeping under the EU AI Act asks for"),
+    Option("--out", "FILE", "into this file, 0600, and not to the output"),
+    Option("--force", "", "also where that file is there"))
+
+
+def nothing_to_report(report: AuditReport, folder: str) -> Optional[UsageError]:
+    """What is to be said where a period, or a tenant in it, has no lines."""
+    period, days = f"{report.first_day} to {report.last_day}", list_audit(folder)
+    if not report.count["read"]:
+        return UsageError(f"the audit log has no lines from {period}", "It has some from "
+                          f"{days[0][:10]} to {days[-1][:10]}: see --from and --to")
+    if report.tenant is None or report.usage or report.rows["reasons"]:
+        return None
+    names = ", ".join(printable(name or "")[:60] for name, in list(report.rows["tenants"])[:20])
+    return UsageError(f"no requests of tenant `{printable(report.tenant[:60])}` from {period}",
+                      f"There are some of: {names}" if names else "There are none of anybody")
+
+
+def command_report(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Usage, and what evidence of it there is, out of the audit log; no agent has to run."""
+    folder, wall_s, tenant = audit_folder(loaded), time.time(), options.get("tenant")
+    keep_days = getattr(loaded.settings, "audit_keep_days", SIX_MONTHS_DAYS)
+    out = option_value(options, "out", parse_path)
+    if out and os.path.lexists(out) and ("force" not in options or os.path.isdir(out)):
+        raise UsageError(f"{out} is there already", "Choose another name, or say --force")
+    if out and not os.path.isdir(os.path.dirname(out)):
+        raise UsageError(f"there is no folder {os.path.dirname(out)}", "Make it first")
+    first_s, last_s = report_period(
+        option_value(options, "from", parse_day), option_value(options, "to", parse_day),
+        option_value(options, "days", number_within("days", 1, 3660, int)), wall_s)
+    if not keep_days and not os.path.isdir(folder):
+        raise UsageError("this agent keeps no audit log: audit.keep_days is 0", "Set it, to "
+                         f"{SIX_MONTHS_DAYS} for six months, and start the agent again")
+    if not list_audit(folder):
+        raise UsageError(f"there are no lines yet in {folder}", "The agent writes them as it runs")
+    report = AuditReport(utc_stamp(first_s)[:10], utc_stamp(last_s)[:10], tenant)
+    for line in read_audit(folder, first_s - DAY_S, last_s + 2 * DAY_S):
+        report.add(line)
+    problem = nothing_to_report(report, folder)
+    if problem:
+        raise problem
+    record = report.record(utc_stamp(wall_s))
+    if "evidence" in options:
+        add_evidence(record, report, os.path.dirname(folder), keep_days, wall_s)
+    text = json.dumps(record, indent=2) + "\n" if "json" in options else render_report(record)
+    if out is None:
+        say(text.rstrip("\n"))
+        return Exit.OK
+    write_atomic(out, REDACTOR.scrub(text))
+    say(f"written: {out}")
+    for note in record["notes"]:
+        say(note)
+    return Exit.OK
+
+
 # -- smoke ------------------------------------------------------------------
 
 class Smoke:
@@ -22275,6 +23010,15 @@ COMMANDS = (
             "take a tenant out, and its token with it", "NAME"),
     Command("report", command_report, (*REPORT_OPTIONS, _JSON), ("state_dir",),
             "usage, cost and energy of a period, and evidence of it, out of the audit log"),
+    Command("audit verify", command_audit_verify, (
+        Option("--head", "SEQ:HASH", "one that `audit head` printed before, and that was kept "
+               "elsewhere"), _JSON), ("state_dir",),
+        "whether any line was changed, added, moved or lost, and where; exit code 1 if so"),
+    Command("audit head", command_audit_head, (), ("state_dir",),
+            "number and hash of the newest line, to be kept elsewhere"),
+    Command("audit show", command_audit_show, (
+        Option("--last", "N", "how many; default 20"), _JSON), ("state_dir",),
+        "the newest lines of the audit log"),
     Command("logs", command_logs, (Option("-n", "LINES", "how many; default 100"),
                                    Option("-f", "", "go on as they come")), ("state_dir",),
             "the running agent's newest log lines"),
