@@ -10136,13 +10136,14 @@ _ROW_KEYS = {"guards": ("code",), "reasons": ("outcome", "reason"), "uses": ("da
 _LINE_COUNTS = ("read", "missing", "unusable", "disordered", "lost", "torn", "prompts", "summed",
                 "strangers", "runs", "incidents", "changes")
 _NOTES = (  # a count, and what is to be said where it is not 0
-    ("missing", "Lines that are damaged, missing, or dated elsewhere by a clock that was set: {:,}. "
-     "They are in no figure; `b9agent.py audit verify` says which."),
+    ("missing", "Lines that are damaged, missing, or dated otherwise by a clock that was set: "
+     "{:,}. They are in no figure; `b9agent.py audit verify` says which."),
     ("unusable", "Lines that were not understood, and are in no figure: {:,}."),
     ("disordered", "Lines that do not stand in the order of their numbers: {:,}."),
     ("lost", "Lines that the agent could not write (a full disk, usually): {:,}. They are in no "
      "figure."),
-    ("torn", "Unfinished last lines that were cut off after a crash or a power cut: {:,}."),
+    ("torn", "Starts after an end that was not orderly (a kill, a crash, a power cut): {:,}. Lines "
+     "of the last tenths of a second before may be lost."),
     ("usd_unknown", "Requests without a price, which no cost includes: {:,}. To set one: "
      "inference.gpu_usd_per_hour; it counts from then on."),
     ("energy_wh_unknown", "Requests whose energy is unknown, and in no sum of it: {:,}."),
@@ -10361,11 +10362,12 @@ class AuditReport:
                 fields = {"settings": "changed", **fields}
         elif name == "tenants_changed" and self.tenant is not None:
             fields = {"names": "left out: this report is of one tenant"}
-        kind = "incidents" if level in ("warning", "error") or name in ("gap", "torn") else "changes"
+        bad = level in ("warning", "error") or name in ("gap", "torn")
         # Loads are counted by model, and guards by the requests that met them.
         if name not in ("model_loaded", "model_unloaded", "guard_tripped"):
             told = " ".join([f"{key}={_log_value(value)}" for key, value in fields.items()])
             told = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", told[:600])[:200]
+            kind = "incidents" if bad else "changes"
             self.count[kind] += 1
             self.lists[kind].append({"time": at, "event": name, "level": level, "told": told})
 

@@ -40,7 +40,9 @@ def write_log(state, lines):
         day = json.loads(line)["time"][:10] if line.startswith("{") else WEEK[0]
         with open(folder / (day + ".jsonl"), "a") as handle:
             handle.write(line + "\n")
-    return folder
+    last = json.loads(lines[-1])
+    (folder / "head.json").write_text(json.dumps({"seq": last["seq"], "hash": last["hash"], "file": day + ".jsonl",
+                                                  "closed": True}))
 
 
 @pytest.fixture(autouse=True)
@@ -112,12 +114,13 @@ def a_week(seed=7, requests=5000):
     at = lambda days: MONDAY_S + days * DAY_S
     found += [event(at(1.5), "tenants_changed", names=sorted(TENANTS), sha256="ab" * 32),
               event(at(2.5), "agent_started", **dict(started, settings_sha256="77" * 32)),
-              {"time": stamp(at(2.5) - 1), "kind": "torn", "bytes": 211, "file": "2025-11-12.jsonl"},
+              {"time": stamp(at(2.5) - 1), "kind": "torn", "file": "2025-11-12.jsonl", "bytes": 211,
+               "head": "ok", "closed": False},
               event(at(3.1), "inference_failed", "error", what="ollama ended by signal 9", engine="ollama"),
               event(at(3.1) + 20, "inference_ready", engine="ollama"),
               event(at(4.4), "engine_wedged", "warning", engine="ollama", model="qwen2.5:14b"),
               event(at(4.9), "audit_failing", "error", what="No space left on device"),
-              {"time": stamp(at(4.95)), "kind": "gap", "lost": 37, "why": "the disk was full"},
+              {"time": stamp(at(4.95)), "kind": "gap", "lost": 37, "from": stamp(at(4.9)), "to": stamp(at(4.94))},
               {"time": stamp(at(5.5)), "kind": "refusals", "reason": "not_known", "count": 1893, "tenant": ""},
               {"time": stamp(at(5.6)), "kind": "refusals", "reason": "requests_per_minute", "count": 212,
                "tenant": "night batch"},
@@ -593,7 +596,7 @@ def test_a_period_that_cannot_be_is_told_with_its_remedy(capsys, state_of_week, 
 def test_no_log_is_told_with_its_remedy(capsys, tmp_path, monkeypatch, week_ago):
     (tmp_path / "state").mkdir(mode=0o700)
     code, out, err = run(capsys, tmp_path / "state")
-    assert (code, out) == (2, "") and "no audit log in " in err and "--state-dir" in err
+    assert (code, out) == (2, "") and "no audit log in " in err and "audit.keep_days" in err
     if any(row.key == "audit_keep_days" for row in b9agent.SETTINGS):
         monkeypatch.setenv("B9AGENT_AUDIT_KEEP_DAYS", "0")
         code, out, err = run(capsys, tmp_path / "state")
