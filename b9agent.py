@@ -10556,8 +10556,8 @@ _REPORT_PARTS = (  # title, its place in the record, columns, what is to be said
      "quantization", "Those that were used, as models.json knows them."),
     ("Origin of the models", "models", "model manifest_digest pulled_by pulled_at verified_at "
      "verified_ok as_pulled", ""),
-    ("Incidents", "incidents", "time event level told", "Warnings, errors, and gaps in the log; "
-     "failed requests and guard trips stand above."),
+    ("Incidents", "incidents", "time event level told", "Warnings and errors; gap: lines were lost; "
+     "torn: the agent had not ended in order. Failed requests and guard trips stand above."),
     ("Changes", "changes", "time event told", "Starts, stops, tenants, settings, models."),
     ("Events in sums", "events", "event level times first last", ""),
     ("Integrity of the log", "integrity", "", ""), ("Retention", "retention", "", ""),
@@ -10622,7 +10622,7 @@ def render_report(record: Dict[str, Any]) -> str:
     """Markdown that reads as plain text as well."""
     period, tenant = record["period"], record["tenant"]
     lines = [f"# Use of AI models, {period['from']} to {period['to']}", "",
-             ("Record-keeping under Regulation (EU) 2024/1689 (AI Act). " if "asked" in record else
+             ("For record-keeping under Regulation (EU) 2024/1689 (AI Act). " if "asked" in record else
               "") + f"Machine {_code(record['machine_id'] or 'not known')}, "
              + ("all tenants" if tenant is None else f"tenant {_code(tenant)} alone")
              + f"; UTC days, both included. Made {record['made_at']} by b9agent "
@@ -22737,7 +22737,7 @@ def nothing_to_report(report: AuditReport, folder: str) -> Optional[UsageError]:
     """What is to be said where a period, or a tenant in it, has no lines."""
     period, days = f"{report.first_day} to {report.last_day}", list_audit(folder)
     if not report.count["read"]:
-        return UsageError(f"the audit log has no lines from {period}", "It has some from "
+        return UsageError(f"the audit log has no lines from {period}", "Its files are of "
                           f"{days[0][:10]} to {days[-1][:10]}: see --from and --to")
     if report.tenant is None or report.usage or report.rows["reasons"]:
         return None
@@ -22769,7 +22769,10 @@ def command_report(loaded: Loaded, options: Dict[str, str]) -> int:
     problem = nothing_to_report(report, folder)
     if problem:
         raise problem
-    record = report.record(utc_stamp(wall_s))
+    record, begins = report.record(utc_stamp(wall_s)), list_audit(folder)[0][:10]
+    record["notes"] += [f"The log begins on {begins}: of the days before nothing is known."] * (
+        begins > report.first_day) + ["Nothing is recorded any more: audit.keep_days is 0."] * (
+            keep_days == 0)
     if "evidence" in options:
         add_evidence(record, report, os.path.dirname(folder), keep_days, wall_s)
     text = json.dumps(record, indent=2) + "\n" if "json" in options else render_report(record)

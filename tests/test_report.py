@@ -1,6 +1,7 @@
 """Section 11c and `report`: every figure against sums made from the lines by other means."""
 import collections
 import hashlib
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import time
 import pytest
 
 import b9agent
+from helpers import run_agent
 
 DAY_S = 86400.0
 MONDAY_S = 1762732800.0  # 2025-11-10
@@ -586,8 +588,8 @@ def test_the_period_that_is_meant(arguments, first, last):
     (("--from", "2025-11-23"), "--from 2025-11-23 is in the future: today is 2025-11-22", "ends today"),
     (("--to", "2026-01-01"), "--to 2026-01-01 is in the future", "ends today"),
     (("--from", "2025-11-10", "--to", "2025-11-16", "--days", "7"), "one too many", "Leave one"),
-    (("--from", "2025-11-18"), "no lines from 2025-11-18 to 2025-11-22", "It has some from 2025-11-10 to 2025-11-16"),
-    (("--to", "2025-11-09"), "no lines from 2025-11-01 to 2025-11-09", "It has some from")])
+    (("--from", "2025-11-18"), "no lines from 2025-11-18 to 2025-11-22", "Its files are of 2025-11-10 to 2025-11-16"),
+    (("--to", "2025-11-09"), "no lines from 2025-11-01 to 2025-11-09", "Its files are of")])
 def test_a_period_that_cannot_be_is_told_with_its_remedy(capsys, state_of_week, week_ago, arguments, says, remedy):
     code, out, err = run(capsys, state_of_week, *arguments)
     assert (code, out) == (2, "") and says in err and remedy in err
@@ -625,6 +627,33 @@ def test_out_writes_a_file_of_ones_own_and_overwrites_none(capsys, state_of_week
     code, out, err = run(capsys, state_of_week, "--out", str(tmp_path / "link"), *PERIOD)
     assert code == 2 and not (tmp_path / "elsewhere").exists()
     assert sorted(os.listdir(str(tmp_path))) == ["link", "report.md", "state"]
+
+
+def test_a_log_that_begins_later_than_the_period_is_said(capsys, state_of_week, week_ago):
+    begins = "The log begins on 2025-11-10: of the days before nothing is known."
+    assert begins in as_json(capsys, state_of_week)["notes"]
+    assert begins not in as_json(capsys, state_of_week, *PERIOD)["notes"]
+
+
+def test_of_a_log_that_11b_wrote_by_a_program_of_its_own(home, state):
+    """Nothing of the test's between the one who writes and the one who reads."""
+    log = b9agent.AuditLog(str(state / "audit"), 184, b9agent.Log(stream=io.StringIO()))
+    state.mkdir(mode=0o700)
+    log.open()
+    chance = random.Random(3)
+    lines = [one_request(chance, NOW_S) for _ in range(50)]
+    log.record("event", {"event": "agent_started", "level": "notice", "machine_id": "0badcafe", "settings_sha256": "5e" * 32})
+    for line in lines:
+        log.record("request", {name: value for name, value in line.items() if name not in ("time", "kind")})
+    log.record("refusals", {"reason": "not_known", "count": 9, "tenant": ""})
+    log.close()
+    done = run_agent(home, "report", "--evidence", "--json", "--days", "2", "--out", home / "r.json")
+    assert done.code == 0 and done.err == "", done
+    report = json.loads((home / "r.json").read_text())
+    same(report["totals"], sums_of(lines))
+    assert report["integrity"]["ok"] and report["lines"]["read"] == 52 and report["lines"]["strangers"] == 9
+    done = run_agent(home, "report", "--evidence")
+    assert done.code == 0 and "`%s`" % report["integrity"]["head"] in done.out and "`0badcafe`" in done.out
 
 
 def test_secrets_of_the_settings_are_in_no_report(capsys, tmp_path, week_ago, monkeypatch):
