@@ -416,7 +416,7 @@ some_lines = st.lists(st.builds(dict, outcome=st.sampled_from(("ok", "refused", 
     load_ms=amounts, first_token_ms=amounts, guards=st.sampled_from(([], ["g"], None, "g"))), max_size=30)
 
 
-@hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=150)
+@hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=80)
 @hypothesis.given(some_lines, st.integers(2, 8))
 def test_rows_come_to_their_totals_whatever_the_lines_are(lines, bound):
     kept, b9agent.REPORT_KEYS_MAX = b9agent.REPORT_KEYS_MAX, bound
