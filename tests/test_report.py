@@ -665,3 +665,14 @@ def test_secrets_of_the_settings_are_in_no_report(capsys, tmp_path, week_ago, mo
         _, out, _ = run(capsys, tmp_path / "state", "--evidence", *arguments, *PERIOD)
         assert "s3cret" not in out
     assert "s3cret" not in (tmp_path / "r.md").read_text() + (tmp_path / "r.json").read_text()
+
+
+@pytest.mark.parametrize("served, as_pulled", [
+    (["sha256:" + "a1" * 32], True), (["sha256:" + "a1" * 32, "sha256:" + "ee" * 32], False), ([""], None),
+    (["sha256:" + "f0" * 32], True), (["", "sha256:" + "a1" * 32], True)])
+def test_every_digest_that_was_served_has_to_be_one_that_was_kept(served, as_pulled):
+    report = b9agent.AuditReport(WEEK[0], WEEK[-1])
+    for number, digest in enumerate(served):
+        report.add(dict(one_request(random.Random(1), MONDAY_S), seq=number, outcome="ok", model="M", digest=digest))
+    book = {"m:latest": {"name": "m", "manifest_digest": "a1" * 32, "layers": [{"digest": "sha256:" + "f0" * 32}]}}
+    assert [row["as_pulled"] for row in b9agent.model_evidence(report, book)] == [as_pulled]
