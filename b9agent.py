@@ -75,7 +75,7 @@ To read it: sections stand in order, and each uses only names from above it.
    7 gateway client and membership             19 agent: the composition
    8 child processes, 9a model files           20 service, 20b doctor, 20c k3s
    9b engines, 9c models, 9d inference         21 commands, main
-  11 access, 11b audit log                     13a dialects, 13b relay, 13c front door
+  11 access, 11b audit log, 11c report         13a dialects, 13b relay, 13c front door
 """
 import sys
 
@@ -10947,6 +10947,526 @@ def verify_audit(folder: str, known_head: str = "") -> AuditVerdict:
     return AuditVerdict(not walk.faults, walk.lines, len(names), first_seq, last_seq,
                         f"{last_seq}:{walk.last.hash}" if walk.last else "", tuple(walk.faults),
                         walk.torn)
+
+
+# ----------------------------------------------------------------------
+# 11c. Report                            reads STATE/audit and models.json
+# ----------------------------------------------------------------------
+# What the audit log tells of a period, in one pass over its lines.  What is
+# kept of them is bounded, whoever wrote names into them; what is unknown is
+# told and counted as unknown, never taken for 0.  The Markdown is made of the
+# record that --json prints.  Names in it stand in code spans, where no mark
+# of Markdown, no HTML and no link counts.
+
+REPORT_KEYS_MAX, REPORT_LIST_MAX = 2000, 200
+SIX_MONTHS_DAYS, DAY_S = 184, 86400  # six months are 184 days at most
+_OUTCOMES = ("ok", "refused", "failed", "left")
+_SUMS = ("prompt_tokens", "completion_tokens", "gpu_seconds", "usd", "energy_wh", "co2e_g",
+         "energy_measured_wh", "energy_estimated_wh", "cold_start_seconds")
+_ROW_KEYS = {"guards": ("code",), "reasons": ("outcome", "reason"), "uses": ("day", "model"),
+             "who": ("tenant", "identity"), "events": ("event", "level"), "loads": ("model",),
+             "digests": ("model", "digest"), "tenants": ("tenant",)}
+_LINE_COUNTS = ("read", "missing", "unusable", "disordered", "lost", "torn", "prompts", "summed",
+                "strangers", "runs", "incidents", "changes")
+_NOTES = (  # a count, and what is to be said where it is not 0
+    ("missing", "Lines that are damaged, missing, or dated otherwise by a clock that was set: "
+     "{:,}. They are in no figure; `b9agent.py audit verify` says which."),
+    ("unusable", "Lines that were not understood, and are in no figure: {:,}."),
+    ("disordered", "Lines that do not stand in the order of their numbers: {:,}."),
+    ("lost", "Lines that the agent could not write (a full disk, usually): {:,}. They are in no "
+     "figure."),
+    ("torn", "Starts after an end that was not orderly (a kill, a crash, a power cut): {:,}. Lines "
+     "of the last tenths of a second before may be lost."),
+    ("usd_unknown", "Requests without a price, which no cost includes: {:,}. To set one: "
+     "inference.gpu_usd_per_hour; it counts from then on."),
+    ("energy_wh_unknown", "Requests whose energy is unknown, and in no sum of it: {:,}."),
+    ("summed", "Refusals of tenants, too fast to be recorded one by one: {:,}. They stand under "
+     "“Refused and failed” alone."),
+    ("strangers", "Refusals of callers without a valid token, recorded in sums: {:,}. They stand "
+     "there alone, too."),
+    ("prompts", "Requests that were recorded with the text of their prompt: {:,}."))
+
+
+def _code(text: Any) -> str:
+    r"""
+    >>> _code("a|b`\n<i>")
+    '`a\\x7cb\\x60\\n<i>`'
+    """
+    shown = printable(str(text)).replace("|", "\\x7c").replace("`", "\\x60")
+    return f"`{shown[:120]}…`" if len(shown) > 120 else f"`{shown}`"
+
+
+def parse_day(text: str) -> float:
+    """Where a UTC day begins, in seconds since 1970.  Raises: ValueError."""
+    import calendar
+    try:
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+            return float(calendar.timegm(time.strptime(text, "%Y-%m-%d")))
+    except ValueError:
+        pass  # the 31st of November
+    raise ValueError("a day that there is, as YEAR-MONTH-DAY, such as 2026-11-22")
+
+
+def report_period(first_s: Optional[float], last_s: Optional[float], days: Optional[int],
+                  wall_s: float) -> Tuple[float, float]:
+    """Where the first and the last day of a period begin; this month so far where nothing is said.
+    Raises: UsageError."""
+    today_s = wall_s // DAY_S * DAY_S
+    if None not in (first_s, last_s, days):
+        raise UsageError("--from, --to and --days are one too many", "Leave one of them out")
+    for flag, day_s in (("--from", first_s), ("--to", last_s)):
+        if day_s is not None and day_s > today_s:
+            raise UsageError(f"{flag} {utc_stamp(day_s)[:10]} is in the future: today is "
+                             f"{utc_stamp(today_s)[:10]}, in UTC", "Without --to it ends today")
+    more_s = ((days or 1) - 1) * DAY_S
+    if last_s is None:
+        last_s = today_s if None in (first_s, days) else min(today_s, first_s + more_s)
+    if first_s is None:
+        first_s = last_s - more_s if days else parse_day(utc_stamp(last_s)[:8] + "01")
+    if first_s > last_s:
+        raise UsageError(f"--from {utc_stamp(first_s)[:10]} is after --to {utc_stamp(last_s)[:10]}",
+                         "Turn them round; both days are included")
+    return first_s, last_s
+
+
+def _text_of(line: Dict[str, Any], name: str) -> str:
+    """A field that is text, however long it was made."""
+    value = line.get(name)
+    return value[:200] if isinstance(value, str) else ""
+
+
+class Figures:
+    """What some requests came to.  numbers: sums, and beside each how many requests it knows and
+    lacks; a refused one cost nothing, and no sum lacks it.  first_tokens: how often which time, in
+    ms of two significant digits, which bounds it."""
+
+    def __init__(self) -> None:
+        self.numbers: Any = collections.Counter()
+        self.first_tokens: Any = collections.Counter()
+
+    def add(self, line: Dict[str, Any]) -> None:
+        used, cold = line["outcome"] != "refused", line.get("cold") is True
+        self.numbers.update(("requests", line["outcome"]))
+        self.numbers["cold_starts"] += cold and used
+        found = {name: line.get(name) for name in _SUMS[:6]}
+        found[f"energy_{line.get('energy_basis')}_wh"] = found["energy_wh"]
+        if cold and used:
+            load_ms = line.get("load_ms")
+            found["cold_start_seconds"] = load_ms / 1000 if _is_amount(load_ms) else None
+        for name, value in found.items():
+            if _is_amount(value):
+                self.numbers.update({name: value, name + "_known": 1})
+            else:
+                self.numbers[name + "_unknown"] += used
+        if _is_amount(line.get("first_token_ms")):
+            self.first_tokens[float("%.2g" % line["first_token_ms"])] += 1
+
+    def merge(self, other: "Figures") -> None:
+        self.numbers.update(other.numbers)
+        self.first_tokens.update(other.first_tokens)
+
+    def _first_token(self, percent: int) -> Optional[float]:
+        """By nearest rank."""
+        left = -(-sum(self.first_tokens.values()) * percent // 100)
+        for value in sorted(self.first_tokens):
+            left -= self.first_tokens[value]
+            if left <= 0:
+                return value
+        return None
+
+    def record(self) -> Dict[str, Any]:
+        """A sum is None where it knows no request."""
+        found = {name: self.numbers[name] for name in ("requests", *_OUTCOMES, "cold_starts")}
+        for name in _SUMS:
+            known = self.numbers[("energy_wh" if name.endswith("ed_wh") else name) + "_known"]
+            found[name] = round(self.numbers[name], 6) if known else None
+            found[name + "_unknown"] = self.numbers[name + "_unknown"]
+        if not found["cold_starts"]:
+            found["cold_start_seconds"] = 0
+        del found["energy_measured_wh_unknown"], found["energy_estimated_wh_unknown"]
+        return dict(found, first_token_ms_median=self._first_token(50),
+                    first_token_ms_p95=self._first_token(95))
+
+
+class _Rows(dict):
+    """A row for each key (a tuple), REPORT_KEYS_MAX of them; all later ones share the row whose key
+    is None throughout."""
+
+    def __init__(self, make: Callable[[], Any] = collections.Counter) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: Tuple[Any, ...]) -> Any:
+        return self.setdefault(key if len(self) < REPORT_KEYS_MAX else (None,) * len(key),
+                               self._make())
+
+    def seen(self, key: Tuple[Any, ...], at: str, what: str = "requests") -> None:
+        """How often, and when for the first and the last time."""
+        row = self[key]
+        row[what] += 1
+        row.setdefault("first", at)
+        row["last"] = at
+
+    def listed(self, names: Sequence[str],
+               told: Callable[[Any], Dict[str, Any]] = dict) -> List[Dict[str, Any]]:
+        return [dict(zip(names, key), **told(self[key]))
+                for key in sorted(self, key=lambda key: (key[0] is None, key))]
+
+
+class AuditReport:
+    """Lines of the audit log, summed up.  add() each in its order, those of the day before and the
+    day after, too: by their numbers lines are missed at the ends of the period as well."""
+
+    def __init__(self, first_day: str, last_day: str, tenant: Optional[str] = None) -> None:
+        self.first_day, self.last_day, self.tenant = first_day, last_day, tenant
+        self.count: Any = collections.Counter()
+        self.first = self.last = self.machine_id = ""
+        self.usage, self.days = _Rows(Figures), _Rows(Figures)
+        self.rows = {name: _Rows() for name in _ROW_KEYS}
+        self.lists: Dict[str, Any] = {name: collections.deque(maxlen=REPORT_LIST_MAX)
+                                      for name in ("runs", "incidents", "changes")}
+        self._seq: Any = None
+        self._inside, self._settings, self._alive = False, "", ""
+
+    def add(self, line: Dict[str, Any]) -> None:
+        at, kind, seq = _text_of(line, "time"), _text_of(line, "kind"), line.get("seq")
+        before = self._inside
+        if not re.fullmatch(r"[0-9-]{10}T[0-9:]{8}(\.[0-9]+)?Z", at) or not _is_amount(seq):
+            self.count["unusable"] += before
+            return
+        self._inside = self.first_day <= at[:10] <= self.last_day
+        if self._seq is not None and (before or self._inside):
+            self.count["missing"] += max(0, seq - self._seq - 1)
+            self.count["disordered"] += seq <= self._seq
+        self._seq = seq
+        if self._inside:
+            self.count["read"] += 1
+            if kind in ("request", "refusals", "event"):
+                self._run(_text_of(line, "event"), at)
+            {"request": self._request, "refusals": self._refusals}.get(kind, self._event)(line, at)
+            self.first, self.last = self.first or at, at
+
+    def _request(self, line: Dict[str, Any], at: str) -> None:
+        tenant, model, outcome = (_text_of(line, name) for name in ("tenant", "model", "outcome"))
+        if outcome not in _OUTCOMES:
+            self.count["unusable"] += 1
+            return
+        self.rows["tenants"].seen((tenant,), at)
+        if self.tenant not in (None, tenant):
+            return
+        self.usage[tenant, model].add(line)
+        self.days[at[:10],].add(line)
+        self.rows["who"].seen((tenant, _text_of(line, "identity")), at)
+        self.count["prompts"] += "prompt" in line
+        if outcome != "ok":
+            self.rows["reasons"][outcome, _text_of(line, "reason")]["requests"] += 1
+        guards = line.get("guards")
+        for code in guards[:20] if isinstance(guards, list) else ():
+            self.rows["guards"][str(code)[:200],]["requests"] += 1
+        if outcome != "refused":
+            self.rows["uses"].seen((at[:10], model), at)
+            self.rows["digests"][model, _text_of(line, "digest")]["requests"] += 1
+
+    def _refusals(self, line: Dict[str, Any], _at: str) -> None:
+        tenant, count = _text_of(line, "tenant"), line.get("count")
+        if not _is_amount(count):
+            self.count["unusable"] += 1
+        elif self.tenant in (None, tenant):
+            self.count["summed" if tenant else "strangers"] += count
+            self.rows["reasons"]["refused", _text_of(line, "reason")]["in_sums"] += count
+
+    def _event(self, line: Dict[str, Any], at: str) -> None:
+        """Events, and what the log says of itself: gap, torn, pruned."""
+        name, level = _text_of(line, "event") or _text_of(line, "kind"), _text_of(line, "level")
+        if self.tenant is not None and line.get("tenant", self.tenant) != self.tenant:
+            return
+        self.rows["events"].seen((name, level), at, "times")
+        fields = {key: value for key, value in line.items() if key not in (
+            "v", "seq", "time", "kind", "prev", "hash", "event", "level")}
+        lost, seconds = (line.get(key) if _is_amount(line.get(key)) else 0
+                         for key in ("lost", "seconds"))
+        self.count.update(lost=lost, torn=int(name == "torn"))
+        if name == "model_loaded":
+            self.rows["loads"][_text_of(line, "model"),].update(loads=1, load_seconds=seconds)
+        elif name == "agent_started":
+            self.machine_id, before = _text_of(line, "machine_id"), self._settings
+            self._settings = _text_of(line, "settings_sha256")
+            if before not in ("", self._settings):
+                fields = {"settings": "changed", **fields}
+        elif name == "tenants_changed" and self.tenant is not None:
+            fields = {"names": "left out: this report is of one tenant"}
+        bad = level in ("warning", "error") or name in ("gap", "torn")
+        # Loads are counted by model, and guards by the requests that met them.
+        if name not in ("model_loaded", "model_unloaded", "guard_tripped"):
+            told = " ".join([f"{key}={_log_value(value)}" for key, value in fields.items()])
+            told = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", told[:600])[:200]
+            kind = "incidents" if bad else "changes"
+            self.count[kind] += 1
+            self.lists[kind].append({"time": at, "event": name, "level": level, "told": told})
+
+    def _run(self, name: str, at: str) -> None:
+        """When the agent ran.  from: None where it did before; end: "" where it still does."""
+        runs, starts = self.lists["runs"], name == "agent_started"
+        if starts and runs and not runs[-1]["end"]:
+            runs[-1].update(to=self._alive, end="no stop was recorded")
+        if starts or not runs:
+            self.count["runs"] += 1
+            runs.append({"from": at if starts else None, "to": None, "end": ""})
+        if name == "agent_stopped":
+            runs[-1].update(to=at, end="stopped")
+        self._alive = at
+
+    def record(self, made_at: str) -> Dict[str, Any]:
+        """For --json, and what render_report() is given.  A tenant "" is nobody known; a name that
+        is null stands for those beyond REPORT_KEYS_MAX."""
+        tenants, total = _Rows(Figures), Figures()
+        for (tenant, _), usage in self.usage.items():
+            tenants[tenant,].merge(usage)
+            total.merge(usage)
+        totals = total.record()
+        lines = {name: self.count[name] for name in _LINE_COUNTS}
+        return {"report": "usage", "format": 1, "made_at": made_at, "version": VERSION,
+                "machine_id": self.machine_id, "tenant": self.tenant,
+                "period": {"from": self.first_day, "to": self.last_day, "first_line": self.first,
+                           "last_line": self.last},
+                "lines": lines, "notes": [text.format({**totals, **lines}[name])
+                                          for name, text in _NOTES if {**totals, **lines}[name]],
+                "totals": totals, "by_tenant": tenants.listed(("tenant",), Figures.record),
+                "by_tenant_model": self.usage.listed(("tenant", "model"), Figures.record),
+                "by_day": self.days.listed(("day",), Figures.record),
+                "reasons": [{"requests": 0, "in_sums": 0, **row}
+                            for row in self.rows["reasons"].listed(_ROW_KEYS["reasons"])],
+                "guards": self.rows["guards"].listed(_ROW_KEYS["guards"])}
+
+
+# -- evidence --------------------------------------------------------------
+
+# What Regulation (EU) 2024/1689 asks of logs: articles 12, 19 and 26.
+_ASKED = (
+    "In short, for high-risk systems; the text of the Regulation counts, not this.",
+    "Art. 12(1), events are recorded automatically over the system's lifetime: see When the agent "
+    "ran, Periods of use, Integrity of the log.",
+    "Art. 12(2)(a), events that help to see a risk (Art. 79(1)) or a substantial modification: see "
+    "Incidents, Changes, Models.",
+    "Art. 12(2)(b) and (c), events for monitoring after placing on the market (Art. 72) and in "
+    "operation (Art. 26(5)): see Totals, Refused and failed, Guard trips, Incidents.",
+    "Art. 12(3), for remote biometric identification (Annex III, 1(a)), among others each use, "
+    "reference databases, matches and who verified them: each use alone is recorded.",
+    "Art. 19(1) for providers, Art. 26(6) for deployers, logs under their control are kept as long "
+    "as their purpose wants, at least six months unless other law says otherwise: see Retention.")
+_NOT_COVERED = (
+    "It is no legal advice and no statement of compliance. Whether a system is high-risk (Art. 6, "
+    "Annex III), who is its provider and who its deployer, and since when which duty applies, is "
+    "for the deployer to settle.",
+    "It tells of one machine, and of requests through its front door; use of an engine by another "
+    "way is not recorded.",
+    "Inputs and outputs are not recorded: of a prompt a SHA-256, its text only with audit.prompts; "
+    "of an answer its length. Whether it was right or did harm, and who oversaw it (Art. 14), is "
+    "not in this log.",
+    "Biometric particulars of Art. 12(3)(b) to (d) are not recorded.",
+    "Identities are as good as the tokens and log-ins that showed them. They are personal data.",
+    "A kill or a power cut may cost the lines of the last tenths of a second, without a trace.",
+    "The chain of hashes shows changes within it. Who may write in its folder could write all of "
+    "it anew, or cut off its end: only a head that was kept elsewhere shows that.",
+    "Energy that is estimated was computed, not metered.")
+_PROVENANCE = ("source", "license", "base_model", "parameters", "quantization", "manifest_digest",
+               "pulled_by", "pulled_at", "verified_at", "verified_ok")
+
+
+def _hex_of(digest: Any) -> str:
+    return str(digest or "").rpartition(":")[2]
+
+
+def model_evidence(report: AuditReport, book: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """Each model that was used, what the book knows of it, and whether what was served is that."""
+    served, rows = {}, []
+    for row in report.rows["digests"].listed(("model", "digest")):
+        served.setdefault(row.pop("model"), []).append(row)
+    for name, digests in served.items():
+        entry = book.get(model_key(name or ""), book.get(name, {}))
+        known = {_hex_of(row.get("digest") or row.get("sha256")) for row in (
+            *(entry.get("layers") or ()), *(entry.get("files") or ()))}
+        known = (known | {_hex_of(entry.get("manifest_digest"))}) - {""}
+        seen = {_hex_of(row["digest"]) for row in digests} - {""}
+        rows.append({"model": name, "requests": sum(row["requests"] for row in digests),
+                     "loads": 0, "load_seconds": 0, **report.rows["loads"].get((name,), {}),
+                     "digests": digests[:20], "known": bool(entry),
+                     "as_pulled": seen <= known if seen and known else None,
+                     **{field: entry.get(field) for field in _PROVENANCE}})
+    return rows
+
+
+def integrity_evidence(verdict: Any) -> Dict[str, Any]:
+    faults = [fault._asdict() for fault in verdict.faults[:20]]
+    return dict(verdict._asdict(), faults=faults, says=[
+        ("The chain of hashes holds" if verdict.ok else "THE CHAIN OF HASHES DOES NOT HOLD")
+        + f", over all that is kept: {verdict.lines:,} lines in {verdict.files:,} files, numbers "
+        f"{verdict.first_seq} to {verdict.last_seq}. Its head is {_code(verdict.head)}.",
+        "That shows that nobody changed, removed, added or moved a line who did not also compute "
+        "all later ones anew. A head that was kept outside of this machine shows the rest: "
+        "`b9agent.py audit verify --head SEQ:HASH`. It cannot show that all was recorded."]
+        + [f"Fault in {_code(row['file'])}, line {row['line']}: {_code(row['what'])}"
+           for row in faults])
+
+
+def retention_evidence(oldest: str, keep_days: int, wall_s: float) -> Dict[str, Any]:
+    """oldest: time of the first line that is there."""
+    held = int((wall_s - parse_day(oldest[:10])) // DAY_S)
+    is_set, is_held = keep_days >= SIX_MONTHS_DAYS, held >= SIX_MONTHS_DAYS
+    return {"keep_days": keep_days, "oldest": oldest, "days_held": held, "six_months_set": is_set,
+            "six_months_held": is_held, "says": [
+                f"Lines are now kept for {keep_days} days (audit.keep_days); six months are "
+                f"{SIX_MONTHS_DAYS} at most: " + ("covered." if is_set else "NOT COVERED."),
+                f"The oldest line is of {oldest[:10]}, {held} days ago. " + (
+                    "The log reaches back six months." if is_held else "The log does not reach "
+                    "back six months: nothing was recorded here before, or it was removed.")]}
+
+
+def add_evidence(record: Dict[str, Any], report: AuditReport, state_dir: str, keep_days: int,
+                 wall_s: float) -> None:
+    """What record-keeping wants beside the figures."""
+    folder, notes = os.path.join(state_dir, "audit"), record["notes"]
+    text = read_text(os.path.join(state_dir, "models.json"), 2 * MODEL_BOOK_MAX_BYTES) or ""
+    found = _json_object(text.encode("utf-8")).get("models")
+    book = {name: entry for name, entry in found.items() if _sound(entry)} if isinstance(
+        found, dict) else {}
+    oldest = next((_text_of(line, "time") for line in read_audit(folder, None, None)), report.first)
+    record.update(
+        {name: report.rows[name].listed(_ROW_KEYS[name]) for name in ("uses", "who", "events")},
+        report="evidence", asked=list(_ASKED), not_covered=list(_NOT_COVERED),
+        **{name: list(rows) for name, rows in report.lists.items()},
+        models=model_evidence(report, book), integrity=integrity_evidence(verify_audit(folder)),
+        retention=retention_evidence(oldest, keep_days, wall_s))
+    for told, models in (
+            ("Models that were used, and of whose origin models.json knows nothing",
+             [row["model"] for row in record["models"] if not row["known"]]),
+            ("Models that were served otherwise than they were pulled, by their digest",
+             [row["model"] for row in record["models"] if row["as_pulled"] is False])):
+        if models:
+            notes.append(f"{told} ({len(models)}): {', '.join(map(_code, models[:20]))}.")
+    if not record["integrity"]["ok"]:
+        notes.insert(0, "THE LOG WAS CHANGED, OR IS DAMAGED: see Integrity of the log.")
+
+
+# -- as people read it -----------------------------------------------------
+
+_HEADS = {"ok": "answered", "left": "client left", "code": "guard", "told": "what", "usd": "USD",
+          "gpu_seconds": "GPU seconds", "energy_wh": "energy, Wh", "co2e_g": "CO2e, g",
+          "energy_measured_wh": "measured, Wh", "energy_estimated_wh": "estimated, Wh",
+          "license": "licence", "parameters": "size", "quantization": "quantisation",
+          "manifest_digest": "SHA-256", "verified_ok": "then unchanged", "in_sums": "in sums, too",
+          "first_token_ms_median": "first token, ms: median", "first_token_ms_p95":
+          "first token, ms: p95", "as_pulled": "served as pulled"}
+_NAMES = ("tenant", "model", "identity", "day", "event", "level", "outcome", "reason", "code")
+_TIMES = ("day", "time", "first", "last", "from", "to", "pulled_at", "verified_at")
+_USED = "requests ok refused failed left "
+_REPORT_PARTS = (  # title, its place in the record, columns, what is to be said of it
+    ("What the Regulation asks of logs", "asked", "", ""),
+    ("Totals", "totals", _USED + "prompt_tokens completion_tokens gpu_seconds usd energy_wh "
+     "energy_measured_wh energy_estimated_wh co2e_g cold_starts cold_start_seconds "
+     "first_token_ms_median first_token_ms_p95", "A token is a piece of a word; a prompt is what a "
+     "model was sent, a completion what it answered. GPU seconds of requests that were computed at "
+     "once are shared out among them. A cold start had to wait for its model to be loaded. In "
+     "brackets: how many requests a sum lacks."),
+    ("Usage by tenant", "by_tenant", "tenant " + _USED + "gpu_seconds usd energy_wh co2e_g", ""),
+    ("Requests by tenant and model", "by_tenant_model", "tenant model " + _USED +
+     "first_token_ms_median first_token_ms_p95", "Times to a first token have two digits."),
+    ("Work by tenant and model", "by_tenant_model", "tenant model prompt_tokens completion_tokens "
+     "gpu_seconds usd", ""),
+    ("Energy by tenant and model", "by_tenant_model", "tenant model energy_wh energy_measured_wh "
+     "energy_estimated_wh co2e_g cold_starts cold_start_seconds", ""),
+    ("Usage by day", "by_day", "day " + _USED + "prompt_tokens completion_tokens gpu_seconds usd "
+     "energy_wh", "UTC days, by the end of each request."),
+    ("Refused and failed", "reasons", "outcome reason requests in_sums", "In sums: refusals that "
+     "came too fast to be recorded one by one; no other table has them."),
+    ("Guard trips", "guards", "code requests", "Requests that met a limit of the guards."),
+    ("When the agent ran", "runs", "from to end", "Where no stop was recorded (a kill, a crash, a "
+     "power cut), `to` is the last line before."),
+    ("Periods of use", "uses", "day model requests first last", "First and last end of a request "
+     "that the model worked on. The log has each one, and how long it took."),
+    ("Who", "who", "tenant identity requests first last", "Refused requests included."),
+    ("Models", "models", "model requests loads load_seconds source license base_model parameters "
+     "quantization", "Those that were used, as models.json knows them."),
+    ("Origin of the models", "models", "model manifest_digest pulled_by pulled_at verified_at "
+     "verified_ok as_pulled", ""),
+    ("Incidents", "incidents", "time event level told", "Warnings and errors; gap: lines were lost; "
+     "torn: the agent had not ended in order. Failed requests and guard trips stand above."),
+    ("Changes", "changes", "time event told", "Starts, stops, tenants, settings, models."),
+    ("Events in sums", "events", "event level times first last", ""),
+    ("Integrity of the log", "integrity", "", ""), ("Retention", "retention", "", ""),
+    ("What this report does not cover", "not_covered", "", ""))
+
+
+def _cell(field: str, record: Dict[str, Any]) -> str:
+    value, lacking = record.get(field, ""), record.get(field + "_unknown")
+    if value is None or value == "":
+        return ("others" if value is None and field in _NAMES else "not set" if field == "usd" else
+                "–" if field in ("level", "end") else "not known")
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if field in ("outcome", "end"):
+        return value
+    if field in _TIMES and re.fullmatch("[0-9T:.Z-]{10,30}", value):
+        return value[:19].replace("T", " ")
+    if isinstance(value, str):
+        return _code(value)
+    text = f"{value:,.{4 if field == 'usd' else 0 if field.startswith('first') else 2}f}"
+    return (f"{value:,}" if isinstance(value, int) else text) + (
+        f" ({lacking:,})" if lacking else "")
+
+
+def _table_of(fields: Sequence[str], rows: Sequence[Dict[str, Any]],
+              total: Optional[Dict[str, Any]]) -> List[str]:
+    """Padded, to be read as plain text, too.  Those with the most requests, and the others in one
+    row, so that a column comes to its total."""
+    most = set(map(id, sorted(rows, key=lambda row: -row.get("requests", 0))[:REPORT_LIST_MAX]))
+    others = [row for row in rows if id(row) not in most]
+    sums = {field: sum([row.get(field) or 0 for row in others]) for name in fields[1:] if any(
+        _is_amount(row.get(name)) for row in others) for field in (name, name + "_unknown")
+            if "first" not in name}
+    cells = [[_cell(field, row) for field in fields] for row in rows if id(row) in most]
+    for name, told in ((f"and {len(others):,} more", sums if others else None), ("total", total)):
+        if told is not None:
+            cells.append([name] + [_cell(field, told) if field in told else ""
+                                   for field in fields[1:]])
+    right = [any(_is_amount(row.get(field)) for row in rows) for field in fields]
+    cells.insert(0, [_HEADS.get(field, field.replace("_", " ")) for field in fields])
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(fields))]
+    cells.insert(1, ["-" * (width - ends) + ":" * ends for width, ends in zip(widths, right)])
+    return ["| " + " | ".join([cell.rjust(width) if ends else cell.ljust(width)
+                               for cell, width, ends in zip(row, widths, right)]) + " |"
+            for row in cells]
+
+
+def _part_lines(record: Dict[str, Any], key: str, fields: Sequence[str]) -> List[str]:
+    found = record[key]
+    if key == "totals":
+        return [f"- {_HEADS.get(field, field.replace('_', ' '))}: {_cell(field, found)}"
+                for field in fields]
+    found = found["says"] if isinstance(found, dict) else found
+    if not found or isinstance(found[0], str):
+        return ["- " + text for text in found] or ["None."]
+    left = record["lines"].get(key, 0) - len(found)
+    return _table_of(fields, found, record["totals"] if key.startswith("by_") else None) + (
+        ["", f"And {left:,} earlier ones, which the log has."] if left > 0 else [])
+
+
+def render_report(record: Dict[str, Any]) -> str:
+    """Markdown that reads as plain text as well."""
+    period, tenant = record["period"], record["tenant"]
+    lines = [f"# Use of AI models, {period['from']} to {period['to']}", "",
+             ("For record-keeping under Regulation (EU) 2024/1689 (AI Act). " if "asked" in record else
+              "") + f"Machine {_code(record['machine_id'] or 'not known')}, "
+             + ("all tenants" if tenant is None else f"tenant {_code(tenant)} alone")
+             + f"; UTC days, both included. Made {record['made_at']} by b9agent "
+             f"{record['version']} of {record['lines']['read']:,} lines of its audit log, from "
+             f"{period['first_line']} to {period['last_line']}.", "", "## Read this first", "",
+             *("- " + note for note in record["notes"] or ["Nothing is missing that is known of."])]
+    for title, key, fields, about in _REPORT_PARTS:
+        if key in record:
+            lines += ["", "## " + title, ""] + ([about, ""] if about else [])
+            lines += _part_lines(record, key, fields.split())
+    return "\n".join(lines) + "\n"
 
 
 # ----------------------------------------------------------------------
@@ -23533,6 +24053,71 @@ def command_audit_show(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK if found else end_with(f"no lines yet in {folder}", Exit.OK)
 
 
+# -- report ---------------------------------------------------------------
+
+REPORT_OPTIONS = (
+    Option("--from", "DATE", "its first day, such as 2026-11-01, in UTC; default: of the month"),
+    Option("--to", "DATE", "its last day; default: today"),
+    Option("--days", "N", "so many days, in place of one of the two"),
+    Option("--tenant", "NAME", "of this tenant alone"),
+    Option("--evidence", "", "with what record-keeping under the EU AI Act asks for"),
+    Option("--out", "FILE", "into this file, 0600, and not to the output"),
+    Option("--force", "", "also where that file is there"))
+
+
+def nothing_to_report(report: AuditReport, folder: str) -> Optional[UsageError]:
+    """What is to be said where a period, or a tenant in it, has no lines."""
+    period, days = f"{report.first_day} to {report.last_day}", list_audit(folder)
+    if not report.count["read"]:
+        return UsageError(f"the audit log has no lines from {period}", "Its files are of "
+                          f"{days[0][:10]} to {days[-1][:10]}: see --from and --to")
+    if report.tenant is None or report.usage or report.rows["reasons"]:
+        return None
+    names = ", ".join(printable(name or "")[:60] for name, in list(report.rows["tenants"])[:20])
+    return UsageError(f"no requests of tenant `{printable(report.tenant[:60])}` from {period}",
+                      f"There are some of: {names}" if names else "There are none of anybody")
+
+
+def command_report(loaded: Loaded, options: Dict[str, str]) -> int:
+    """Usage, and what evidence of it there is, out of the audit log; no agent has to run."""
+    folder, wall_s, tenant = audit_folder(loaded), time.time(), options.get("tenant")
+    keep_days = getattr(loaded.settings, "audit_keep_days", SIX_MONTHS_DAYS)
+    out = option_value(options, "out", parse_path)
+    if out and os.path.lexists(out) and ("force" not in options or os.path.isdir(out)):
+        raise UsageError(f"{out} is there already", "Choose another name, or say --force")
+    if out and not os.path.isdir(os.path.dirname(out)):
+        raise UsageError(f"there is no folder {os.path.dirname(out)}", "Make it first")
+    first_s, last_s = report_period(
+        option_value(options, "from", parse_day), option_value(options, "to", parse_day),
+        option_value(options, "days", number_within("days", 1, 3660, int)), wall_s)
+    if not keep_days and not os.path.isdir(folder):
+        raise UsageError("this agent keeps no audit log: audit.keep_days is 0", "Set it, to "
+                         f"{SIX_MONTHS_DAYS} for six months, and start the agent again")
+    if not list_audit(folder):
+        raise UsageError(f"there are no lines yet in {folder}", "The agent writes them as it runs")
+    report = AuditReport(utc_stamp(first_s)[:10], utc_stamp(last_s)[:10], tenant)
+    for line in read_audit(folder, first_s - DAY_S, last_s + 2 * DAY_S):
+        report.add(line)
+    problem = nothing_to_report(report, folder)
+    if problem:
+        raise problem
+    record, begins = report.record(utc_stamp(wall_s)), list_audit(folder)[0][:10]
+    record["notes"] += [f"The log begins on {begins}: of the days before nothing is known."] * (
+        begins > report.first_day) + ["Nothing is recorded any more: audit.keep_days is 0."] * (
+            keep_days == 0)
+    if "evidence" in options:
+        add_evidence(record, report, os.path.dirname(folder), keep_days, wall_s)
+    text = json.dumps(record, indent=2) + "\n" if "json" in options else render_report(record)
+    if out is None:
+        say(text.rstrip("\n"))
+        return Exit.OK
+    write_atomic(out, REDACTOR.scrub(text))
+    say(f"written: {out}")
+    for note in record["notes"]:
+        say(note)
+    return Exit.OK
+
+
 # -- smoke ------------------------------------------------------------------
 
 class Smoke:
@@ -23760,6 +24345,8 @@ COMMANDS = (
         ("state_dir",), "a new token in place of a tenant's old one", "NAME"),
     Command("tenant remove", command_tenant_remove, (), ("state_dir",),
             "take a tenant out, and its token with it", "NAME"),
+    Command("report", command_report, (*REPORT_OPTIONS, _JSON), ("state_dir",),
+            "usage, cost and energy of a period, and evidence of it, out of the audit log"),
     Command("audit verify", command_audit_verify, (
         Option("--head", "SEQ:HASH", "one that `audit head` printed before, and that was kept "
                "elsewhere"), _JSON), ("state_dir",),
