@@ -7951,9 +7951,9 @@ class Inference:
     """The engine and its models.
 
     _lock guards _up, _ending, _asleep, _waking_s, _closed, _works, _loads, _models, _target, _told,
-    _pinned, _vram and _watch_thread, and is held for nothing that takes time.  _up stays
-    until its processes have ended, and while it is asleep: its engine was ended, and whoever wants
-    something of it has it started again.  hardware(): what is here
+    _pinned, _vram, _looks, _seen and _watch_thread, and is held for nothing that takes time.  _up
+    stays until its processes have ended, and while it is asleep: its engine was ended, and whoever
+    wants something of it has it started again.  hardware(): what is here
     now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.  keep: whether what is
     known of models is read and written.  place: to be set by who opens the front door.
     """
@@ -7978,6 +7978,7 @@ class Inference:
         self._models: Tuple[str, ...] = ()
         self._target = _NO_TARGET  # replaced whole
         self._silent = 0  # checks in a row that it did not answer
+        self._looks = self._seen = 0  # how many were begun, and the newest one that was told
         self._suspected = False
         self._load: Optional[EngineLoad] = None  # at the last check
         self._told = self._version = ""
@@ -8297,6 +8298,9 @@ class Inference:
         model serves that.  why: of models that have left memory."""
         if up is None:
             return
+        with self._lock:
+            self._looks += 1
+            look = self._looks
         models: Tuple[str, ...] = (up.name,) if up.name else ()
         loaded, digests, vram = models, self._target.digests, self._vram
         try:
@@ -8323,8 +8327,9 @@ class Inference:
             models, loaded = self._models or models, self._target.loaded or loaded
             silent = self._silent + 1
         with self._lock:
-            if self._up is not up or self._ending or self._asleep:
-                return
+            if self._up is not up or self._ending or self._asleep or look < self._seen:
+                return  # or one that began later has told
+            self._seen = look
             left, waking_s = set(self._target.loaded) - set(loaded), self._waking_s
             self._silent, self._vram = silent, vram
             self._waking_s = waking_s if silent else None
@@ -8434,7 +8439,8 @@ class Inference:
             return
         left = self._put_down(up)
         if self._up is up and not self._ending:
-            self._tell_load(self.state(), "notice", "engine_asleep", engine=up.engine.name,
+            state = self.state()  # or "error"
+            self._tell_load(state, "notice", f"engine_{state}", engine=up.engine.name,
                             left=left or None)
             self._on_change()
 

@@ -613,6 +613,27 @@ def test_a_model_that_ollama_lets_go_is_told(scripted, monkeypatch):
         ("b:1", "asked for")]
 
 
+def test_a_look_that_began_before_a_load_does_not_undo_it(scripted, monkeypatch):
+    script = Script(dict(SIZES))
+    here, hold, held = scripted(script), threading.Event(), threading.Event()
+    loaded = b9agent.OllamaApi.loaded
+
+    def late(api):
+        rows = loaded(api)
+        if threading.current_thread() is slow:
+            held.set()
+            hold.wait(PATIENCE_S)
+        return rows
+    monkeypatch.setattr(b9agent.OllamaApi, "loaded", late)
+    slow = threading.Thread(target=lambda: here.one._refresh(here.one._up))
+    slow.start()
+    held.wait(PATIENCE_S)
+    here.one.wake("a:1")
+    hold.set()
+    slow.join()
+    assert here.one.target().loaded == ("a:1",) and not here.told(state="unloaded")
+
+
 # -- digests ---------------------------------------------------------------------------
 
 def test_each_model_has_the_digest_that_ollama_says(scripted):
@@ -633,6 +654,29 @@ def test_a_model_of_files_has_the_digest_of_its_file_once_it_was_hashed(machine,
     assert b9agent.files_digest(None) is None
     assert [b9agent.tag_digest(text) for text in ("A" * 64, None, 5, "sha256:" + "b" * 64, "")] == [
         None, None, None, "sha256:" + "b" * 64, None]
+
+
+def test_an_engine_that_cannot_be_ended_is_in_error_and_does_not_sleep(tmp_path):
+    here = Machine(tmp_path)
+    endpoint = b9agent.Endpoint("http", "127.0.0.1", free_port())
+
+    class Undying:
+        snapshot = b9agent.ChildSnapshot(b9agent.ChildState.RUNNING, 7)
+
+        def stop(self):
+            self.snapshot = self.snapshot._replace(state=b9agent.ChildState.ERROR)
+            return "lives on: x, pid 7"
+    one, child = here.one, Undying()
+    one._set(b9agent._Up(b9agent.ENGINE_BY_NAME["mlx"], b9agent.read_reference(""), "m", endpoint,
+                         child, "", 0.0, 0, 1), ("m",))
+    assert one.doze()
+    one.sleep()
+    assert one.state() == "error" and one.wire() is None and one.target().state == "error"
+    assert here.told()[-1]["state"] == "error" and here.lines("engine_error")[0]["left"]
+    child.stop = lambda: ""
+    child.snapshot = child.snapshot._replace(state=b9agent.ChildState.STOPPED)
+    one.stop()
+    assert one.state() == "stopped"
 
 
 # -- random schedules ---------------------------------------------------------------------
