@@ -7956,9 +7956,9 @@ class Inference:
     """The engine and its models.
 
     _lock guards _up, _ending, _asleep, _waking_s, _closed, _works, _loads, _models, _target, _told,
-    _pinned, _vram and _watch_thread, and is held for nothing that takes time.  _up stays
-    until its processes have ended, and while it is asleep: its engine was ended, and whoever wants
-    something of it has it started again.  hardware(): what is here
+    _pinned, _vram, _looks, _seen and _watch_thread, and is held for nothing that takes time.  _up
+    stays until its processes have ended, and while it is asleep: its engine was ended, and whoever
+    wants something of it has it started again.  hardware(): what is here
     now.  beat(models): called every INFERENCE_CHECK_S while an engine runs.  keep: whether what is
     known of models is read and written.  place: to be set by who opens the front door.
     """
@@ -7983,6 +7983,7 @@ class Inference:
         self._models: Tuple[str, ...] = ()
         self._target = _NO_TARGET  # replaced whole
         self._silent = 0  # checks in a row that it did not answer
+        self._looks = self._seen = 0  # how many were begun, and the newest one that was told
         self._suspected = False
         self._load: Optional[EngineLoad] = None  # at the last check
         self._told = self._version = ""
@@ -8302,6 +8303,9 @@ class Inference:
         model serves that.  why: of models that have left memory."""
         if up is None:
             return
+        with self._lock:
+            self._looks += 1
+            look = self._looks
         models: Tuple[str, ...] = (up.name,) if up.name else ()
         loaded, digests, vram = models, self._target.digests, self._vram
         try:
@@ -8328,8 +8332,9 @@ class Inference:
             models, loaded = self._models or models, self._target.loaded or loaded
             silent = self._silent + 1
         with self._lock:
-            if self._up is not up or self._ending or self._asleep:
-                return
+            if self._up is not up or self._ending or self._asleep or look < self._seen:
+                return  # or one that began later has told
+            self._seen = look
             left, waking_s = set(self._target.loaded) - set(loaded), self._waking_s
             self._silent, self._vram = silent, vram
             self._waking_s = waking_s if silent else None
@@ -8439,7 +8444,8 @@ class Inference:
             return
         left = self._put_down(up)
         if self._up is up and not self._ending:
-            self._tell_load(self.state(), "notice", "engine_asleep", engine=up.engine.name,
+            state = self.state()  # or "error"
+            self._tell_load(state, "notice", f"engine_{state}", engine=up.engine.name,
                             left=left or None)
             self._on_change()
 
@@ -8598,12 +8604,10 @@ class Inference:
             raise ModelRefused(error.what, error.hint) from error
 
     def _bring_in(self, model: str, why: str, idle: Sequence[str] = ()) -> float:
+        mine = _Load(model, why)
         with self._lock:
-            load = self._loads.get(model)
-            mine = load is None
-            if mine:
-                load = self._loads[model] = _Load(model, why)
-        if not mine:
+            load = self._loads.setdefault(model, mine)
+        if load is not mine:
             load.done.wait()  # bounded by the limit of who loads it
             if load.error is not None:
                 raise type(load.error)(load.error.what, load.error.hint) from load.error
@@ -8627,9 +8631,7 @@ class Inference:
         limit_s = self._settings.inference_load_limit
         until_s, up = load.since_s + limit_s, self._up
         try:
-            if up is not None and not up.engine.many and load.model != up.name:
-                raise ModelMissing(f"{up.engine.title} serves {up.name} alone",
-                                   "One with other models starts after: b9agent.py stop")
+            self._alone(load.model)  # before anything is started for nothing
             if self.state() in ("asleep", "starting"):
                 self._tell_begun(load)
             up = self._roused()
@@ -8637,7 +8639,7 @@ class Inference:
                 self._settle(up, until_s)
             if self.state() != "running":
                 raise EngineError(self._message(up))
-            if up.engine.many:
+            if self._alone(load.model) is None:
                 self._load_into(up, load, idle, until_s)
         except (EngineError, UsageError) as error:
             if up is not None and (self._up is None or self._ending):
@@ -8675,34 +8677,24 @@ class Inference:
         self._tell_begun(load)
         self._make_room(up, key, [name for name in map(model_key, idle)
                                    if name in memory and name != key])
-        kept = self._keep_alive(key)
-        api.load(load.model, kept if kept is None or kept < 0 else max(WARM_LEAST_S, kept),
-                 max(0.1, until_s - now_s()), "")
+        api.load(load.model, self._keep_alive(key), max(0.1, until_s - now_s()), "")
         self._refresh(up)
 
     def _keep_alive(self, key: str) -> Optional[int]:
         """What Ollama is told with a load; None: nothing.  What `auto` comes to, requests say."""
         kept = keep_warm_of(self._settings, key)
-        if kept is None:
-            return -1 if key in self._pinned else None
-        return None if kept == "auto" else max(1, int(kept))
-
-    def _free_bytes(self) -> Optional[int]:
-        """Of the GPUs; None where it is not known, or there is none."""
-        free = self._hardware().gpu_free_bytes
-        return None if not free or None in free else sum(free)
+        if kept is None and key in self._pinned:
+            return -1
+        return max(WARM_LEAST_S, int(kept)) if isinstance(kept, float) else None
 
     def _make_room(self, up: _Up, key: str, idle: Sequence[str]) -> None:
         """Unload those of idle that are in the way; where that cannot be told, none: Ollama's own
         scheduler makes room, too, and does not know who will be wanted."""
-        api, free = OllamaApi(up.endpoint), self._free_bytes() if idle else None
+        api, free = OllamaApi(up.endpoint), self._await_memory(0) if idle else None
         if free is None:
             return
-        needed = self._vram.get(key)
-        if needed is None:
-            sizes = [_number(row.get("size"), 1 << 60) for row in api.tags()
-                     if model_key(row["name"]) == key]
-            needed = int(sizes[0] * ESTIMATE) if sizes and sizes[0] is not None else 0
+        sizes = {model_key(row["name"]): _number(row.get("size"), 1 << 60) for row in api.tags()}
+        needed = self._vram.get(key, int((sizes.get(key) or 0) * ESTIMATE))  # 0: unknown
         for name in idle:
             if free is None or free >= needed:
                 return
@@ -8714,11 +8706,13 @@ class Inference:
                 self._log.error("unload_failed", error, "info", model=name)
 
     def _await_memory(self, wanted_bytes: int) -> Optional[int]:
-        """What is free once it is that much, or after MEMORY_BACK_S: drivers take their time."""
+        """What is free of the GPUs once it is that much, or after MEMORY_BACK_S: drivers take their
+        time.  None where it is not known, or there is no GPU."""
         until_s = now_s() + MEMORY_BACK_S
         with contextlib.closing(Wake()) as wake:
             while True:
-                free = self._free_bytes()
+                each = self._hardware().gpu_free_bytes
+                free = None if not each or None in each else sum(each)
                 if free is None or free >= wanted_bytes or now_s() > until_s:
                     return free
                 wake.wait(0.1)

@@ -102,7 +102,7 @@ FULL = MetricsView(
     HostFacts("Debian 12", "6.1.0", "x86_64", "AMD EPYC 9354", 32, 64, "docker", True),
     Capacity(63500, 4096), Identity("0badcafe", "gpu", "generic", "box", ""),
     ProcessFigures(1.25, 1700000000.5, 20480, 9, 4), 100.0, 0.125, -0.75, 380.0, 1.25, "9.8.7",
-    b9agent.EngineFigures("ollama", "running", 3, 77.5, 2), "running", "up", "watching",
+    b9agent.EngineFigures("ollama", "running", 3, 77.5, 2, 1), "running", "up", "watching",
     {"RUNNING": 2, "FAILED": 1})
 NOTHING = MetricsView(Snapshot())
 N, A = {"vendor": "nvidia", "index": "0"}, {"vendor": "amd", "index": "0"}
@@ -144,6 +144,7 @@ EXPECTED = {
     "b9agent_inference_starts_total": [({"engine": "ollama"}, 3)],
     "b9agent_inference_uptime_seconds": [({"engine": "ollama"}, 77.5)],
     "b9agent_inference_models": [({"engine": "ollama"}, 2)],
+    "b9agent_inference_loads": [({"engine": "ollama"}, 1)],
     "b9agent_host_info": [({"os": "Debian 12", "kernel": "6.1.0", "architecture": "x86_64",
                             "cpu_model": "AMD EPYC 9354", "container": "docker", "wsl": "true"}, 1)],
     "b9agent_host_cpu_cores": [({}, 32)],
