@@ -10537,7 +10537,8 @@ class AuditLog:
     @property
     def failing(self) -> bool:
         """The disk does not take it."""
-        return bool(self._problem) or self._waiting > AUDIT_WAITING_MAX // 2
+        return (not self._open or bool(self._problem)
+                or self._waiting > AUDIT_WAITING_MAX // 2)
 
     def figures(self) -> Dict[str, Any]:
         """lines, head: of what is known to be on the disk; waiting: bytes that are not yet."""
@@ -11383,8 +11384,8 @@ _REPORT_PARTS = (  # title, its place in the record, columns, what is to be said
      "quantization", "Those that were used, as models.json knows them."),
     ("Origin of the models", "models", "model manifest_digest pulled_by pulled_at verified_at "
      "verified_ok as_pulled", ""),
-    ("Incidents", "incidents", "time event level told", "Warnings and errors; gap: lines were lost; "
-     "torn: the agent had not ended in order. Failed requests and guard trips stand above."),
+    ("Incidents", "incidents", "time event level told", "Warnings and errors; gap: lines were "
+     "lost; torn: the agent had not ended in order. Failed requests and guard trips stand above."),
     ("Changes", "changes", "time event told", "Starts, stops, tenants, settings, models."),
     ("Events in sums", "events", "event level times first last", ""),
     ("Integrity of the log", "integrity", "", ""), ("Retention", "retention", "", ""),
@@ -11449,8 +11450,8 @@ def render_report(record: Dict[str, Any]) -> str:
     """Markdown that reads as plain text as well."""
     period, tenant = record["period"], record["tenant"]
     lines = [f"# Use of AI models, {period['from']} to {period['to']}", "",
-             ("For record-keeping under Regulation (EU) 2024/1689 (AI Act). " if "asked" in record else
-              "") + f"Machine {_code(record['machine_id'] or 'not known')}, "
+             ("For record-keeping under Regulation (EU) 2024/1689 (AI Act). " if "asked" in record
+              else "") + f"Machine {_code(record['machine_id'] or 'not known')}, "
              + ("all tenants" if tenant is None else f"tenant {_code(tenant)} alone")
              + f"; UTC days, both included. Made {record['made_at']} by b9agent "
              f"{record['version']} of {record['lines']['read']:,} lines of its audit log, from "
@@ -14947,7 +14948,8 @@ def refuse_browsers(headers: Dict[str, str]) -> None:
 # What a failure beside the loop is to HTTP.
 DOOR_ERRORS: Tuple[Tuple[Any, int, str], ...] = (
     (UsageError, 400, "bad_request"), (ModelMissing, 404, "model_not_found"),
-    (ModelError, 502, "engine_failed"), (EngineError, 502, "engine_failed"))
+    (ModelRefused, 400, "engine_refused"), (LoadTooLong, 504, "load_too_long"),
+    (EngineConflict, 503, "no_engine"), (EngineError, 502, "engine_failed"))
 _NAMED = (Field("model", "string", "the model's name", max_length=512),
           Field("name", "string", "the same, as it was called once", max_length=512))
 _SHOW_FIELDS = _NAMED + (Field("verbose", "boolean", "all of it"),)
@@ -19984,9 +19986,7 @@ class Entrance:
         self.private_ip = ""
         self.on_change: Callable[[], None] = lambda: None
         self.tally = DoorTally()
-        settings = loaded.settings
-        self.audit = AuditLog(os.path.join(settings.state_dir, "audit"), settings.audit_keep_days,
-                              log) if settings.audit_keep_days else None
+        self.audit: Optional[AuditLog] = None  # once it was opened, or should have been
         self.power: Callable[[], Tuple[Optional[float], str, Optional[float]]] = lambda: (
             None, "", None)
         self._door: Any = None
@@ -20053,8 +20053,9 @@ class Entrance:
                         None if price is None else price / 3600)
         return FrontDoor(log, access, ledger, self._inference, self.tally, DoorLimits(
             settings.inference_queue, settings.inference_queue_wait,
-            settings.inference_silence_limit, settings.audit_full == "refuse", settings.audit_prompts), DoorGuards(settings),
-            self.audit, self._tls, lambda: self.power())
+            settings.inference_silence_limit, settings.audit_full == "refuse",
+            settings.audit_prompts), DoorGuards(settings), self.audit, self._tls,
+            lambda: self.power())
 
     def _port(self, host: str) -> int:
         """Raises: OSError, LockedError with who holds it."""
@@ -20108,9 +20109,11 @@ class Entrance:
 
     def open_audit(self, machine_id: str) -> None:
         """One that cannot be written costs itself, and with audit.full: refuse the models."""
-        if self.audit is None:
-            return
         settings, log = self._settings, self._log
+        if not settings.audit_keep_days:
+            return
+        self.audit = AuditLog(os.path.join(settings.state_dir, "audit"), settings.audit_keep_days,
+                              log)
         try:
             self.audit.open()
         except UsageError as error:
@@ -22332,7 +22335,7 @@ _K3S_MACHINES = {"x86_64": (62, "amd64"), "aarch64": (183, "arm64"), "armv7l": (
 K3S_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "k3s_kubeconfig", "hostname",
             "state_dir")
 _AGENTS_KEYS = ("k3s_token", "k3s_service_account", "k3s_token_hours", "hostname",
-                "inference_gpu_usd_per_hour")
+                "inference_gpu_usd_per_hour", "audit_keep_days")
 K3S_ACCOUNT_OPTIONS = (
     Option("--service-account", "NAME", f"the gateway's; default {GATEWAY_ACCOUNT}"),
     Option("--namespace", "NAME", "where workers run; the gateway knows `default` alone"))
@@ -24075,7 +24078,7 @@ def nothing_to_report(report: AuditReport, folder: str) -> Optional[UsageError]:
 def command_report(loaded: Loaded, options: Dict[str, str]) -> int:
     """Usage, and what evidence of it there is, out of the audit log; no agent has to run."""
     folder, wall_s, tenant = audit_folder(loaded), time.time(), options.get("tenant")
-    keep_days = getattr(loaded.settings, "audit_keep_days", SIX_MONTHS_DAYS)
+    keep_days = loaded.settings.audit_keep_days
     out = option_value(options, "out", parse_path)
     if out and os.path.lexists(out) and ("force" not in options or os.path.isdir(out)):
         raise UsageError(f"{out} is there already", "Choose another name, or say --force")

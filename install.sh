@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=893cdf2bd0efda9b0407ae39f6d1eb3f40e3a625f2bf6d950b5d1f58c2573e0c
+  sha256=ac3ed2d3fe92f020fb22b070c590cb679c4e3a0e274f1f223d4ebd3218a7150f
 }
 
 usage() {

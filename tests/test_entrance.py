@@ -246,7 +246,7 @@ def test_the_target_has_one_spelling_of_each_model_and_what_is_in_memory(tmp_pat
     with ollama(["A:1b", "registry.ollama.ai/library/b"], loaded) as engine:
         monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:%d" % engine.port)
         one = Embedded(tmp_path, inference_parallel="3")
-        assert one.inference.target() == ("stopped", None, None, (), (), 0, 8192, 1)
+        assert one.inference.target() == ("stopped", None, None, (), (), 0, 8192, 1, {})
         one.inference.place = DOOR
         assert one.inference.wire() is None and one.inference.port() == 4711
         one.inference.start("ollama", "")
@@ -273,7 +273,7 @@ def test_as_many_requests_at_once_as_the_engine_computes(engine, settings, slots
     up = b9agent._Up(b9agent.ENGINE_BY_NAME[engine], b9agent.Reference("m", "gguf"), "m",
                      Endpoint("http", "127.0.0.1", 1), None, "", 0.0, 2, 4096)
     inference._set(up, ("m",), ("m",))
-    assert inference.target()[3:] == (("m",), ("m",), 2, 4096, slots)
+    assert inference.target()[3:8] == (("m",), ("m",), 2, 4096, slots)
 
 
 @pytest.mark.parametrize("says, version", [(b"Ollama is running", "1"), (b"b9agent is running", "")])
