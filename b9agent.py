@@ -9605,10 +9605,10 @@ class TenantBook:
                 try:
                     self.tables = tables_of(self._load(len(stamp) > 1))
                     import hashlib
-                    text = read_text(self._path, 8 << 20) or ""
+                    text = read_text(self._path, 8 << 20)
                     self._log("info", "tenants", count=len(self.tables.tenants), names=",".join(
                         sorted(tenant.name for tenant in self.tables.tenants))[:1000] or None,
-                        sha256=hashlib.sha256(text.encode("utf-8")).hexdigest())
+                        sha256=text and hashlib.sha256(text.encode("utf-8")).hexdigest())
                 except UsageError as error:
                     kept = ("Those known before stay in force" if self.tables.gateway else
                             "Until then nobody is let in")
@@ -10638,7 +10638,8 @@ class AuditLog:
             self._file = None
 
     def _say_head(self) -> None:
-        self._log("notice", "audit_head", head=f"{self._head.seq}:{self._head.hash}")
+        if self._head.seq:
+            self._log("notice", "audit_head", head=f"{self._head.seq}:{self._head.hash}")
 
     def _recover(self) -> Dict[str, Any]:
         """Where to go on; returns what is to be told of the end that was found."""
@@ -20604,8 +20605,13 @@ class Agent:
         self._alive_until_s = now_s() + within_s
         self.tailnet.start()
         self.entrance.look_up()
-        if self._sample is not None and self._energy.is_due():
+        sample = self._sample
+        if sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
+            self._sample = sample._replace(energy=self._energy.report())
+        elif self.membership.snapshot.state is State.UNREACHABLE and (
+                sample is None or now_s() - sample.taken_s > self.settings.keepalive_interval):
+            self._count_energy(self.look)  # no keepalive does, and models are served all the same
         if self.membership.snapshot.state is not State.STARTING:
             self.pods.start()  # after the first keepalive, which is not to wait for it
         if self.membership.snapshot.state is not self._told:

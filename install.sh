@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=ac3ed2d3fe92f020fb22b070c590cb679c4e3a0e274f1f223d4ebd3218a7150f
+  sha256=a0a26d26d57fd36f81c4158e5b73be895f76ebf88ca104547608ab8de3584782
 }
 
 usage() {
