@@ -16,10 +16,11 @@ files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
                   machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
                   journald), energy.json 0600 (energy.json.bad where it was broken),
                   control.token 0600, control.addr; models.json 0600 (models.json.bad);
-                  inference.token 0600, inference.addr, usage.json 0600; tenants.yaml 0600
-                  (`tenant`); tls/tailnet.crt and .key 0600 (tls: tailscale);
-                  children/engine.json 0600, logs/engine-*.log 0600 (16 MiB each, five), the
-                  same two of tunnel; k3s.kubeconfig 0600 (`k3s rbac --apply`, and to renew its
+                  inference.token 0600, inference.addr, usage.json 0600; audit/ 0700 with
+                  DATE.jsonl and head.json 0600, removed after audit.keep_days; tenants.yaml
+                  0600 (`tenant`); FILE 0600 (`report --out FILE`); tls/tailnet.crt and .key
+                  0600 (tls: tailscale); children/engine.json 0600, logs/engine-*.log 0600
+                  (16 MiB each, five), the same two of tunnel; k3s.kubeconfig 0600 (`k3s rbac --apply`, and to renew its
                   token); hub/ (a cache of Hugging Face's where there is none);
                   gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
                   folder (`demo`), removed; on macOS, for an instant, k3s's client key 0600;
@@ -54,8 +55,8 @@ programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi w
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
           vendor's driver, and ends), control or gateway (accepts; another for the tailnet's
           address), and control-client or gateway-client for each connection to those, 64 or 256 at
-          most; door (all connections of the front door), door-errand (a few, for what would hold
-          it up), gateway-address (looks it up, and ends); child-engine and child-engine-output,
+          most; door (all connections of the front door), door-errand, -asking and -load (a few,
+          for what would hold it up), audit (writes the audit log), gateway-address (looks it up, and ends); child-engine and child-engine-output,
           the same two of the tunnel's ssh, and tunnel (starts it again); first-token,
           inference-start, inference (looks at the engine), pull, import or convert NAME (4 at
           most), provenance (hashes files); tailnet (asks tailscaled, where there is a trace of
@@ -75,7 +76,8 @@ To read it: sections stand in order, and each uses only names from above it.
    7 gateway client and membership             19 agent: the composition
    8 child processes, 9a model files           20 service, 20b doctor, 20c k3s
    9b engines, 9c models, 9d inference         21 commands, main
-  11 access, 11b audit log, 11c report         13a dialects, 13b relay, 13c front door
+  10 guards, 11 access                         13a dialects, 13b relay, 13c front door
+  11b audit log, 11c report
 """
 import sys
 

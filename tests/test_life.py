@@ -571,7 +571,7 @@ def test_the_token_is_found_by_nobody(way, agent, hostile, home, state, tmp_path
     hostile.fault = "unauthorized"
     hostile.wait_count(1, "keepalive", "unauthorized")
     listing = every_command_line()
-    assert AGENT in listing
+    assert agent_command()[1] in listing
     status = run_agent(home, "status", "--json")
     assert status.code == 0, status
     control = (state / "control.token").read_text().strip()
