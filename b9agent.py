@@ -15006,7 +15006,8 @@ class _Job:
         self.queued_s = self.sent_s = self.first_s = self.last_s = 0.0
         self.pieces = 0
         self.twin = ""             # by what the retry guard knows it
-        self.prompt_sha256 = ""
+        self.prompt_sha256, self.said = "", {}  # type: str, Dict[str, Any]
+        self.big = client.charged_bytes > DOOR_BIG_BYTES
         self.shape_key = model, ask.dialect, ask.task
 
     # -- what the engine says
@@ -15519,10 +15520,10 @@ class FrontDoor:
         client.exchange = job
 
         def form() -> Any:
-            if client.charged_bytes > DOOR_BIG_BYTES:
+            if job.big:
                 job.prompt_sha256 = payload_hash(prompt_of(ask))
             return engine_request(ask, target.engine, model, job.grant.output_tokens, context)
-        if client.charged_bytes > DOOR_BIG_BYTES:
+        if job.big:
             self._beside(client, form, lambda asked: self._line_up(job, asked))
         else:
             self._line_up(job, form())
@@ -15858,9 +15859,17 @@ class FrontDoor:
             if amount:
                 tally.add(f"b9agent_door_{metric}_total", (name, job.model), amount)
         self._tell_guards(job, status, now)
-        if self._audit is not None:  # soon: its client need not wait for that
-            self._relay.soon(lambda: self._record(job, status, code, (prompt, completion), bill,
-                                                  now))
+        # What cost nothing is written so often, no more: it must not fill the disk.
+        if self._audit is not None and (job.sent_s or bill.busy_s or self._has_line(
+                name, code or "nothing_asked")):
+            job.said = self._said_by(job.client)  # now: its connection may bring another at once
+
+            def record() -> None:
+                self._record(job, status, code, (prompt, completion), bill, now)
+            if job.big and (self._limits.keeps_prompts or not job.prompt_sha256):
+                self._relay.errand(record, self._told)
+            else:
+                self._relay.soon(record)  # its client need not wait for that
         self._relay.soon(self._go_on)
 
     def _tell_guards(self, job: _Job, status: int, now: float) -> None:
@@ -15886,7 +15895,7 @@ class FrontDoor:
         energy_wh = None if watts is None else bill.busy_s * watts / 3600
         told = usage is not None and None not in (usage.prompt_tokens, usage.completion_tokens)
         self._audit.record("request", {
-            **self._said_by(job.client), "id": job.id, "request_id": ask.request_id,
+            **job.said, "id": job.id, "request_id": ask.request_id,
             "task": ask.task, "stream": ask.stream, "model": job.model,
             "digest": job.target.digests.get(job.model, ""), "engine": job.target.engine.name,
             "prompt_sha256": job.prompt_sha256 or payload_hash(prompt_of(ask)),
@@ -15920,15 +15929,20 @@ class FrontDoor:
         if self._audit is None:
             return
         tenant = client.caller.tenant.name if client.caller else ""
-        lines = self._refused_lines.get(tenant, 0)
-        if tenant and client.route.kind in ("ask", "manage") and lines < DOOR_REFUSED_MAX:
-            self._refused_lines[tenant] = lines + 1
+        if self._has_line(tenant, error.code, tenant and client.route.kind in ("ask", "manage")):
             self._audit.record("request", {
                 **self._said_by(client), "task": client.route.task, "status": error.status,
                 "outcome": "refused" if error.status < 500 else "failed", "reason": error.code,
                 "guards": [error.code] if error.code in GUARD_CODES else []})
-        else:
-            self._refused[tenant, error.code] = self._refused.get((tenant, error.code), 0) + 1
+
+    def _has_line(self, tenant: str, reason: str, may: Any = True) -> bool:
+        """Whether what cost nothing has a line of its own; else it is counted."""
+        lines = self._refused_lines.get(tenant, 0)
+        if may and lines < DOOR_REFUSED_MAX:
+            self._refused_lines[tenant] = lines + 1
+            return True
+        self._refused[tenant, reason] = self._refused.get((tenant, reason), 0) + 1
+        return False
 
     def managed(self, client: ClientWire, status: int) -> None:
         """A model was fetched, copied or removed by the front door, or was not."""
