@@ -15135,6 +15135,7 @@ class FrontDoor:
         self._tally, self._limits, self._tls = tally, limits, tls
         self._guards, self._audit, self._power = guards, audit, power
         self._loads: Dict[str, _ColdStart] = {}          # by model
+        self._load_turns: Dict[str, float] = {}     # tenant: when its last one began
         self._used_s = now_s()                      # when the engine last had something to do
         # Refusals that no line of their own tells of: (tenant, reason) -> how many.
         self._refused: Dict[Tuple[str, str], int] = {}
@@ -15627,6 +15628,7 @@ class FrontDoor:
                        and each not in self._on_engine),
                       key=lambda each: self._warm_s.get(each, 0.0))
         load = self._loads[model] = _ColdStart(model, job, slot, now_s())
+        self._load_turns[job.caller.tenant.name] = load.since_s
         self._relay.errand(lambda: self._engine.wake(model, idle),
                            lambda took_s, problem: self._loaded(load, took_s, problem), "load")
 
@@ -15660,7 +15662,10 @@ class FrontDoor:
     def _load_more(self) -> None:
         """Whatever can go on now does."""
         target = self._target()
-        for job in list(self._waiting):
+        # Each tenant has its turn, or one with many models has all slots.
+        for job in sorted(self._waiting, key=lambda job: (
+                PRIORITIES.index(job.caller.tenant.priority),
+                self._load_turns.get(job.caller.tenant.name, 0.0))):
             try:
                 self._have_loaded(job, target)
             except GuardTripped as error:
