@@ -15783,7 +15783,6 @@ class FrontDoor:
 
         def told(found: Any) -> None:
             status, body, job.usage = found
-            self._warm_s[job.model] = now_s()
             self.settle(job, status)
             client.answer(Response(status, body, headers=(("X-Request-Id", job.id),)))
         job.wire = None  # it may serve another already
