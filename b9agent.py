@@ -10140,6 +10140,14 @@ class Ledger:
                 self._charge(grant, now)
                 self._hold(grant, grant.gpus, now)
 
+    def pause(self, grant: Grant) -> None:
+        """It waits again, until begin().  No waiting."""
+        with self._lock:
+            if not grant.settled and grant.gpus is not None:
+                self._charge(grant, self._turn())
+                grant.gpus, grant.extend_at_s = None, float("inf")
+                self._running -= 1
+
     def settle(self, grant: Grant, prompt_tokens: int, completion_tokens: int) -> Bill:
         """Once, at its end; a second time changes nothing.  No waiting."""
         account = grant.account
@@ -15636,6 +15644,7 @@ class FrontDoor:
         now, model, guards = now_s(), load.model, self._guards
         del self._loads[model]
         lasted_s = now - load.since_s if took_s is None else took_s
+        self._ledger.pause(load.job.grant)
         if load.slot:
             guards.cold.end(lasted_s)
         waiting = [job for job in self._waiting if job.model == model]
