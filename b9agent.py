@@ -15415,7 +15415,7 @@ class FrontDoor:
         """Beside the loop.  Raises: HttpError, AgentError."""
         tenant, task = client.caller.tenant, client.route.task
         target = self._running_target(True) if task in ("model", "show") else self._target()
-        if target.state == "asleep" and task == "show":
+        if target.state == "asleep" and task == "show" and target.engine.many:
             self._engine.wake("")
             target = self._running_target()
         names = [name for name in target.models if tenant.may_use(name)]
