@@ -15705,8 +15705,10 @@ class FrontDoor:
             if job is None:
                 return
             self._waiting.pop(job, None)
-            if target.engine is not job.target.engine:
-                self.fail(job, 503, "engine_changed", "another engine runs now: ask again")
+            if target.engine is not job.target.engine or (
+                    target.models and job.model not in target.models):
+                self.fail(job, 503, "engine_changed",
+                          "another engine, or model, runs now: ask again")
             else:
                 self._send(job, target)
 
