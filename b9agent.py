@@ -15202,8 +15202,10 @@ class FrontDoor:
         def end() -> None:
             for listener in self._listeners:
                 listener.close()
-            for job in [*self._running, *self._waiting]:
-                self.fail(job, 503, "stopping", "this machine is being stopped")
+            for job in [each.exchange for each in self._clients]:
+                if isinstance(job, _Job):
+                    self.fail(job, 503, "stopping", "this machine is being stopped")
+            self._record_refused(float("inf"))
             for errand in list(self.errands):
                 self._cut(errand)
                 errand.on_end("this machine is being stopped")
