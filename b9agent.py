@@ -15812,7 +15812,6 @@ class FrontDoor:
         self.settle(job, status, code)
         if client.dead:
             return
-        client.exchange = None
         if job.flow is not None:
             client.end_stream(job.flow.end(what))
         else:

@@ -533,6 +533,18 @@ def test_streams_failures_refusals_and_those_who_leave_have_lines(tmp_path):
         assert (line["outcome"], line["reason"], line["guards"]) == ("refused", "task_depth", ["task_depth"])
 
 
+def test_one_whose_load_failed_has_one_line(tmp_path):
+    def fails(model):
+        raise b9agent.EngineError("no room")
+    with audited(tmp_path, engine="ollama", models=("m:latest",), loaded=(), script=ollama_answer) as (rig, lines):
+        rig.inference.on_wake = fails
+        assert ask(rig)[0] == 502
+        rig.inference.on_wake = lambda model: 1.0
+        assert ask(rig)[0] == 200
+        line_of(lines, 2)
+        assert [line["reason"] for line in lines()] == ["engine_failed", ""]
+
+
 def test_only_who_had_a_model_loaded_has_a_cold_start_in_his_line(tmp_path):
     gate = Gate(12.5)
     with audited(tmp_path, engine="ollama", models=("m:latest",), loaded=(), script=ollama_answer) as (rig, lines), \
