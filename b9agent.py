@@ -8594,9 +8594,9 @@ class Inference:
         """Until a model is in memory, in an engine that is started for it where it sleeps; however
         many ask, it is loaded once.
 
-        idle: models that nobody uses, the least recently used first: as many as the GPUs' free
-        memory wants are unloaded before.  Returns: seconds, 0.0 where it was there.
-        Raises: EngineError.
+        model: "" for the engine alone.  idle: models that nobody uses, the least recently used
+        first: as many as the GPUs' free memory wants are unloaded before.  Returns: seconds, 0.0
+        where it was there.  Raises: EngineError.
         """
         try:
             return self._bring_in(model, "request", idle)
@@ -8639,7 +8639,7 @@ class Inference:
                 self._settle(up, until_s)
             if self.state() != "running":
                 raise EngineError(self._message(up))
-            if self._alone(load.model) is None:
+            if load.model and self._alone(load.model) is None:
                 self._load_into(up, load, idle, until_s)
         except (EngineError, UsageError) as error:
             if up is not None and (self._up is None or self._ending):
@@ -8653,8 +8653,9 @@ class Inference:
         if not load.told:
             return 0.0
         took_s = max(0.001, now_s() - load.since_s)
-        self._tell_load("loaded", "info", "model_loaded", model=load.model, why=load.why,
-                        seconds=round(took_s, 3))
+        if load.model:
+            self._tell_load("loaded", "info", "model_loaded", model=load.model, why=load.why,
+                            seconds=round(took_s, 3))
         return took_s
 
     def _roused(self) -> _Up:
@@ -13674,6 +13675,11 @@ class StreamFlow:
         for key in keys.split():
             if said.get(key):
                 self.usage.pieces += 1
+                # What is said beside the text would be lost where it comes once more.
+                if self._outer and (sum(map(bool, map(said.get, keys.split()))) > 1 or re.search(
+                        rb'"(?:logprobs|finish_reason)": ?[^n]|"done": ?t', data)):
+                    self.expect(Shape())
+                    return
                 name = re.search(rb'"model": ?"[^"\\]*"', data)
                 found = re.search(rb'"%b": ?"()(?:[^"\\]|\\.)+(")' % key.encode(), data,
                                   re.DOTALL)
@@ -15455,11 +15461,12 @@ class FrontDoor:
                                             if name != "modelfile"}
 
     def _manage(self, client: ClientWire, body: bytes) -> None:
-        if self._target().state == "asleep":
+        asleep = self._target().state == "asleep"
+        target = self._running_target(asleep)
+        if asleep and target.engine.many:
             self._beside(client, lambda: self._engine.wake(""),
                          lambda _: self._manage(client, body), "load")
             return
-        target = self._running_target()
         if not target.engine.many:
             raise HttpError(501, "not_here", f"{target.engine.title} holds one model: there is "
                             "nothing to manage", "b9agent.py start --engine ollama")
