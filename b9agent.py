@@ -8596,9 +8596,9 @@ class Inference:
         """Until a model is in memory, in an engine that is started for it where it sleeps; however
         many ask, it is loaded once.
 
-        idle: models that nobody uses, the least recently used first: as many as the GPUs' free
-        memory wants are unloaded before.  Returns: seconds, 0.0 where it was there.
-        Raises: EngineError.
+        model: "" for the engine alone.  idle: models that nobody uses, the least recently used
+        first: as many as the GPUs' free memory wants are unloaded before.  Returns: seconds, 0.0
+        where it was there.  Raises: EngineError.
         """
         try:
             return self._bring_in(model, "request", idle)
@@ -8641,7 +8641,7 @@ class Inference:
                 self._settle(up, until_s)
             if self.state() != "running":
                 raise EngineError(self._message(up))
-            if self._alone(load.model) is None:
+            if load.model and self._alone(load.model) is None:
                 self._load_into(up, load, idle, until_s)
         except (EngineError, UsageError) as error:
             if up is not None and (self._up is None or self._ending):
@@ -8655,8 +8655,9 @@ class Inference:
         if not load.told:
             return 0.0
         took_s = max(0.001, now_s() - load.since_s)
-        self._tell_load("loaded", "info", "model_loaded", model=load.model, why=load.why,
-                        seconds=round(took_s, 3))
+        if load.model:
+            self._tell_load("loaded", "info", "model_loaded", model=load.model, why=load.why,
+                            seconds=round(took_s, 3))
         return took_s
 
     def _roused(self) -> _Up:
@@ -10141,6 +10142,14 @@ class Ledger:
                 now = self._turn()
                 self._charge(grant, now)
                 self._hold(grant, grant.gpus, now)
+
+    def pause(self, grant: Grant) -> None:
+        """It waits again, until begin().  No waiting."""
+        with self._lock:
+            if not grant.settled and grant.gpus is not None:
+                self._charge(grant, self._turn())
+                grant.gpus, grant.extend_at_s = None, float("inf")
+                self._running -= 1
 
     def settle(self, grant: Grant, prompt_tokens: int, completion_tokens: int) -> Bill:
         """Once, at its end; a second time changes nothing.  No waiting."""
@@ -13668,6 +13677,11 @@ class StreamFlow:
         for key in keys.split():
             if said.get(key):
                 self.usage.pieces += 1
+                # What is said beside the text would be lost where it comes once more.
+                if self._outer and (sum(map(bool, map(said.get, keys.split()))) > 1 or re.search(
+                        rb'"(?:logprobs|finish_reason)": ?[^n]|"done": ?t', data)):
+                    self.expect(Shape())
+                    return
                 name = re.search(rb'"model": ?"[^"\\]*"', data)
                 found = re.search(rb'"%b": ?"()(?:[^"\\]|\\.)+(")' % key.encode(), data,
                                   re.DOTALL)
@@ -15008,7 +15022,8 @@ class _Job:
         self.queued_s = self.sent_s = self.first_s = self.last_s = 0.0
         self.pieces = 0
         self.twin = ""             # by what the retry guard knows it
-        self.prompt_sha256 = ""
+        self.prompt_sha256, self.said = "", {}  # type: str, Dict[str, Any]
+        self.big = client.charged_bytes > DOOR_BIG_BYTES
         self.shape_key = model, ask.dialect, ask.task
 
     # -- what the engine says
@@ -15136,6 +15151,7 @@ class FrontDoor:
         self._tally, self._limits, self._tls = tally, limits, tls
         self._guards, self._audit, self._power = guards, audit, power
         self._loads: Dict[str, _ColdStart] = {}          # by model
+        self._load_turns: Dict[str, float] = {}     # tenant: when its last one began
         self._used_s = now_s()                      # when the engine last had something to do
         # Refusals that no line of their own tells of: (tenant, reason) -> how many.
         self._refused: Dict[Tuple[str, str], int] = {}
@@ -15194,8 +15210,10 @@ class FrontDoor:
         def end() -> None:
             for listener in self._listeners:
                 listener.close()
-            for job in [*self._running, *self._waiting]:
-                self.fail(job, 503, "stopping", "this machine is being stopped")
+            for job in [each.exchange for each in self._clients]:
+                if isinstance(job, _Job):
+                    self.fail(job, 503, "stopping", "this machine is being stopped")
+            self._record_refused(float("inf"))
             for errand in list(self.errands):
                 self._cut(errand)
                 errand.on_end("this machine is being stopped")
@@ -15407,7 +15425,7 @@ class FrontDoor:
         """Beside the loop.  Raises: HttpError, AgentError."""
         tenant, task = client.caller.tenant, client.route.task
         target = self._running_target(True) if task in ("model", "show") else self._target()
-        if target.state == "asleep" and task == "show":
+        if target.state == "asleep" and task == "show" and target.engine.many:
             self._engine.wake("")
             target = self._running_target()
         names = [name for name in target.models if tenant.may_use(name)]
@@ -15445,11 +15463,12 @@ class FrontDoor:
                                             if name != "modelfile"}
 
     def _manage(self, client: ClientWire, body: bytes) -> None:
-        if self._target().state == "asleep":
+        asleep = self._target().state == "asleep"
+        target = self._running_target(asleep)
+        if asleep and target.engine.many:
             self._beside(client, lambda: self._engine.wake(""),
                          lambda _: self._manage(client, body), "load")
             return
-        target = self._running_target()
         if not target.engine.many:
             raise HttpError(501, "not_here", f"{target.engine.title} holds one model: there is "
                             "nothing to manage", "b9agent.py start --engine ollama")
@@ -15521,10 +15540,10 @@ class FrontDoor:
         client.exchange = job
 
         def form() -> Any:
-            if client.charged_bytes > DOOR_BIG_BYTES:
+            if job.big:
                 job.prompt_sha256 = payload_hash(prompt_of(ask))
             return engine_request(ask, target.engine, model, job.grant.output_tokens, context)
-        if client.charged_bytes > DOOR_BIG_BYTES:
+        if job.big:
             self._beside(client, form, lambda asked: self._line_up(job, asked))
         else:
             self._line_up(job, form())
@@ -15628,6 +15647,7 @@ class FrontDoor:
                        and each not in self._on_engine),
                       key=lambda each: self._warm_s.get(each, 0.0))
         load = self._loads[model] = _ColdStart(model, job, slot, now_s())
+        self._load_turns[job.caller.tenant.name] = load.since_s
         self._relay.errand(lambda: self._engine.wake(model, idle),
                            lambda took_s, problem: self._loaded(load, took_s, problem), "load")
 
@@ -15635,6 +15655,7 @@ class FrontDoor:
         now, model, guards = now_s(), load.model, self._guards
         del self._loads[model]
         lasted_s = now - load.since_s if took_s is None else took_s
+        self._ledger.pause(load.job.grant)
         if load.slot:
             guards.cold.end(lasted_s)
         waiting = [job for job in self._waiting if job.model == model]
@@ -15661,7 +15682,10 @@ class FrontDoor:
     def _load_more(self) -> None:
         """Whatever can go on now does."""
         target = self._target()
-        for job in list(self._waiting):
+        # Each tenant has its turn, or one with many models has all slots.
+        for job in sorted(self._waiting, key=lambda job: (
+                PRIORITIES.index(job.caller.tenant.priority),
+                self._load_turns.get(job.caller.tenant.name, 0.0))):
             try:
                 self._have_loaded(job, target)
             except GuardTripped as error:
@@ -15692,8 +15716,10 @@ class FrontDoor:
             if job is None:
                 return
             self._waiting.pop(job, None)
-            if target.engine is not job.target.engine:
-                self.fail(job, 503, "engine_changed", "another engine runs now: ask again")
+            if target.engine is not job.target.engine or (
+                    target.models and job.model not in target.models):
+                self.fail(job, 503, "engine_changed",
+                          "another engine, or model, runs now: ask again")
             else:
                 self._send(job, target)
 
@@ -15779,7 +15805,6 @@ class FrontDoor:
 
         def told(found: Any) -> None:
             status, body, job.usage = found
-            self._warm_s[job.model] = now_s()
             self.settle(job, status)
             client.answer(Response(status, body, headers=(("X-Request-Id", job.id),)))
         job.wire = None  # it may serve another already
@@ -15796,7 +15821,6 @@ class FrontDoor:
         self.settle(job, status, code)
         if client.dead:
             return
-        client.exchange = None
         if job.flow is not None:
             client.end_stream(job.flow.end(what))
         else:
@@ -15860,9 +15884,17 @@ class FrontDoor:
             if amount:
                 tally.add(f"b9agent_door_{metric}_total", (name, job.model), amount)
         self._tell_guards(job, status, now)
-        if self._audit is not None:  # soon: its client need not wait for that
-            self._relay.soon(lambda: self._record(job, status, code, (prompt, completion), bill,
-                                                  now))
+        # What cost nothing is written so often, no more: it must not fill the disk.
+        if self._audit is not None and (job.sent_s or bill.busy_s or self._has_line(
+                name, code or "nothing_asked")):
+            job.said = self._said_by(job.client)  # now: its connection may bring another at once
+
+            def record() -> None:
+                self._record(job, status, code, (prompt, completion), bill, now)
+            if job.big and (self._limits.keeps_prompts or not job.prompt_sha256):
+                self._relay.errand(record, self._told)
+            else:
+                self._relay.soon(record)  # its client need not wait for that
         self._relay.soon(self._go_on)
 
     def _tell_guards(self, job: _Job, status: int, now: float) -> None:
@@ -15888,7 +15920,7 @@ class FrontDoor:
         energy_wh = None if watts is None else bill.busy_s * watts / 3600
         told = usage is not None and None not in (usage.prompt_tokens, usage.completion_tokens)
         self._audit.record("request", {
-            **self._said_by(job.client), "id": job.id, "request_id": ask.request_id,
+            **job.said, "id": job.id, "request_id": ask.request_id,
             "task": ask.task, "stream": ask.stream, "model": job.model,
             "digest": job.target.digests.get(job.model, ""), "engine": job.target.engine.name,
             "prompt_sha256": job.prompt_sha256 or payload_hash(prompt_of(ask)),
@@ -15922,15 +15954,20 @@ class FrontDoor:
         if self._audit is None:
             return
         tenant = client.caller.tenant.name if client.caller else ""
-        lines = self._refused_lines.get(tenant, 0)
-        if tenant and client.route.kind in ("ask", "manage") and lines < DOOR_REFUSED_MAX:
-            self._refused_lines[tenant] = lines + 1
+        if self._has_line(tenant, error.code, tenant and client.route.kind in ("ask", "manage")):
             self._audit.record("request", {
                 **self._said_by(client), "task": client.route.task, "status": error.status,
                 "outcome": "refused" if error.status < 500 else "failed", "reason": error.code,
                 "guards": [error.code] if error.code in GUARD_CODES else []})
-        else:
-            self._refused[tenant, error.code] = self._refused.get((tenant, error.code), 0) + 1
+
+    def _has_line(self, tenant: str, reason: str, may: Any = True) -> bool:
+        """Whether what cost nothing has a line of its own; else it is counted."""
+        lines = self._refused_lines.get(tenant, 0)
+        if may and lines < DOOR_REFUSED_MAX:
+            self._refused_lines[tenant] = lines + 1
+            return True
+        self._refused[tenant, reason] = self._refused.get((tenant, reason), 0) + 1
+        return False
 
     def managed(self, client: ClientWire, status: int) -> None:
         """A model was fetched, copied or removed by the front door, or was not."""

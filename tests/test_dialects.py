@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import os
+import re
 import struct
 
 import pytest
@@ -1087,3 +1088,34 @@ def test_a_model_is_loaded_by_its_name_alone():
         path = engine_request(asked, ENGINES["ollama"], "m:latest", 9, 4096).path
         assert path == {"chat": "/api/chat", "complete": "/api/generate"}.get(task, "/api/embed")
         assert engine_request(asked, ENGINES["vllm"], "m", 9, 4096).path == ""
+
+
+def _ollama_line(**more):
+    return json.dumps(dict({"model": "m", "created_at": "t", "message": dict({
+        "role": "assistant", "content": "Hi"}, **more.pop("said", {})), "done": False}, **more),
+        separators=(",", ":")).encode() + b"\n"
+
+
+@pytest.mark.parametrize("dialect, engine, event, end", [
+    ("openai", "ollama", _ollama_line(said={"tool_calls": [
+        {"function": {"name": "f", "arguments": {"a": 1}}}]}), b""),
+    ("openai", "ollama", _ollama_line(said={"thinking": "so"}), b""),
+    ("openai", "ollama", _ollama_line(logprobs=[{"token": "Hi", "logprob": -0.1}]), b""),
+    ("openai", "ollama", _ollama_line(done=True, done_reason="length"), b""),
+    ("ollama", "vllm", b'data: {"id":"x","model":"m","choices":[{"index":0,"delta":{"content":"Hi"},'
+     b'"logprobs":null,"finish_reason":"length"}]}\n\n', b"data: [DONE]\n\n"),
+    ("ollama", "llama-server", b'data: {"choices":[{"finish_reason":"length","index":0,"delta":'
+     b'{"content":"Hi"}}],"id":"x","model":"m"}\n\n', b"data: [DONE]\n\n")])
+def test_what_is_said_beside_a_text_is_not_lost_where_the_stream_before_said_it_too(
+        dialect, engine, event, end):
+    asked = read_ask(dialect, "chat", json.dumps({"model": "m", "stream": True, "messages": [
+        {"role": "user", "content": "x"}]}).encode())
+    shape, told = b9agent.Shape(), []
+    for _ in range(2):
+        flow = flow_of(asked, engine)
+        flow.expect(shape)
+        out = flow.feed(event)
+        shape = flow.shape
+        told.append(re.sub(rb'"(created|created_at|[a-z_]+_duration)": ?[^,}]*', b"", out + flow.feed(end)))
+    assert told[0] == told[1]
+    assert flow.usage.pieces == 1

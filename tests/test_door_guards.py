@@ -533,6 +533,18 @@ def test_streams_failures_refusals_and_those_who_leave_have_lines(tmp_path):
         assert (line["outcome"], line["reason"], line["guards"]) == ("refused", "task_depth", ["task_depth"])
 
 
+def test_one_whose_load_failed_has_one_line(tmp_path):
+    def fails(model):
+        raise b9agent.EngineError("no room")
+    with audited(tmp_path, engine="ollama", models=("m:latest",), loaded=(), script=ollama_answer) as (rig, lines):
+        rig.inference.on_wake = fails
+        assert ask(rig)[0] == 502
+        rig.inference.on_wake = lambda model: 1.0
+        assert ask(rig)[0] == 200
+        line_of(lines, 2)
+        assert [line["reason"] for line in lines()] == ["engine_failed", ""]
+
+
 def test_only_who_had_a_model_loaded_has_a_cold_start_in_his_line(tmp_path):
     gate = Gate(12.5)
     with audited(tmp_path, engine="ollama", models=("m:latest",), loaded=(), script=ollama_answer) as (rig, lines), \
@@ -580,3 +592,162 @@ def test_what_cannot_be_recorded_is_refused_where_that_is_set(tmp_path, needs, s
     with rig_at(tmp_path, audit=FullDisk(), limits=b9agent.DoorLimits(needs_audit=needs)) as rig:
         found, answer = rig.ask(rig.chat())
         assert found == status and (status == 200 or answer["error"]["code"] == "audit_failing")
+
+
+# -- what others may do to one ------------------------------------------------------
+
+OTHER = "b9-of-another-tenant"
+
+
+def test_a_refusal_after_admission_does_not_fill_the_disk_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(b9agent, "DOOR_REFUSED_MAX", 3)
+    with audited(tmp_path, engine="ollama", models=("m:latest",), loaded=(), script=ollama_answer,
+                 guards_cold_starts_per_hour=1) as (rig, lines):
+        rig.guards.thrash("m:latest").note(True, 60.0)
+        for _ in range(8):
+            assert ask(rig)[0] == 429
+        rig.door._refused_s = 0.0
+        wait_until(lambda: any(line["kind"] == "refusals" for line in lines()), "a sum")
+        assert len([line for line in lines() if line["kind"] == "request"]) == 3
+        assert [lines()[-1][name] for name in ("tenant", "reason", "count")] == ["t", "thrash", 5]
+
+
+def test_a_line_is_of_its_own_request_whatever_comes_next_on_its_connection(tmp_path):
+    with audited(tmp_path, tenants=TWO) as (rig, lines):
+        may_end, soon = threading.Event(), rig.door._relay.soon
+
+        def script(asked, sock):
+            assert may_end.wait(PATIENCE_S)
+            ScriptedEngine.plain(asked, sock)
+
+        def next_request_first(function):  # it comes in the same batch of events
+            for client in list(rig.door._clients):
+                client.caller = client.route = None
+            soon(function)
+        rig.engine.script = script
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat()))
+            wait_until(lambda: rig.door.status()["streams"] == 1, "it computes")
+            rig.door._relay.soon = next_request_first
+            may_end.set()
+            assert read_answer(sock)[0] == 200
+            line = line_of(lines)
+            assert (line["tenant"], line["path"]) == ("t", "/v1/chat/completions")
+
+
+def test_who_wants_many_models_leaves_a_turn_to_load_to_others(tmp_path):
+    loaded = []
+    gates = {name + ":latest": Gate() for name in "abcx"}
+
+    def wake(model):
+        loaded.append(model[0])
+        return gates[model](model)
+    with ollama(tmp_path, models=tuple(gates), guards_parallel_cold_starts=1, tenants=TWO) as rig, \
+            contextlib.ExitStack() as stack:
+        rig.inference.on_wake = wake
+        for count, name in enumerate("abc", 1):
+            send(rig, stack, chat(name))
+            wait_until(lambda: rig.door.status()["waiting"] == count, "it waits")
+        send(rig, stack, chat("x"), token=OTHER)
+        wait_until(lambda: rig.door.status()["waiting"] == 4, "all wait")
+        for name in "axbc":
+            wait_until(lambda: loaded[-1:] == [name], "%s is loaded, not %s" % (name, loaded[-1:]))
+            gates[name + ":latest"].may_end.set()
+
+
+def test_a_model_whose_answer_is_an_error_is_not_taken_to_be_loaded(tmp_path):
+    def script(asked, sock):
+        rig.door._warm_s["m:latest"] -= 60.0  # its load was a while ago
+        sock.sendall(whole({"error": "out of memory"}, 500))
+    with ollama(tmp_path, script=script) as rig:
+        assert [ask(rig)[0], ask(rig)[0]] == [502, 502]
+        assert len(rig.inference.wakes) == 2
+
+
+def test_who_had_it_loaded_pays_nothing_while_others_compute(tmp_path):
+    """One at a time: whoever had it loaded may wait for the others then."""
+    ticks = []
+    with ollama(tmp_path, slots=1, tenants=TWO) as rig, contextlib.ExitStack() as stack:
+        rig.inference.on_wake = gate = Gate()
+        may_end = threading.Event()
+
+        def script(asked, sock):
+            ticks.append(asked)
+            assert may_end.wait(PATIENCE_S)
+            ollama_answer(asked, sock)
+        rig.engine.script = script
+        first = send(rig, stack, chat())
+        assert gate.begun.acquire(timeout=PATIENCE_S)
+        second = send(rig, stack, chat(), token=OTHER)
+        wait_until(lambda: rig.door.status()["waiting"] == 2, "both wait")
+        rig.door._queue._classes["normal"].move_to_end("t")  # the other's turn is first
+        gate.may_end.set()
+        wait_until(lambda: ticks, "one computes")
+        assert rig.ledger._running == 1, "the one that computes"
+        may_end.set()
+        assert [read_answer(sock)[0] for sock in (first, second)] == [200, 200]
+
+
+def test_what_an_engine_with_one_model_is_not_asked_for_does_not_wake_it(tmp_path):
+    with rig_at(tmp_path, models=("m",)) as rig:
+        rig.target = rig.target._replace(state="asleep", loaded=())
+
+        def wake(model):
+            raise b9agent.ModelMissing("vLLM serves m alone")
+        rig.inference.on_wake = wake
+        assert rig.ask({"model": "m"}, path="/api/show")[0] == 200
+        assert rig.inference.wakes == []
+
+
+def test_a_model_that_went_while_its_request_waited_is_not_answered_by_another(tmp_path, quick):  # noqa: F811
+    may_end = threading.Event()
+
+    def script(asked, sock):
+        assert may_end.wait(PATIENCE_S)
+        ScriptedEngine.plain(asked, sock)
+    with rig_at(tmp_path, engine="llama-server", slots=1, script=script) as rig, contextlib.ExitStack() as stack:
+        first = send(rig, stack, rig.chat(), "/v1/chat/completions")
+        wait_until(lambda: rig.door.status()["streams"] == 1, "one computes")
+        second = send(rig, stack, rig.chat(), "/v1/chat/completions")
+        wait_until(lambda: rig.door.status()["waiting"] == 1, "one waits")
+
+        rig.target = rig.target._replace(models=("other",), loaded=("other",))
+        may_end.set()
+        assert read_answer(first)[0] == 200
+        assert read_answer(second)[0] == 503
+        assert len(rig.engine.asked) == 1
+
+
+def test_what_was_counted_and_who_was_being_formed_has_a_line_when_the_door_stops(tmp_path, monkeypatch):
+    begun, may_go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(b9agent, "engine_request", lambda *given: (
+        begun.set(), may_go_on.wait(PATIENCE_S)))
+    with audited(tmp_path) as (rig, lines):
+        assert rig.ask(rig.chat(), token="b9-nobodys-token-at-all")[0] == 401
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat(messages=[{"role": "user", "content": "x" * 200000}])))
+            assert begun.wait(PATIENCE_S)
+            stop, rig.door.stop = rig.door.stop, lambda: None
+            stop()
+        may_go_on.set()
+        line_of(lines, 2)
+        assert sorted((line["kind"], line["reason"]) for line in lines()) == [
+            ("refusals", "bad_token"), ("request", "stopping")]
+
+
+def test_a_prompt_of_megabytes_whose_sender_left_is_not_hashed_on_the_loop(tmp_path, monkeypatch):
+    seen, real = [], b9agent.payload_hash
+    may_go_on = threading.Event()
+    monkeypatch.setattr(b9agent, "payload_hash", lambda value: (
+        seen.append(threading.current_thread().name), real(value))[1])
+    monkeypatch.setattr(b9agent, "engine_request", lambda *given: may_go_on.wait(PATIENCE_S))
+    with audited(tmp_path, limits=b9agent.DoorLimits(keeps_prompts=True)) as (rig, lines):
+        monkeypatch.setattr(b9agent, "prompt_of", lambda ask: (
+            seen.append(threading.current_thread().name), ask.body["messages"])[1])
+        body = rig.chat(messages=[{"role": "user", "content": "x" * 200000}])
+        with rig.connect() as sock:
+            sock.sendall(rig.request(body))
+            wait_until(lambda: seen, "it is being formed")
+        line_of(lines)
+        may_go_on.set()
+        assert "door" not in seen

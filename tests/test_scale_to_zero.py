@@ -809,3 +809,13 @@ def test_no_schedule_of_wakes_and_sleeps_and_stops_ends_in_a_deadlock_two_engine
         here.one.close()
         assert len(set(ends)) > 2, "they come to different ends"
         assert here.lines("defect") == []
+
+
+def test_an_ollama_is_woken_without_a_model(machine):
+    """For what asks of models that need not be in memory."""
+    here = machine()
+    here.one.start("ollama", "")
+    here.pulled("llama3.2").down()
+    assert here.one.wake("") > 0.0
+    assert here.one.state() == "running" and here.one.target().loaded == ()
+    assert here.one.wake("") == 0.0
