@@ -39,7 +39,8 @@ class Count(NamedTuple):
 
 
 class Row(NamedTuple):
-    """shows: `before` has no fewer.  limit: `after` has no more.  real_s: of each, at real scale."""
+    """shows: `before` has no fewer.  limit: `after` has no more.  real_s: of each, at real scale;
+    real_after_s: of each after, where that is another."""
     pattern: str
     what: str
     before: Count
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     shows: int
     limit: int
     real_s: float = REAL_S
+    real_after_s: float = 0.0
 
     def check(self):
         assert self.before.number >= self.shows, self
@@ -179,7 +181,7 @@ def storm(folder):
 
     def after():
         with place("door", folder, B9AGENT_GUARDS_PARALLEL_COLD_STARTS=2,
-                   B9AGENT_GUARDS_COLD_START_SECONDS_PER_DAY=DAY_S, **settings) as here:
+                   B9AGENT_GUARDS_COLD_START_SECONDS=DAY_S, **settings) as here:
             answers = all_ten_twice(here)
             refused = [answer for answer in answers if answer[0] != 200]
             assert len(refused) <= 18
@@ -197,42 +199,43 @@ def test_ten_cold_models_at_once_are_loaded_as_far_as_the_day_allows(tmp_path):
         row.check()
 
 
+PATIENT_S = 0.4  # how long a client waits for a model that takes 1.5 s
+
+
 def one_model(folder):
-    """200 want one model; then, with another, a client goes before it is loaded, six times."""
+    """200 want one model; then, with another, a client gives up before it is loaded, six times."""
     def before():
-        with place("bare", folder, TEN[:2], FAKE_OLLAMA_LOAD_S=1, OLLAMA_NUM_PARALLEL=4) as here:
+        with place("bare", folder, TEN[:2], FAKE_OLLAMA_LOAD_S=1.5, OLLAMA_NUM_PARALLEL=4) as here:
             assert two_hundred(here) == [200] * 200
             first, lines = here.ledger.loads(), here.program.lines
             for number in range(6):
-                with sent(here, TEN[1]):  # the load is begun, and is given up as it leaves
+                with sent(here, TEN[1]):
                     wait_until(lambda: sum("starting llama-server" in line for line in lines())
                                == number + 2, "a load is begun")
+                    time.sleep(PATIENT_S)
                 wait_until(lambda: here.ledger.loads().number == number + 2, "it is given up")
             return first, here.ledger.loads()
 
     def after():
-        with place("door", folder, TEN[:2], FAKE_OLLAMA_LOAD_S=1, B9AGENT_INFERENCE_SLOTS=4) as here:
+        with place("door", folder, TEN[:2], FAKE_OLLAMA_LOAD_S=1.5, B9AGENT_INFERENCE_SLOTS=4,
+                   B9AGENT_INFERENCE_QUEUE=256) as here:
             assert two_hundred(here) == [200] * 200
             first = here.ledger.loads()
             for _ in range(6):
                 with sent(here, TEN[1]):
-                    wait_until(lambda: loading(here) or here.ledger.loads().number > 1, "it is loaded")
+                    time.sleep(PATIENT_S)
             assert here.ask("POST", "/api/chat", told(model=TEN[1]))[0] == 200
             return first, here.ledger.loads()
     (first, all_before), (first_after, all_after) = together(before, after)
     rest = [Count(one.number - other.number, one.gpu_s - other.gpu_s) for one, other in (
         (all_before, first), (all_after, first_after))]
     return [Row("200 requests for one model", "loads", first, first_after, 1, 1),
-            Row("leaves before it is loaded, 6 times", "loads", *rest, 6, 1)]
+            Row("gives up before it is loaded, 6 times", "loads", *rest, 6, 1, 16.0, REAL_S)]
 
 
 def two_hundred(here):
     return [answer[0] for answer in together(*[
         lambda: here.ask("POST", "/api/chat", told(model=TEN[0]))] * 200)]
-
-
-def loading(here):
-    return here.status()["loads"]
 
 
 @contextlib.contextmanager
@@ -295,7 +298,7 @@ def test_a_tree_of_tasks_ends_by_itself(tmp_path):
 
 # -- 3. time-outs and retries ------------------------------------------------------
 
-ANSWER = "tokens=40 delay=0.1 mark=%s"  # 4 s, and who asks waits 0.3 s
+ANSWER = "tokens=35 delay=0.1 mark=%s"  # 3.5 s, and who asks waits 0.25 s
 
 
 class DeafProxy:
@@ -341,7 +344,7 @@ def official_client(port, token, mark):
     import httpx
     import openai
     with httpx.Client(trust_env=False) as link, openai.OpenAI(
-            base_url="http://127.0.0.1:%d/v1" % port, api_key=token, timeout=0.3, max_retries=3,
+            base_url="http://127.0.0.1:%d/v1" % port, api_key=token, timeout=0.25, max_retries=3,
             http_client=link) as client:
         try:
             client.chat.completions.create(model=MODEL, messages=told(ANSWER % mark)["messages"])
@@ -354,7 +357,7 @@ def plain_client(port, token, mark):
     """One that tells its tries by an Idempotency-Key.  Returns: statuses; 0 is a time-out."""
     found = []
     for _ in range(4):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=0.3)) as link:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=0.25)) as link:
             try:
                 link.request("POST", "/api/chat", json.dumps(told(ANSWER % mark)), {
                     "Authorization": "Bearer " + token, "Idempotency-Key": "order-7"})
@@ -491,11 +494,11 @@ def polled(folder, gap_s, **settings):
 def advised(folder):
     never = {"inference_keep_warm": 10.0, "guards_cold_starts_per_hour": 0}
     rows = []
-    for gap_s, limit in ((180.0, 1), (330.0, 3)):
+    for gap_s, limit in ((180.0, 1), (330.0, 4)):
         before, after = (polled(os.path.join(str(folder), "%s-%g" % (name, gap_s)), gap_s, **settings)
                          for name, settings in (("before", never),
                                                 ("after", {"inference_keep_warm": "auto"})))
-        rows.append(Row("an hour's polls each %g s, auto" % gap_s, "loads", before, after,
+        rows.append(Row("an hour's polls each %g s (own clock), auto" % gap_s, "loads", before, after,
                         int(3600 / gap_s), limit))
     return rows
 
@@ -507,16 +510,22 @@ def test_keep_warm_auto_ends_the_loads_of_a_poller(tmp_path):
 
 # -- 5. idle ---------------------------------------------------------------------------
 
+def is_group(number):
+    try:
+        os.killpg(number, 0)
+        return True
+    except ProcessLookupError:
+        return False
+
+
 def test_an_idle_engine_ends_whole_and_never_under_a_request(tmp_path):
     with place("door", tmp_path, B9AGENT_INFERENCE_IDLE_STOP=1) as here:
         for number in range(2):
             assert here.ask("POST", "/api/chat", told())[0] == 200, "it is started again"
-            group = {os.getpgid(pid) for pid in engine_processes(here.home)}
-            assert len(group) == 1
+            (group,) = {os.getpgid(pid) for pid in engine_processes(here.home)}
             wait_until(lambda: here.status()["status"] == "asleep" and engine_processes(here.home) == {},
                        "it ends with all its processes")
-            with pytest.raises(ProcessLookupError):
-                os.killpg(group.pop(), 0)
+            wait_until(lambda: not is_group(group), "nobody is left to be waited for")
             assert here.ledger.loads().number == number + 1
         began_s = time.monotonic()
         status, _, body = here.ask("POST", "/api/chat", dict(told("tokens=40 delay=0.1"), stream=True))
@@ -537,8 +546,10 @@ def cells(row):
     counts = [str(row.before.number), str(row.after.number), str(row.limit)]
     gpu_s = ["%.2f" % one.gpu_s for one in (row.before, row.after)]
     usd = ["%.5f" % (one.gpu_s * RATE_USD_S) for one in (row.before, row.after)]
-    real = ["%.3f" % cost(one.number, row.real_s) for one in (row.before, row.after)]
-    return [row.pattern, row.what, *counts, *gpu_s, *usd, "x %g s" % row.real_s, *real]
+    seconds = row.real_s, row.real_after_s or row.real_s
+    real = ["%.3f" % cost(*pair) for pair in zip((row.before.number, row.after.number), seconds)]
+    return [row.pattern, row.what, *counts, *gpu_s, *usd,
+            "x %s s" % " or ".join("%g" % one for one in sorted(set(seconds))), *real]
 
 
 def cost(number, seconds):
