@@ -8591,6 +8591,11 @@ class Inference:
 
     # -- in and out of memory ---------------------------------------------
 
+    def holds(self, model: str) -> bool:
+        """Whether a model is in memory, asked of the engine; where that says nothing, as it was."""
+        self._refresh(self._up)
+        return model in self._target.loaded
+
     @_at_work
     def wake(self, model: str, idle: Sequence[str] = ()) -> float:
         """Until a model is in memory, in an engine that is started for it where it sleeps; however
@@ -8676,6 +8681,7 @@ class Inference:
         api, key = OllamaApi(up.endpoint), model_key(load.model)
         memory = {model_key(row["name"]): row for row in api.loaded()}
         if key in memory:
+            self._refresh(up)
             return
         self._tell_begun(load)
         self._make_room(up, key, [name for name in map(model_key, idle)
@@ -14992,8 +14998,8 @@ _JOB_PREFIX, _JOB_NUMBERS = os.urandom(4).hex(), itertools.count(1)
 
 
 class _ColdStart(NamedTuple):
-    """A model on its way into memory.  job: who asked first, and pays for it.  slot: whether it was
-    known to be a cold start, and has one of the guard's slots."""
+    """A model on its way into memory.  job: who asked first, and pays for it.  slot: it is a cold
+    start, and has one of the guard's slots; else it is but looked at."""
     model: str
     job: "_Job"
     slot: bool
@@ -15624,7 +15630,7 @@ class FrontDoor:
         if not target.engine.many or model in self._on_engine or job.ask.keep_alive == 0:
             return True
         warm_s = self._guards.keep_warm_s(model)
-        return now_s() - self._warm_s.get(model, -1e9) < (
+        return model in target.loaded and now_s() - self._warm_s.get(model, -1e9) < (
             DOOR_WARM_S if warm_s is None else min(DOOR_WARM_S, 0.9 * warm_s))
 
     def _have_loaded(self, job: _Job, target: Target) -> None:
@@ -15633,23 +15639,33 @@ class FrontDoor:
         if model in self._loads or target.state not in ("running", "asleep") or (
                 self._is_warm(target, job)):
             return
-        slot = target.state == "asleep" or model not in target.loaded  # else it is but asked for
-        if slot:
-            guards.thrash(model).check()
-            if not guards.cold.try_begin():
-                return  # its turn comes when another load has ended
+        if target.state == "running" and model in target.loaded:
+            # It was, the last time that anybody looked: is it still?
+            load = self._loads[model] = _ColdStart(model, job, False, now_s())
+            self._relay.errand(lambda: self._engine.holds(model),
+                               lambda held, problem: self._looked(load, held, problem), "load")
+            return
+        guards.thrash(model).check()
+        if not guards.cold.try_begin():
+            return  # its turn comes when another load has ended
         if not self._paid(job, self._ledger.begin, job.grant, target.gpus):
-            if slot:
-                guards.cold.end(0.0)
+            guards.cold.end(0.0)
             return
         wanted = {each.model for each in self._waiting}
         idle = sorted((each for each in target.loaded if each not in wanted
                        and each not in self._on_engine),
                       key=lambda each: self._warm_s.get(each, 0.0))
-        load = self._loads[model] = _ColdStart(model, job, slot, now_s())
+        load = self._loads[model] = _ColdStart(model, job, True, now_s())
         self._load_turns[job.caller.tenant.name] = load.since_s
         self._relay.errand(lambda: self._engine.wake(model, idle),
                            lambda took_s, problem: self._loaded(load, took_s, problem), "load")
+
+    def _looked(self, load: _ColdStart, held: bool, problem: Any) -> None:
+        if held or problem is not None:
+            self._loaded(load, 0.0, problem)
+        else:  # it has gone: that is a cold start as others are
+            del self._loads[load.model]
+            self._load_more()
 
     def _loaded(self, load: _ColdStart, took_s: Optional[float], problem: Any) -> None:
         now, model, guards = now_s(), load.model, self._guards
@@ -15900,7 +15916,7 @@ class FrontDoor:
     def _tell_guards(self, job: _Job, status: int, now: float) -> None:
         engine_s = job.usage.load_s if job.usage is not None else None
         load = self._loads.get(job.model)
-        if load is not None and load.job is job:  # it did not wait for the end of it
+        if load is not None and load.slot and load.job is job:  # it did not wait for the end of it
             job.load_s = now - load.since_s
         elif job.load_s is None and engine_s is not None and engine_s > DOOR_COLD_S:
             job.load_s = engine_s  # it was gone again, and the engine itself loaded it

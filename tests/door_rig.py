@@ -179,6 +179,9 @@ class RigInference:
     def suspect(self, model):
         self._rig.suspected.append(model)
 
+    def holds(self, model):
+        return model in self._rig.target.loaded
+
     def wake(self, model, idle=()):
         self.wakes.append((model, tuple(idle)))
         took_s = self.on_wake(model)

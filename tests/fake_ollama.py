@@ -16,7 +16,8 @@ What a test may set beside them:
     FAKE_OLLAMA_TOKEN_S       time for each token (0)
     FAKE_OLLAMA_VERSION       0.33.0
     FAKE_OLLAMA_LEDGER        a file that gets a line of JSON for every generation: mark, path,
-                              prompt and sent (tokens), and how it ended
+                              prompt and sent (tokens), and how it ended; and one for every load:
+                              load (the model); both with when it began and the seconds it took
     FAKE_OLLAMA_FAULTS        "name" or "name=value", separated by commas:
         slow_start=S            the port is open, HTTP answers after S seconds
         crash_at_start[=N]      exit 1 before it listens (at its first N starts: counted in HOME)
@@ -822,6 +823,17 @@ def new_layer(kind, raw, detected=None):
     return dict(layer, detected=detected) if detected else layer
 
 
+LEDGER = threading.Lock()
+
+
+def book(began, **row):
+    """A line in the ledger.  began: by the monotonic clock, which processes share."""
+    if ENV.get("FAKE_OLLAMA_LEDGER"):
+        line = json_line(dict(row, began=began, seconds=time.monotonic() - began))
+        with LEDGER, open(ENV["FAKE_OLLAMA_LEDGER"], "ab", 0) as ledger:
+            ledger.write(line)
+
+
 # ---------------------------------------------------------------------- runners
 
 def runner_main(arguments):
@@ -994,6 +1006,18 @@ class Scheduler:
         runner = Runner(model, key, min(context, gguf.of("context_length") or context),
                         DEFAULT_KEEP_ALIVE if keep_alive is None else keep_alive)
         began = time.monotonic()
+        try:
+            self._await(runner, began, request)
+        finally:
+            book(began, load=model.name.short)
+        with self.lock:
+            runner.refs = 1
+            runner.expires_ns = expiry(runner.keep_alive)
+            self.loaded[model.digest] = runner
+            log("sched.go:728", "loaded runners", count=len(self.loaded))
+        return runner
+
+    def _await(self, runner, began, request):
         log("llama_server.go:1295", "waiting for llama-server to start responding")
         while not runner.answers():
             if not runner.alive:
@@ -1009,12 +1033,6 @@ class Scheduler:
                 raise Gone()
         log("llama_server.go:1362", "llama-server started in %.2f seconds"
             % (time.monotonic() - began))
-        with self.lock:
-            runner.refs = 1
-            runner.expires_ns = expiry(runner.keep_alive)
-            self.loaded[model.digest] = runner
-            log("sched.go:728", "loaded runners", count=len(self.loaded))
-        return runner
 
     def _make_room(self, model, request):
         """Unload the model where it is loaded otherwise, and one more where all places are taken."""
@@ -1521,9 +1539,6 @@ def said_in(prompt):
     return dict(word.partition("=")[::2] for word in found.group(1).split()) if found else {}
 
 
-LEDGER = threading.Lock()
-
-
 def answer_tokens(prompt, options, form, count=TOKENS):
     """(tokens, finish reason)."""
     if form:
@@ -1550,6 +1565,7 @@ class Answer:
         self.options = fields.get("options") or {}
         self.form = fields.get("format")
         self.reason, self.eval_count, self.load_ns = "stop", 0, 0
+        self.prompt_at = self.began
         self.told, self.images, self.call, self.noted = said_in(prompt), [], None, False
 
     def need(self, what):
@@ -1585,12 +1601,10 @@ class Answer:
 
     def note(self, end):
         """A line in the ledger, once."""
-        if ENV.get("FAKE_OLLAMA_LEDGER") and not self.noted:
+        if not self.noted:
             self.noted = True
-            line = json_line({"mark": self.told.get("mark"), "path": self.request.path, "prompt":
-                              self.prompt_count, "sent": self.eval_count, "end": end})
-            with LEDGER, open(ENV["FAKE_OLLAMA_LEDGER"], "ab", 0) as ledger:
-                ledger.write(line)
+            book(self.prompt_at / 1e9, mark=self.told.get("mark"), path=self.request.path,
+                 prompt=self.prompt_count, sent=self.eval_count, end=end)
 
     def strike(self):
         """What the request said is to happen after so many tokens.  Raises: Refused, Gone."""

@@ -205,6 +205,38 @@ def test_a_model_that_is_loaded_too_often_in_an_hour_is_not_loaded_again(tmp_pat
         assert ask(rig)[0] == 200
 
 
+def test_a_model_that_left_since_anybody_looked_is_a_cold_start_as_others_are(tmp_path):
+    with ollama(tmp_path, guards_cold_starts_per_hour=2) as rig:
+        rig.inference.on_wake = lambda model: 60.0
+
+        def gone(model):  # and the front door is not told before it asks
+            rig.target = rig.target._replace(loaded=())
+            return False
+        for _ in range(2):
+            assert ask(rig)[0] == 200
+            rig.settled()
+            rig.door._warm_s.clear()
+        assert len(rig.inference.wakes) == 1, "it was there still"
+        rig.inference.holds = gone
+        assert ask(rig)[0] == 200
+        rig.settled()
+        assert len(rig.inference.wakes) == 2 and rig.guards.cold.figures()["seconds_today"] == 120
+        rig.door._warm_s.clear()
+        status, answer = ask(rig)
+        assert (status, answer["code"]) == (429, "thrash") and len(rig.inference.wakes) == 2
+
+
+def test_a_model_that_was_put_out_for_another_is_a_cold_start_however_newly_it_was_used(tmp_path):
+    with ollama(tmp_path, guards_cold_start_seconds_per_day=100.0) as rig:
+        rig.inference.on_wake = lambda model: 60.0
+        for model in "mn":
+            assert ask(rig, model)[0] == 200
+            rig.settled()
+            rig.target = rig.target._replace(loaded=(model + ":latest",))  # there is room for one
+        assert ask(rig, "n")[0] == 200
+        assert ask(rig)[1]["code"] == "cold_starts" and len(rig.inference.wakes) == 2
+
+
 def test_keep_warm_auto_is_what_the_guard_advises_where_it_pays(tmp_path):
     clock = Clock()
     with ollama(tmp_path, inference_keep_warm="auto", clock=clock) as rig:

@@ -146,6 +146,21 @@ def test_thirty_who_want_one_model_have_it_loaded_once(machine, monkeypatch):
     assert here.a_token(key) and here.loads() == 1
 
 
+def test_whether_a_model_is_in_memory_is_asked_of_the_engine(machine):
+    here = machine()
+    here.one.start("ollama", "")
+    here.pulled("llama3.2")
+    key = "llama3.2:latest"
+    here.one.wake(key)
+    api = b9agent.OllamaApi(here.one.target().endpoint)
+    assert here.one.holds(key)
+    api.unload(key, PATIENCE_S)  # by somebody else
+    assert here.one.target().loaded == (key,), "nobody has looked"
+    assert not here.one.holds(key) and here.one.target().loaded == ()
+    assert api.generate_token(key)
+    assert here.one.wake(key) == 0.0 and here.one.target().loaded == (key,)
+
+
 def test_a_sleeping_engine_is_started_once_for_all_who_wake_it(machine, weights, monkeypatch):
     monkeypatch.setenv("FAKE_ENGINE_LOAD_S", "0.3")
     here = machine()

@@ -645,8 +645,9 @@ def test_a_request_says_what_befalls_it_and_the_ledger_tells(serve, tmp_path):
         ask("mark=e tokens=3 die_after=2")
     one.program.process.wait()
     os.kill(runner, signal.SIGKILL)  # as the real one's, it stays
-    assert [(row["mark"], row["sent"], row["end"]) for row in map(
-        json.loads, ledger.read_text().splitlines())] == [
+    rows = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert [(row["load"], row["seconds"] > 0) for row in rows if "load" in row] == [("tiny:latest", True)]
+    assert [(row["mark"], row["sent"], row["end"]) for row in rows if "mark" in row] == [
             ("a", 3, "stop"), ("b", 2, "error"), ("c", 0, "error"), ("d", 1, "cut"), ("e", 2, "died")]
 
 
