@@ -15540,6 +15540,7 @@ class FrontDoor:
             # what may become longer than the context.
             room = min(room, max(1, context // 8, context - int(1.3 * likely) - 64))
         job = _Job(self, client, caller, ask, target, model)
+        job.said = self._said_by(client)  # now: its connection may bring another
         job.grant = self._ledger.reserve(
             caller.tenant, min(ask.prompt_tokens, target.context_tokens),
             0 if ask.task == "embed" else output, room)
@@ -15903,8 +15904,6 @@ class FrontDoor:
         # What cost nothing is written so often, no more: it must not fill the disk.
         if self._audit is not None and (job.sent_s or bill.busy_s or self._has_line(
                 name, code or "nothing_asked")):
-            job.said = self._said_by(job.client)  # now: its connection may bring another at once
-
             def record() -> None:
                 self._record(job, status, code, (prompt, completion), bill, now)
             if job.big and (self._limits.keeps_prompts or not job.prompt_sha256):

@@ -783,3 +783,25 @@ def test_a_prompt_of_megabytes_whose_sender_left_is_not_hashed_on_the_loop(tmp_p
         line_of(lines)
         may_go_on.set()
         assert "door" not in seen
+
+
+@pytest.mark.parametrize("engine, status, wakes", [("ollama", 200, [("", ())]), ("vllm", 501, [])])
+def test_models_are_managed_in_an_engine_that_sleeps(tmp_path, engine, status, wakes):
+    with rig_at(tmp_path, engine=engine, script=lambda asked, sock: sock.sendall(whole({}))) as rig:
+        rig.target = rig.target._replace(state="asleep", loaded=())
+        assert rig.ask({"source": "m", "destination": "n"}, path="/api/copy")[0] == status
+        assert rig.inference.wakes == wakes
+
+
+def test_who_leaves_a_load_that_he_began_pays_until_then_and_it_counts_for_nobody_twice(tmp_path):
+    gate = Gate()
+    with ollama(tmp_path) as rig:
+        rig.inference.on_wake = gate
+        with rig.connect() as sock:
+            sock.sendall(rig.request(chat(), path="/api/chat"))
+            assert gate.begun.acquire(timeout=PATIENCE_S)
+        wait_until(lambda: not rig.door.status()["waiting"], "the client is gone")
+        assert rig.used()["gpu_seconds"] > 0 and rig.ledger._running == 0
+        gate.may_end.set()
+        wait_until(lambda: not rig.door.status()["loading"], "it is loaded")
+        assert rig.guards.cold.figures()["active"] == 0 and rig.ledger._running == 0

@@ -252,7 +252,7 @@ def test_the_target_has_one_spelling_of_each_model_and_what_is_in_memory(tmp_pat
         one.inference.start("ollama", "")
         assert one.inference.target() == (
             "running", b9agent.ENGINE_BY_NAME["ollama"], Endpoint("http", "127.0.0.1", engine.port),
-            ("a:1b", "b:latest"), ("a:1b",), 0, 8192, 3)
+            ("a:1b", "b:latest"), ("a:1b",), 0, 8192, 3, {})
         loaded[:] = ["b"]
         one.inference._look(one.inference._up)
         assert one.inference.target().loaded == ("b:latest",)
