@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=a0a26d26d57fd36f81c4158e5b73be895f76ebf88ca104547608ab8de3584782
+  sha256=d1ea82521ffc152262ff3f12fbb9e2d4a16c24b21bdf476c05e40ce6c041ea29
 }
 
 usage() {

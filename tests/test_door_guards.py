@@ -690,6 +690,7 @@ def test_who_wants_many_models_leaves_a_turn_to_load_to_others(tmp_path):
 def test_a_model_whose_answer_is_an_error_is_not_taken_to_be_loaded(tmp_path):
     def script(asked, sock):
         rig.door._warm_s["m:latest"] -= 60.0  # its load was a while ago
+        rig.target = rig.target._replace(loaded=())
         sock.sendall(whole({"error": "out of memory"}, 500))
     with ollama(tmp_path, script=script) as rig:
         assert [ask(rig)[0], ask(rig)[0]] == [502, 502]
