@@ -21,7 +21,8 @@ files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
                   0600 (`tenant`); FILE 0600 (`report --out FILE`); tls/tailnet.crt and .key
                   0600 (tls: tailscale); children/engine.json 0600, logs/engine-*.log 0600
                   (16 MiB each, five), the same two of tunnel; k3s.kubeconfig 0600
-                  (`k3s rbac --apply`, and to renew its token); hub/ (a cache of Hugging Face's where there is none);
+                  (`k3s rbac --apply`, and to renew its token); hub/ (a cache of Hugging
+                  Face's where there is none);
                   gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
                   folder (`demo`), removed; on macOS, for an instant, k3s's client key 0600;
                   `service install`, `k3s install`: what their --dry-run prints, and
@@ -57,8 +58,8 @@ threads   main (signals, systemd), membership (the requests to the gateway), gpu
           address), and control-client or gateway-client for each connection to those, 64 or 256 at
           most; door (all connections of the front door), door-errand, -asking and -load (a few,
           for what would hold it up), audit (writes the audit log), gateway-address (looks it up,
-          and ends); child-engine and child-engine-output, the same two of the tunnel's ssh, and tunnel (starts it again); first-token,
-          inference-start, inference (looks at the engine), pull, import or convert NAME (4 at
+          and ends); child-engine and child-engine-output, the same two of the tunnel's ssh, and
+          tunnel (starts it again); first-token, inference-start, inference (looks at the engine), pull, import or convert NAME (4 at
           most), provenance (hashes files); tailnet (asks tailscaled, where there is a trace of
           it); pods (watches worker pods, looks for a kubeconfig once a minute, renews the agent's
           own token for k3s); k3s-token (renews, with k3s.service_account); dashboard (the
@@ -15921,9 +15922,10 @@ class FrontDoor:
             job.load_s = engine_s  # it was gone again, and the engine itself loaded it
             self._count_cold_start(job.model, engine_s)
         if job.twin:
-            silent = not job.pieces and status in (499, 503, 504) and (
+            # Whoever only waited, for a load or his turn, has left no twin that computes.
+            silent = job.sent_s and not job.pieces and status in (499, 504) and (
                 now - job.received_s >= DOOR_TIMEOUT_S)
-            self._guards.retries.end(job.twin, silent and self._guards.counts_timeouts)
+            self._guards.retries.end(job.twin, bool(silent and self._guards.counts_timeouts))
 
     # -- the audit log ------------------------------------------------------------
 

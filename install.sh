@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=d1ea82521ffc152262ff3f12fbb9e2d4a16c24b21bdf476c05e40ce6c041ea29
+  sha256=77a6a6e4886aa76a875e96a7a4ed90de559eff70e5678e9c099ade4c1b9db84f
 }
 
 usage() {

@@ -365,6 +365,19 @@ def test_what_timed_out_twice_is_not_tried_for_ever(tmp_path, monkeypatch):
         assert rig.ask(rig.chat())[0] == 200
 
 
+def test_who_gives_up_while_the_model_is_loaded_may_come_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(b9agent, "DOOR_TIMEOUT_S", 0.0)
+    with ollama(tmp_path) as rig:
+        rig.inference.on_wake = gate = Gate()
+        for _ in range(4):
+            with rig.connect() as sock:
+                sock.sendall(rig.request(chat(), path="/api/chat"))
+                wait_until(lambda: rig.door.status()["waiting"], "it waits")
+            rig.settled()
+        gate.may_end.set()
+        assert ask(rig)[0] == 200
+
+
 def test_who_stops_a_stream_that_he_reads_has_not_timed_out(tmp_path, monkeypatch):
     monkeypatch.setattr(b9agent, "DOOR_TIMEOUT_S", 0.0)
 
