@@ -59,12 +59,13 @@ threads   main (signals, systemd), membership (the requests to the gateway), gpu
           most; door (all connections of the front door), door-errand, -asking and -load (a few,
           for what would hold it up), audit (writes the audit log), gateway-address (looks it up,
           and ends); child-engine and child-engine-output, the same two of the tunnel's ssh, and
-          tunnel (starts it again); first-token, inference-start, inference (looks at the engine), pull, import or convert NAME (4 at
-          most), provenance (hashes files); tailnet (asks tailscaled, where there is a trace of
-          it); pods (watches worker pods, looks for a kubeconfig once a minute, renews the agent's
-          own token for k3s); k3s-token (renews, with k3s.service_account); dashboard (the
-          terminal), dashboard-facts, dashboard-log, dashboard-start, -stop, -pull, -cancel or
-          -doctor (what a key asks for, one of each); check-NAME (`doctor`)
+          tunnel (starts it again); first-token, inference-start, inference (looks at the engine),
+          pull, import or convert NAME (4 at most), provenance (hashes files); tailnet (asks
+          tailscaled, where there is a trace of it); pods (watches worker pods, looks for a
+          kubeconfig once a minute, renews the agent's own token for k3s); k3s-token (renews, with
+          k3s.service_account); dashboard (the terminal), dashboard-facts, dashboard-log, dashboard-
+          start, -stop, -pull, -cancel or -doctor (what a key asks for, one of each); check-NAME
+          (`doctor`)
 
 To read it: sections stand in order, and each uses only names from above it.
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=77a6a6e4886aa76a875e96a7a4ed90de559eff70e5678e9c099ade4c1b9db84f
+  sha256=4d0a34d3e10de44627df5f7fffd50a1f7e0737222496a21a9b2462cfc9612061
 }
 
 usage() {
