@@ -3,6 +3,7 @@ guards, and with them.  Real processes: clients, agents, the stand-in for Ollama
 
     tests/.venv/bin/python tests/test_failure_modes.py        prints what was measured as one table
 """
+import calendar
 import collections
 import contextlib
 import http.client
@@ -162,13 +163,17 @@ def together(*calls):
 
 # -- 1. many cold starts at once -----------------------------------------------
 
-LOAD_S, DAY_S = 0.2, 0.5
+LOAD_S, DAY_S = 0.1, 0.25
 
 
 def all_ten_twice(here):
-    """Ten agents want ten models at once, and again."""
-    return [answer for _ in range(2) for answer in together(*[
-        lambda model=model: here.ask("POST", "/api/chat", told(model=model)) for model in TEN])]
+    """Ten agents want ten models at once, and again.  Returns: (answers, loads after each time)."""
+    answers, loads = [], []
+    for _ in range(2):
+        answers += together(*[lambda model=model: here.ask("POST", "/api/chat", told(model=model))
+                              for model in TEN])
+        loads.append(here.ledger.loads())
+    return answers, loads
 
 
 def storm(folder):
@@ -176,22 +181,25 @@ def storm(folder):
 
     def before():
         with place("bare", folder, **settings) as here:
-            assert [answer[0] for answer in all_ten_twice(here)] == [200] * 20
-            return here.ledger.loads()
+            answers, loads = all_ten_twice(here)
+            assert [answer[0] for answer in answers] == [200] * 20
+            return loads
 
     def after():
         with place("door", folder, B9AGENT_GUARDS_PARALLEL_COLD_STARTS=2,
                    B9AGENT_GUARDS_COLD_START_SECONDS=DAY_S, **settings) as here:
-            answers = all_ten_twice(here)
+            answers, loads = all_ten_twice(here)
             refused = [answer for answer in answers if answer[0] != 200]
-            assert len(refused) <= 18
+            assert len(refused) >= 10
             for status, headers, body in refused:
                 assert status == 429 and 1 <= int(headers["Retry-After"]) <= 86401
                 assert json.loads(body)["code"] == "cold_starts", body
-            return here.ledger.loads()
+            return loads
     before, after = together(before, after)
     # Two begin at once; a third while the day's seconds are not used up by those that have ended.
-    return [Row("10 models at once, twice; 2 fit", "loads", before, after, 18, int(DAY_S / LOAD_S) + 2)]
+    limit = int(DAY_S / LOAD_S) + 2
+    return [Row("10 models at once", "loads", before[0], after[0], 10, limit),
+            Row("and once more, where 2 fit", "loads", before[1], after[1], 18, limit)]
 
 
 def test_ten_cold_models_at_once_are_loaded_as_far_as_the_day_allows(tmp_path):
@@ -298,7 +306,7 @@ def test_a_tree_of_tasks_ends_by_itself(tmp_path):
 
 # -- 3. time-outs and retries ------------------------------------------------------
 
-ANSWER = "tokens=35 delay=0.1 mark=%s"  # 3.5 s, and who asks waits 0.25 s
+ANSWER = "tokens=30 delay=0.1 mark=%s"  # 3 s, and who asks waits 0.25 s
 
 
 class DeafProxy:
@@ -378,35 +386,28 @@ def twins(folder):
     def warm(here):
         assert here.ask("POST", "/api/chat", told())[0] == 200
 
-    def before():
-        with place("bare", folder, OLLAMA_NUM_PARALLEL=4) as here, DeafProxy(here.port) as proxy:
-            warm(here)
-            error = official_client(proxy.port, here.token, "official")
-            assert isinstance(error, openai.APITimeoutError)
-            official, most = booked(here, "official", 4)
-            assert most == 4
-            return official
+    def both(here, proxy):
+        return together(lambda: official_client(proxy.port, here.token, "official"),
+                        lambda: plain_client(proxy.port, here.token, "plain"))
 
-    def before_plain():
-        with place("bare", os.path.join(folder, "plain"), OLLAMA_NUM_PARALLEL=4) as here, \
-                DeafProxy(here.port) as proxy:
+    def before():
+        with place("bare", folder, OLLAMA_NUM_PARALLEL=8) as here, DeafProxy(here.port) as proxy:
             warm(here)
-            assert plain_client(proxy.port, here.token, "plain") == [0] * 4
-            plain, most = booked(here, "plain", 4)
-            assert most == 4
-            return plain
+            error, statuses = both(here, proxy)
+            assert isinstance(error, openai.APITimeoutError) and statuses == [0] * 4
+            found = [booked(here, mark, 4) for mark in ("official", "plain")]
+            assert [most for _, most in found] == [4, 4]
+            return [count for count, _ in found]
 
     def after():
-        with place("door", folder, B9AGENT_INFERENCE_SLOTS=4) as here, DeafProxy(here.port) as proxy:
+        with place("door", folder, B9AGENT_INFERENCE_SLOTS=8) as here, DeafProxy(here.port) as proxy:
             warm(here)
-            error, statuses = together(
-                lambda: official_client(proxy.port, here.token, "official"),
-                lambda: plain_client(proxy.port, here.token, "plain"))
+            error, statuses = both(here, proxy)
             assert isinstance(error, openai.ConflictError) and error.code == "duplicate", error
             assert statuses == [0] + [409] * 3
             return booked(here, "official", 1)[0], booked(here, "plain", 1)[0]
     with mock.patch("openai._base_client.INITIAL_RETRY_DELAY", 0.05):  # half a second else
-        official, plain, (official_after, plain_after) = together(before, before_plain, after)
+        (official, plain), (official_after, plain_after) = together(before, after)
     return [Row("times out, 3 retries: openai client", "computed at once", official, official_after, 4, 1),
             Row("times out, 3 retries: Idempotency-Key", "computed at once", plain, plain_after, 4, 1)]
 
@@ -427,6 +428,9 @@ def poll(here):
     found = []
     for _ in range(POLLS):
         found.append(here.ask("POST", "/api/chat", told()))
+        for row in in_memory(here):  # a second's keep-warm, and one for the way
+            ends_s = calendar.timegm(time.strptime(row["expires_at"][:19], "%Y-%m-%dT%H:%M:%S"))
+            assert ends_s - time.time() <= 2, row
         wait_until(lambda: in_memory(here) == [], "its keep-warm is over")
         assert not any("runner" in line for line in engine_processes(here.home).values()), (
             "its memory is returned")
@@ -520,19 +524,17 @@ def is_group(number):
 
 def test_an_idle_engine_ends_whole_and_never_under_a_request(tmp_path):
     with place("door", tmp_path, B9AGENT_INFERENCE_IDLE_STOP=1) as here:
-        for number in range(2):
-            assert here.ask("POST", "/api/chat", told())[0] == 200, "it is started again"
-            (group,) = {os.getpgid(pid) for pid in engine_processes(here.home)}
-            wait_until(lambda: here.status()["status"] == "asleep" and engine_processes(here.home) == {},
-                       "it ends with all its processes")
-            wait_until(lambda: not is_group(group), "nobody is left to be waited for")
-            assert here.ledger.loads().number == number + 1
+        assert here.ask("POST", "/api/chat", told())[0] == 200
+        (group,) = {os.getpgid(pid) for pid in engine_processes(here.home)}
+        wait_until(lambda: here.status()["status"] == "asleep" and engine_processes(here.home) == {},
+                   "it ends with all its processes")
+        wait_until(lambda: not is_group(group), "nobody is left to be waited for")
         began_s = time.monotonic()
         status, _, body = here.ask("POST", "/api/chat", dict(told("tokens=40 delay=0.1"), stream=True))
         lines = [json.loads(line) for line in body.splitlines()]
         assert status == 200 and lines[-1]["done"] and lines[-1]["eval_count"] == 40
         assert len(lines) == 41 and time.monotonic() - began_s >= 4
-        assert here.ledger.loads().number == 3
+        assert here.ledger.loads().number == 2, "it was started again, once"
         wait_until(lambda: engine_processes(here.home) == {}, "and then it ends")
 
 
