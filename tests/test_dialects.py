@@ -252,7 +252,7 @@ def test_a_stream_that_breaks_ends_in_an_error_of_the_clients_dialect(asked, eng
             out, flow = run(asked, engine, [raw[:at]], problem)
             if flow.complete:
                 continue  # all but the line end of its last word came
-            expected = problem or "the engine's answer ended in the middle"
+            expected = problem or "the engine ended its answer before it was done"
             assert expected in flow.usage.error or "no JSON" in flow.usage.error
             if asked.dialect == "ollama":
                 assert lines(out)[-1]["error"] == flow.usage.error
