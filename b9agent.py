@@ -1680,7 +1680,7 @@ SETTINGS = (
             number_within("a number of tasks", 1, 1000000, int), "requests of one tree of tasks",
             default="50"),
     Setting("audit_keep_days", "B9AGENT_AUDIT_KEEP_DAYS", "audit.keep_days", "DAYS",
-            number_within("days", 0, 36500, int),
+            number_within("whole days", 0, 36500, int),
             "days that the audit log is kept; 0: there is none", default="184"),
     Setting("audit_full", "B9AGENT_AUDIT_FULL", "audit.full", "HOW", one_of("go_on", "refuse"),
             "when the disk takes no audit log: `go_on` serving, and say so loudly, or `refuse` "
@@ -10909,9 +10909,11 @@ class _AuditWalk:
             self.fault(("head.json", 0), "is missing, or cannot be used: whether lines are missing "
                        "at the end cannot be said")
         elif head and head[:2] in self.wanted:
-            self.fault(self.at, f"line {head.seq} is not the one that head.json tells of"
+            self.fault(self.at if self.lines else ("head.json", 0),
+                       f"line {head.seq} is not the one that head.json tells of"
                        if last_seq >= head.seq else
-                       f"lines are missing after it, up to number {head.seq}")
+                       f"lines are missing after it, up to number {head.seq}" if self.lines else
+                       f"tells of line {head.seq}, and there are no lines")
         if later and later.closed and last_seq > later.seq:
             self.fault(self.at, f"lines after number {later.seq} were added after the agent's end")
         elif later == head and self.beyond_lines > 1 and self.beyond > AUDIT_BATCH_MAX:
@@ -19995,7 +19997,8 @@ AUDIT_EVENTS = dict(dict.fromkeys((
     "engine_wedged", "engine_asleep", "engine_awake", "child", "leftover", "model_here",
     "model_loaded", "model_unloaded", "model_failed", "model_deleted", "tenants_refused",
     "front_door", "no_front_door", "insecure", "bad_tokens", "usage_file", "usage_not_kept",
-    "guard_tripped", "audit_failing", "defect"), ""), tenants="tenants_changed")
+    "guard_tripped", "audit_failing", "audit_written_again", "defect"), ""),
+    tenants="tenants_changed")
 
 
 class Entrance:
@@ -23278,6 +23281,8 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
         rows.append(("inference", ", ".join(filter(None, (
             f"{inference['engine']} {inference['status']}",
             "models " + (" ".join(inference["models"]) or "none yet"),
+            *(f"loading {load['model']} for {load['seconds']:.0f} s"
+              for load in inference.get("loads") or ()),
             inference["message"].partition("\n")[0])))))
     rows.append(("front door", inference.get("endpoint") or "none; its log says why"))
     audit = status.get("audit") or {}
