@@ -938,7 +938,7 @@ def test_the_openai_client_learns_of_errors():
     error = ndjson(said(**message("Hi"), done=False), {"error": "the runner died"})
     with pytest.raises(openai.APIError, match="the runner died"):
         list(openai_client("ollama", error)[0].chat.completions.create(model="m", messages=USER, stream=True))
-    with pytest.raises(openai.APIError, match="in the middle"):
+    with pytest.raises(openai.APIError, match="before it was done"):
         list(openai_client("vllm", VLLM[:300])[0].chat.completions.create(model="m", messages=USER, stream=True))
     with pytest.raises(openai.BadRequestError, match="best_of"):
         openai_client("vllm", b"")[0].completions.create(model="m", prompt="x", best_of=3)
