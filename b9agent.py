@@ -5437,7 +5437,7 @@ class Output:
         self._partial = rest[:LINE_BYTES]
         if self._file is None:
             whole = whole[-RING_LINES:]  # a flood costs little once the file is full
-        lines = [self.line(raw) for raw in whole if raw]
+        lines = [self._line(raw) for raw in whole if raw]
         self.lines = (self.lines + tuple(lines))[-RING_LINES:]
         if self._file is not None and lines:
             self._write("".join(line + "\n" for line in lines).encode())
