@@ -1684,7 +1684,7 @@ SETTINGS = (
             number_within("a number of tasks", 1, 1000000, int), "requests of one tree of tasks",
             default="50"),
     Setting("audit_keep_days", "B9AGENT_AUDIT_KEEP_DAYS", "audit.keep_days", "DAYS",
-            number_within("days", 0, 36500, int),
+            number_within("whole days", 0, 36500, int),
             "days that the audit log is kept; 0: there is none", default="184"),
     Setting("audit_full", "B9AGENT_AUDIT_FULL", "audit.full", "HOW", one_of("go_on", "refuse"),
             "when the disk takes no audit log: `go_on` serving, and say so loudly, or `refuse` "
@@ -8894,7 +8894,8 @@ TaskTreeTooLarge = _trip(
     "be", "It is forgotten after a while; a task of something else wants its own _tree_id")
 DuplicateInFlight = _trip(
     "DuplicateInFlight", "duplicate", 409, "the same request came {in_flight_seconds:.0f} s ago "
-    "and is not answered yet", "Wait for that; one that is meant to be another has a request_id")
+    "and is not answered yet", "Wait for that; one that is meant to be another has its own "
+    "request_id or Idempotency-Key")
 TooManyRetries = _trip(
     "TooManyRetries", "retries", 429, "the same request failed {attempts} times, {timed_out} of "
     "them by a time-out", "Has its answer an end? See max_tokens, stop sequences, the endpoint")
@@ -10865,7 +10866,7 @@ class _AuditWalk:
                     self.torn = True
                 else:
                     self.at = (name, number)
-                    self._line(raw)
+                    self.line(raw)
         except FileNotFoundError:
             self.first, self._bad = None, 0  # the agent has removed it, and will have recorded that
         except PermissionError as error:
@@ -10874,7 +10875,7 @@ class _AuditWalk:
         except OSError as error:
             self.fault((name, 0), f"cannot be read: {error.strerror}")
 
-    def _line(self, raw: bytes) -> None:
+    def line(self, raw: bytes) -> None:
         self.lines += 1
         line = parse_audit_line(raw)
         if line is None:
@@ -10927,9 +10928,11 @@ class _AuditWalk:
             self.fault(("head.json", 0), "is missing, or cannot be used: whether lines are missing "
                        "at the end cannot be said")
         elif head and head[:2] in self.wanted:
-            self.fault(self.at, f"line {head.seq} is not the one that head.json tells of"
+            self.fault(self.at if self.lines else ("head.json", 0),
+                       f"line {head.seq} is not the one that head.json tells of"
                        if last_seq >= head.seq else
-                       f"lines are missing after it, up to number {head.seq}")
+                       f"lines are missing after it, up to number {head.seq}" if self.lines else
+                       f"tells of line {head.seq}, and there are no lines")
         if later and later.closed and last_seq > later.seq:
             self.fault(self.at, f"lines after number {later.seq} were added after the agent's end")
         elif later == head and self.beyond_lines > 1 and self.beyond > AUDIT_BATCH_MAX:
@@ -12487,7 +12490,7 @@ class MetricsView(NamedTuple):
     request, whatever it came to.  clock_offset_s: our clock less the gateway's.  process: None
     where no agent runs, and then nobody knows the agent's counters either.  tunnel_state,
     tailnet_state: "" where there is none.  pods_state: "" where nobody looks; pods: how many of
-    each status.  door: its DoorTally."""
+    each status.  door: its DoorTally.  audit: figures() of the AuditLog."""
     snapshot: Snapshot
     machine: Optional[MachineSample] = None
     facts: HostFacts = HostFacts()
@@ -12506,6 +12509,7 @@ class MetricsView(NamedTuple):
     pods_state: str = ""
     pods: Optional[Dict[str, int]] = None
     door: Any = None
+    audit: Optional[Dict[str, Any]] = None
 
 
 Samples = List[Tuple[Dict[str, Any], Any]]  # (labels, value); a value of None is left out
@@ -12639,6 +12643,10 @@ def _energy(view: MetricsView) -> Samples:
 
 # Name, help, samples.  "b9agent_" goes before every name but the process_ ones, which are the names
 # of Prometheus' own clients.  What ends with _total is a counter, everything else a gauge.
+def _audit(field: str) -> Family:
+    return lambda view: [({}, view.audit[field])] if view.audit else []
+
+
 def _engine(field: str) -> Family:
     """A figure of the engine's, labelled with its name; nothing where none was started."""
     return lambda view: [({"engine": view.engine.name}, getattr(view.engine, field))
@@ -12687,6 +12695,10 @@ METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + n
     ("inference_uptime_seconds", "Time since the engine was asked for.", _engine("uptime_s")),
     ("inference_models", "Models that the engine serves.", _engine("models")),
     ("inference_loads", "Models that are on their way into memory.", _engine("loads")),
+
+    ("audit_lines_total", "Lines that the audit log has had.", _audit("lines")),
+    ("audit_lost_total", "Lines that it could not take, since the agent started.", _audit("lost")),
+    ("audit_failing", "1 where the disk does not take the audit log.", _audit("failing")),
 
     ("host_info", "System and processor of this machine.", _host_info),
     ("host_cpu_cores", "CPU cores, without SMT.", _at("facts.cpu_cores")),
@@ -13721,7 +13733,7 @@ class StreamFlow:
         rest = self._read(b"\n") if held.endswith((b"}", b"]")) and not problem else b""
         if self.complete or self.usage.error:
             return rest
-        return rest + self.fail(problem or "the engine's answer ended in the middle")
+        return rest + self.fail(problem or "the engine ended its answer before it was done")
 
 
 class _OpenAiFlow(StreamFlow):
@@ -14817,6 +14829,7 @@ DOOR_WARM_S = 20.0            # so long after its last use a model is taken to b
 DOOR_COLD_S = 1.0             # an engine that took so long over a model had to load it
 DOOR_TIMEOUT_S = 4.5          # who leaves so late, with nothing in hand, has timed out
 DOOR_REFUSED_MAX = 60         # refused requests of a tenant in the audit log, a minute
+DOOR_TRIP_TOLD_S = 60.0       # a guard that trips for a tenant is told so often at most
 DOOR_BURST_S = 10.0           # a model's requests that follow sooner are one call to the guard
 DOOR_MODELS_MAX = 1000
 DOOR_ADVICE_S = 5.0           # so long an advice is kept: it takes a look at all calls
@@ -14880,10 +14893,11 @@ class DoorGuards:
         wanted = keep_warm_of(self._settings, model)
         if wanted != "auto":
             return wanted
-        until_s, keep_s = self._advised.get(model, (0.0, 0.0))
+        until_s, keep_s = self._advised.get(model, (0.0, KEEP_WARM_S))
         if self._clock() >= until_s:
             advice = self.thrash(model).advice()
-            keep_s = advice.keep_warm_s if advice is not None and advice.pays else KEEP_WARM_S
+            if advice is not None and advice.cold_starts_per_hour:  # else it is as it should be
+                keep_s = advice.keep_warm_s if advice.pays else KEEP_WARM_S
             self._advised[model] = self._clock() + DOOR_ADVICE_S, keep_s
         return keep_s
 
@@ -15102,9 +15116,7 @@ class _Job:
             else:
                 door.whole_answer_came(self)
         else:
-            if not problem and not self.flow.complete:
-                problem = "the engine ended its answer before it was done"
-            last = self.flow.end(problem)
+            last = self.flow.end(problem)  # what came last may have had no end of line
             failed = problem or self.usage.error
             door.settle(self, 502 if failed else 200, "engine_failed" if failed else "")
             client.end_stream(last)
@@ -15164,6 +15176,7 @@ class FrontDoor:
         # Refusals that no line of their own tells of: (tenant, reason) -> how many.
         self._refused: Dict[Tuple[str, str], int] = {}
         self._refused_lines: Dict[str, int] = {}
+        self._trips: Dict[Tuple[str, str], Tuple[float, int]] = {}  # when told, times since
         self._refused_s = now_s() + 60.0
         self._relay = Relay("door", log, self._sweep)
         if tls is not None:
@@ -15284,6 +15297,8 @@ class FrontDoor:
             self.settle(exchange, error.status, error.code)
         else:
             self._record_refusal(client, error)
+        if error.code in GUARD_CODES and client.caller:
+            self._tell_trip(client.caller.tenant.name, error)
         if client.dead:
             return
         what = error.what + (f". {error.hint}" if error.hint else "")
@@ -15292,6 +15307,19 @@ class FrontDoor:
         self._tally.add("b9agent_door_refusals_total", (
             client.caller.tenant.name if client.caller else "", error.code))
         client.answer(Response(error.status, body, headers=error.headers))
+
+    def _tell_trip(self, tenant: str, error: HttpError) -> None:
+        """times: since it was last told of this guard and tenant."""
+        now, place = now_s(), (tenant, error.code)
+        told_s, times = self._trips.get(place, (-1e9, 0))
+        if now - told_s < DOOR_TRIP_TOLD_S:
+            self._trips[place] = told_s, times + 1
+            return
+        if len(self._trips) > DOOR_MODELS_MAX:
+            self._trips.clear()
+        self._trips[place] = now, 0
+        self._log("notice", "guard_tripped", guard=error.code, tenant=tenant, times=times + 1,
+                  **getattr(error, "numbers", {}))
 
     def _attempt(self, client: ClientWire, work: Callable[[], None]) -> None:
         """Whatever is wrong with a request is its answer."""
@@ -15685,6 +15713,8 @@ class FrontDoor:
             for job in waiting:
                 self.fail(job, *self._failure(problem), problem.what)
         else:
+            if not took_s and now - self._warm_s.get(model, -1e9) >= DOOR_BURST_S:
+                guards.thrash(model).note(False)
             self._warm_s[model] = now
             if took_s:
                 self._count_cold_start(model, took_s)
@@ -20025,7 +20055,8 @@ AUDIT_EVENTS = dict(dict.fromkeys((
     "engine_wedged", "engine_asleep", "engine_awake", "child", "leftover", "model_here",
     "model_loaded", "model_unloaded", "model_failed", "model_deleted", "tenants_refused",
     "front_door", "no_front_door", "insecure", "bad_tokens", "usage_file", "usage_not_kept",
-    "audit_failing", "defect"), ""), tenants="tenants_changed")
+    "guard_tripped", "audit_failing", "audit_written_again", "defect"), ""),
+    tenants="tenants_changed")
 
 
 class Entrance:
@@ -20511,7 +20542,8 @@ class Agent:
             engine=self.inference.figures(),
             tunnel_state=self.tunnel.status()["state"] if self.tunnel else "",
             tailnet_state=self.tailnet.reading.state.replace("none", ""),
-            pods_state=self.pods.state, pods=self.pods.counts())
+            pods_state=self.pods.state, pods=self.pods.counts(),
+            audit=self.entrance.audit and self.entrance.audit.figures())
 
     def metrics_text(self) -> str:
         return render_metrics(self.metrics_view()) + "".join(
@@ -20551,6 +20583,7 @@ class Agent:
             "inference_port": self.inference.port(), "pods": self.pods.status(),
             "running_jobs": jobs.get("RUNNING", 0), "total_jobs": sum(jobs.values()),
             "inference": inference, "front_door": self.entrance.status(), "metrics": metrics,
+            "audit": self.entrance.audit and self.entrance.audit.figures(),
             "k3s": self._k3s_status(), "tailnet": self.tailnet.status(),
             "tunnel": self.tunnel.status() if self.tunnel else None}
 
@@ -21751,7 +21784,7 @@ _STATE_LOW_BYTES, _STATE_LEAST_BYTES = 1 << 30, 16 << 20
 _MODELS_LOW_BYTES = 20 << 30      # one model of 30 billion parameters, quantised
 _PRIVATE_FILES = ("config.yaml", "config.yaml.old", "control.token", "agent.log", "agent.log.1",
                   "agent.lock", "k3s.kubeconfig", "gateway.db", "models.json", "energy.json",
-                  "inference.token", "tenants.yaml", "usage.json", "tls", "logs")
+                  "inference.token", "tenants.yaml", "usage.json", "tls", "logs", "audit")
 _K3S = Endpoint("https", "127.0.0.1", 6443)
 
 
@@ -22152,6 +22185,45 @@ def check_door(loaded: Loaded) -> Iterator[Finding]:
             left, "Renew it: the new one is taken up by itself")
 
 
+def judge_audit_end(folder: str) -> Finding:
+    """The newest lines and head.json; `audit verify` reads all of them.  Raises: UsageError."""
+    see = "b9agent.py audit verify   # says where"
+    head, names = read_audit_head(folder), list_audit(folder)
+    name = (names or [""])[-1]
+    walk = _AuditWalk([head[:2]] if head and head.file >= name else [], 0)
+    try:
+        lines = read_audit_tail(os.path.join(folder, name))[1] if name else []
+    except OSError as error:
+        raise UsageError(f"{os.path.join(folder, name)} cannot be read: {error.strerror}",
+                         "Run this as the user that the agent runs as, or with sudo") from error
+    for raw in lines:
+        walk.at = (name, 2)
+        if raw[-1:] == b"\n":  # else the agent is at it
+            walk.line(raw)
+    if walk.faults or walk.wanted or lines and head is None:
+        return warn(f"the end of {folder} is not as it was written", see)
+    return ok(f"{folder}: its newest {walk.lines} lines are whole, files: {len(names)}")
+
+
+def check_audit(loaded: Loaded) -> Iterator[Finding]:
+    settings, status = loaded.settings, agent_status(loaded).get("audit") or {}
+    folder = os.path.join(settings.state_dir, "audit")
+    if not settings.audit_keep_days:
+        yield ok("there is none: audit.keep_days is 0")
+    elif os.path.islink(folder) or os.path.lexists(folder) and not os.path.isdir(folder):
+        yield warn(f"{folder} is no folder: nothing is recorded", f"mv {folder} {folder}.old")
+    elif status.get("failing"):
+        yield warn(f"the disk does not take it: {status['lost']} lines are lost, "
+                   f"{status['waiting']} bytes wait", "b9agent.py logs   # says why; make room")
+    elif not os.path.isdir(folder):
+        yield ok(f"{folder}, not made yet")
+    else:
+        yield judge_audit_end(folder)
+        if status.get("lost"):
+            yield warn(f"{status['lost']} lines are lost since the agent started",
+                       "b9agent.py logs   # says why")
+
+
 def check_ports(loaded: Loaded) -> Iterator[Finding]:
     host, port = loaded.settings.control_host, loaded.settings.control_port
     status = agent_status(loaded)
@@ -22262,7 +22334,7 @@ def check_files(loaded: Loaded) -> Iterator[Finding]:
                                  f"sudo chown {user} {quote(path)}"))
         elif mode is not None:
             found.append(warn(f"{path} has mode {mode:04o}: others may use it",
-                              f"chmod {700 if path == folder else 600} {quote(path)}"))
+                              f"chmod {700 if os.path.isdir(path) else 600} {quote(path)}"))
     yield from found or [ok(f"{folder}, with what is in it, is private")]
     kept_machine_id(loaded.settings, keep=False)
 
@@ -22314,6 +22386,7 @@ CHECKS = (
     Check("pool", check_pool),
     Check("ports", check_ports),
     Check("door", check_door, Exit.USAGE),
+    Check("audit", check_audit),
     Check("engines", check_engines),
     Check("k3s", check_k3s),
     Check("tailnet", check_tailnet),
@@ -23266,8 +23339,15 @@ def status_lines(status: Dict[str, Any]) -> List[str]:
         rows.append(("inference", ", ".join(filter(None, (
             f"{inference['engine']} {inference['status']}",
             "models " + (" ".join(inference["models"]) or "none yet"),
+            *(f"loading {load['model']} for {load['seconds']:.0f} s"
+              for load in inference.get("loads") or ()),
             inference["message"].partition("\n")[0])))))
     rows.append(("front door", inference.get("endpoint") or "none; its log says why"))
+    audit = status.get("audit") or {}
+    if audit.get("failing") or audit.get("lost"):
+        rows.append(("audit log", f"{audit['lost']} lines lost, " + (
+            "and the disk does not take it: b9agent.py doctor" if audit["failing"] else
+            "and it is written again")))
     rows += pod_rows(status.get("pods") or {})
     if status.get("message"):
         rows.insert(1, ("message", status["message"]))

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=4d0a34d3e10de44627df5f7fffd50a1f7e0737222496a21a9b2462cfc9612061
+  sha256=6bfcfafb27e489ba4b39afe1a0100704e236b1f253ff1c66285187b192ca0f9f
 }
 
 usage() {

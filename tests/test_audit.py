@@ -1153,3 +1153,12 @@ def test_the_commands_are_those_of_the_program(home):
     written(str(state / "audit"))
     done = run_agent(home, "audit", "verify", "--state-dir", state)
     assert done.code == 0 and done.out.startswith("whole: 100 lines"), done
+
+
+def test_files_that_are_all_gone_are_missed_by_head_json(tmp_path):
+    log = written(tmp_path / "audit", days=1)
+    for path in (tmp_path / "audit").glob("*.jsonl"):
+        path.unlink()
+    head = read_audit_head(str(tmp_path / "audit"))
+    assert [tuple(fault) for fault in verify_audit(str(tmp_path / "audit")).faults] == [
+        ("head.json", 0, f"tells of line {head.seq}, and there are no lines")], log

@@ -253,7 +253,7 @@ def test_a_stream_that_breaks_ends_in_an_error_of_the_clients_dialect(asked, eng
             out, flow = run(asked, engine, [raw[:at]], problem)
             if flow.complete:
                 continue  # all but the line end of its last word came
-            expected = problem or "the engine's answer ended in the middle"
+            expected = problem or "the engine ended its answer before it was done"
             assert expected in flow.usage.error or "no JSON" in flow.usage.error
             if asked.dialect == "ollama":
                 assert lines(out)[-1]["error"] == flow.usage.error
@@ -939,7 +939,7 @@ def test_the_openai_client_learns_of_errors():
     error = ndjson(said(**message("Hi"), done=False), {"error": "the runner died"})
     with pytest.raises(openai.APIError, match="the runner died"):
         list(openai_client("ollama", error)[0].chat.completions.create(model="m", messages=USER, stream=True))
-    with pytest.raises(openai.APIError, match="in the middle"):
+    with pytest.raises(openai.APIError, match="before it was done"):
         list(openai_client("vllm", VLLM[:300])[0].chat.completions.create(model="m", messages=USER, stream=True))
     with pytest.raises(openai.BadRequestError, match="best_of"):
         openai_client("vllm", b"")[0].completions.create(model="m", prompt="x", best_of=3)

@@ -794,3 +794,60 @@ def test_what_the_front_door_lacks_is_said(tmp_path, given, said):
         ["--state-dir", str(tmp_path), *given], ()).flags, {}, must_exist=True)
     found = [finding for finding in b9agent.check_door(loaded) if finding.level == "warn"]
     assert len(found) == 1 and said in found[0].seen and found[0].mend
+
+
+# -- the audit log -----------------------------------------------------------
+
+def audit_findings(state, **given):
+    loaded = b9agent.load_settings(dict({"state_dir": str(state), "config": os.devnull}, **given), {})
+    return [(finding.level, finding.seen, finding.mend)
+            for finding in b9agent.run_checks([b9agent.Check("audit", b9agent.check_audit)], loaded, 9.0)]
+
+
+def audit_log(state, lines=20):
+    log = b9agent.AuditLog(str(state / "audit"), 184, lambda *_, **__: None)
+    log.open()
+    for number in range(lines):
+        log.record("event", {"event": "a_thing", "number": number})
+    log.close()
+    return next((state / "audit").glob("*.jsonl"))
+
+
+def test_an_audit_log_that_is_whole_is_well(tmp_path):
+    assert "not made yet" in audit_findings(tmp_path)[0][1]
+    audit_log(tmp_path)
+    assert audit_findings(tmp_path)[0][:2] == (
+        "ok", f"{tmp_path}/audit: its newest 20 lines are whole, files: 1")
+    assert "there is none" in audit_findings(tmp_path, audit_keep_days="0")[0][1]
+
+
+@pytest.mark.parametrize("harm", [
+    lambda path: path.write_bytes(path.read_bytes().replace(b'"number":17', b'"number":71')),
+    lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1])),
+    lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:9])
+                                  + b"".join(path.read_bytes().splitlines(True)[10:])),
+    lambda path: path.unlink(), lambda path: (path.parent / "head.json").unlink()],
+    ids=["a digit", "the last line", "a line", "its file", "its head"])
+def test_an_end_of_the_audit_log_that_was_changed_is_said(tmp_path, harm):
+    harm(audit_log(tmp_path))
+    (level, seen, mend), = audit_findings(tmp_path)
+    assert (level, seen) == ("warn", f"the end of {tmp_path}/audit is not as it was written")
+    assert "audit verify" in mend
+
+
+def test_an_audit_folder_that_is_none_is_said(tmp_path):
+    (tmp_path / "audit").symlink_to(tmp_path)
+    assert audit_findings(tmp_path)[0][:2] == (
+        "warn", f"{tmp_path}/audit is no folder: nothing is recorded")
+
+
+@pytest.mark.parametrize("says, found", [
+    ({"failing": True, "lost": 3, "waiting": 512},
+     ["the disk does not take it: 3 lines are lost, 512 bytes wait"]),
+    ({"failing": False, "lost": 3, "waiting": 0},
+     [", files: 1", "3 lines are lost since the agent started"])])
+def test_what_the_agent_says_of_its_audit_log_is_said(tmp_path, monkeypatch, says, found):
+    audit_log(tmp_path)
+    monkeypatch.setattr(b9agent, "read_agent_status", lambda _folder: {"audit": says})
+    seen = [row[1] for row in audit_findings(tmp_path)]
+    assert len(seen) == len(found) and all(map(str.endswith, seen, found)), seen

@@ -819,3 +819,37 @@ def test_who_leaves_a_load_that_he_began_pays_until_then_and_it_counts_for_nobod
         gate.may_end.set()
         wait_until(lambda: not rig.door.status()["loading"], "it is loaded")
         assert rig.guards.cold.figures()["active"] == 0 and rig.ledger._running == 0
+
+
+def test_a_guard_that_trips_a_thousand_times_is_told_once_a_minute_and_tenant(tmp_path, monkeypatch):
+    with ollama(tmp_path, tenants=TWO) as rig, contextlib.ExitStack() as stack:
+        clock = Clock(b9agent.now_s())
+        sock = stack.enter_context(rig.connect())
+
+        def refused(count, depth=9):
+            for _ in range(count):
+                sock.sendall(rig.request(chat(_task_depth=depth), path="/api/chat"))
+                assert read_answer(sock)[0] == 422
+
+        def told():
+            return [(pairs["tenant"], pairs["guard"], pairs["times"], pairs["depth"])
+                    for _, event, pairs in rig.log.lines if event == "guard_tripped"]
+        monkeypatch.setattr(b9agent, "DOOR_TRIP_TOLD_S", 3600.0)
+        refused(200)
+        assert told() == [("t", "task_depth", 1, 9)]
+        ask(rig, token="b9-of-another-tenant", headers=[("X-Task-Depth", "4")])
+        assert told()[1:] == [("u", "task_depth", 1, 4)]
+        monkeypatch.setattr(b9agent, "DOOR_TRIP_TOLD_S", 0.0)
+        refused(1, 5)
+        assert told()[2:] == [("t", "task_depth", 200, 5)], "with how often it was meanwhile"
+
+
+def test_an_unload_whose_answer_has_no_end_of_line_is_whole(tmp_path):
+    unloaded = b'{"model":"m","response":"","done":true,"done_reason":"unload"}'
+    script = lambda asked, sock: sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(unloaded), unloaded))
+    with ollama(tmp_path, script=script, loaded=("m:latest",), tenants=TENANTS % b9agent.token_hash(TOKEN)) as rig:
+        status, _, raw = rig.raw(rig.request({"model": "m", "keep_alive": 0}, path="/api/generate"))
+        assert status == 200 and json.loads(raw)["done_reason"] == "unload", raw
+        rig.settled()
+        assert 'code="200"' in "".join(rig.tally.lines())

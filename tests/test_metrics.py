@@ -103,7 +103,7 @@ FULL = MetricsView(
     Capacity(63500, 4096), Identity("0badcafe", "gpu", "generic", "box", ""),
     ProcessFigures(1.25, 1700000000.5, 20480, 9, 4), 100.0, 0.125, -0.75, 380.0, 1.25, "9.8.7",
     b9agent.EngineFigures("ollama", "running", 3, 77.5, 2, 1), "running", "up", "watching",
-    {"RUNNING": 2, "FAILED": 1})
+    {"RUNNING": 2, "FAILED": 1}, audit={"lines": 12345, "lost": 6, "failing": True})
 NOTHING = MetricsView(Snapshot())
 N, A = {"vendor": "nvidia", "index": "0"}, {"vendor": "amd", "index": "0"}
 MIG_0, MIG_1 = dict(N, mig="0"), dict(N, mig="1")
@@ -145,6 +145,9 @@ EXPECTED = {
     "b9agent_inference_uptime_seconds": [({"engine": "ollama"}, 77.5)],
     "b9agent_inference_models": [({"engine": "ollama"}, 2)],
     "b9agent_inference_loads": [({"engine": "ollama"}, 1)],
+    "b9agent_audit_lines_total": [({}, 12345)],
+    "b9agent_audit_lost_total": [({}, 6)],
+    "b9agent_audit_failing": [({}, 1)],
     "b9agent_host_info": [({"os": "Debian 12", "kernel": "6.1.0", "architecture": "x86_64",
                             "cpu_model": "AMD EPYC 9354", "container": "docker", "wsl": "true"}, 1)],
     "b9agent_host_cpu_cores": [({}, 32)],
@@ -242,7 +245,8 @@ WITHOUT_UNIT = {  # counts of things, and yes or no
     "host_cpu_threads", "host_load1", "host_load5", "host_load15", "gpus_known", "gpus", "gpus_omitted",
     "gpu_problems", "gpu_healthy", "gpu_offered", "gpu_free", "gpu_stale", "gpu_asleep",
     "gpu_ecc_errors", "gpu_processes", "gpu_mig_enabled", "tunnel_state", "tailnet_up",
-    "inference_state", "inference_starts", "inference_models", "inference_loads", "pods_watch_state", "worker_pods"}
+    "inference_state", "inference_starts", "inference_models", "inference_loads", "pods_watch_state", "worker_pods",
+    "audit_lines", "audit_lost", "audit_failing"}
 OF_PROMETHEUS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds",
                  "process_threads", "process_start_time_seconds"}
 
@@ -585,7 +589,9 @@ views = some(MetricsView, some(Snapshot, st.sampled_from(State), st.floats(0), n
              some(HostFacts, words, words, words, words, number, number, words, truth),
              some(Capacity, number, number), st.none() | some(Identity, *[words] * 5),
              st.none() | some(ProcessFigures, st.floats(0), st.floats(0), number, number, number),
-             st.floats(0), number, number, number, number, words, door=st.none() | st.builds(tally_of, st.lists(
+             st.floats(0), number, number, number, number, words,
+             audit=st.none() | st.fixed_dictionaries(dict(lines=number, lost=number, failing=truth)),
+             door=st.none() | st.builds(tally_of, st.lists(
                  st.tuples(st.sampled_from(sorted(b9agent.DOOR_METRICS)), words, st.floats(0, 1e9)), max_size=30)))
 
 
