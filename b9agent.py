@@ -9091,7 +9091,7 @@ class EndpointRetryGuard:
     max_retries: how often call() asks again, and at how many time-outs within the TTL a request is
     refused (one at least).  headers: such as Authorization.  around(func, *arguments): calls func,
     which is one attempt.  last_…: of the newest one.  Keys: of payload_hash(), or a caller's own.
-    _lock guards _in_flight: key -> (since when,); _timed_out: key -> when."""
+    _lock guards _in_flight: key -> since when; _timed_out: key -> when."""
 
     def __init__(self, endpoint_url: str, max_retries: int = 2, backoff_base_seconds: float = 5.0,
                  payload_hash_ttl_seconds: float = 300.0, *, headers: Optional[Dict] = None,
@@ -9134,13 +9134,15 @@ class EndpointRetryGuard:
 
     def begin(self, key: str) -> None:
         """Until end().  No waiting.  Raises: DuplicateInFlight, TooManyRetries."""
-        self.timed_out_too_often(key)
+        if self._timed_out:
+            self.timed_out_too_often(key)
         with self._lock:
-            now = self._clock()
-            if key in self._in_flight:
-                raise DuplicateInFlight("EndpointRetryGuard", {
-                    "in_flight_seconds": now - self._in_flight[key][0]})
-            _keep(self._in_flight, float("-inf"), key, (now,))
+            now, since = self._clock(), self._in_flight.get(key)
+            if since is not None:
+                raise DuplicateInFlight("EndpointRetryGuard", {"in_flight_seconds": now - since})
+            self._in_flight[key] = now
+            if len(self._in_flight) > GUARD_KEYS_MAX:
+                self._in_flight.popitem(last=False)
 
     def timed_out_too_often(self, key: str) -> None:
         """No waiting.  Raises: TooManyRetries."""
@@ -9156,8 +9158,8 @@ class EndpointRetryGuard:
         """timed_out: whether, or how often.  No waiting."""
         with self._lock:
             self._in_flight.pop(key, None)
-            times = (*self._timed_out.get(key, ()), *[self._clock()] * timed_out)
             if timed_out:
+                times = (*self._timed_out.get(key, ()), *[self._clock()] * timed_out)
                 _keep(self._timed_out, float("-inf"), key, times[-max(1, self._retries):])
 
     def _attempt(self, body: bytes, limit_s: float) -> Dict[str, Any]:

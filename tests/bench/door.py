@@ -405,11 +405,12 @@ def aims(peers, most):
     door, found = by_name.get("door"), []
     if door is None:
         return found
-    if "nginx" in by_name:
-        added = {name: statistics.median(by_name[name].first["new"])
-                 - statistics.median(by_name["direct"].first["new"]) for name in ("nginx", "door")}
+    for how in ("kept", "new") if "nginx" in by_name else ():
+        added = {name: statistics.median(by_name[name].first[how])
+                 - statistics.median(by_name["direct"].first[how]) for name in ("nginx", "door")}
         ratio = added["door"] / added["nginx"]
-        found.append((ratio <= 2, "at most 2 times nginx's added first token: %.2f times" % ratio))
+        found.append((ratio <= 2, "at most 2 times nginx's added first token, %s connections: %.2f times"
+                      % (how, ratio)))
     for key in ((most, False), (most, True)):
         late = door.median(key, "late_p99_ms") if key in door.figures else None
         if late is not None:
