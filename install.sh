@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=6bfcfafb27e489ba4b39afe1a0100704e236b1f253ff1c66285187b192ca0f9f
+  sha256=c5ba27845142516dcf9756723bf5fb57e2fa3e98e2c96f19aea992de2a8c9dc6
 }
 
 usage() {
