@@ -11304,8 +11304,9 @@ def model_evidence(report: AuditReport, book: Dict[str, Any]) -> List[Dict[str, 
         served.setdefault(row.pop("model"), []).append(row)
     for name, digests in served.items():
         entry = book.get(model_key(name or ""), book.get(name, {}))
-        known = {_hex_of(row.get("digest") or row.get("sha256")) for row in (
-            *(entry.get("layers") or ()), *(entry.get("files") or ()))}
+        entry = dict(entry, manifest_digest=entry.get("manifest_digest") or _hex_of(
+            files_digest(entry.get("files"))) or None) if entry else {}
+        known = {_hex_of(row["digest"]) for row in entry.get("layers") or ()}
         known = (known | {_hex_of(entry.get("manifest_digest"))}) - {""}
         seen = {_hex_of(row["digest"]) for row in digests} - {""}
         rows.append({"model": name, "requests": sum(row["requests"] for row in digests),

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=c5ba27845142516dcf9756723bf5fb57e2fa3e98e2c96f19aea992de2a8c9dc6
+  sha256=02ae3dd6a465f2531aff65670485a5c945ff7738745ce6e2e8b233588b54604d
 }
 
 usage() {

@@ -676,3 +676,12 @@ def test_every_digest_that_was_served_has_to_be_one_that_was_kept(served, as_pul
         report.add(dict(one_request(random.Random(1), MONDAY_S), seq=number, outcome="ok", model="M", digest=digest))
     book = {"m:latest": {"name": "m", "manifest_digest": "a1" * 32, "layers": [{"digest": "sha256:" + "f0" * 32}]}}
     assert [row["as_pulled"] for row in b9agent.model_evidence(report, book)] == [as_pulled]
+
+
+def test_of_a_model_of_files_the_digest_is_theirs_as_the_front_door_has_it():
+    files = [{"path": "/m/%d" % number, "sha256": str(number) * 64} for number in range(2)]
+    for kept in (files[:1], files):
+        digest, report = b9agent.files_digest(kept), b9agent.AuditReport(WEEK[0], WEEK[-1])
+        report.add(dict(one_request(random.Random(1), MONDAY_S), seq=1, outcome="ok", model="M", digest=digest))
+        (row,) = b9agent.model_evidence(report, {"M": {"name": "M", "files": kept}})
+        assert (row["as_pulled"], "sha256:" + row["manifest_digest"]) == (True, digest)
