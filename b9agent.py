@@ -14900,7 +14900,10 @@ class DoorGuards:
         if self._clock() >= until_s:
             advice = self.thrash(model).advice()
             if advice is not None and advice.cold_starts_per_hour:  # else it is as it should be
-                keep_s = advice.keep_warm_s if advice.pays else KEEP_WARM_S
+                # Were it not kept, each call would be a cold start: those that have been are fewer
+                # the better it is kept, and it must not be let go for that.
+                cold_s = advice.calls_per_hour * advice.cold_start_s
+                keep_s = advice.keep_warm_s if advice.keep_warm_s < cold_s else KEEP_WARM_S
             self._advised[model] = self._clock() + DOOR_ADVICE_S, keep_s
         return keep_s
 
@@ -16125,7 +16128,7 @@ STATUS_FIELDS = fields_of(
     ("number!", "uptime_seconds state_seconds"),
     ("integer!", "pid keepalives registrations failures running_jobs total_jobs"),
     ("object!", "host energy metrics inference pods tailnet"), ("array!", "gpus"),
-    ("string", "last_keepalive"), ("object", "k3s tunnel front_door"),
+    ("string", "last_keepalive"), ("object", "k3s tunnel front_door audit"),
     ("number", "cpu_percent memory_percent last_keepalive_seconds_ago clock_offset_seconds"),
     ("integer", "gpu_count network_received_bytes network_sent_bytes inference_port"),
 ) + (Field("gpu_problems", "array", "of GPUs and their drivers", True),)

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=02ae3dd6a465f2531aff65670485a5c945ff7738745ce6e2e8b233588b54604d
+  sha256=3acccc2657539c2c7196f52d67f419fcac4d7a6eff2fc1f9f5686ee631775e62
 }
 
 usage() {
