@@ -15216,7 +15216,9 @@ class FrontDoor:
     def start(self) -> None:
         """Two descriptors a stream: many systems grant 1,024, and macOS 256, unless asked."""
         import fcntl
+        import gc
         import resource
+        gc.freeze()  # what is there stays: a full collection looks at the rest, not for 20 ms at all
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * DOOR_CONNECTIONS_MAX + 512
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

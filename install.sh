@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=3acccc2657539c2c7196f52d67f419fcac4d7a6eff2fc1f9f5686ee631775e62
+  sha256=45c5987194ac868c8b2807a5c128871cbf406655371d030eb39a59acfc21df6e
 }
 
 usage() {
