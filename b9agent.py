@@ -15218,7 +15218,7 @@ class FrontDoor:
         import fcntl
         import gc
         import resource
-        gc.freeze()  # what is there stays: a full collection looks at the rest, not for 20 ms at all
+        gc.freeze()  # what is there stays: a full collection of all takes 20 ms and more
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * DOOR_CONNECTIONS_MAX + 512
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=45c5987194ac868c8b2807a5c128871cbf406655371d030eb39a59acfc21df6e
+  sha256=ff2760b80e93924544cfb86cd29750749d1b2c456e7138f35ed7adee0171d549
 }
 
 usage() {

@@ -803,8 +803,7 @@ def test_an_agent_that_was_never_ready_says_no_age_of_a_keepalive(agent, hostile
     said, _ = parse(scrape(Control(program, state))[2])
     assert said["b9agent_registrations_total", label("unwell")] >= 1
     assert said["b9agent_registrations_total", label("ok")] == 0
-    for name in ("b9agent_keepalive_age_seconds", "b9agent_keepalive_duration_seconds",
-                 "b9agent_sample_age_seconds", "b9agent_host_memory_size_bytes"):
+    for name in ("b9agent_keepalive_age_seconds", "b9agent_keepalive_duration_seconds"):
         assert (name, ()) not in said
 
 
