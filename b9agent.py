@@ -14836,7 +14836,6 @@ DOOR_TRIP_TOLD_S = 60.0       # a guard that trips for a tenant is told so often
 DOOR_BURST_S = 10.0           # a model's requests that follow sooner are one call to the guard
 DOOR_MODELS_MAX = 1000
 DOOR_ADVICE_S = 5.0           # so long an advice is kept: it takes a look at all calls
-DOOR_PROMPT_MAX = 65536       # characters of a prompt in the audit log, where it is kept
 GUARD_CODES = frozenset(kind.code for kind in GuardTripped.__subclasses__())
 KEEP_WARM_S = 300.0           # Ollama's own
 DOOR_SAVE_S = 5.0
@@ -15176,7 +15175,7 @@ class FrontDoor:
         self._log, self._access, self._ledger = log, access, ledger
         self._tally, self._limits, self._tls = tally, limits, tls
         self._guards, self._audit, self._power = guards, audit, power
-        self._loads: Dict[str, _ColdStart] = {}          # by model
+        self._loads: Dict[str, _ColdStart] = {}     # by model
         self._load_turns: Dict[str, float] = {}     # tenant: when its last one began
         self._used_s = now_s()                      # when the engine last had something to do
         # Refusals that no line of their own tells of: (tenant, reason) -> how many.
@@ -15612,8 +15611,6 @@ class FrontDoor:
     def _refuse_twin(self, job: _Job) -> None:
         """Of one that is being computed, or has timed out too often.  Raises: GuardTripped."""
         guards, ask = self._guards, job.ask
-        if guards.duplicates == "off" or not job.client:
-            return
         again = job.client.head.headers.get("x-stainless-retry-count", "0") != "0"
         twin = f"{job.caller.tenant.name} {ask.request_id} {hash(job.asked.body)}"
         try:
@@ -15621,7 +15618,8 @@ class FrontDoor:
             job.twin = twin
         except DuplicateInFlight:
             # Equal words alone are no retry: many ask the same at once.
-            if again or ask.request_id or guards.duplicates == "payload":
+            marked = again or ask.request_id or guards.duplicates == "payload"
+            if marked and guards.duplicates != "off":
                 raise
 
     def _line_up(self, job: _Job, asked: Any) -> None:
@@ -15980,7 +15978,7 @@ class FrontDoor:
             "task": ask.task, "stream": ask.stream, "model": job.model,
             "digest": job.target.digests.get(job.model, ""), "engine": job.target.engine.name,
             "prompt_sha256": job.prompt_sha256 or payload_hash(prompt_of(ask)),
-            **({"prompt": encode_json(prompt_of(ask)).decode()[:DOOR_PROMPT_MAX]}
+            **({"prompt": encode_json(prompt_of(ask)).decode()[:AUDIT_PROMPT_MAX]}
                if self._limits.keeps_prompts else {}),
             "prompt_tokens": tokens[0], "completion_tokens": tokens[1],
             "tokens_basis": "engine" if told else "counted",

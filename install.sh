@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=ff2760b80e93924544cfb86cd29750749d1b2c456e7138f35ed7adee0171d549
+  sha256=3217463b91bc3e68f2194712d418746485291f561be436a1616a31a697a7080a
 }
 
 usage() {

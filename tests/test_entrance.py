@@ -357,3 +357,7 @@ def test_an_agent_tells_where_its_door_is_as_long_as_it_runs(agent, home, state,
     assert program.stop() == 0 and not (state / "inference.addr").exists()
     with pytest.raises(OSError):
         socket.create_connection((host, int(port)), 30)
+
+
+def test_an_engine_that_was_just_stopped_holds_no_model(tmp_path):
+    assert Embedded(tmp_path).inference.holds("m") is False

@@ -805,6 +805,8 @@ def test_an_agent_that_was_never_ready_says_no_age_of_a_keepalive(agent, hostile
     assert said["b9agent_registrations_total", label("ok")] == 0
     for name in ("b9agent_keepalive_age_seconds", "b9agent_keepalive_duration_seconds"):
         assert (name, ()) not in said
+    control = Control(program, state)  # the machine itself is looked at all the same
+    wait_until(lambda: ("b9agent_sample_age_seconds", ()) in parse(scrape(control)[2])[0], "a look at the machine")
 
 
 def test_a_scrape_asks_no_driver(agent, hostile, state, tmp_path):
