@@ -852,11 +852,12 @@ def test_init_leaves_the_tailnet_address_to_the_agent_which_follows_it(address, 
 
 
 class Terminal:
-    """A pseudo-terminal with the agent on it."""
+    """A pseudo-terminal with the agent on it, or with a command of the test's own."""
 
-    def __init__(self, home, *arguments, **extra):
+    def __init__(self, home, *arguments, command=None, env=None, cwd=None, **extra):
         self._master, slave = pty.openpty()
-        self._child = subprocess.Popen(agent_command(*arguments), env=environment(home, **extra),
+        self._child = subprocess.Popen(command or agent_command(*arguments), cwd=cwd,
+                                       env=env or environment(home, **extra),
                                        stdin=slave, stdout=slave, stderr=slave,
                                        preexec_fn=self._own_terminal)
         os.close(slave)
@@ -880,9 +881,12 @@ class Terminal:
             assert piece, "it ended without %r: %r" % (text, self.seen)
             self.seen += piece.decode()
 
+    def type(self, text):
+        os.write(self._master, text.encode())
+
     def answer(self, question, text):
         self.read_until(question)
-        os.write(self._master, text.encode() + b"\n")
+        self.type(text + "\n")
 
     def end(self):
         while select.select([self._master], [], [], PATIENCE_S)[0]:
