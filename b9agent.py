@@ -1754,12 +1754,23 @@ def _value(row: Setting, given: Dict[str, _Given]) -> Any:
         raise UsageError(f"{place}: {shown} cannot be used, expected {error}") from error
 
 
-def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
-    """Secrets on the command line; a proxy's address is one only where it holds a password."""
+def _misspelt(environ: Dict[str, str]) -> Iterator[str]:
+    """Variables whose names are almost a setting's; others may be somebody else's."""
+    known = [row.variable for row in SETTINGS]
+    for name in environ:
+        if name.startswith(("BETA9_", "B9AGENT_")) and name not in known:
+            import difflib
+            for close in difflib.get_close_matches(name, known, 1, 0.9):
+                yield f"{printable(name)} is set, and no setting reads it: expected {close}"
+
+
+def _warnings(flags: Dict[str, str], environ: Dict[str, str]) -> Tuple[str, ...]:
+    """Secrets on the command line; a proxy's address is one only where it holds a password.  Names
+    of variables that look misspelt."""
     rows = [SETTING_BY_KEY[key] for key, text in flags.items()
             if SETTING_BY_KEY[key].secret and (key != "gateway_proxy" or "@" in text)]
-    return tuple(f"{row.flag} on the command line is visible to every user in `ps`: use "
-                 f"{row.variable} or the config file" for row in rows)
+    return (*(f"{row.flag} on the command line is visible to every user in `ps`: use "
+              f"{row.variable} or the config file" for row in rows), *_misspelt(environ))
 
 
 def shared_mode(path: str) -> Optional[int]:
@@ -1870,7 +1881,8 @@ def _read_config_tree(path: str, must_exist: bool) -> Node:
 
 def _nearest(name: str, known: Iterable[str], listed_by: str) -> str:
     import difflib
-    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    close = [other for other in known if other.startswith(name + "-")]
+    close = close or difflib.get_close_matches(name, list(known), 1, 0.6)
     close = close or [other for other in known if other.endswith("." + name)]
     return f"`{close[0]}`" if close else f"one of the names that `b9agent.py {listed_by}` lists"
 
@@ -1940,7 +1952,7 @@ def load_settings(flags: Dict[str, str], environ: Dict[str, str],
     for key in ("token", "k3s_token"):
         REDACTOR.add(values[key])
     REDACTOR.add((values["gateway_proxy"] or "").rpartition("@")[0].rpartition("/")[2])
-    return Loaded(Settings(**values), origins, _warnings(flags))
+    return Loaded(Settings(**values), origins, _warnings(flags, environ))
 
 
 def save_config(path: str, values: Dict[str, Any]) -> Optional[str]:
@@ -1986,6 +1998,9 @@ class Option(NamedTuple):
         return self.flag.lstrip("-")
 
 
+SAME_FLAG = {"-y": "--yes", "--yes": "-y"}  # whichever of the two a command has
+
+
 class Arguments(NamedTuple):
     """words: what is no flag; flags: settings by key; options: by name, "" for switches."""
     words: Tuple[str, ...]
@@ -2005,7 +2020,7 @@ def parse_arguments(argv: Sequence[str], options: Sequence[Option]) -> Arguments
             words.append(argument)
             continue
         flag, equals, text = argument.partition("=")
-        row = table.get(flag)
+        row = table.get(flag) or table.get(SAME_FLAG.get(flag, ""))
         if row is None:
             raise UsageError(f"unknown flag {printable(flag)}, expected "
                              f"{_nearest(flag, table, 'COMMAND --help')}")
@@ -22318,7 +22333,7 @@ def check_config(loaded: Loaded) -> Iterator[Finding]:
         (path if os.path.exists(path) else f"there is no {path}")
         + f"; {given} of {len(SETTINGS)} settings are not the default")
     for warning in loaded.warnings:
-        yield warn(warning, "b9agent.py init   # keeps it in the config file, 0600")
+        yield warn(warning, "b9agent.py init   # keeps settings in the config file, 0600")
 
 
 def check_files(loaded: Loaded) -> Iterator[Finding]:
@@ -24208,7 +24223,7 @@ REPORT_OPTIONS = (
     Option("--tenant", "NAME", "of this tenant alone"),
     Option("--evidence", "", "with what record-keeping under the EU AI Act asks for"),
     Option("--out", "FILE", "into this file, 0600, and not to the output"),
-    Option("--force", "", "also where that file is there"))
+    Option("--force", "", "also over a file that is there"))
 
 
 def nothing_to_report(report: AuditReport, folder: str) -> Optional[UsageError]:
@@ -24453,7 +24468,7 @@ COMMANDS = (
         Option("--model", "MODEL", "a name, a GGUF file, or a folder of safetensors"),
         Option("--context", "TOKENS", "context of each request"),
         Option("--force", "", "also where it should not fit"), _JSON), ("state_dir",),
-        "start an engine in the running agent, until it has given a token"),
+        "start an engine in the running agent, and wait until it has answered"),
     Command("stop", command_stop, (_JSON,), ("state_dir",),
             "end the engine, and see that all of it is gone"),
     Command("pull", command_pull, (
@@ -24569,7 +24584,8 @@ def help_text(words: Sequence[str]) -> str:
     elif listed:
         lines = [f"usage: b9agent.py {first} COMMAND [FLAG …]"]
     else:
-        lines, listed = ["usage: b9agent.py [COMMAND] [FLAG …]"], list(COMMANDS)
+        lines, listed = ["usage: b9agent.py [COMMAND] [FLAG …]",
+                         "       b9agent.py COMMAND --help"], list(COMMANDS)
     if listed:
         lines += ["", "commands:"] + wrapped_lines([(row.words, row.help) for row in listed])
     if command is None and len(listed) < len(COMMANDS):

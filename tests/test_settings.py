@@ -554,11 +554,28 @@ def test_a_value_may_begin_with_a_dash(token):
     (["--token", ""], "--token has an empty value, expected TOKEN"),
     (["--once=1"], "--once takes no value"),
     (["--nonsense"], "unknown flag --nonsense, expected"),
+    (["--gateway", "gw"], "unknown flag --gateway, expected `--gateway-host`"),
+    (["--pool", "gpu"], "unknown flag --pool, expected `--pool-name`"),
 ])
 def test_a_bad_command_line_says_what_is_missing(argv, said):
     with pytest.raises(b9agent.UsageError) as caught:
         parsed(*argv)
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("had, typed", [("-y", "--yes"), ("--yes", "-y"), ("-y", "-y")])
+def test_yes_has_two_names_everywhere(had, typed):
+    option = b9agent.Option(had, "", "ask nothing")
+    assert b9agent.parse_arguments([typed], [option]).options == {option.name: ""}
+
+
+def test_a_misspelt_variable_is_told_of(home):
+    for name in (row.variable for row in ROWS):
+        for wrong in {name[:-1], name[:-2] + name[:-3:-1]} - {name}:
+            told = load({}, {wrong: "1", "B9AGENT_POOL": "x", "BETA9_OF_OTHERS": "1"}).warnings
+            assert ["%s is set, and no setting reads it: expected %s" % (wrong, name)] == list(told)
+    done = run_agent(home, "doctor", "--json", B9AGENT_TASK_DEPTH="1", B9AGENT_GUARDS_TASK_DEPT="1")
+    assert "B9AGENT_GUARDS_TASK_DEPT is set, and no setting reads it" in done.out
 
 
 def test_a_switch_is_true_alone_and_takes_a_word():
