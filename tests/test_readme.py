@@ -18,7 +18,8 @@ import pytest
 import b9agent
 import engines
 from fake_ollama import llama_metadata, make_gguf
-from helpers import PATIENCE_S, ROOT, Finished, Program, RunningDoor, environment, wait_until
+from helpers import (PATIENCE_S, ROOT, Finished, Program, RunningDoor, environment, quiet_port, run_agent,
+                     wait_until)
 from kube_api import kubeconfig
 from test_k3s import K3sApi
 from test_service import in_systemd
@@ -189,7 +190,7 @@ def init(stage, command):
     ends(0, "nothing keeps this machine from ready|registers at its start")(stage, "b9agent.py doctor")
 
 
-def run_agent(stage, command):
+def run_and_watch(stage, command):
     """On a terminal a dashboard; else log lines."""
     on_a_terminal("READY", "q")(stage, command)
     agent = stage.agent = stage.start(command)
@@ -345,13 +346,13 @@ ROWS = [
     ("beta9 machine create --pool gpu", NotHere("Beta9's own program, on its gateway")),
     ("b9agent.py machine create", ends(0, "^machine id .*\n.*\ntoken ")),
     ("python3 b9agent.py init --gateway HOST:1994 --pool gpu --machine-id ID", init),
-    ("python3 b9agent.py", run_agent),
+    ("python3 b9agent.py", run_and_watch),
     ("python3 b9agent.py status", ends(0, "^state +ready")),
     ("b9agent.py --once", on_a_folder_of_its_own("info ready")),
     ("b9agent.py doctor", ends(0, "nothing keeps this machine from ready")),
     ("b9agent.py --dry-run", ends(0, '"keepalive": {')),
-    ("B9AGENT_TOKEN=… sh install.sh --gateway HOST:1994 --pool gpu --machine-id ID", InBox("COMMAND")),
-    ("curl -fsSL URL/install.sh | B9AGENT_TOKEN=… sh -s -- --base-url URL --gateway HOST:1994 --pool gpu "
+    ("BETA9_TOKEN=… sh install.sh --gateway HOST:1994 --pool gpu --machine-id ID", InBox("COMMAND")),
+    ("curl -fsSL URL/install.sh | BETA9_TOKEN=… sh -s -- --base-url URL --gateway HOST:1994 --pool gpu "
      "--machine-id ID", InBox("b9agent service uninstall --purge; python3 -m http.server 8000 -b 127.0.0.1 "
                               "& until_true curl -s 127.0.0.1:8000; COMMAND")),
     ("sh install.sh --help", ends(0, "--dry-run", "--offline", "--rollback", "--token-file")),
@@ -614,6 +615,36 @@ def test_each_error_and_metric_that_is_named_is_one_of_ours():
     assert states == {state.value for state in b9agent.State} - {"stopped"}
 
 
+def test_what_is_said_when_something_is_wrong_is_what_the_readme_has(home, state, embedded, agent):
+    machine, token = embedded.create()
+    other, _ = embedded.create()
+    state.mkdir(0o700)
+    (state / "config.yaml").write_text("token: abc\n")
+    open_file = str(state / "config.yaml")
+    os.chmod(open_file, 0o644)
+
+    def once(machine_id=machine, secret=token, pool="gpu", port=embedded.port, host="127.0.0.1"):
+        return ("--once", "--gateway-host", host, "--gateway-port", port, "--pool-name", pool, "--machine-id",
+                machine_id, "--token", secret, "--state-dir", home / "first")
+    with agent("run", *once()[1:], "--control-port", "0") as running:
+        running.wait_line("notice ready")
+        said = [run_agent(home, *once()).err]
+    for arguments in (("--config", os.devnull), once(secret="wrong"), once(machine_id=other), once(pool="none"),
+                      once(port=quiet_port()), ("status", "--state-dir", home / "first"),
+                      ("config", "--config", open_file)):
+        done = run_agent(home, *arguments)
+        assert done.code != 0 and "defect" not in done.err, done
+        said.append(done.err)
+    here = {"another agent holds", "there is no machine token", "refused the machine token (401",
+            "refused the machine token (403", "has no pool", "unreachable: connection refused",
+            "no agent is running on", "holds secrets and others may read it"}
+    assert [words for words in sorted(here) if not any(words in text for text in said)] == [], said
+    shown = {cell.strip("`").split(" …")[0] for cell, _ in cells("it says")}
+    assert here <= shown
+    for words in shown - here:  # of gateways and ports that test_membership.py and others make
+        assert all(part in SOURCE for part in words.split(": ")), words
+
+
 # -- numbers -----------------------------------------------------------------------
 
 def facts(form, weights):
@@ -626,6 +657,8 @@ SETTING = {row.path: row.default for row in b9agent.SETTINGS}
 MIB, GIB = 1 << 20, 1 << 30
 NUMBERS = [
     ("waits for it at boot, 30 s at most", b9agent.TAILNET_BOOT_S, 30),
+    ("tried again within three seconds, where the server refuses our key up to a minute apart",
+     sorted({row[2] for row in b9agent._SSH_SAYS}), [3, 60]),
     ("has answered for five seconds", b9agent.STEADY_S, 5),
     ("after exit codes 2, 3, 4 and 6", sorted(map(int, b9agent.PERMANENT_EXITS)), [2, 3, 4, 6]),
     ("which has 10 to 30 s", [min(row.stop_grace_s for row in b9agent.ENGINES),
