@@ -16,7 +16,7 @@ files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
                   machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
                   journald), energy.json 0600 (energy.json.bad where it was broken),
                   control.token 0600, control.addr; models.json 0600 (models.json.bad);
-                  inference.token 0600, inference.addr, usage.json 0600; audit/ 0700 with
+                  inference.token 0600, inference.addr, usage.json 0600 (.bad); audit/ 0700 with
                   DATE.jsonl and head.json 0600, removed after audit.keep_days; tenants.yaml
                   0600 (`tenant`); FILE 0600 (`report --out FILE`); tls/tailnet.crt and .key
                   0600 (tls: tailscale); children/engine.json 0600, logs/engine-*.log 0600
@@ -295,6 +295,11 @@ def now_s() -> float:
     return time.clock_gettime(_STEADY_CLOCK)
 
 
+def sha256_hex(data: bytes) -> str:
+    import hashlib  # 2 ms that most commands never pay
+    return hashlib.sha256(data).hexdigest()
+
+
 def rounded(record: Dict[str, Any]) -> Dict[str, Any]:
     """For people as much as for programs: three digits after the point are enough."""
     return {name: round(value, 3) if isinstance(value, float) else value
@@ -346,6 +351,11 @@ class Wake:
         os.close(self._writer)
 
 
+def pause(seconds: float) -> None:
+    """A wait that nothing ends but a signal; not by the wall clock, see Wake."""
+    select.poll().poll(max(0.0, seconds) * 1000)
+
+
 # ----------------------------------------------------------------------
 # 2. Doors                                     files, programs, the network
 # ----------------------------------------------------------------------
@@ -389,6 +399,15 @@ def make_private_folder(path: str) -> None:
     if stat.S_IMODE(status.st_mode) & 0o022:
         raise UsageError(f"other users may write in the folder {path}",
                          f"Choose a folder of your own, or close this one: chmod 700 {path}")
+
+
+def file_stamp(path: str) -> Optional[Tuple[int, int, int]]:
+    """Another one whenever a file, or its mode, was changed; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def remove_file(path: str) -> None:
@@ -2318,6 +2337,44 @@ class Log:
         """A mistake of ours, where it costs something and must not cost more."""
         self("error", "defect", what=f"{type(error).__name__}: {error}",
              where=defect_place(error), **fields)
+
+
+class KeptFile:
+    """Figures in the state folder, in one file.  A disk that is full costs what has changed, and
+    one line in the log.  path: None keeps nothing.  name: of the log's events about it."""
+
+    def __init__(self, path: Optional[str], name: str, log: Callable[..., None]) -> None:
+        self._path, self._name, self._log, self._failing = path, name, log, False
+
+    def read(self, parse: Callable[[str], Any], max_bytes: int) -> Any:
+        """What parse() makes of it, None where there is none.  One of which parse() makes None is
+        not ours: it is moved aside, never written over."""
+        path = self._path
+        if path is None or not os.path.lexists(path):
+            return None
+        found = parse(read_text(path, max_bytes) or "")
+        if found is None:
+            try:
+                os.replace(path, path + ".bad")
+                done = f"It is now {path}.bad, and another is begun"
+            except OSError as error:
+                self._path = None
+                done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
+            self._log("warning", self._name + "_file", what=f"{path} is not one of ours", do=done)
+        return found
+
+    def write(self, text: str) -> bool:
+        """Whether it is on the disk."""
+        failed, self._failing = self._failing, False
+        try:
+            if self._path is not None:
+                write_atomic(self._path, text)
+        except OSError as error:
+            self._failing = True
+            if not failed:
+                self._log("error", self._name + "_not_kept", what=f"{self._path}: {error.strerror}",
+                          do="It is known until the agent ends, and tried again")
+        return not self._failing
 
 
 class State(enum.Enum):
@@ -4672,12 +4729,12 @@ class EnergyMeter:
 
     def __init__(self, path: Optional[str], settings: Any, log: Callable[..., None],
                  clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
-        self._path, self._settings, self._log, self._clock = path, settings, log, clock
-        self._since_wall_s, self._total = self._kept() or (wall(), EnergyTotals())
+        self._file, self._settings, self._clock = KeptFile(path, "energy", log), settings, clock
+        self._since_wall_s, self._total = self._file.read(parse_energy_file, 65536) or (
+            wall(), EnergyTotals())
         self._started = EnergyTotals()
         self._count("gpu_measured_j", 0.0)  # with an intensity, CO2e is known to be 0
         self._saved_s = self._added_s = clock()
-        self._failing = False
         self._cpu: Optional[Tuple[float, Dict[str, RaplZone]]] = None
         self._cpu_w: Tuple[Optional[float], str] = (None, "")
         self._gpus: Dict[Tuple[str, Any], GpuPoint] = {}
@@ -4711,35 +4768,10 @@ class EnergyMeter:
                       *self._cpu_w)
 
     def save(self) -> None:
-        """Keep the totals.  A disk that is full costs them, and one line in the log."""
-        if self._path is None:
-            return
+        """Keep the totals."""
         self._saved_s = self._clock()
         record = {"version": 1, "since_wall_s": self._since_wall_s, "total": self._total._asdict()}
-        try:
-            write_atomic(self._path, json.dumps(record, indent=2) + "\n")
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                self._log("error", "energy_not_kept", what=f"{self._path}: {error.strerror}",
-                          do="The totals go on in memory, and the file is tried again every 5 min")
-            self._failing = True
-
-    def _kept(self) -> Optional[Tuple[float, EnergyTotals]]:
-        """What an earlier run kept; a file that is none is moved aside, never written over."""
-        if self._path is None or not os.path.lexists(self._path):
-            return None
-        kept = parse_energy_file(read_text(self._path, 65536) or "")
-        if kept is None:
-            what = f"{self._path} is not one of ours"
-            try:
-                os.replace(self._path, self._path + ".bad")
-                done = f"It is now {self._path}.bad, and counting begins anew"
-            except OSError as error:
-                done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
-                self._path = None
-            self._log("warning", "energy_file", what=what, do=done)
-        return kept
+        self._file.write(json.dumps(record, indent=2) + "\n")
 
     def _added(self) -> None:
         self._added_s = self._clock()
@@ -4953,13 +4985,18 @@ _UNREACHABLE_HINTS = {
 }
 
 
-def _json_object(body: bytes) -> Dict[str, Any]:
-    """The body's JSON object, or {} for anything else."""
+def _json_dict(body: bytes) -> Optional[Dict[str, Any]]:
+    """The body's JSON object; None for anything else."""
     try:
         value = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if type(value) is dict else None
+
+
+def _json_object(body: bytes) -> Dict[str, Any]:
+    """The same, {} for anything else."""
+    return _json_dict(body) or {}
 
 
 def _without_token(body: bytes) -> str:
@@ -5391,11 +5428,6 @@ def exit_words(code: int) -> str:
     return f"signal {name}" if code < 0 else f"exit code {code}"
 
 
-def _pause(wait_s: float) -> None:
-    """Not by the wall clock, as Event.wait() may (see Wake)."""
-    select.poll().poll(max(0.0, wait_s) * 1000)
-
-
 class Output:
     """What a child says from one start to its end: the last lines, and a log file.
 
@@ -5595,7 +5627,7 @@ def end_processes(family: ProcessFamily, grace_s: float) -> str:
         if passed_s > grace_s + KILL_LIMIT_S and misses == 0:
             return ("the table of processes cannot be read" if found is None else "lives on: " +
                     ", ".join(f"{row.name}, pid {pid}" for pid, row in sorted(found.items())[:8]))
-        _pause(min(0.2, 0.02 + passed_s / 20))
+        pause(min(0.2, 0.02 + passed_s / 20))
     return ""
 
 
@@ -5676,7 +5708,7 @@ class Child:
         """The snapshot once it is in one of the states, or after limit_s."""
         until_s = now_s() + limit_s
         while self.snapshot.state not in states and now_s() < until_s:
-            _pause(min(WATCH_S, until_s - now_s()))
+            pause(min(WATCH_S, until_s - now_s()))
         return self.snapshot
 
     def tail(self, lines: int = 20) -> List[str]:
@@ -5729,7 +5761,7 @@ class Child:
                         message=f"{self.spec.name} {problem}; starts again in {wait_s:.1f} s")
             until_s = now_s() + wait_s
             while not self._stopping and now_s() < until_s:
-                _pause(min(WATCH_S, until_s - now_s()))
+                pause(min(WATCH_S, until_s - now_s()))
         return ChildState.ERROR if self._lives_on else ChildState.STOPPED, self._left
 
     def _run_once(self) -> Tuple[str, bool]:
@@ -5742,7 +5774,7 @@ class Child:
             return f"cannot be started: {problem}", False
         late = self._await_ready()
         while not late and self._process.poll() is None and not self._stopping:
-            _pause(WATCH_S)
+            pause(WATCH_S)
             late = self._useless
         code = self._process.poll()
         problem = late if code is None else f"ended with {exit_words(code)}"
@@ -5836,7 +5868,7 @@ class Child:
                 return f"was not ready, and nothing moved for {spec.stall_limit_s:g} s{said}"
             if clock() - began_s > spec.ready_limit_s:
                 return f"was not ready within {spec.ready_limit_s:g} s{said}"
-            _pause(min(0.5, 0.05 + (clock() - began_s) / 10))
+            pause(min(0.5, 0.05 + (clock() - began_s) / 10))
         return ""
 
     def _end(self, grace_s: float) -> None:
@@ -5854,7 +5886,7 @@ class Child:
             if not any(held) or now_s() >= until_s:
                 self._left = "; ".join(filter(None, held))
                 break
-            _pause(WATCH_S)
+            pause(WATCH_S)
 
 
 class Leftover(NamedTuple):
@@ -6292,13 +6324,6 @@ def _config_shape(config: Dict[str, Any]) -> Dict[str, Any]:
     return _shape(fields, _name(config.get("model_type")) or "")
 
 
-def _unique(pairs: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
-
-
 def _take_json(file: ModelFile, length: int) -> Dict[str, Any]:
     """An object.  A million values at most, for they take more memory than their text."""
     if length > _JSON_MAX_BYTES:
@@ -6306,7 +6331,7 @@ def _take_json(file: ModelFile, length: int) -> Dict[str, Any]:
     text = file.take(length)
     try:
         value = json.loads(text.decode("utf-8") if text.count(b",") <= 1 << 20 else "",
-                           parse_int=parse_int, object_pairs_hook=_unique)
+                           parse_int=parse_int, object_pairs_hook=_json_pairs)
     except (ValueError, RecursionError) as error:
         raise file.wrong(f"no JSON, or too much: {str(error)[:100]}") from error
     return value if isinstance(value, dict) else {}
@@ -7148,12 +7173,11 @@ class OllamaApi:
         """
         key, until_s = model_key(name), now_s() + limit_s
         self.ask("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
-        with contextlib.closing(Wake()) as wake:
-            while any(model_key(row["name"]) == key for row in self.loaded()):
-                if now_s() > until_s:
-                    raise EngineConflict(f"{name} is still in memory after {limit_s:g} s",
-                                         "A request holds it; it goes when that ends")
-                wake.wait(0.1)
+        while any(model_key(row["name"]) == key for row in self.loaded()):
+            if now_s() > until_s:
+                raise EngineConflict(f"{name} is still in memory after {limit_s:g} s",
+                                     "A request holds it; it goes when that ends")
+            pause(0.1)
 
     def delete(self, name: str) -> None:
         self.ask("DELETE", "/api/delete", {"model": name}, 60.0)
@@ -7290,21 +7314,19 @@ class Transfer:
     def pause(self, seconds: float) -> None:
         """For the work: wait, but not once cancelled."""
         until_s = now_s() + seconds
-        with contextlib.closing(Wake()) as wake:
-            while not self.cancelled and now_s() < until_s:
-                wake.wait(0.1)
+        while not self.cancelled and now_s() < until_s:
+            pause(0.1)
 
     def watch(self, heartbeat_s: float = 5.0) -> Iterator[Optional[Progress]]:
         """What is now, then what has changed, five times a second at most, to the end.  None where
         nothing did for a while, so that who waits can see whether somebody still listens."""
         told, told_s = None, now_s()
-        with contextlib.closing(Wake()) as wake:
-            while told is None or told.state == "running":
-                progress = self.progress
-                if progress != told or now_s() - told_s >= heartbeat_s:
-                    yield None if progress == told else progress
-                    told, told_s = progress, now_s()
-                wake.wait(0.2 if progress.state == "running" else 0.0)
+        while told is None or told.state == "running":
+            progress = self.progress
+            if progress != told or now_s() - told_s >= heartbeat_s:
+                yield None if progress == told else progress
+                told, told_s = progress, now_s()
+            pause(0.2 if progress.state == "running" else 0.0)
 
 
 class Transfers:
@@ -7597,6 +7619,11 @@ def _sound(entry: Any) -> bool:
             and rows("files", "sha256", "[0-9a-f]{64}") and rows("files", "path", "/[^\0]*"))
 
 
+def parse_model_book(text: str) -> Optional[Dict[str, Dict[str, Any]]]:
+    entries = _json_object(text.encode("utf-8")).get("models")
+    return entries if isinstance(entries, dict) and all(map(_sound, entries.values())) else None
+
+
 class ModelBook:
     """Every model that was pulled, imported or served here; STATE/models.json.
 
@@ -7605,28 +7632,10 @@ class ModelBook:
 
     def __init__(self, path: Optional[str], log: Log) -> None:
         """path: None keeps nothing."""
-        self._path = path
-        self._log = log
-        self._lock = threading.Lock()
-        self._failing = False
+        self._file, self._lock = KeptFile(path, "models", log), threading.Lock()
         self._used_s: Dict[str, float] = {}
-        self._entries: Dict[str, Dict[str, Any]] = {}
-        if path is not None and os.path.lexists(path):
-            text = read_text(path, 2 * MODEL_BOOK_MAX_BYTES) or ""
-            entries = _json_object(text.encode("utf-8")).get("models")
-            if isinstance(entries, dict) and all(map(_sound, entries.values())):
-                self._entries = entries
-                return
-            self._set_aside(path)
-
-    def _set_aside(self, path: str) -> None:
-        try:
-            os.replace(path, path + ".bad")
-            done = f"It is now {path}.bad, and the book begins anew"
-        except OSError as error:
-            self._path = None
-            done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
-        self._log("warning", "models_file", what=f"{path} is not one of ours", do=done)
+        self._entries: Dict[str, Dict[str, Any]] = self._file.read(
+            parse_model_book, 2 * MODEL_BOOK_MAX_BYTES) or {}
 
     def entries(self) -> Dict[str, Dict[str, Any]]:
         with self._lock:
@@ -7656,22 +7665,14 @@ class ModelBook:
                 self._save()
 
     def _save(self) -> None:
-        """Those that changed last.  A disk that is full costs the change, and one line."""
+        """Those that changed last."""
         rows = {name: f"{json.dumps(name)}: {json.dumps(entry)}"
                 for name, entry in self._entries.items()}
         while len(rows) > MODEL_BOOK_MAX or sum(map(len, rows.values())) > MODEL_BOOK_MAX_BYTES:
             oldest = next(iter(rows))
             del rows[oldest], self._entries[oldest]
         self._used_s = {name: at for name, at in self._used_s.items() if name in rows}
-        try:
-            if self._path is not None:
-                write_atomic(self._path, '{"models": {\n%s\n}}\n' % ",\n".join(rows.values()))
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                self._log("error", "models_not_kept", what=f"{self._path}: {error.strerror}",
-                          do="They are known until the agent ends; the next change tries again")
-            self._failing = True
+        self._file.write('{"models": {\n%s\n}}\n' % ",\n".join(rows.values()))
 
 
 def _line(value: Any) -> Optional[str]:
@@ -7819,9 +7820,8 @@ def visible_gpus(hardware: Hardware) -> Dict[str, str]:
 def files_digest(records: Any) -> Optional[str]:
     """Of a model of files, from what the book has of them: that of its one file, or of the list of
     all, sorted; None where it has none."""
-    import hashlib
     sums = sorted(str(row["sha256"]) for row in records or ())
-    joined = hashlib.sha256("\n".join(sums).encode()).hexdigest() if sums[1:] else "".join(sums)
+    joined = sha256_hex("\n".join(sums).encode()) if sums[1:] else "".join(sums)
     return f"sha256:{joined}" if sums else None
 
 
@@ -8720,13 +8720,12 @@ class Inference:
         """What is free of the GPUs once it is that much, or after MEMORY_BACK_S: drivers take their
         time.  None where it is not known, or there is no GPU."""
         until_s = now_s() + MEMORY_BACK_S
-        with contextlib.closing(Wake()) as wake:
-            while True:
-                each = self._hardware().gpu_free_bytes
-                free = None if not each or None in each else sum(each)
-                if free is None or free >= wanted_bytes or now_s() > until_s:
-                    return free
-                wake.wait(0.1)
+        while True:
+            each = self._hardware().gpu_free_bytes
+            free = None if not each or None in each else sum(each)
+            if free is None or free >= wanted_bytes or now_s() > until_s:
+                return free
+            pause(0.1)
 
     def _tell_begun(self, load: _Load) -> None:
         if not load.told:
@@ -9077,12 +9076,11 @@ def payload_hash(payload: Any) -> str:
     >>> payload_hash({"a": 1, "b": [2]}) == payload_hash({"b": [2], "a": 1})
     True
     """
-    import hashlib
     try:
         text = json.dumps(payload, sort_keys=True, separators=(",", ":"), default=str)
     except Exception as error:  # a ring, too deep, a __str__ that fails
         text = f"{type(error).__name__} {id(payload)}"
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return sha256_hex(text.encode("utf-8"))
 
 
 class EndpointRetryGuard:
@@ -9096,8 +9094,7 @@ class EndpointRetryGuard:
     def __init__(self, endpoint_url: str, max_retries: int = 2, backoff_base_seconds: float = 5.0,
                  payload_hash_ttl_seconds: float = 300.0, *, headers: Optional[Dict] = None,
                  clock: Callable[[], float] = now_s,
-                 # No step of the wall clock stretches it, as it does Event.wait() before 3.11.
-                 wait: Callable[[float], Any] = lambda s: select.select((), (), (), s),
+                 wait: Callable[[float], Any] = pause,
                  around: Callable[..., Any] = lambda func, *arguments: func(*arguments)) -> None:
         self._url, self._headers = endpoint_url, {"Content-Type": "application/json",
                                                   **(headers or {})}
@@ -9553,16 +9550,7 @@ def load_tenants(path: str, priced: bool) -> Tuple[Tenant, ...]:
 
 
 def token_hash(token: str) -> str:
-    import hashlib
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _file_stamp(path: str) -> Optional[Tuple[int, ...]]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
+    return sha256_hex(token.encode("utf-8", "surrogatepass"))
 
 
 class TenantTables(NamedTuple):
@@ -9600,7 +9588,7 @@ class TenantBook:
         self.refresh()
 
     def _stamp_now(self) -> Any:
-        return _file_stamp(self._path) or (_file_stamp(self._token_path),)
+        return file_stamp(self._path) or (file_stamp(self._token_path),)
 
     def stale(self) -> bool:
         """Whether refresh() has something to do; a look at the file once a second.  No waiting."""
@@ -9618,11 +9606,10 @@ class TenantBook:
             if stamp != self._stamp:
                 try:
                     self.tables = tables_of(self._load(len(stamp) > 1))
-                    import hashlib
                     text = read_text(self._path, 8 << 20)
                     self._log("info", "tenants", count=len(self.tables.tenants), names=",".join(
                         sorted(tenant.name for tenant in self.tables.tenants))[:1000] or None,
-                        sha256=text and hashlib.sha256(text.encode("utf-8")).hexdigest())
+                        sha256=text and sha256_hex(text.encode("utf-8")))
                 except UsageError as error:
                     kept = ("Those known before stay in force" if self.tables.gateway else
                             "Until then nobody is let in")
@@ -9822,7 +9809,7 @@ class Oidc:
 
     def _renew(self, now: float) -> None:
         """Old keys go on where there are no new ones to be had."""
-        stamp = None if self._endpoint else _file_stamp(self._jwks)
+        stamp = None if self._endpoint else file_stamp(self._jwks)
         self._ask_s = now + (JWKS_EVERY_S if self._endpoint else 1.0)
         if stamp is None or stamp != self._stamp:
             try:
@@ -10073,10 +10060,13 @@ class Grant:
         self.bill, self.settled = Bill(0.0, 0.0), False
 
 
-def read_usage(path: str, today: int) -> Optional[Tuple[int, Dict[str, Dict[str, Any]]]]:
+USAGE_MAX_BYTES = 8 << 20
+
+
+def parse_usage(text: str, today: int) -> Optional[Tuple[int, Dict[str, Dict[str, Any]]]]:
     """(day since 1970, {tenant: what it has used}) of usage.json; None for what is not ours.  A
     clock that was set back within a day opens no new one; further back it was wrong before."""
-    found = _json_object((read_text(path, 8 << 20) or "").encode("utf-8"))
+    found = _json_object(text.encode("utf-8"))
     day, rows = found.get("day"), found.get("tenants")
     if not isinstance(day, int) or not _is_amount(day) or not isinstance(rows, dict) or not all(
             isinstance(row, dict) and all(_is_amount(row.get(field)) for field in USAGE_FIELDS)
@@ -10095,21 +10085,16 @@ class Ledger:
 
     def __init__(self, path: Optional[str], log: Log, usd_per_gpu_second: Optional[float],
                  clock: Callable[[], float] = now_s, wall: Callable[[], float] = time.time) -> None:
-        self._path, self._log, self._price = path, log, usd_per_gpu_second or 0.0
+        self._file, self._price = KeptFile(path, "usage", log), usd_per_gpu_second or 0.0
         self.priced = usd_per_gpu_second is not None
         self._clock, self._wall, self._lock = clock, wall, threading.Lock()
         self._accounts: Dict[str, _Account] = {}
         self._running, self._share_s, self._last_s = 0, 0.0, 0.0
-        self._dirty = self._failing = False
-        self._day = int(wall() // 86400)
-        if path is not None and os.path.lexists(path):
-            kept = read_usage(path, self._day)
-            self._day, rows = kept or (self._day, {})
-            for name, row in rows.items():
-                self._accounts.setdefault(name, _Account()).set(row)
-            if kept is None:
-                log("warning", "usage_file", what=f"{path} is not one of ours",
-                    do="What tenants have used today is counted from 0")
+        self._dirty, today = False, int(wall() // 86400)
+        self._day, rows = self._file.read(
+            lambda text: parse_usage(text, today), USAGE_MAX_BYTES) or (today, {})
+        for name, row in rows.items():
+            self._accounts.setdefault(name, _Account()).set(row)
 
     def reserve(self, tenant: Tenant, prompt_tokens: int, output_tokens: Optional[int],
                 default_output_tokens: int) -> Grant:
@@ -10191,19 +10176,13 @@ class Ledger:
         """To STATE/usage.json, where something has changed."""
         with self._lock:
             self._turn()
-            if not self._dirty or self._path is None:
+            if not self._dirty:
                 return
             self._dirty = False
             record = {"day": self._day, "date": utc_stamp(self._day * 86400)[:10], "tenants": {
                 name: account.usage() for name, account in self._accounts.items()}}
-        try:
-            write_atomic(self._path, json.dumps(record, indent=1) + "\n")
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                self._log("error", "usage_not_kept", what=f"{self._path}: {error.strerror}",
-                          do="It is known until the agent ends, and tried again")
-            self._dirty = self._failing = True
+        if not self._file.write(json.dumps(record, indent=1) + "\n"):
+            self._dirty = True
 
     # -- under the lock
 
@@ -10397,23 +10376,14 @@ class AuditVerdict(NamedTuple):
 
 def parse_audit_line(raw: bytes) -> Optional[AuditLine]:
     """None where it is not whole: its hash is that of all that stands before it."""
-    import hashlib
     first = re.match(rb'\{"v":1,"seq":([0-9]{1,18}),"time":"([0-9T:.Z-]{10,32})",'
                      rb'"kind":"([a-z_]{1,64})"', raw)
     if (not first or raw[-150:-141] != b',"prev":"' or raw[-77:-67] != b'","hash":"'
-            or hashlib.sha256(raw[:-76]).hexdigest().encode() + b'"}\n' != raw[-67:]):
+            or sha256_hex(raw[:-76]).encode() + b'"}\n' != raw[-67:]):
         return None
     texts = [text.decode("ascii", "replace") for text in (
         raw[-67:-3], raw[-141:-77], first.group(3), first.group(2))]
     return AuditLine(int(first.group(1)), *texts)
-
-
-def decode_audit_line(raw: bytes) -> Dict[str, Any]:
-    """Of one that is whole; {} where somebody has made it anew, of what is no JSON."""
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        return {}
 
 
 def _audit_plain(value: Any, limit: int = AUDIT_TEXT_MAX, depth: int = 3) -> Any:
@@ -10537,9 +10507,8 @@ class AuditLog:
 
     def __init__(self, folder: str, keep_days: int, log: Log, wall: Callable[[], float] = time.time,
                  clock: Callable[[], float] = now_s) -> None:
-        import hashlib
         self._folder, self._keep_days, self._log = folder, keep_days, log
-        self._wall, self._clock, self._sha256 = wall, clock, hashlib.sha256
+        self._wall, self._clock = wall, clock
         self._lock, self._wake = threading.Lock(), Wake()
         self._seq, self._hash, self._day = 0, AUDIT_START, ""
         self._lines: List[Tuple[str, bytes]] = []  # (day, line)
@@ -10596,7 +10565,7 @@ class AuditLog:
         self._day = max(self._day, stamp[:10])  # a clock that is set back opens no old file
         body = (f'{{"v":1,"seq":{self._seq},"time":"{stamp}","kind":"{kind}"'
                 f'{"," if text else ""}{text},"prev":"{self._hash}"').encode("ascii")
-        self._hash = self._sha256(body).hexdigest()
+        self._hash = sha256_hex(body)
         line = b'%b,"hash":"%b"}\n' % (body, self._hash.encode("ascii"))
         self._waiting += len(line)
         self._lines.append((self._day, line))
@@ -10840,7 +10809,7 @@ def read_audit(folder: str, from_s: Optional[float] = None, to_s: Optional[float
             for raw in _audit_lines(os.path.join(folder, name)) if name >= since[:10] else ():
                 line = parse_audit_line(raw)
                 if line and since <= line.time < until:
-                    yield from filter(None, [decode_audit_line(raw)])
+                    yield from filter(None, [_json_object(raw)])
 
 
 class _AuditWalk:
@@ -10851,7 +10820,7 @@ class _AuditWalk:
         self.wanted, self._head_seq = {row for row in wanted if row[0]}, head_seq
         self.faults: List[AuditFault] = []
         self.lines = self.beyond = self.beyond_lines = 0  # bytes and lines after the head's
-        self.torn = self._excused = False
+        self.torn = self._excused = self._vanished = False
         self.first = self.last = None  # AuditLine
         self._first_at, self.at, self._bad = ("", 0), ("", 0), 0  # lines since one that was whole
 
@@ -10869,8 +10838,8 @@ class _AuditWalk:
                 else:
                     self.at = (name, number)
                     self.line(raw)
-        except FileNotFoundError:
-            self.first, self._bad = None, 0  # the agent has removed it, and will have recorded that
+        except FileNotFoundError:  # the agent has removed it, and will have recorded that
+            self.first, self._bad, self._vanished = None, 0, True
         except PermissionError as error:
             raise UsageError(f"cannot read {os.path.join(folder, name)}: {error.strerror}",
                              "Run this as the user that the agent runs as, or with sudo") from error
@@ -10911,7 +10880,7 @@ class _AuditWalk:
 
     def _told(self, kind: str, raw: bytes) -> None:
         """What the agent itself has recorded of the files."""
-        fields = decode_audit_line(raw)
+        fields = _json_object(raw)
         if kind == "pruned":
             last = (fields.get("last_seq"), fields.get("last_hash"))
             self._excused |= last == (self.first.seq - 1, self.first.prev)
@@ -10919,6 +10888,12 @@ class _AuditWalk:
         elif fields.get("head") != "ok":
             self.fault(self.at, "when the agent started here, head.json was missing or did not "
                        "fit: lines before this one may be missing, or made anew")
+
+    @property
+    def overtaken(self) -> bool:
+        """Files were removed meanwhile, and the record of it is in one that is newer than all that
+        were read, as it is at midnight: it has to be read again."""
+        return self._vanished and not self._excused
 
     def ends(self, head: Optional[AuditHead], later: Optional[AuditHead]) -> None:
         """later: head.json as it is after all was read."""
@@ -10952,11 +10927,14 @@ def verify_audit(folder: str, known_head: str = "") -> AuditVerdict:
     """Reads all of it, while the agent writes or without one.  known_head: SEQ:HASH of some time
     before, kept elsewhere: nothing up to it was made anew.  Raises: UsageError, ValueError."""
     known = parse_audit_head(known_head) if known_head else (0, "")
-    head = read_audit_head(folder)  # before the files, so that what it tells of is in them
-    names = list_audit(folder)
-    walk = _AuditWalk([known] + ([head[:2]] if head else []), head.seq if head else 0)
-    for name in names:
-        walk.file(folder, name, name == names[-1])
+    for _ in range(5):
+        head = read_audit_head(folder)  # before the files, so that what it tells of is in them
+        names = list_audit(folder)
+        walk = _AuditWalk([known] + ([head[:2]] if head else []), head.seq if head else 0)
+        for name in names:
+            walk.file(folder, name, name == names[-1])
+        if not walk.overtaken:
+            break
     walk.ends(head, read_audit_head(folder))
     first_seq, last_seq = (line.seq if line else 0 for line in (walk.first, walk.last))
     if known in walk.wanted:
@@ -11348,9 +11326,7 @@ def add_evidence(record: Dict[str, Any], report: AuditReport, state_dir: str, ke
     """What record-keeping wants beside the figures."""
     folder, notes = os.path.join(state_dir, "audit"), record["notes"]
     text = read_text(os.path.join(state_dir, "models.json"), 2 * MODEL_BOOK_MAX_BYTES) or ""
-    found = _json_object(text.encode("utf-8")).get("models")
-    book = {name: entry for name, entry in found.items() if _sound(entry)} if isinstance(
-        found, dict) else {}
+    book = parse_model_book(text) or {}
     oldest = next((_text_of(line, "time") for line in read_audit(folder, None, None)), report.first)
     record.update(
         {name: report.rows[name].listed(_ROW_KEYS[name]) for name in ("uses", "who", "events")},
@@ -11874,8 +11850,7 @@ def wants_tls(host: str, tailnet: str = "") -> bool:
     [False, False, False, True, True, True]
     """
     bare = re.sub("^::ffff:", "", host.lower())
-    return not (bare in ("localhost", "::1", tailnet or "::1")
-                or re.fullmatch(r"127(\.[0-9]{1,3}){3}", bare))
+    return not (loopback(bare) or bare == tailnet)
 
 
 def certificate_end(pem: str) -> str:
@@ -11916,11 +11891,8 @@ class ServerTls:
             self._load()
 
     def _read_stamp(self) -> Any:
-        try:
-            found = [os.stat(path) for path in self._paths]
-            return [(one.st_ino, one.st_size, one.st_ctime_ns) for one in found]
-        except OSError:
-            return None
+        stamps = list(map(file_stamp, self._paths))
+        return None if None in stamps else stamps
 
     def _load(self) -> None:
         import ssl
@@ -12365,7 +12337,7 @@ class ApiServer:
                     pass  # it left again
                 except Exception as error:  # no descriptor or no thread was to be had
                     self.api.log("debug", "not_accepted", what=repr(error))
-                    select.poll().poll(50)  # what we cannot accept stays ready: do not spin
+                    pause(0.05)  # what we cannot accept stays ready: do not spin
             if now_s() > sweep_s:
                 sweep_s = now_s() + 1.0
                 for descriptor in [descriptor for descriptor, found in self._waiting.items()
@@ -12644,8 +12616,6 @@ def _energy(view: MetricsView) -> Samples:
     return samples
 
 
-# Name, help, samples.  "b9agent_" goes before every name but the process_ ones, which are the names
-# of Prometheus' own clients.  What ends with _total is a counter, everything else a gauge.
 def _audit(field: str) -> Family:
     return lambda view: [({}, view.audit[field])] if view.audit else []
 
@@ -12656,6 +12626,8 @@ def _engine(field: str) -> Family:
                          ] if view.engine.name else []
 
 
+# Name, help, samples.  "b9agent_" goes before every name but the process_ ones, which are the names
+# of Prometheus' own clients.  What ends with _total is a counter, everything else a gauge.
 METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + name, text, samples)
                         for name, text, samples in (
     ("build_info", "Version of b9agent.", lambda view: [({"version": view.version}, 1)]),
@@ -13489,15 +13461,6 @@ def _said_error(value: Any, failed: bool = False) -> str:
     line = " ".join(str(error or "")[:4000].split())
     line = re.sub(r"(?<![\w:/.])/(?:[^\s'\"/]+/)+", "…/", line)
     return printable(line[:400]) if not line.startswith("<") else "a page of HTML"
-
-
-def _json_dict(raw: bytes) -> Optional[Dict[str, Any]]:
-    """What an engine said, or None where it is no JSON object."""
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return value if type(value) is dict else None
 
 
 class Usage:
@@ -14825,7 +14788,6 @@ class Listener:
 # memory is loaded beside the loop, once for all who wait for it.
 
 DOOR_CONNECTIONS_MAX = 4096
-DOOR_LIST_LIMIT_S = 10.0
 DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
 DOOR_WHOLE_MAX_BYTES = 64 << 20
 DOOR_WARM_S = 20.0            # so long after its last use a model is taken to be loaded still
@@ -16596,7 +16558,7 @@ class Tunnel:
                 raise GatewayUnreachable(f"the tunnel to {self._settings.tunnel} is not up: "
                                          f"{message or state}", "`b9agent.py run` tries it again "
                                          "by itself")
-            _pause(WATCH_S)
+            pause(WATCH_S)
 
     # -- its thread
 
@@ -17360,13 +17322,6 @@ def parse_kube_time(stamp: Any) -> Optional[float]:
         return None
 
 
-def _object(value: Any, *path: str) -> Dict[str, Any]:
-    """The object at a path of keys, or {}."""
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
-
-
 def _word(value: Any) -> Optional[str]:
     return printable(value)[:253] if isinstance(value, str) and value else None
 
@@ -17379,41 +17334,41 @@ def _count(value: Any) -> Optional[int]:
 def _main_container(thing: Dict[str, Any]) -> Dict[str, Any]:
     """The status of `worker`, else of the first one in the spec: the API sorts them by name."""
     found = {str(one.get("name")): one
-             for one in objects_in(_object(thing, "status").get("containerStatuses"))}
+             for one in objects_in(_within(thing, "status").get("containerStatuses"))}
     names = ["worker"] + [str(one.get("name"))
-                          for one in objects_in(_object(thing, "spec").get("containers"))]
+                          for one in objects_in(_within(thing, "spec").get("containers"))]
     return next((found[name] for name in names if name in found), {})
 
 
 def _pod_reason(thing: Dict[str, Any], state: Dict[str, Any]) -> Optional[str]:
     """Why it is not simply running, or done: as `kubectl get pods` says it."""
-    status = _object(thing, "status")
+    status = _within(thing, "status")
     if "running" in state:
-        return "Terminating" if _object(thing, "metadata").get("deletionTimestamp") else None
-    said = [status.get("reason"), _object(state, "terminated").get("reason")]
+        return "Terminating" if _within(thing, "metadata").get("deletionTimestamp") else None
+    said = [status.get("reason"), _within(state, "terminated").get("reason")]
     for one in objects_in(status.get("initContainerStatuses")):
-        waits = _word(_object(one, "state", "waiting").get("reason"))
+        waits = _word(_within(one, "state", "waiting").get("reason"))
         said.append(waits and waits != "PodInitializing" and f"Init:{waits}")
-        code = _count(_object(one, "state", "terminated").get("exitCode"))
+        code = _count(_within(one, "state", "terminated").get("exitCode"))
         said.append(code and f"Init:ExitCode:{code}")
     said += [one.get("reason") for one in objects_in(status.get("conditions"))
              if one.get("type") == "PodScheduled" and one.get("status") == "False"]
-    said.append(_object(state, "waiting").get("reason"))
+    said.append(_within(state, "waiting").get("reason"))
     reason = next((word for word in map(_word, said) if word), None)
     return None if reason == "Completed" else reason
 
 
 def parse_pod(thing: Any) -> Optional[Pod]:
     """A pod of the API; None for what is none.  What is not said is None."""
-    metadata, status = _object(thing, "metadata"), _object(thing, "status")
+    metadata, status = _within(thing, "metadata"), _within(thing, "status")
     name, phase, main = _word(metadata.get("name")), status.get("phase"), {}
     if name is None:
         return None
     main = _main_container(thing)
-    state, labels = _object(main, "state"), _object(metadata, "labels")
-    reason, runs = _pod_reason(thing, state), _object(state, "running")
+    state, labels = _within(main, "state"), _within(metadata, "labels")
+    reason, runs = _pod_reason(thing, state), _within(state, "running")
     crashed = reason is not None and reason.endswith("CrashLoopBackOff")
-    done = _object(state, "terminated") or (_object(main, "lastState", "terminated")
+    done = _within(state, "terminated") or (_within(main, "lastState", "terminated")
                                             if crashed else {})
     code = _count(done.get("exitCode"))
     ended = ("COMPLETED" if phase == "Succeeded" else "FAILED" if phase == "Failed" or crashed
@@ -17425,7 +17380,7 @@ def parse_pod(thing: Any) -> Optional[Pod]:
     return Pod(name, _word(labels.get(_POD_LABEL + "worker-id")),
                ended or ("PENDING" if waits else "RUNNING"), _word(labels.get(_STUB_LABEL)), reason,
                *times, code, max(0, _count(main.get("restartCount")) or 0),
-               sum("running" in _object(one, "state")
+               sum("running" in _within(one, "state")
                    for one in objects_in(status.get("containerStatuses"))))
 
 
@@ -17557,7 +17512,7 @@ class PodWatch:
                                  f"{status}", "Is it a Kubernetes API?")
             for thing in answer["items"]:
                 self._take(found, thing)
-            metadata = _object(answer, "metadata")
+            metadata = _within(answer, "metadata")
             query["continue"] = metadata.get("continue")
             if not re.fullmatch("[!-~]{1,4096}", str(query["continue"] or "")):
                 break
@@ -17565,7 +17520,7 @@ class PodWatch:
         return _word(metadata.get("resourceVersion")) or ""
 
     def _take(self, pods: Dict[str, Pod], thing: Any, deleted: bool = False) -> None:
-        pod, labels = parse_pod(thing), _object(thing, "metadata", "labels")
+        pod, labels = parse_pod(thing), _within(thing, "metadata", "labels")
         ours = labels.get(_POD_LABEL + "role") == "worker" and labels.get(
             _POD_LABEL + "machine-id", self._machine_id) == self._machine_id
         if pod is None:
@@ -17601,7 +17556,7 @@ class PodWatch:
             pods = dict(self._pods or {})
             self._take(pods, event["object"], event.get("type") == "DELETED")
             self._pods = pods
-        return _word(_object(event, "object", "metadata").get("resourceVersion"))
+        return _word(_within(event, "object", "metadata").get("resourceVersion"))
 
     def _opened(self, stream: HttpStream) -> None:
         self._stream, self._opened_s = stream, now_s()
@@ -17766,7 +17721,7 @@ def may(kube: KubeClient, namespace: str, right: Right) -> bool:
     answers = [kube_answer(kube, "POST", f"{_REVIEWS}/selfsubjectaccessreviews", {
         "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": {**asked, "name": name}}}) for name in right.names or ("",)]
-    return all(_object(answer, "status").get("allowed") is True for answer in answers)
+    return all(_within(answer, "status").get("allowed") is True for answer in answers)
 
 
 def _texts(value: Any) -> List[str]:
@@ -17779,7 +17734,7 @@ def excess_rights(answer: Dict[str, Any], rights: Sequence[Right]) -> List[str]:
     known = {(right.group, right.resource, right.verb, name) for right in rights
              for name in right.names or ("",)}
     found = []
-    for rule in objects_in(_object(answer, "status").get("resourceRules")):
+    for rule in objects_in(_within(answer, "status").get("resourceRules")):
         for group in _texts(rule.get("apiGroups")):
             for resource in _texts(rule.get("resources")):
                 if group.endswith(".k8s.io") and resource.startswith("selfsubject"):
@@ -17812,7 +17767,7 @@ def mint_token(kube: KubeClient, namespace: str, account: str,
     if not answer:
         raise KubeRefused(f"there is no service account {account} in {namespace}",
                           "sudo b9agent.py k3s rbac --apply")
-    status = _object(answer, "status")
+    status = _within(answer, "status")
     token, ends_s = str(status.get("token")), parse_kube_time(status.get("expirationTimestamp"))
     if not re.fullmatch("[!-~]{16,16384}", token) or ends_s is None:
         raise KubeError("k3s answered without a token, or without its end", "b9agent.py k3s check")
@@ -18287,7 +18242,7 @@ def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
 
 
 def _host_part(view: View, columns: int, rows: int) -> List[Line]:
-    host = _object(view.status.get("host"))
+    host = _within(view.status.get("host"))
     threads = _shown(host.get("cpu_threads"))
     tails = {"CPU": "" if threads == "–" else f"of {threads} threads", "Memory": _used(host)}
     both = columns >= 60 or rows < 2
@@ -18301,7 +18256,7 @@ def _links_part(view: View, columns: int, rows: int) -> List[Line]:
     items = []
     name = "name " if columns > 95 else ""
     for title, keys in (("Tunnel", "server message"), ("Tailnet", f"address {name}message")):
-        link = _object(view.status.get(title.lower()))
+        link = _within(view.status.get(title.lower()))
         if link and link.get("state") != "none":
             said = filter(None, (_text(link.get(key)) for key in keys.split()))
             items.append([(f"{title}: ", ""), _state(link.get("state")),
@@ -18357,7 +18312,7 @@ def _pod_cells(pod: Dict[str, Any]) -> Line:
 
 
 def _pods_part(view: View, columns: int, rows: int) -> List[Line]:
-    watch = _object(view.status.get("pods"))
+    watch = _within(view.status.get("pods"))
     if watch.get("state") in (None, "off"):
         return []
     pods = objects_in(watch.get("pods"))
@@ -18412,7 +18367,7 @@ def _transfer_line(transfer: Dict[str, Any]) -> Line:
 
 
 def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
-    engine = _object(view.status.get("inference"))
+    engine = _within(view.status.get("inference"))
     listed, state = engine.get("models"), _state(engine.get("status"))
     models = ", ".join(map(_text, listed[:20])) if isinstance(listed, list) else ""
     named = filter(None, (_text(engine.get("engine")), _text(engine.get("version"))))
@@ -18439,8 +18394,8 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
 
 def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
     """Each figure with its basis: what was measured is never added to what was estimated."""
-    energy = _object(view.status.get("energy"))
-    total, kinds = _object(energy.get("total")), (("gpu", "GPUs"), ("cpu", "CPUs"))
+    energy = _within(view.status.get("energy"))
+    total, kinds = _within(energy.get("total")), (("gpu", "GPUs"), ("cpu", "CPUs"))
     now = [f"{label} {_shown(energy[part + '_w'], ' W')} {_text(energy.get(part + '_basis'))}"
            for part, label in kinds if _amount(energy.get(part + "_w")) is not None]
     used = [f"{label} {_shown(total[f'{part}_{basis}_wh'], ' Wh', '.1f')} {basis}"
@@ -18618,7 +18573,7 @@ def _only_line(view: View, columns: int) -> Line:
 def render_frame(view: View, columns: int, rows: int, look: Look) -> List[str]:
     """Exactly `rows` lines of exactly `columns` cells, with no control characters but colours',
     whatever the size and whatever the view has in it."""
-    view, columns = view._replace(status=_object(view.status)), max(0, columns)
+    view, columns = view._replace(status=_within(view.status)), max(0, columns)
     bare = ("", " ", "")
     if columns < 20 or rows < 4:
         lines = [(bare, _only_line(view, columns))] + [(bare, [])] * rows
@@ -18914,10 +18869,10 @@ class AgentThere:
                     self._came.extend([line] if begun else [None, line])
                     begun = True
                     if len(self._came) > LOG_KEPT_LINES:  # more than is looked at
-                        _pause(0.1)
+                        pause(0.1)
             except AgentError:
                 pass  # it is not there now; status() says so
-            _pause(REFRESH_S)
+            pause(REFRESH_S)
 
     def lines(self) -> List[Optional[bytes]]:
         return [self._came.popleft() for _ in range(len(self._came))]
@@ -18947,12 +18902,12 @@ _MOVES = {"up": (-1, 1), "down": (1, 1), "page up": (-1, None), "page down": (1,
 
 def _figures(status: Dict[str, Any]) -> Dict[str, Any]:
     """What has a history."""
-    host, gpus = _object(status.get("host")), objects_in(status.get("gpus"))[:64]
+    host, gpus = _within(status.get("host")), objects_in(status.get("gpus"))[:64]
     powers = [_amount(gpu.get("power_w")) or 0.0 for gpu in gpus if gpu.get("power_w") is not None]
     return dict({f"gpu{number}": gpu.get("utilization_pct") for number, gpu in enumerate(gpus)},
                 cpu=host.get("cpu_pct"), memory=host.get("memory_pct"),
                 power=sum(powers) if powers else None,
-                tokens=_object(status.get("inference")).get("tokens_per_second"))
+                tokens=_within(status.get("inference")).get("tokens_per_second"))
 
 
 class Dashboard:
@@ -19049,7 +19004,7 @@ class Dashboard:
             self._look()
             self._wake.set()
             if self.news.wait(REFRESH_S):
-                _pause(0.1)  # what happens in one breath is shown at once
+                pause(0.1)  # what happens in one breath is shown at once
 
     def _look(self) -> None:
         problem, status = "", self._seen.status
@@ -19210,7 +19165,7 @@ class Dashboard:
         threading.Thread(target=act, name=f"dashboard-{what}", daemon=True).start()
 
     def _start_or_stop(self) -> None:
-        inference = _object(self._seen.status.get("inference"))
+        inference = _within(self._seen.status.get("inference"))
         if "start" in self._busy or inference.get("status") in ("starting", "running", "asleep"):
             self._prompt = _Prompt("Stop inference? y/n ", lambda _: self._do("stop", lambda: (
                 self._source.ask("stop").get("message") or "inference stopped")), True)
@@ -19286,11 +19241,6 @@ class Machine(NamedTuple):
     inference: Dict[str, Any]
 
 
-def _sha256(token: str) -> str:
-    import hashlib
-    return hashlib.sha256(token.encode("utf-8")).hexdigest()
-
-
 class MachineStore:
     """Machines and pools in SQLite, in WAL mode: the command line writes beside a running gateway.
 
@@ -19357,12 +19307,12 @@ class MachineStore:
         self._run("INSERT OR IGNORE INTO pools VALUES (?)", (pool_name,))
         self._run("INSERT INTO machines (machine_id, pool_name, token_sha256, state, created_at, "
                   "expires_at) VALUES (?, ?, ?, 'pending', ?, ?)",
-                  (machine_id, pool_name, _sha256(token), now, now + PENDING_TTL_S))
+                  (machine_id, pool_name, token_hash(token), now, now + PENDING_TTL_S))
         return machine_id, token
 
     def machine_of_token(self, token: str) -> Optional[str]:
         rows = self._run("SELECT machine_id FROM machines WHERE token_sha256 = ?",
-                         (_sha256(token),))
+                         (token_hash(token),))
         return rows[0]["machine_id"] if rows else None
 
     def has_pool(self, name: str) -> bool:
@@ -20214,12 +20164,11 @@ class Entrance:
         except UsageError as error:
             log.error("no_audit_log", error)
             return
-        import hashlib
         shown = json.dumps({name: value for name, value in sorted(settings._asdict().items())
                             if not SETTING_BY_KEY[name].secret}, default=str)
         self.audit.record("event", {
             "event": "agent_started", "level": "info", "version": VERSION, "machine_id": machine_id,
-            "settings_sha256": hashlib.sha256(shown.encode()).hexdigest(),
+            "settings_sha256": sha256_hex(shown.encode()),
             "retention_days": settings.audit_keep_days})
 
         def watch(level: str, event: str, fields: Dict[str, Any]) -> None:
@@ -20624,7 +20573,12 @@ class Agent:
     def run(self) -> None:
         """Until stop(), or until the gateway refuses the machine.  The caller holds the state
         folder's lock.  Raises: TokenRefused, RequestRefused."""
-        try:
+        with contextlib.ExitStack() as ends:  # the last first, each whatever comes of another
+            for end in (self.entrance.close_audit, self._energy.save, self._stop_control,
+                        *(part.stop for part in (self.tunnel, self.k3s) if part),
+                        self._stop_inference, self.entrance.stop, self.tailnet.stop,
+                        self.pods.stop):
+                ends.callback(end)
             self.entrance.open_audit(self.identity.machine_id)
             end_leftovers(self.settings.state_dir, self._log)
             self._start_control()
@@ -20644,18 +20598,6 @@ class Agent:
             self._watch(watchdog_interval_s())
             sd_notify("STOPPING=1")
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
-        finally:
-            self.pods.stop()
-            self.tailnet.stop()
-            self.entrance.stop()
-            self._stop_inference()
-            if self.k3s:
-                self.k3s.stop()
-            if self.tunnel:
-                self.tunnel.stop()
-            self._stop_control()
-            self._energy.save()
-            self.entrance.close_audit()
         if self._failure is not None:
             raise self._failure
         self._log("info", "stopped", keepalives=self.membership.snapshot.keepalives)
@@ -21131,7 +21073,6 @@ class Manager(NamedTuple):
     def run(self, lines: Iterable[str]) -> None:
         """Raises: UnhealthyError."""
         import shlex
-        wake = Wake()
         for line in lines:
             argv, until_s = shlex.split(line.lstrip("-")), now_s() + self.patience_s
             while True:
@@ -21140,7 +21081,7 @@ class Manager(NamedTuple):
                     break
                 if now_s() >= until_s:
                     raise UnhealthyError(f"`{line}` failed: {said_by(result)}")
-                wake.wait(1.0)
+                pause(1.0)
 
     def process(self) -> Process:
         result = run_command(self.ask.split(), 10.0)
@@ -21210,11 +21151,11 @@ def prepare_manager(place: Place, say: Callable[[str], None]) -> bool:
     linger = ["loginctl", "enable-linger", place.account.name]
     if run_command(linger, 20.0).exit_code != 0:
         say("warning: the service stops when you log out. To change that: sudo " + " ".join(linger))
-    until_s, wake = now_s() + 10.0, Wake()
+    until_s = now_s() + 10.0
     while run_command(["systemctl", "--user", "show-environment"], 10.0).exit_code != 0:
         if now_s() > until_s:
             return False
-        wake.wait(0.2)
+        pause(0.2)
     return True
 
 
@@ -21324,9 +21265,8 @@ def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any
     A gateway that does not answer is not the service's illness.
     Raises: TokenRefused, RequestRefused, UnhealthyError.
     """
-    wake, place, steady_pid, since_s = Wake(), manager.place, None, now_s()
+    place, steady_pid, since_s, late = manager.place, None, now_s(), False
     until_s = since_s + HEALTH_LIMIT_S
-    late = False
     while not late:
         late = now_s() > until_s
         process = manager.process()
@@ -21337,7 +21277,7 @@ def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any
         settled = late or offline or status.get("state") not in ("starting", "registering")
         if settled and not problem and now_s() - since_s >= STEADY_S:
             return status
-        wake.wait(0.25)
+        pause(0.25)
     if not status and place.manager in ("launchd", "openrc"):
         # They keep an agent that may not end: why it waits, by one more attempt.
         code = _run_as(place, *place.command, "--once").exit_code
@@ -22503,19 +22443,19 @@ def admin_kubeconfig(settings: Any) -> KubeConfig:
 
 def node_is_ready(node: Dict[str, Any]) -> bool:
     return any(row.get("type") == "Ready" and row.get("status") == "True"
-               for row in objects_in(_object(node, "status").get("conditions")))
+               for row in objects_in(_within(node, "status").get("conditions")))
 
 
 def judge_nodes(nodes: Sequence[Dict[str, Any]], gpus: int) -> Iterator[Finding]:
     """gpus: of NVIDIA's in this machine."""
-    names = {str(_object(node, "metadata").get("name")): node_is_ready(node) for node in nodes}
+    names = {str(_within(node, "metadata").get("name")): node_is_ready(node) for node in nodes}
     waiting = [name for name, ready in names.items() if not ready]
     if not names or waiting:
         yield Finding("fail", f"not ready: {', '.join(waiting) or 'there is no node'}",
                       "sudo k3s kubectl describe nodes   # its log: journalctl -u k3s")
     else:
         yield ok(f"ready: {', '.join(names)}")
-    counts = [str(_object(node, "status", "allocatable").get("nvidia.com/gpu")) for node in nodes]
+    counts = [str(_within(node, "status", "allocatable").get("nvidia.com/gpu")) for node in nodes]
     there = sum(int(count) for count in counts if re.fullmatch("[0-9]{1,6}", count))
     if there < gpus:
         yield warn(f"{there} of {gpus} GPUs can be given to workers",
@@ -22691,13 +22631,13 @@ def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]
     as_user(owner, make_private_folder, settings.state_dir)
     as_user(owner, write_atomic, path, text)
     agent = KubeClient(as_user(owner, kubeconfig_at, path))
-    until_s, wake = now_s() + 10.0, Wake()  # a new Role counts once the server has seen it
+    until_s = now_s() + 10.0  # a new Role counts once the server has seen it
     rights = k3s_accounts(account)[AGENT_ACCOUNT]
     while not all(may(agent, namespace, right) for right in rights):
         if now_s() > until_s:
             raise KubeRefused("the agent's new token lacks rights of its Role",
                               "b9agent.py k3s check")
-        wake.wait(0.2)
+        pause(0.2)
     mint_token(agent, namespace, account, 600)
     say(f"wrote {path} (0600, for user id {owner.uid}); with it a token of {account} was made")
     if settings.k3s_service_account != account:
@@ -22717,11 +22657,6 @@ class K3sPlaces(NamedTuple):
         "/etc/init.d/k3s", "/etc/init.d/k3s-agent", "/var/lib/rancher/k3s/server")
     source: Endpoint = Endpoint("https", "get.k3s.io", 443)
     port: int = 6443
-
-
-def _digest(text: bytes) -> str:
-    import hashlib
-    return hashlib.sha256(text).hexdigest()
 
 
 def elf_problem(head: bytes, number: int) -> str:
@@ -22841,7 +22776,7 @@ class K3sInstall:
         what = local or places.source.url
         script = steps.do(f"read {local}" if local else f"fetch {what}", self._installer, local)
         if script is not None:
-            steps.say(f"its SHA-256 is {_digest(script)}")
+            steps.say(f"its SHA-256 is {sha256_hex(script)}")
             if "y" not in self._options and not confirm(f"Run {what} as root?"):
                 raise UsageError("nothing was changed", "Say yes, or -y")
         for path in images:
@@ -22864,7 +22799,7 @@ class K3sInstall:
 
     def _installer(self, path: Optional[str]) -> bytes:
         script = read_installer(path, self._places.source)
-        digest, wanted = _digest(script), self._options.get("sha256", "").lower()
+        digest, wanted = sha256_hex(script), self._options.get("sha256", "").lower()
         if wanted and digest != wanted:
             raise UsageError(f"the installer's SHA-256 is {digest}, not the one that was asked "
                              "for", "Nothing was run; look at what changed in it")
@@ -22910,7 +22845,7 @@ class K3sInstall:
 
     def _await_ready(self, show: Callable[[str], None], limit_s: float) -> str:
         """The version.  Raises: UnhealthyError."""
-        until_s, wake, path = now_s() + limit_s, Wake(), self._places.kubeconfig
+        until_s, path = now_s() + limit_s, self._places.kubeconfig
         config = None
         while True:
             try:
@@ -22929,7 +22864,7 @@ class K3sInstall:
                                      + ("" if config else "  # was its installation cut off? sudo "
                                         "k3s-uninstall.sh, and again"))
             show(f"{what} ({until_s - now_s():.0f} s left)")
-            wake.wait(1.0)
+            pause(1.0)
 
 
 # ----------------------------------------------------------------------
@@ -23066,13 +23001,9 @@ def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
-def file_stamps(paths: Sequence[str]) -> List[Optional[int]]:
-    """When each file was last changed, its mode included; None where there is none."""
-    return [os.stat(path).st_ctime_ns if os.path.exists(path) else None for path in paths]
-
-
-def wait_for_change(paths: Sequence[str], before: List[Optional[int]], error: AgentError) -> bool:
-    """True once one of the files is another than it was `before`; False when told to stop.
+def wait_for_change(paths: Sequence[str], before: List[Any], error: AgentError) -> bool:
+    """True once one of the files is another than it was `before`, each by its file_stamp(); False
+    when told to stop.
 
     launchd and OpenRC restart whatever ends, at once and for ever, where systemd can be told which
     exit codes are permanent: under them the agent waits instead.  (A lock may be let go of without
@@ -23082,7 +23013,7 @@ def wait_for_change(paths: Sequence[str], before: List[Optional[int]], error: Ag
     on_stop_signals(lambda: None, wake)
     log.error("waiting", error, until=f"{' or '.join(paths)} changes")
     until_s = now_s() + (60.0 if isinstance(error, LockedError) else float("inf"))
-    while not TOLD_TO_STOP and file_stamps(paths) == before and now_s() < until_s:
+    while not TOLD_TO_STOP and list(map(file_stamp, paths)) == before and now_s() < until_s:
         wake.wait(2.0)
     return not TOLD_TO_STOP
 
@@ -23372,7 +23303,7 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
             raise UsageError(f"--wait: `{printable(options['wait'])}` cannot be used, expected "
                              "seconds")
         limit_s = float(options["wait"])
-    until_s, wake = now_s() + limit_s, Wake()
+    until_s = now_s() + limit_s
     while True:
         try:
             status, problem = read_agent_status(loaded.settings.state_dir), None
@@ -23383,7 +23314,7 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
             raise problem
         if done:
             break
-        wake.wait(0.2)
+        pause(0.2)
     if "json" in options:
         say_json(status)
     else:
@@ -23766,11 +23697,11 @@ def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
             outcome.append(call_agent(state_dir, "/inference/start", body, 7200.0))
         except AgentError as error:
             outcome.append(error)
-    thread, wake, begun_s = threading.Thread(target=post, daemon=True), Wake(), now_s()
+    thread, begun_s = threading.Thread(target=post, daemon=True), now_s()
     thread.start()
     with goes_on("the start", "b9agent.py stop") as line:
         while thread.is_alive():
-            wake.wait(0.3)
+            pause(0.3)
             if now_s() - begun_s > 1.0 and "json" not in options and thread.is_alive():
                 said = start_said(state_dir)
                 line.show(said, f"{said} ({now_s() - begun_s:.0f} s)")
@@ -24115,8 +24046,8 @@ def command_tenant_list(loaded: Loaded, options: Dict[str, str]) -> int:
     path = os.path.join(settings.state_dir, "tenants.yaml")
     tenants = (load_tenants(path, settings.inference_gpu_usd_per_hour is not None)
                if os.path.lexists(path) else (Tenant(DEFAULT_TENANT, admin=True),))
-    used = (read_usage(os.path.join(settings.state_dir, "usage.json"), int(time.time() // 86400))
-            or (0, {}))[1]
+    text = read_text(os.path.join(settings.state_dir, "usage.json"), USAGE_MAX_BYTES) or ""
+    used = (parse_usage(text, int(time.time() // 86400)) or (0, {}))[1]
     rows = [dict(tenant._asdict(), limits=tenant.limits._asdict(), tokens=len(tenant.token_sha256),
                  today=used.get(tenant.name) or dict.fromkeys(USAGE_FIELDS, 0))
             for tenant in tenants]
@@ -24186,7 +24117,7 @@ def command_audit_show(loaded: Loaded, options: Dict[str, str]) -> int:
     folder, found = audit_folder(loaded), []
     for name in reversed(list_audit(folder)):
         begin, lines = read_audit_tail(os.path.join(folder, name), 64 << 20)
-        whole = [decode_audit_line(raw) for raw in lines[-count:] if parse_audit_line(raw)]
+        whole = [_json_object(raw) for raw in lines[-count:] if parse_audit_line(raw)]
         found[:0] = whole[max(0, len(whole) + len(found) - count):]
         if len(found) >= count or begin:
             break
@@ -24622,12 +24553,12 @@ def run_command_line(argv: Sequence[str]) -> int:
                and os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc"))
     watched = [config_path(arguments.flags, dict(os.environ))] if patient else []
     while True:
-        before = file_stamps(watched)
+        before = list(map(file_stamp, watched))
         try:
             if patient:
                 token_file = read_config(watched[0]).get("token_file")
                 watched = watched[:1] + ([token_file.text] if token_file else [])
-                before = before[:1] + file_stamps(watched[1:])
+                before = before[:1] + list(map(file_stamp, watched[1:]))
             load = load_what_can_be if command.run is command_doctor else load_settings
             loaded = load(arguments.flags, dict(os.environ),
                           must_exist=command.run is not command_init)

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=3217463b91bc3e68f2194712d418746485291f561be436a1616a31a697a7080a
+  sha256=deaecc3724cecd2d374efa0b9f9babc98e3a45cd48e257b647e00581ce0dcf21
 }
 
 usage() {
