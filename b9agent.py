@@ -756,25 +756,14 @@ def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
     return line
 
 
-def _split_head(lines: Sequence[str]) -> Tuple[str, Dict[str, str]]:
-    """(status line, headers with names in lower case)."""
-    pairs = [line.partition(":") for line in lines[1:]]
-    if not lines or any([not colon or name != name.strip() for name, colon, _ in pairs]):
-        raise HttpFailure("garbage", "not an HTTP answer")
-    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
-
-
-def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
-    """As _split_head()."""
+def _read_head(stream: io.BufferedReader) -> bytes:
+    """An answer's head, for parse_answer_head().  Raises: HttpFailure."""
     left_bytes, lines = 65536, []
-    while True:
+    while not lines or lines[-1]:
         line = _read_line(stream, left_bytes)
         left_bytes -= len(line)
-        text = line.rstrip(b"\r\n").decode("latin-1")
-        if not text:
-            break
-        lines.append(text)
-    return _split_head(lines)
+        lines.append(line.rstrip(b"\r\n"))
+    return b"\r\n".join(lines[:-1])
 
 
 def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
@@ -785,9 +774,9 @@ def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
     sock.settimeout(_left_s(until_s))
     sock.sendall((head + "\r\n").encode("ascii"))
     # A byte at a time: what follows the head belongs to TLS.
-    first, _ = _read_head(io.BufferedReader(_TimedSocket(sock, until_s), 1))
-    if not re.match("HTTP/1[.][01] 2", first):
-        raise HttpFailure("proxy", f"the proxy answered {printable(first[:80])}")
+    head = _read_head(io.BufferedReader(_TimedSocket(sock, until_s), 1)).decode("latin-1")
+    if not re.match("HTTP/1[.][01] 2", head):
+        raise HttpFailure("proxy", f"the proxy answered {printable(head[:80])}")
 
 
 _TLS_CONTEXTS: Dict[Any, Any] = {}
@@ -835,28 +824,96 @@ def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
         raise
 
 
-def _pieces_of(stream: io.BufferedReader, length: int) -> Iterator[bytes]:
-    while length > 0:
-        piece = stream.read1(min(length, 65536))
-        if not piece:
-            raise HttpFailure("closed", "the answer was cut off")
-        length -= len(piece)
-        yield piece
+class AnswerHead(NamedTuple):
+    """length: of the body, None where it is not told.  keep: the connection can be used again."""
+    status: int
+    length: Optional[int]
+    chunked: bool
+    keep: bool
+    headers: Dict[str, str]
 
 
-def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:
-    """A chunked body.  Source: RFC 9112, section 7.1."""
-    while True:
-        size = _read_line(stream, 1024).split(b";")[0].strip()
-        if not re.fullmatch(b"[0-9a-fA-F]{1,8}", size):
-            raise HttpFailure("garbage", "a chunk without a length")
-        if int(size, 16) == 0:
-            while _read_line(stream, 65536).strip():
-                pass  # trailers
-            return
-        yield from _pieces_of(stream, int(size, 16))
-        if _read_line(stream, 3).strip():
-            raise HttpFailure("garbage", "a chunk longer than it says")
+@functools.lru_cache(maxsize=16)
+def parse_answer_head(head: bytes) -> AnswerHead:
+    """A head without its empty line; most differ in their date, from second to second.
+
+    Raises: HttpFailure.
+    """
+    first, *lines = head.decode("latin-1").split("\r\n")
+    match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
+    pairs = [line.partition(":") for line in lines]
+    if not match or any([not colon or name != name.strip() for name, colon, _ in pairs]):
+        raise HttpFailure("garbage", "not an HTTP answer")
+    headers = {name.lower(): value.strip() for name, _, value in pairs}
+    length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length and not re.fullmatch("[0-9]{1,15}", length) or encoding is not None and (
+            length or encoding.lower() != "chunked"):
+        raise HttpFailure("garbage", "an answer without a clear end")
+    said = headers.get("connection", "").lower()
+    keep = "close" not in said if match.group(1) == "1" else "keep-alive" in said
+    return AnswerHead(int(match.group(2)), int(length) if length else None, bool(encoding), keep,
+                      headers)
+
+
+class BodyReader:
+    """Takes an answer's body out of its framing.  Source: RFC 9112, 6 and 7.
+
+    length: None where it ends with the connection.
+    """
+
+    def __init__(self, length: Optional[int], chunked: bool) -> None:
+        self._left, self._chunked = 0 if chunked else length, chunked
+        self._line, self._held = "size", b""
+        self.done = self._left == 0 and not chunked
+        self.endless = length is None and not chunked
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises: HttpFailure where the framing is broken."""
+        if self._chunked:
+            return self._unchunk(data)
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise HttpFailure("garbage", "a body longer than it says")
+            self.done = not self._left
+        return data
+
+    def _unchunk(self, data: bytes) -> bytes:
+        if self._held:
+            data, self._held = self._held + data, b""
+        at, end, pieces = 0, len(data), []
+        while at < end and not self.done:
+            if self._left:
+                piece = data[at:at + self._left]
+                at += len(piece)
+                self._left -= len(piece)
+                pieces.append(piece)
+                continue
+            stop = data.find(b"\n", at)
+            if stop < 0:
+                self._held = data[at:]
+                if len(self._held) > 4096:
+                    raise HttpFailure("garbage", "a chunk without a length")
+                break
+            self._framing(data[at:stop].rstrip(b"\r"))
+            at = stop + 1
+        if self.done and at < end:
+            raise HttpFailure("garbage", "more than the body that was announced")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _framing(self, line: bytes) -> None:
+        if self._line == "size":
+            size = line.partition(b";")[0].strip()
+            if not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
+                raise HttpFailure("garbage", "a chunk without a length")
+            self._left = int(size, 16)
+            self._line = "end" if self._left else "trailer"
+        elif self._line == "end":
+            if line:
+                raise HttpFailure("garbage", "a chunk longer than it says")
+            self._line = "size"
+        else:
+            self.done = not line
 
 
 class Upload(NamedTuple):
@@ -894,30 +951,28 @@ class HttpStream:
         self._slow = (f"no answer within {limit_s:g} s" if idle_limit_s is None else
                       f"the answer stopped for {idle_limit_s:g} s")
         self._stream = io.BufferedReader(source)
-        self.status = 100
         for _ in range(10):
-            first, self.headers = _read_head(self._stream)
-            match = re.fullmatch(r"HTTP/1\.[01] ([1-5][0-9]{2})( .*)?", first)
-            if not match:
-                raise HttpFailure("garbage", "not an HTTP answer")
-            self.status = int(match.group(1))
-            if self.status >= 200:
+            head = parse_answer_head(_read_head(self._stream))
+            if head.status >= 200:  # else it only says that the answer will come
                 break
-        length = self.headers.get("content-length")
-        if self.status < 200 or length and (not re.fullmatch("[0-9]{1,15}", length)
-                                            or "transfer-encoding" in self.headers):
-            raise HttpFailure("garbage", "an answer without a clear end")
-        if method == "HEAD" or self.status in (204, 304):
-            self._body: Iterator[bytes] = iter(())
-        elif self.headers.get("transfer-encoding"):
-            self._body = _chunks(self._stream)
-        elif length:
-            self._body = _pieces_of(self._stream, int(length))
         else:
-            self._body = iter(lambda: self._stream.read1(65536), b"")
+            raise HttpFailure("garbage", "an answer that only says that it will come")
+        self.status, self.headers = head.status, head.headers
+        bare = method == "HEAD" or head.status in (204, 304)
+        self._body = self._read_body(BodyReader(0 if bare else head.length,
+                                                head.chunked and not bare))
+
+    def _read_body(self, reader: BodyReader) -> Iterator[bytes]:
+        while not reader.done:
+            data = self._stream.read1(65536)
+            if not data and reader.endless:
+                return
+            if not data:
+                raise HttpFailure("closed", "the answer was cut off")
+            yield reader.feed(data)
 
     def pieces(self) -> Iterator[bytes]:
-        """What is left of the body.  Raises: HttpFailure."""
+        """What is left of the body; one may be empty.  Raises: HttpFailure."""
         with _http_failures(self._slow):
             while True:
                 if self._idle_limit_s is not None:
@@ -1526,6 +1581,12 @@ class Setting(NamedTuple):
         return self.key if self.flat else ""
 
 
+def _own(path: str, kind: str, parse: Callable[[str], Any], help: str, **more: Any) -> Setting:
+    """A row whose key and variable are called as its place in the file is."""
+    key = path.replace(".", "_")
+    return Setting(key, "B9AGENT_" + key.upper(), path, kind, parse, help, **more)
+
+
 SETTINGS = (
     Setting("token", "BETA9_TOKEN", "machine.token", "TOKEN", parse_secret,
             "machine token, from `machine create`; on a command line `ps` shows it to every user",
@@ -1549,43 +1610,38 @@ SETTINGS = (
             "gateway's HTTP port", default="1994"),
     Setting("gateway_scheme", "BETA9_GATEWAY_SCHEME", "gateway.scheme", "SCHEME",
             one_of("http", "https"), "http or https", default="http"),
-    Setting("gateway_ca_file", "B9AGENT_GATEWAY_CA_FILE", "gateway.ca_file", "PATH", parse_path,
-            "PEM file of the authority that signed an https gateway"),
-    Setting("gateway_proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "URL", parse_proxy,
-            "proxy to the gateway, or `none`; default: https goes through the environment's, http "
-            "through none", secret=True),
+    _own("gateway.ca_file", "PATH", parse_path, "PEM file of the authority that signed an https "
+         "gateway"),
+    _own("gateway.proxy", "URL", parse_proxy, "proxy to the gateway, or `none`; default: https "
+         "goes through the environment's, http through none", secret=True),
     Setting("tunnel", "B9AGENT_TUNNEL", "tunnel.server", "USER@HOST[:PORT]", parse_tunnel,
             "reach the gateway through `ssh` to this server, which the agent keeps up; "
             "gateway.host and gateway.port are then as seen from there"),
-    Setting("tunnel_local_port", "B9AGENT_TUNNEL_LOCAL_PORT", "tunnel.local_port", "PORT",
-            parse_listen_port, "port of the tunnel's near end, on loopback; 0 takes a free one",
-            default="0"),
-    Setting("tunnel_identity_file", "B9AGENT_TUNNEL_IDENTITY_FILE", "tunnel.identity_file", "PATH",
-            parse_path, "private key for the tunnel; default: ssh's own, and those of ssh-agent"),
-    Setting("tunnel_reverse_k3s", "B9AGENT_TUNNEL_REVERSE_K3S", "tunnel.reverse_k3s", "",
-            parse_switch, "let the tunnel's server reach this machine's k3s, at its own port 6443",
-            default="false"),
-    Setting("tailnet_control", "B9AGENT_TAILNET_CONTROL", "tailnet.control", "", parse_switch,
-            "false keeps the control API off the tailnet address, where it listens as well unless "
-            "control.host is set; it wants its token there too", default="true"),
-    Setting("tailnet_socket", "B9AGENT_TAILNET_SOCKET", "tailnet.socket", "PATH",
-            parse_path_or_none, "socket of the one tailscaled to ask, where it is in no usual "
-            "place; `none` looks for no tailnet"),
+    _own("tunnel.local_port", "PORT", parse_listen_port, "port of the tunnel's near end, on "
+         "loopback; 0 takes a free one", default="0"),
+    _own("tunnel.identity_file", "PATH", parse_path, "private key for the tunnel; default: ssh's "
+         "own, and those of ssh-agent"),
+    _own("tunnel.reverse_k3s", "", parse_switch, "let the tunnel's server reach this machine's "
+         "k3s, at its own port 6443", default="false"),
+    _own("tailnet.control", "", parse_switch, "false keeps the control API off the tailnet "
+         "address, where it listens as well unless control.host is set; it wants its token there "
+         "too", default="true"),
+    _own("tailnet.socket", "PATH", parse_path_or_none, "socket of the one tailscaled to ask, where "
+         "it is in no usual place; `none` looks for no tailnet"),
     Setting("k3s_token", "BETA9_K3S_TOKEN", "k3s.token", "TOKEN", parse_secret,
             "bearer token with which the gateway makes worker jobs on our k3s", flat=True,
             secret=True),
-    Setting("k3s_service_account", "B9AGENT_K3S_SERVICE_ACCOUNT", "k3s.service_account", "NAME",
-            parse_kube_name, "in place of k3s.token: the agent makes the gateway's tokens of this "
-            "account, and renews them before they end; see `k3s rbac`"),
-    Setting("k3s_token_hours", "B9AGENT_K3S_TOKEN_HOURS", "k3s.token_hours", "HOURS",
-            parse_token_hours, "life of the tokens of k3s.service_account", default="24"),
-    Setting("k3s_kubeconfig", "B9AGENT_K3S_KUBECONFIG", "k3s.kubeconfig", "PATH", parse_path,
-            "kubeconfig with which worker pods are watched; default: the one that `k3s rbac` "
-            "makes, k3s's own, or ~/.kube/config where it is of k3s on this machine"),
-    Setting("k3s_server", "B9AGENT_K3S_SERVER", "k3s.server", "URL", parse_server,
-            "where k3s.token is used to watch worker pods", default="https://127.0.0.1:6443"),
-    Setting("k3s_ca_file", "B9AGENT_K3S_CA_FILE", "k3s.ca_file", "PATH", parse_path,
-            "PEM file of the authority of k3s.server; default: k3s's own, where it can be read"),
+    _own("k3s.service_account", "NAME", parse_kube_name, "in place of k3s.token: the agent makes "
+         "the gateway's tokens of this account, and renews them before they end; see `k3s rbac`"),
+    _own("k3s.token_hours", "HOURS", parse_token_hours, "life of the tokens of k3s.service_account",
+         default="24"),
+    _own("k3s.kubeconfig", "PATH", parse_path, "kubeconfig with which worker pods are watched; "
+         "default: the one that `k3s rbac` makes, k3s's own, or ~/.kube/config where it is of k3s "
+         "on this machine"),
+    _own("k3s.server", "URL", parse_server, "where k3s.token is used to watch worker pods",
+         default="https://127.0.0.1:6443"),
+    _own("k3s.ca_file", "PATH", parse_path, "PEM file of the authority of k3s.server; default: "
+         "k3s's own, where it can be read"),
     Setting("keepalive_interval", "BETA9_KEEPALIVE_INTERVAL", "keepalive_interval", "SECONDS",
             parse_interval, "seconds between keepalives, 1 to 150", default="60"),
     Setting("max_cpu", "B9AGENT_MAX_CPU", "limits.cpu", "CORES", parse_cpu,
@@ -1605,10 +1661,8 @@ SETTINGS = (
             number_within("a percentage", 0, 100),
             "share of the electricity that certificates call renewable: for the market-based CO2e",
             default="0"),
-    Setting("energy_certificate", "B9AGENT_ENERGY_CERTIFICATE", "energy.certificate", "TEXT",
-            parse_text,
-            "which certificates, such as their registry and number; shown, and used for nothing "
-            "else"),
+    _own("energy.certificate", "TEXT", parse_text, "which certificates, such as their registry and "
+         "number; shown, and used for nothing else"),
     Setting("pue", "B9AGENT_PUE", "energy.pue", "RATIO", number_within("a ratio", 1, 3),
             "power usage effectiveness of the building, 1.0 to 3.0: CO2e is multiplied by it",
             default="1.0"),
@@ -1616,124 +1670,93 @@ SETTINGS = (
             number_within("watts", 1, 10000),
             "what the CPUs draw at full load, where that cannot be measured; default 3.5 W a "
             "thread"),
-    Setting("inference_engine", "B9AGENT_INFERENCE_ENGINE", "inference.engine", "ENGINE",
-            one_of("auto", *ENGINE_NAMES),
-            f"engine that `start` takes: {', '.join(ENGINE_NAMES)}; auto chooses by model and "
-            "hardware", default="auto"),
-    Setting("inference_model", "B9AGENT_INFERENCE_MODEL", "inference.model", "MODEL", parse_text,
-            "model that `start` takes: a name, a GGUF file, or a folder"),
-    Setting("inference_autostart", "B9AGENT_INFERENCE_AUTOSTART", "inference.autostart", "",
-            parse_switch, "start the engine with the agent", default="false"),
-    Setting("inference_host", "B9AGENT_INFERENCE_HOST", "inference.host", "HOST", parse_host,
-            "address the front door listens on; default: loopback, and the tailnet address where "
-            "there is one"),
-    Setting("inference_port", "B9AGENT_INFERENCE_PORT", "inference.port", "PORT", parse_listen_port,
-            "port of the front door, 11435 where another program has the default on loopback; 0 "
-            "takes a free one", default="11434"),
+    _own("inference.engine", "ENGINE", one_of("auto", *ENGINE_NAMES),
+         f"engine that `start` takes: {', '.join(ENGINE_NAMES)}; auto chooses by model and "
+         "hardware", default="auto"),
+    _own("inference.model", "MODEL", parse_text, "model that `start` takes: a name, a GGUF file, "
+         "or a folder"),
+    _own("inference.autostart", "", parse_switch, "start the engine with the agent",
+         default="false"),
+    _own("inference.host", "HOST", parse_host, "address the front door listens on; default: "
+         "loopback, and the tailnet address where there is one"),
+    _own("inference.port", "PORT", parse_listen_port, "port of the front door, 11435 where another "
+         "program has the default on loopback; 0 takes a free one", default="11434"),
     Setting("inference_context", "B9AGENT_INFERENCE_CONTEXT", "inference.context_tokens", "TOKENS",
             number_within("a number of tokens", 128, 1 << 24, int),
             "context of each request; default 8192, or the model's own where that is less"),
-    Setting("inference_parallel", "B9AGENT_INFERENCE_PARALLEL", "inference.parallel", "N",
-            number_within("a number of requests", 1, 256, int),
-            "requests that are computed at once, each with a context of its own; 1 to 256",
-            default="1"),
-    Setting("inference_program", "B9AGENT_INFERENCE_PROGRAM", "inference.program", "PATH",
-            parse_path, "the engine's program, where it is not on PATH"),
-    Setting("inference_slots", "B9AGENT_INFERENCE_SLOTS", "inference.slots", "N",
-            number_within("a number of requests", 1, 1024, int),
-            "requests of one model that the front door sends to the engine at once; default: as "
-            "many as it computes at once"),
-    Setting("inference_queue", "B9AGENT_INFERENCE_QUEUE", "inference.queue", "N",
-            number_within("a number of requests", 0, 4096, int),
-            "requests that may wait at the front door; the next one is refused", default="64"),
-    Setting("inference_queue_wait", "B9AGENT_INFERENCE_QUEUE_WAIT", "inference.queue_wait",
-            "SECONDS", number_within("seconds", 1, 3600), "seconds that one waits at most",
-            default="60"),
-    Setting("inference_silence_limit", "B9AGENT_INFERENCE_SILENCE_LIMIT",
-            "inference.silence_limit", "SECONDS", number_within("seconds", 1, 86400),
-            "seconds without a byte from the engine after which an answer is given up",
-            default="300"),
-    Setting("inference_keep_warm", "B9AGENT_INFERENCE_KEEP_WARM", "inference.keep_warm", "SECONDS",
-            parse_warm, "seconds that a model stays in memory after its last request; `auto`: as "
-            "long as that costs less than its cold starts; default: Ollama's own five minutes, and "
-            "for good in an engine with one model"),
-    Setting("inference_keep_warm_models", "B9AGENT_INFERENCE_KEEP_WARM_MODELS",
-            "inference.keep_warm_models", "LIST", parse_warm_models,
-            "the same for single models: MODEL=SECONDS or MODEL=auto, with commas between them"),
-    Setting("inference_idle_stop", "B9AGENT_INFERENCE_IDLE_STOP", "inference.idle_stop", "SECONDS",
-            number_within("seconds", 1, 2592000), "seconds without a request after which the "
-            "engine is ended; the next request starts it again; default: it stays"),
-    Setting("inference_load_limit", "B9AGENT_INFERENCE_LOAD_LIMIT", "inference.load_limit",
-            "SECONDS", number_within("seconds", 1, 86400), "seconds in which a request's model, "
-            "and the engine with it, must be there", default="600"),
-    Setting("inference_gateway_access", "B9AGENT_INFERENCE_GATEWAY_ACCESS",
-            "inference.gateway_access", "HOW", one_of("address", "loopback", "off"),
-            "the gateway's router sends no token: `address` lets it in by the gateway's address, "
-            "but never by loopback, which is every user of this machine; `loopback` by that too; "
-            "`off` not at all", default="address"),
-    Setting("inference_gpu_usd_per_hour", "B9AGENT_INFERENCE_GPU_USD_PER_HOUR",
-            "inference.gpu_usd_per_hour", "USD", number_within("dollars", 0, 1000),
-            "price of an hour of one GPU, for the tenants' limits in money"),
-    Setting("guards_parallel_cold_starts", "B9AGENT_GUARDS_PARALLEL_COLD_STARTS",
-            "guards.parallel_cold_starts", "N", number_within("a number of models", 1, 64, int),
-            "models that requests may have loaded at once; the next one waits", default="3"),
+    _own("inference.parallel", "N", number_within("a number of requests", 1, 256, int),
+         "requests that are computed at once, each with a context of its own; 1 to 256",
+         default="1"),
+    _own("inference.program", "PATH", parse_path, "the engine's program, where it is not on PATH"),
+    _own("inference.slots", "N", number_within("a number of requests", 1, 1024, int),
+         "requests of one model that the front door sends to the engine at once; default: as many "
+         "as it computes at once"),
+    _own("inference.queue", "N", number_within("a number of requests", 0, 4096, int),
+         "requests that may wait at the front door; the next one is refused", default="512"),
+    _own("inference.queue_wait", "SECONDS", number_within("seconds", 1, 3600),
+         "seconds that one waits at most", default="60"),
+    _own("inference.silence_limit", "SECONDS", number_within("seconds", 1, 86400),
+         "seconds without a byte from the engine after which an answer is given up", default="300"),
+    _own("inference.keep_warm", "SECONDS", parse_warm, "seconds that a model stays in memory after "
+         "its last request; `auto`: as long as that costs less than its cold starts; default: "
+         "Ollama's own five minutes, and for good in an engine with one model"),
+    _own("inference.keep_warm_models", "LIST", parse_warm_models, "the same for single models: "
+         "MODEL=SECONDS or MODEL=auto, with commas between them"),
+    _own("inference.idle_stop", "SECONDS", number_within("seconds", 1, 2592000),
+         "seconds without a request after which the engine is ended; the next request starts it "
+         "again; default: it stays"),
+    _own("inference.load_limit", "SECONDS", number_within("seconds", 1, 86400),
+         "seconds in which a request's model, and the engine with it, must be there",
+         default="600"),
+    _own("inference.gateway_access", "HOW", one_of("address", "loopback", "off"),
+         "the gateway's router sends no token: `address` lets it in by the gateway's address, but "
+         "never by loopback, which is every user of this machine; `loopback` by that too; `off` "
+         "not at all", default="address"),
+    _own("inference.gpu_usd_per_hour", "USD", number_within("dollars", 0, 1000),
+         "price of an hour of one GPU, for the tenants' limits in money"),
+    _own("guards.parallel_cold_starts", "N", number_within("a number of models", 1, 64, int),
+         "models that requests may have loaded at once; the next one waits", default="3"),
     Setting("guards_cold_start_seconds_per_day", "B9AGENT_GUARDS_COLD_START_SECONDS",
             "guards.cold_start_seconds_per_day", "N", number_within("seconds", 0, 864000),
             "seconds of loading that requests may cause in a day (UTC); 0: no limit",
             default="3600"),
-    Setting("guards_cold_starts_per_hour", "B9AGENT_GUARDS_COLD_STARTS_PER_HOUR",
-            "guards.cold_starts_per_hour", "N", number_within("a number of loads", 0, 3600, int),
-            "times in an hour that requests may have one model loaded; 0: no limit", default="12"),
-    Setting("guards_duplicates", "B9AGENT_GUARDS_DUPLICATES", "guards.duplicates", "HOW",
-            one_of("auto", "payload", "off"),
-            "which request of a tenant is refused while its twin is computed: `auto` one with the "
-            "same request_id or Idempotency-Key; `payload` one with the same body, too; `off` none",
-            default="auto"),
-    Setting("guards_max_retries", "B9AGENT_GUARDS_MAX_RETRIES", "guards.max_retries", "N",
-            number_within("a number of retries", 0, 100, int),
-            "times that the same request may time out within guards.retry_ttl before it is "
-            "refused; 0: no limit", default="2"),
-    Setting("guards_retry_ttl", "B9AGENT_GUARDS_RETRY_TTL", "guards.retry_ttl", "SECONDS",
-            number_within("seconds", 1, 86400), "seconds that a time-out is remembered",
-            default="300"),
-    Setting("guards_task_depth", "B9AGENT_GUARDS_TASK_DEPTH", "guards.task_depth", "N",
-            number_within("a depth", 1, 10000, int),
-            "depth in its tree of tasks at which a request is refused", default="4"),
-    Setting("guards_task_tree", "B9AGENT_GUARDS_TASK_TREE", "guards.task_tree", "N",
-            number_within("a number of tasks", 1, 1000000, int), "requests of one tree of tasks",
-            default="50"),
-    Setting("audit_keep_days", "B9AGENT_AUDIT_KEEP_DAYS", "audit.keep_days", "DAYS",
-            number_within("whole days", 0, 36500, int),
-            "days that the audit log is kept; 0: there is none", default="184"),
-    Setting("audit_full", "B9AGENT_AUDIT_FULL", "audit.full", "HOW", one_of("go_on", "refuse"),
-            "when the disk takes no audit log: `go_on` serving, and say so loudly, or `refuse` "
-            "requests until it does", default="go_on"),
-    Setting("audit_prompts", "B9AGENT_AUDIT_PROMPTS", "audit.prompts", "", parse_switch,
-            "write the prompts themselves into the audit log, not their hashes alone",
-            default="false"),
-    Setting("tls", "B9AGENT_TLS", "tls", "HOW", one_of("tailscale", "none"),
-            "`tailscale`: TLS with this machine's certificate of its tailnet; in place of tls.cert "
-            "and tls.key"),
-    Setting("tls_cert", "B9AGENT_TLS_CERT", "tls.cert", "PATH", parse_path,
-            "PEM file of the certificate and its chain, for the front door and the control API; "
-            "read again when it was renewed"),
-    Setting("tls_key", "B9AGENT_TLS_KEY", "tls.key", "PATH", parse_path,
-            "PEM file of its private key, mode 0600"),
-    Setting("insecure", "B9AGENT_INSECURE", "insecure", "", parse_switch,
-            "listen beyond loopback and the tailnet without TLS: tokens, prompts and answers then "
-            "cross the network in clear text", default="false"),
-    Setting("oidc_issuer", "B9AGENT_OIDC_ISSUER", "oidc.issuer", "URL", parse_text,
-            "whose tokens count at the front door, exactly as their `iss` says it"),
-    Setting("oidc_audience", "B9AGENT_OIDC_AUDIENCE", "oidc.audience", "TEXT", parse_text,
-            "whom these tokens are for, their `aud`"),
-    Setting("oidc_jwks", "B9AGENT_OIDC_JWKS", "oidc.jwks", "PATH", parse_jwks,
-            "file or https URL of the issuer's public keys (JWKS)"),
-    Setting("control_host", "B9AGENT_CONTROL_HOST", "control.host", "HOST", parse_host,
-            "address the control API listens on", default="127.0.0.1"),
-    Setting("control_port", "B9AGENT_CONTROL_PORT", "control.port", "PORT", parse_listen_port,
-            "port of the control API; 0 takes a free one", default="9999"),
-    Setting("log_format", "B9AGENT_LOG_FORMAT", "log.format", "FORMAT", one_of("text", "json"),
-            "text or json", default="text"),
+    _own("guards.cold_starts_per_hour", "N", number_within("a number of loads", 0, 3600, int),
+         "times in an hour that requests may have one model loaded; 0: no limit", default="12"),
+    _own("guards.duplicates", "HOW", one_of("auto", "payload", "off"),
+         "which request of a tenant is refused while its twin is computed: `auto` one with the "
+         "same request_id or Idempotency-Key; `payload` one with the same body, too; `off` none",
+         default="auto"),
+    _own("guards.max_retries", "N", number_within("a number of retries", 0, 100, int),
+         "times that the same request may time out within guards.retry_ttl before it is refused; "
+         "0: no limit", default="2"),
+    _own("guards.retry_ttl", "SECONDS", number_within("seconds", 1, 86400),
+         "seconds that a time-out is remembered", default="300"),
+    _own("guards.task_depth", "N", number_within("a depth", 1, 10000, int),
+         "depth in its tree of tasks at which a request is refused", default="4"),
+    _own("guards.task_tree", "N", number_within("a number of tasks", 1, 1000000, int),
+         "requests of one tree of tasks", default="50"),
+    _own("audit.keep_days", "DAYS", number_within("whole days", 0, 36500, int),
+         "days that the audit log is kept; 0: there is none", default="184"),
+    _own("audit.full", "HOW", one_of("go_on", "refuse"), "when the disk takes no audit log: "
+         "`go_on` serving, and say so loudly, or `refuse` requests until it does", default="go_on"),
+    _own("audit.prompts", "", parse_switch, "write the prompts themselves into the audit log, not "
+         "their hashes alone", default="false"),
+    _own("tls", "HOW", one_of("tailscale", "none"), "`tailscale`: TLS with this machine's "
+         "certificate of its tailnet; in place of tls.cert and tls.key"),
+    _own("tls.cert", "PATH", parse_path, "PEM file of the certificate and its chain, for the front "
+         "door and the control API; read again when it was renewed"),
+    _own("tls.key", "PATH", parse_path, "PEM file of its private key, mode 0600"),
+    _own("insecure", "", parse_switch, "listen beyond loopback and the tailnet without TLS: "
+         "tokens, prompts and answers then cross the network in clear text", default="false"),
+    _own("oidc.issuer", "URL", parse_text, "whose tokens count at the front door, exactly as their "
+         "`iss` says it"),
+    _own("oidc.audience", "TEXT", parse_text, "whom these tokens are for, their `aud`"),
+    _own("oidc.jwks", "PATH", parse_jwks, "file or https URL of the issuer's public keys (JWKS)"),
+    _own("control.host", "HOST", parse_host, "address the control API listens on",
+         default="127.0.0.1"),
+    _own("control.port", "PORT", parse_listen_port, "port of the control API; 0 takes a free one",
+         default="9999"),
+    _own("log.format", "FORMAT", one_of("text", "json"), "text or json", default="text"),
     Setting("debug", "BETA9_DEBUG", "debug", "", parse_switch,
             "log every request and answer, without their secrets", default="false"),
     Setting("state_dir", "B9AGENT_HOME", None, "PATH", parse_path,
@@ -11850,7 +11873,7 @@ def wants_tls(host: str, tailnet: str = "") -> bool:
     [False, False, False, True, True, True]
     """
     bare = re.sub("^::ffff:", "", host.lower())
-    return not (loopback(bare) or bare == tailnet)
+    return not (loopback(bare) or bare == (tailnet or "::1"))
 
 
 def certificate_end(pem: str) -> str:
@@ -13983,67 +14006,6 @@ ENGINE_IDLE_MAX = 1024
 _READ, _WRITE = select.POLLIN, select.POLLOUT  # and EPOLLIN, EPOLLOUT
 
 
-class BodyReader:
-    """Takes an answer's body out of its framing.  Source: RFC 9112, 6 and 7.
-
-    length: None where it ends with the connection.
-    """
-
-    def __init__(self, length: Optional[int], chunked: bool) -> None:
-        self._left, self._chunked = 0 if chunked else length, chunked
-        self._line, self._held = "size", b""
-        self.done = self._left == 0 and not chunked
-        self.endless = length is None and not chunked
-
-    def feed(self, data: bytes) -> bytes:
-        """Raises: HttpFailure where the framing is broken."""
-        if self._chunked:
-            return self._unchunk(data)
-        if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0:
-                raise HttpFailure("garbage", "a body longer than it says")
-            self.done = not self._left
-        return data
-
-    def _unchunk(self, data: bytes) -> bytes:
-        if self._held:
-            data, self._held = self._held + data, b""
-        at, end, pieces = 0, len(data), []
-        while at < end and not self.done:
-            if self._left:
-                piece = data[at:at + self._left]
-                at += len(piece)
-                self._left -= len(piece)
-                pieces.append(piece)
-                continue
-            stop = data.find(b"\n", at)
-            if stop < 0:
-                self._held = data[at:]
-                if len(self._held) > 4096:
-                    raise HttpFailure("garbage", "a chunk without a length")
-                break
-            self._framing(data[at:stop].rstrip(b"\r"))
-            at = stop + 1
-        if self.done and at < end:
-            raise HttpFailure("garbage", "more than the body that was announced")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _framing(self, line: bytes) -> None:
-        if self._line == "size":
-            size = line.partition(b";")[0].strip()
-            if not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
-                raise HttpFailure("garbage", "a chunk without a length")
-            self._left = int(size, 16)
-            self._line = "end" if self._left else "trailer"
-        elif self._line == "end":
-            if line:
-                raise HttpFailure("garbage", "a chunk longer than it says")
-            self._line = "size"
-        else:
-            self.done = not line
-
-
 class Errands:
     """A few threads for what would hold up a loop.  _lock guards _waiting, _idle and _threads."""
 
@@ -14280,23 +14242,6 @@ class RelaySocket:
 
     def ready(self, mask: int) -> None:
         raise NotImplementedError
-
-
-@functools.lru_cache(maxsize=16)
-def parse_answer_head(head: bytes) -> Tuple[int, Optional[int], bool, bool, Dict[str, str]]:
-    """(status, length, whether it is chunked, whether the connection is kept, headers) of an
-    engine's answer.  Most differ in their date, from second to second.  Raises: HttpFailure."""
-    first, headers = _split_head(head.decode("latin-1").split("\r\n"))
-    match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
-    if not match:
-        raise HttpFailure("garbage", "not an HTTP answer")
-    length, encoding = headers.get("content-length"), headers.get("transfer-encoding", "")
-    if length and (encoding or not re.fullmatch("[0-9]{1,15}", length)) or (
-            encoding and encoding.lower() != "chunked"):
-        raise HttpFailure("garbage", "an answer without a clear end")
-    said = headers.get("connection", "").lower()
-    keep = "close" not in said if match.group(1) == "1" else "keep-alive" in said
-    return int(match.group(2)), int(length) if length else None, bool(encoding), keep, headers
 
 
 class EngineWire(RelaySocket):
@@ -22897,6 +22842,15 @@ def say_json(value: Any) -> None:
     sys.stdout.flush()  # a full disk is to be an error, not the end of the output
 
 
+def show_result(options: Dict[str, str], value: Any, text: Callable[[], str]) -> int:
+    """A command's result: with --json for programs, else text() for people."""
+    if "json" in options:
+        say_json(value)
+    else:
+        say(text())
+    return Exit.OK
+
+
 def end_with(message: str, code: Exit) -> int:
     try:
         sys.stderr.write(REDACTOR.scrub(f"b9agent: {message}\n"))
@@ -23165,15 +23119,12 @@ def command_config(loaded: Loaded, options: Dict[str, str]) -> int:
     shown = [(row, getattr(loaded.settings, row.key)) for row in SETTINGS]
     texts = {row.key: mask(str(value)) if row.secret and value else setting_text(row, value)
              for row, value in shown}
-    if "json" in options:
-        say_json({key: {"value": text or None, "origin": loaded.origins[key]}
-                  for key, text in texts.items()})
-        return Exit.OK
     rows = [("SETTING", "VALUE", "FROM")]
     rows += [(row.path or row.flag, texts[row.key] or "-", loaded.origins[row.key])
              for row in SETTINGS]
-    say("\n".join(table_lines(rows)))
-    return Exit.OK
+    return show_result(options, {key: {"value": text or None, "origin": loaded.origins[key]}
+                                 for key, text in texts.items()},
+                       lambda: "\n".join(table_lines(rows)))
 
 
 # -- status -------------------------------------------------------------
@@ -23315,10 +23266,7 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
         if done:
             break
         pause(0.2)
-    if "json" in options:
-        say_json(status)
-    else:
-        say("\n".join(status_lines(status)))
+    show_result(options, status, lambda: "\n".join(status_lines(status)))
     return Exit.UNREACHABLE if limit_s and status["state"] != "ready" else Exit.OK
 
 
@@ -23344,21 +23292,20 @@ def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
 
 # -- doctor -------------------------------------------------------------
 
-def report_findings(findings: Sequence[Finding], as_json: bool, *verdicts: str) -> int:
-    if as_json:
-        levels = [finding.level for finding in findings]
-        say_json({"version": VERSION, "exit_code": doctor_exit(findings),
-                  "overall": next((level for level in ("fail", "warn") if level in levels), "ok"),
-                  "checks": [{"name": finding.name, "level": finding.level, "seen": finding.seen,
-                              "mend": finding.mend} for finding in findings]})
-    else:
-        say("\n".join(doctor_lines(findings, *verdicts)))
+def report_findings(findings: Sequence[Finding], options: Dict[str, str], *verdicts: str) -> int:
+    levels = [finding.level for finding in findings]
+    show_result(options, {
+        "version": VERSION, "exit_code": doctor_exit(findings),
+        "overall": next((level for level in ("fail", "warn") if level in levels), "ok"),
+        "checks": [{"name": finding.name, "level": finding.level, "seen": finding.seen,
+                    "mend": finding.mend} for finding in findings]},
+        lambda: "\n".join(doctor_lines(findings, *verdicts)))
     return doctor_exit(findings)
 
 
 def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
     """What keeps this machine from `ready`, and what mends it."""
-    return report_findings(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S), "json" in options)
+    return report_findings(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S), options)
 
 
 # -- top --------------------------------------------------------------------
@@ -23498,9 +23445,6 @@ def command_machine_list(loaded: Loaded, options: Dict[str, str]) -> int:
     store = open_store(loaded, options, must_exist=True)
     machines = store.machines(options.get("pool", ""))
     store.close()
-    if "json" in options:
-        say_json([machine_record(machine) for machine in machines])
-        return Exit.OK
     rows = [("MACHINE", "POOL", "STATE", "TTL", "HOSTNAME", "CPU", "MEMORY", "GPUS", "FREE",
              "CPU %", "MEM %", "AGENT")]
     for machine in machines:
@@ -23510,8 +23454,8 @@ def command_machine_list(loaded: Loaded, options: Dict[str, str]) -> int:
                      machine.gpu_count or "-", metric("free_gpu_count"),
                      metric("cpu_utilization_pct"), metric("memory_utilization_pct"),
                      machine.agent_version or "-"))
-    say("\n".join(table_lines(rows)) if machines else "no machines yet: b9agent.py machine create")
-    return Exit.OK
+    return show_result(options, list(map(machine_record, machines)), lambda: "\n".join(
+        table_lines(rows)) if machines else "no machines yet: b9agent.py machine create")
 
 
 DEMO_INTERVAL_S = 1.0
@@ -23707,20 +23651,13 @@ def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
                 line.show(said, f"{said} ({now_s() - begun_s:.0f} s)")
     if isinstance(outcome[0], AgentError):
         raise outcome[0]
-    if "json" in options:
-        say_json(outcome[0])
-    else:
-        say("\n".join(inference_lines(outcome[0])))
-    return Exit.OK
+    return show_result(options, outcome[0], lambda: "\n".join(inference_lines(outcome[0])))
 
 
 def command_stop(loaded: Loaded, options: Dict[str, str]) -> int:
     status = call_agent(loaded.settings.state_dir, "/inference/stop", {}, 120.0)
-    if "json" in options:
-        say_json(status)
-    else:
-        say(status.get("message") or "stopped: its processes are gone and its port is closed")
-    return Exit.OK
+    return show_result(options, status, lambda: status.get("message") or
+                       "stopped: its processes are gone and its port is closed")
 
 
 def command_pull(loaded: Loaded, options: Dict[str, str]) -> int:
@@ -23728,11 +23665,8 @@ def command_pull(loaded: Loaded, options: Dict[str, str]) -> int:
     if "cancel" in options:
         answer = call_agent(loaded.settings.state_dir, "/inference/cancel",
                             {"model": options["operand"]})
-        if "json" in options:
-            say_json(answer)
-        else:
-            say(f"{answer['model']} is cancelled: {answer['message']}")
-        return Exit.OK
+        return show_result(options, answer,
+                           lambda: f"{answer['model']} is cancelled: {answer['message']}")
     return follow_transfer(loaded.settings.state_dir, "/inference/pull",
                            {"model": options["operand"]}, "json" in options)
 
@@ -23751,14 +23685,10 @@ def model_rows(answer: Dict[str, Any]) -> List[Sequence[str]]:
 
 def command_models(loaded: Loaded, options: Dict[str, str]) -> int:
     answer = call_agent(loaded.settings.state_dir, "/models", None, 30.0)
-    if "json" in options:
-        say_json(answer)
-        return Exit.OK
-    say("\n".join(table_lines(model_rows(answer))) if answer["models"] else
-        "no models yet: b9agent.py pull NAME")
-    if answer.get("message"):
-        say(answer["message"])
-    return Exit.OK
+    lines = table_lines(model_rows(answer)) if answer["models"] else [
+        "no models yet: b9agent.py pull NAME"]
+    lines += filter(None, [answer.get("message")])
+    return show_result(options, answer, lambda: "\n".join(lines))
 
 
 def model_command(verb: str, done: str) -> Callable[[Loaded, Dict[str, str]], int]:
@@ -23773,11 +23703,7 @@ def model_command(verb: str, done: str) -> Callable[[Loaded, Dict[str, str]], in
                 say("nothing was deleted")
                 return Exit.OK
         answer = call_agent(loaded.settings.state_dir, f"/models/{verb}", {"model": name}, 7200.0)
-        if "json" in options:
-            say_json(answer)
-        else:
-            say(f"{name} {done}")
-        return Exit.OK
+        return show_result(options, answer, lambda: f"{name} {done}")
     return run
 
 
@@ -23802,10 +23728,7 @@ def command_models_fit(loaded: Loaded, options: Dict[str, str]) -> int:
     if os.path.exists(os.path.expanduser(name)):
         name = os.path.abspath(os.path.expanduser(name))
     answer = call_agent(loaded.settings.state_dir, "/models/fit", dict(body, model=name), 60.0)
-    if "json" in options:
-        say_json(answer)
-    else:
-        say(answer["message"])
+    show_result(options, answer, lambda: answer["message"])
     return Exit.FAILED if answer["fits"] is False else Exit.OK
 
 
@@ -23813,13 +23736,10 @@ def command_models_verify(loaded: Loaded, options: Dict[str, str]) -> int:
     """Exit code 1 where a file is not what it was."""
     body = {"model": options["operand"]} if options.get("operand") else {}
     answer = call_agent(loaded.settings.state_dir, "/models/verify", body, 7200.0)
-    if "json" in options:
-        say_json(answer)
-    else:
-        for row in answer["models"]:
-            say(f"{row['name']}: " + ("as it was" if row["ok"] else "not as it was"))
-            for fault in row["faults"]:
-                say(f"  {fault['problem']}: {fault['path']}")
+    lines = [line for row in answer["models"] for line in (
+        f"{row['name']}: " + ("as it was" if row["ok"] else "not as it was"),
+        *(f"  {fault['problem']}: {fault['path']}" for fault in row["faults"]))]
+    show_result(options, answer, lambda: "\n".join(lines))
     return Exit.OK if all(row["ok"] for row in answer["models"]) else Exit.FAILED
 
 
@@ -24290,7 +24210,7 @@ def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
     running = as_user(folder_owner(loaded.settings.state_dir), agent_status, loaded)
     findings = run_checks(K3sChecks(loaded.settings, options, running).rows(), loaded,
                           DOCTOR_LIMIT_S)
-    return report_findings(findings, "json" in options, "the gateway can start no workers here",
+    return report_findings(findings, options, "the gateway can start no workers here",
                            "nothing keeps the gateway from starting workers here")
 
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=deaecc3724cecd2d374efa0b9f9babc98e3a45cd48e257b647e00581ce0dcf21
+  sha256=3c8d2548dd597f6001ffaaa21625445c561278906c91de2cb664e7377583d950
 }
 
 usage() {
