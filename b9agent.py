@@ -1804,6 +1804,23 @@ def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
                  f"{row.variable} or the config file" for row in rows)
 
 
+# Of the installer, of children, of `top`, of the client: no settings, though they are called so.
+_OTHER_VARIABLES = ("B9AGENT_TOKEN", "B9AGENT_MACHINE_ID", "B9AGENT_CHILD", "B9AGENT_SUPERVISOR",
+                    "B9AGENT_CONTROL_TOKEN", "BETA9_INFERENCE_HOST")
+
+
+def _misspelt(environ: Dict[str, str]) -> Iterator[str]:
+    """Variables that are no setting's, and are called much as one is."""
+    known = {row.variable.partition("_")[2]: row.variable for row in SETTINGS}
+    for name in sorted(environ):
+        prefix, _, rest = name.partition("_")
+        if (prefix in ("B9AGENT", "BETA9") and known.get(rest) != name
+                and name not in _OTHER_VARIABLES):
+            import difflib
+            for close in difflib.get_close_matches(rest, known, 1, 0.8):
+                yield f"the variable {printable(name)} is not read: {known[close]} is"
+
+
 def shared_mode(path: str) -> Optional[int]:
     """The mode of a file that others than its owner may use; None for one that is private."""
     try:
@@ -1982,7 +1999,7 @@ def load_settings(flags: Dict[str, str], environ: Dict[str, str],
     for key in ("token", "k3s_token"):
         REDACTOR.add(values[key])
     REDACTOR.add((values["gateway_proxy"] or "").rpartition("@")[0].rpartition("/")[2])
-    return Loaded(Settings(**values), origins, _warnings(flags))
+    return Loaded(Settings(**values), origins, (*_warnings(flags), *_misspelt(environ)))
 
 
 def save_config(path: str, values: Dict[str, Any]) -> Optional[str]:
@@ -22203,7 +22220,7 @@ def check_config(loaded: Loaded) -> Iterator[Finding]:
         (path if os.path.exists(path) else f"there is no {path}")
         + f"; {given} of {len(SETTINGS)} settings are not the default")
     for warning in loaded.warnings:
-        yield warn(warning, "b9agent.py init   # keeps it in the config file, 0600")
+        yield warn(warning, "")
 
 
 def check_files(loaded: Loaded) -> Iterator[Finding]:

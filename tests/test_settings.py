@@ -526,6 +526,21 @@ def test_a_secret_on_the_command_line_earns_a_warning():
     assert load({}, {"BETA9_TOKEN": TOKEN}).warnings == ()
 
 
+@pytest.mark.parametrize("name, meant", [
+    ("B9AGENT_INFERENCE_QEUE", "B9AGENT_INFERENCE_QUEUE"), ("BETA9_TOKN", "BETA9_TOKEN"),
+    ("BETA9_INFERENCE_PORT", "B9AGENT_INFERENCE_PORT"), ("B9AGENT_KEEPALIVE_INTERVAL", "BETA9_KEEPALIVE_INTERVAL")])
+def test_a_variable_that_is_misspelt_is_told_of(name, meant):
+    assert load({}, {name: "1"}).warnings == (f"the variable {name} is not read: {meant} is",)
+
+
+@pytest.mark.parametrize("name", ["B9AGENT_TOKEN", "B9AGENT_MACHINE_ID", "BETA9_INFERENCE_HOST", "B9AGENT_XYZZY",
+                                  "B9AGENT", "BETA9_CLUSTER", "OLLAMA_HOST", "B9AGENT_DRY_RUN", "B9AGENT_GATEWAY",
+                                  "B9AGENT_POOL", "B9AGENT_YES", "B9AGENT_PYTHON", "B9AGENT_QUIET", "B9AGENT_RUN_AS",
+                                  "B9AGENT_FROM", "B9AGENT_BASE_URL", "B9AGENT_NO_START", "B9AGENT_NO_SERVICE"])
+def test_variables_of_others_are_left_alone(name):
+    assert load({}, {name: "1"}).warnings == ()
+
+
 # -- the command line ----------------------------------------------------
 
 def parsed(*argv):
