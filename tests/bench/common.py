@@ -114,22 +114,22 @@ def scratch():
 # -- figures ------------------------------------------------------------
 
 def number(value):
-    """Three digits that count.
+    """Three digits that count; a count is whole.
 
-    >>> number(56312.0), number(281.4), number(2.034), number(0.1964), number(0), number(None)
-    ('56,300', '281', '2.03', '0.196', '0', '–')
+    >>> number(56312.0), number(281.4), number(2.034), number(0.1964), number(64), number(None)
+    ('56,300', '281', '2.03', '0.196', '64', '–')
     """
     if value is None:
         return "–"
-    places = 2 - math.floor(math.log10(abs(value))) if value else 0
+    places = 2 - math.floor(math.log10(abs(value))) if value and isinstance(value, float) else 0
     return "{:,.{}f}".format(round(value, places), max(0, places))
 
 
 def with_multiple(value, base):
     """A peer's figure, and how many times b9agent's that is.
 
-    >>> with_multiple(262, 54), with_multiple(9, 54), with_multiple(None, 54), with_multiple(5, 0)
-    ('262 (4.9×)', '9.00 (0.17×)', '–', '5.00')
+    >>> with_multiple(262.0, 54.0), with_multiple(9.0, 54.0), with_multiple(None, 54.0), with_multiple(5, 0)
+    ('262 (4.9×)', '9.00 (0.17×)', '–', '5')
     """
     if not value or not base or base < 0:
         return number(value)
