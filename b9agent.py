@@ -426,7 +426,7 @@ def clean_environment() -> Dict[str, str]:
     """The environment for a child: without our secrets, and without systemd's notify socket, which
     would let the child speak for us."""
     return {name: value for name, value in os.environ.items()
-            if name not in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+            if name not in ("INFERENCE_TOKEN", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
             and not (name.startswith(("BETA9_", "B9AGENT_")) and name.endswith(("TOKEN", "PROXY")))}
 
 
