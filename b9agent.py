@@ -19941,7 +19941,7 @@ def kept_machine_id(settings: Any, keep: bool) -> str:
     made = os.urandom(4).hex()
     if keep:
         try:
-            write_atomic(path, made + "\n", 0o644)
+            write_atomic(path, made + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}",
                              "The state folder must be writable") from error
