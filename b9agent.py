@@ -66,7 +66,7 @@ threads   main (signals, systemd), membership (the requests to the gateway), gpu
           for what would hold it up), audit (writes the audit log), gateway-address (looks it up,
           and ends); child-engine and child-engine-output, the same two of the tunnel's ssh, and
           tunnel (starts it again); first-token, inference-start, inference (looks at the engine),
-          pull, import or convert NAME (4 at most), provenance (hashes files); tailnet (asks
+          pull, import or conversion NAME (4 at most), provenance (hashes files); tailnet (asks
           tailscaled, where there is a trace of it); pods (watches worker pods, looks for a
           kubeconfig once a minute, renews the agent's own token for k3s); k3s-token (renews, with
           k3s.service_account); dashboard (the terminal), dashboard-facts, dashboard-log, dashboard-

@@ -224,6 +224,11 @@ def life_of_a_member(world):
     os.makedirs(os.path.dirname(model))
     with open(model, "wb") as handle:
         handle.write(make_gguf(llama_metadata("tiny", 1), 4096, "tiny"))
+    weights = os.path.join(home, "models", "weights")
+    head = b'{"w": {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8]}}'
+    world.write(os.path.join(weights, "config.json"), '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with open(os.path.join(weights, "model.safetensors"), "wb") as handle:
+        handle.write(len(head).to_bytes(8, "little") + head + bytes(8))
     token_file = world.write(os.path.join(home, "token"), token + "\n", 0o600)
     cli = lambda *words, **more: world.run("commands", home, *words, **more)
     cli("init", "--gateway", "127.0.0.1:1994", "--pool", POOL, "--machine-id", machine_id, "-y", BETA9_TOKEN=token)
@@ -263,7 +268,7 @@ def life_of_a_member(world):
     for words in (("tenant", "list"), ("audit", "verify"), ("audit", "head"), ("audit", "show"), ("report",),
                   ("report", "--evidence", "--out", os.path.join(home, "report.md")), ("logs",), ("doctor",),
                   ("top", "--once"), ("top", "--once", "--host", world.read(home, "control.addr")),
-                  ("models", "convert", "org/model", "--to", os.path.join(home, "mlx")),
+                  ("models", "convert", weights, "--to", os.path.join(home, "mlx")),
                   ("models", "unload", "llama3.2:1b"), ("models", "delete", "mine"), ("smoke", "--model", "llama3.2:1b"), ("tenant", "remove", "ada"),
                   ("stop",), ("start", "--model", model), ("stop",)):
         extra = {"B9AGENT_CONTROL_TOKEN": world.read(home, "control.token")} if "--host" in words else {}
@@ -597,7 +602,7 @@ CARD = {
         not_here("vllm, sglang", "they want NVIDIA or AMD; test_inference.py starts stand-ins"),
         row("llama-server", r"run llama-server"),
         not_here("mlx_lm.server", "Apple's; test_inference.py starts it"),
-        row("mlx_lm.convert", r"run mlx_lm\.convert"),
+        row("mlx_lm.convert", r"run mlx_lm\.convert", r"look ~/mlx"),
         row("with --tunnel ssh", r"run ssh"),
         row("which reads its keys and ~/.ssh/known_hosts, /etc/ssh/ssh_known_hosts, and writes none",
             r"ssh reads ~/\.ssh/known_hosts"),
@@ -628,7 +633,7 @@ CARD = {
         row("first-token", r"thread first-token"),
         row("inference-start", r"thread inference-start"),
         row("inference (looks at the engine)", r"thread inference"),
-        row("pull, import or convert NAME (4 at most)", r"thread pull \S+", r"thread import \S+", r"thread convert \S+"),
+        row("pull, import or conversion NAME (4 at most)", r"thread pull \S+", r"thread import \S+", r"thread conversion \S+"),
         row("provenance (hashes files)", r"thread provenance"),
         row("tailnet (asks tailscaled, where there is a trace of it)", r"thread tailnet"),
         row("pods (watches worker pods, looks for a kubeconfig once a minute, renews the agent's own token for k3s)",
@@ -892,6 +897,54 @@ def print_found(compared):
                                                                  for told in found}), len(compared.problems)))
     for problem in collections.Counter(compared.problems).items():
         print("%s  (%d times)" % problem)
+
+
+class Small:
+    """A world in which little was done."""
+    secrets, roles, dry = {"sesame-open-up": "machine token"}, {"127.0.0.1:1994": "GATEWAY"}, ""
+
+
+STATE = "/mnt/member/.b9agent/"
+
+
+@pytest.mark.parametrize("done, problem", [
+    (("write", "/etc/passwd.new", 0o600), "does not say: write /etc/passwd.new"),
+    (("write", STATE + "unheard-of", 0o600), "does not say: write STATE/unheard-of"),
+    (("read", "/mnt/member/.ssh/id_rsa"), "does not say: read ~/.ssh/id_rsa"),
+    (("look", "/etc/shadow"), "does not say: look /etc/shadow"),
+    (("remove", "/mnt/member/thesis.md"), "does not say: remove ~/thesis.md"),
+    (("rename", STATE + "config.yaml", None, "/mnt/member/public"), "does not say: rename STATE/config.yaml ~/public"),
+    (("write", STATE + "usage.json.77.tmp", 0o644), "write STATE/usage.json has mode 0o644, the card says 0o600"),
+    (("mode", STATE + "config.yaml", 0o640), "write STATE/config.yaml has mode 0o640, the card says 0o600"),
+    (("make", STATE + "audit", 0o755), "make STATE/audit has mode 0o755, the card says 0o700"),
+    (("listen", "0.0.0.0:11434", None, "tcp"), "does not say: listen 0.0.0.0:11434"),
+    (("bind", "127.0.0.1:4711", None, "udp"), ""),
+    (("connect", "198.51.100.7:443", None, "tcp"), "does not say: connect 198.51.100.7:443"),
+    (("connect", "unix:/run/docker.sock", None, "tcp"), "does not say: connect unix:/run/docker.sock"),
+    (("run", "curl", None, (["curl"], [])), "does not say: run curl"),
+    (("run", "ollama", None, (["ollama", "sesame-open-up"], [])), "machine token in the arguments of ollama"),
+    (("run", "ollama", None, (["ollama"], ["X=sesame-open-up"])), "machine token in the environment of ollama"),
+    (("thread", "miner"), "does not say: thread miner"),
+    (("power", "mount(x)"), "does not say: power mount(x)"),
+    (("signal", "SIGSTOP"), "does not say: signal SIGSTOP"),
+])
+def test_what_the_card_does_not_say_is_found(done, problem):
+    found = [text for text in Compared(Small, [strace.Act(1.0, "life", "agent", *done)], []).problems
+             if not text.startswith("not seen")]
+    assert len(found) == bool(problem) and all(problem in text for text in found), found
+
+
+@pytest.mark.parametrize("to, mode, found", [
+    (STATE + "config.yaml.7.tmp", 0o600, 0), (STATE + "config.yaml.7.tmp", 0o644, 2), (STATE + "agent.log", 0o600, 1),
+    ("127.0.0.1:1994", None, 0), ("127.0.0.1:1995", None, 1), ("pipe:[7]", None, 0)])
+def test_a_token_in_the_wrong_place_is_found(to, mode, found):
+    acts = [strace.Act(1.0, "life", "agent", "write", to, mode)] if mode else []
+    compared = Compared(Small, acts, [strace.Sent(2.0, "life", "agent", to, "token: sesame-open-up\n")])
+    assert sum(not text.startswith("not seen") for text in compared.problems) == found
+
+
+def test_a_claim_that_no_life_shows_is_found():
+    assert any("not seen, though the card says it: usage.json" in text for text in Compared(Small, [], []).problems)
 
 
 @pytest.mark.root
