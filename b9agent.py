@@ -41,10 +41,10 @@ hosts     the gateway that is configured, or the proxy set for it; the engine; a
           address; k3s's API, as its kubeconfig or k3s.server has it; the server of the tunnel,
           where one is set, and then the gateway through it alone; commands the agent that runs,
           `top --host` the one that it names; `k3s install` get.k3s.io, and what the vendor's
-          installer fetches; nobody else. (The routing table is asked for the way to the gateway,
-          or to 192.0.2.1: that sends nothing.) The machine token goes to the gateway and nowhere
-          else, and no redirect is followed. Ollama itself fetches models from its registries; the
-          others are told to stay offline with files that are here
+          installer fetches; the system's name servers; nobody else. (The routing table is asked
+          for the way to the gateway, or to 192.0.2.1: that sends nothing.) The machine token goes
+          to the gateway and nowhere else, and no redirect is followed. Ollama itself fetches
+          models from its registries; the others are told to stay offline with files that are here
 terminal  `run` on one, and `top`: its alternate screen, and keys without echo, given back at every
           end but SIGKILL
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA

@@ -42,6 +42,7 @@ from helpers import AGENT, HERE, Program, agent_command, nvidia_smi_script, wait
 from kube_api import SERVER_CA, kubeconfig  # noqa: E402
 
 TAILNET = "100.64.0.7"
+NAMES = "127.0.0.53:53"
 POOL = "gpu"
 
 
@@ -56,8 +57,9 @@ mount --make-rprivate /; mount -t tmpfs -o mode=755 none /mnt
 for d in etc usr var root; do mkdir -p /mnt/.$d/up /mnt/.$d/work
 mount -t overlay -o lowerdir=/$d,upperdir=/mnt/.$d/up,workdir=/mnt/.$d/work overlay /$d; done
 mount -t tmpfs -o mode=755 none /run
+rm -f /etc/resolv.conf; echo nameserver %s > /etc/resolv.conf
 exec "$@"
-""" % TAILNET
+""" % (TAILNET, NAMES.partition(":")[0])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("BETA9_", "B9AGENT_"))}
     return ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", commands,
             "sh", *script], environment
@@ -420,7 +422,7 @@ def life_of_strangers(world):
     ask(http.client.HTTPConnection("127.0.0.1", 11435), jwt(), "/api/tags", None, "GET")
     wait_until(lambda: re.search("pods|k3s", agent.text()), "k3s was asked")
     assert agent.stop() == 0
-    world.run("doctor", home, "doctor", *strangers, code=None)
+    world.run("doctor", home, "doctor", "--gateway-host", "gateway.example", *strangers, code=None)
 
 
 TOGETHER = (life_of_a_member, life_behind_a_tunnel, life_on_a_terminal, life_of_a_demo, life_with_nvidia)
@@ -442,16 +444,13 @@ def live(world):
     stand_in(world, "tailscale", "cat %s/server.pem %s/server.key\n" % (tls, tls))
     life_of_the_gateway(world)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        began = time.monotonic()
         def one(life):
             try:
                 life(world)
+                return ""
             except BaseException:
-                print(life.__name__, traceback.format_exc(), file=sys.stderr)
+                print(traceback.format_exc(), file=sys.stderr)
                 return life.__name__
-            finally:
-                if os.environ.get("CARD_TIMES"):
-                    print("%-30s %.1f s" % (life.__name__, time.monotonic() - began), file=sys.stderr)
         problems = [name for name in pool.map(one, TOGETHER) if name]
     problems += [name for name in map(one, AFTER) if name]
     for program in world.programs:
@@ -574,7 +573,8 @@ CARD = {
         row("`top --host` the one that it names", r"connect AGENT"),
         row("`k3s install` get.k3s.io", r"connect get\.k3s\.io"),
         not_here("what the vendor's installer fetches", "the installer is a stand-in"),
-        row("nobody else.", ),
+        row("the system's name servers", r"connect NAMES"),
+        row("nobody else."),
         row("(The routing table is asked for the way to the gateway, or to 192.0.2.1: that sends nothing.)",
             r"route GATEWAY", r"route 192\.0\.2\.1"),
         not_here("The machine token goes to the gateway and nowhere else", "held by what is_sent() finds"),
@@ -715,7 +715,7 @@ class Compared:
         for act in acts:
             if act.kind in ("bind", "listen") and self._listeners.get(act.what, "agent") == "agent":
                 self._listeners[act.what] = act.by  # the agent looks whether a port is free, for others
-        self._modes, self._touched = {}, set()
+        self._modes, self._widest, self._touched = {}, {}, set()
         for path in [act.what for act in acts if act.by == "agent" and act.kind in ("read", "write", "make")]:
             while path not in self._touched:
                 self._touched.add(path)
@@ -755,7 +755,7 @@ class Compared:
         elif act.kind in ("bind", "listen", "name"):
             yield "%s %s%s" % (act.kind, "udp " if act.more == "udp" else "", self._port(act.what))
         elif act.kind == "connect":
-            yield "%s %s" % ("route" if act.more == "udp" else "connect", self._host(act))
+            yield "%s %s" % ("route" if act.more == "udp" and act.what != NAMES else "connect", self._host(act))
         elif act.kind == "run":
             if act.what != "agent":
                 yield self._program(act)
@@ -783,6 +783,8 @@ class Compared:
         return "%s:%s" % (host.replace(TAILNET, "TAILNET"), port if known and port not in self._named else "FREE")
 
     def _host(self, act):
+        if act.what == NAMES:
+            return "NAMES"
         if act.more == "udp":
             return {"192.0.2.1:9": "192.0.2.1", "127.0.0.1:9": "GATEWAY"}.get(act.what, act.what)
         port = act.what.rpartition(":")[2]
@@ -843,6 +845,7 @@ class Compared:
             return  # it was there
         if act.mode is not None:
             self._modes[act.what] = act.mode
+            self._widest[act.what] = self._widest.get(act.what, 0) | act.mode
             if act.mode & ~mode:
                 self.problems.append("%s has mode %#o, the card says %#o" % (told, act.mode, mode))
 
@@ -855,7 +858,10 @@ class Compared:
                     self.problems.append("%s in the arguments of %s" % (what, act.what))
                 if act.what != "agent" and any(value in word for word in act.more[1]):
                     self.problems.append("%s in the environment of %s, started by %s" % (what, act.what, act.by))
+        routes = {act.what for act in acts if act.kind == "connect" and act.more == "udp"} - {NAMES}
         for piece in sent:
+            if piece.by == "agent" and piece.to in routes:
+                self.problems.append("something was sent where only the way was asked for: " + piece.to)
             for value, what in self.world.secrets.items():
                 if piece.by == "agent" and value in piece.data:
                     self._check_sent(piece, what)
@@ -863,12 +869,12 @@ class Compared:
     def _check_sent(self, piece, what):
         to = self.path(piece.to)
         if piece.to.startswith("/"):
-            if (self._modes.get(piece.to) or self._modes.get(re.sub(r"\.[0-9]+\.tmp$", "", piece.to)) or 0) & 0o177:
+            if self._widest.get(piece.to, 0o777) & 0o177:
                 self.problems.append("%s in a file that others may read: %s" % (what, piece.to))
         else:
             to = self._host(strace.Act(0, "", "", "", piece.to, None)) if ":" in piece.to and "[" not in piece.to else \
                 re.sub(r":\[.*", "", piece.to)
-        if not re.match(PLACES[what] + "$", to):
+        if not re.match("(?:%s)$" % PLACES[what], to):
             self.problems.append("%s went to %s (life %s)" % (what, to, piece.life))
 
 
@@ -888,15 +894,14 @@ def compare():
     """Run inside in_a_world().  Returns: Compared."""
     world = World()
     failed = live(world)
+    assert not failed, "it did not end well: " + ", ".join(failed)
     strace.wait_ended()
     acts, sent = [], []
     for life, output in world.traces:
         trace = strace.Trace(output, life, is_agent)
         acts += trace.acts
         sent += trace.sent
-    compared = Compared(world, acts, sent)
-    compared.problems[:0] = ["it did not end well: " + name for name in failed]
-    return compared
+    return Compared(world, acts, sent)
 
 
 def print_found(compared):
@@ -912,7 +917,7 @@ def print_found(compared):
 
 
 class Small:
-    """A world in which little was done."""
+    """A world in which little is known."""
     secrets, roles, dry = {"sesame-open-up": "machine token"}, {"127.0.0.1:1994": "GATEWAY"}, ""
 
 
