@@ -909,7 +909,9 @@ def print_found(compared):
         for told, (section, entry) in found.items():
             print("%-9s %-60s %s" % (section, told[:60], entry.words[:70]))
     rows = [entry for section in CARD.values() for entry in section]
-    print("\n%d rows of the card, %d not to be had here; %d different acts compared; %d problems" % (
+    print("\n%s, Linux %s, Python %s, %s" % (time.strftime("%Y-%m-%d"), os.uname().release, sys.version.split()[0],
+                                             subprocess.getoutput("strace --version").splitlines()[0]))
+    print("%d rows of the card, %d not to be had here; %d different acts compared; %d problems" % (
         len(rows), sum(bool(entry.why) for entry in rows), len({told for found in compared.seen.values()
                                                                  for told in found}), len(compared.problems)))
     for problem in collections.Counter(compared.problems).items():
