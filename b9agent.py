@@ -5,42 +5,46 @@ it alive with true figures.  One file, the standard library of Python 3.8, Linux
 
 What it does to this machine, all of it:
 
-files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
-          reads   STATE/config.yaml, a token file if one is set; STATE/tenants.yaml; the files of
-                  tls.cert, tls.key and oidc.jwks; /proc, /sys, /etc/os-release, and whether the
-                  devices of GPUs are there; the heads of model files it is asked about, all of
-                  them to hash them; Ollama's manifests and blobs; whether tailscaled is installed;
-                  STATE/k3s.kubeconfig, /etc/rancher/k3s/k3s.yaml, ~/.kube/config and
-                  the files that the one in use names; with k3s.token its authority's certificate
-          writes  STATE/config.yaml 0600 (`init`; config.yaml.old 0600 where it had comments),
-                  machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
-                  journald), energy.json 0600 (energy.json.bad where it was broken),
-                  control.token 0600, control.addr; models.json 0600 (models.json.bad);
-                  inference.token 0600, inference.addr, usage.json 0600 (.bad); audit/ 0700 with
-                  DATE.jsonl and head.json 0600, removed after audit.keep_days; tenants.yaml
-                  0600 (`tenant`); FILE 0600 (`report --out FILE`); tls/tailnet.crt and .key
-                  0600 (tls: tailscale); children/engine.json 0600, logs/engine-*.log 0600
-                  (16 MiB each, five), the same two of tunnel; k3s.kubeconfig 0600
-                  (`k3s rbac --apply`, and to renew its token); hub/ (a cache of Hugging
-                  Face's where there is none);
-                  gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
-                  folder (`demo`), removed; on macOS, for an instant, k3s's client key 0600;
-                  `service install`, `k3s install`: what their --dry-run prints, and
-                  the vendor's installer in a temporary file, removed
+files     STATE is ~/.b9agent, or --state-dir; in it, and it, folders are 0700 and files 0600.
+          reads   what it wrote; a token file if one is set; the files of tls.cert, tls.key and
+                  oidc.jwks; /proc, with the environments of processes (to know those it started),
+                  /sys, os-release, /run/systemd/container; whether marks of a container, devices
+                  of GPUs, tailscaled and k3s are there; the heads of model files it is asked
+                  about, all of them to hash them; Ollama's manifests and blobs; that of
+                  k3s.kubeconfig, else /etc/rancher/k3s/k3s.yaml or ~/.kube/config, and the files
+                  that the one in use names; with k3s.token its authority's certificate;
+                  `service`, `doctor`: the service's files; `k3s install`: config.yaml of k3s,
+                  and the files it is given
+          writes  STATE/config.yaml (`init`; config.yaml.old where it had comments), machine_id,
+                  agent.lock, agent.log (5 MiB and one old one; not under journald), energy.json,
+                  models.json, usage.json (and .bad where one was broken), control.token,
+                  control.addr, inference.token, inference.addr; audit/ with DATE.jsonl and
+                  head.json, removed after audit.keep_days; tenants.yaml (`tenant`);
+                  tls/tailnet.crt and .key (tls: tailscale); children/engine.json,
+                  logs/engine-*.log (16 MiB each, five), the same two of tunnel; k3s.kubeconfig
+                  (`k3s rbac --apply`, and to renew its token); hub/ (a cache of Hugging Face's
+                  where there is none); gateway.db with its -wal, -shm and -journal (`gateway`,
+                  `machine`).  Elsewhere: FILE 0600 (`report --out FILE`, `k3s token --write
+                  FILE`); a temporary folder 0700 (`demo`), removed; on macOS, for an instant,
+                  k3s's client key 0600; `service install`, `k3s install`: what their --dry-run
+                  prints, install.lock beside it, and the vendor's installer in a temporary file,
+                  removed
 ports     127.0.0.1:9999 control API, and 9999 on the tailnet address where there is one, unless
           control.host is set or tailnet.control is false; 127.0.0.1:11434 front door (11435 where
           that is taken), and 11434 on the tailnet address, unless inference.host is set; the
           engine, once started, a free one of 127.0.0.1; 127.0.0.1:1994 only as `gateway`; three
-          free ones as `demo`; `doctor` binds the ports it tells of for an instant; the tunnel's ssh
-          a free one of 127.0.0.1, and with tunnel.reverse_k3s the server's sshd 6443 there
-hosts     the gateway that is configured, or the proxy set for it; the engine; tailscaled, over its
-          socket; that of oidc.jwks, where it is an address; k3s's API, as its kubeconfig or
-          k3s.server has it; the server of the tunnel, where one is set, and then the gateway
-          through it alone; `top --host` the agent that it names; `k3s install` get.k3s.io, and
-          what the vendor's installer fetches; nobody else. (The routing table is asked for the way
-          to the gateway, or to 192.0.2.1: that sends nothing.) The machine token goes to the
-          gateway and nowhere else, and no redirect is followed. Ollama itself fetches models from
-          its registries; the others are told to stay offline with files that are here
+          free ones as `demo`; `doctor`, `service install` and `k3s install` bind the ports they
+          tell of for an instant; the tunnel's ssh a free one of 127.0.0.1, and with
+          tunnel.reverse_k3s the server's sshd 6443 there
+hosts     the gateway that is configured, or the proxy set for it; the engine; an Ollama that is
+          here; tailscaled and systemd, over their sockets; that of oidc.jwks, where it is an
+          address; k3s's API, as its kubeconfig or k3s.server has it; the server of the tunnel,
+          where one is set, and then the gateway through it alone; commands the agent that runs,
+          `top --host` the one that it names; `k3s install` get.k3s.io, and what the vendor's
+          installer fetches; the system's name servers; nobody else. (The routing table is asked
+          for the way to the gateway, or to 192.0.2.1: that sends nothing.) The machine token goes
+          to the gateway and nowhere else, and no redirect is followed. Ollama itself fetches
+          models from its registries; the others are told to stay offline with files that are here
 terminal  `run` on one, and `top`: its alternate screen, and keys without echo, given back at every
           end but SIGKILL
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
@@ -48,11 +52,13 @@ programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi w
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
           python3 with Metal; tailscale where it is installed and tailscaled's socket does not
           answer, and with tls: tailscale for the certificate; `service` runs systemctl, loginctl,
-          useradd, launchctl or rc-service, and `doctor` asks them, ps and lsof on macOS (lsof with
-          --tunnel, too); the engine that is started: ollama, vllm, sglang, llama-server or
-          mlx_lm.server; mlx_lm.convert; with --tunnel ssh, which reads its keys and
-          ~/.ssh/known_hosts, /etc/ssh/ssh_known_hosts, and writes none; `k3s install` sh with the
-          vendor's installer, and k3s --version
+          useradd, launchctl, rc-service or rc-update, restorecon, and, by env, the new b9agent.py
+          to try it; `doctor` asks the service managers, ps and lsof on macOS (lsof with --tunnel,
+          too); the engine that is started: ollama, vllm, sglang, llama-server or mlx_lm.server;
+          mlx_lm.convert; with --tunnel ssh, which reads its keys and ~/.ssh/known_hosts,
+          /etc/ssh/ssh_known_hosts, and writes none; `k3s install` env and sh with the vendor's
+          installer, and k3s --version.  None of them is given a token; what it started it ends.
+          As root, `service` and `k3s` do with a user's rights what is that user's
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
           vendor's driver, and ends), control or gateway (accepts; another for the tailnet's
           address), and control-client or gateway-client for each connection to those, 64 or 256 at
@@ -60,26 +66,24 @@ threads   main (signals, systemd), membership (the requests to the gateway), gpu
           for what would hold it up), audit (writes the audit log), gateway-address (looks it up,
           and ends); child-engine and child-engine-output, the same two of the tunnel's ssh, and
           tunnel (starts it again); first-token, inference-start, inference (looks at the engine),
-          pull, import or convert NAME (4 at most), provenance (hashes files); tailnet (asks
+          pull, import or conversion NAME (4 at most), provenance (hashes files); tailnet (asks
           tailscaled, where there is a trace of it); pods (watches worker pods, looks for a
           kubeconfig once a minute, renews the agent's own token for k3s); k3s-token (renews, with
           k3s.service_account); dashboard (the terminal), dashboard-facts, dashboard-log, dashboard-
           start, -stop, -pull, -cancel or -doctor (what a key asks for, one of each); check-NAME
-          (`doctor`)
+          (`doctor`), start, installer and demo (commands of these names wait in them)
 
 To read it: sections stand in order, and each uses only names from above it.
 
-   1 errors, exit codes, redaction, clock      12 HTTP server core, 12b metrics
-   2 doors: files, programs, the network       14 control API
-   3 settings: one table, YAML subset, flags   15a tunnel, 15b tailnet, 15c pods, 15d k3s
-   4 log, events and snapshot                  16a dashboard: frame, 16b terminal
-   5 host metrics                              17 embedded gateway
-   6 GPUs, energy and carbon                   18 client: from b9agent import inference
-   7 gateway client and membership             19 agent: the composition
-   8 child processes, 9a model files           20 service, 20b doctor, 20c k3s
-   9b engines, 9c models, 9d inference         21 commands, main
-  10 guards, 11 access                         13a dialects, 13b relay, 13c front door
-  11b audit log, 11c report
+   1 errors, exit codes, clock      9c models, 9d inference     15a tunnel, 15b tailnet
+   2 doors: files, programs, net    10 guards                   15c pods, 15d k3s
+   3 settings: YAML, table, flags   11 access, 11b audit log    16a dashboard, 16b terminal
+   4 log, events, snapshot          11c report                  17 embedded gateway
+   5 host metrics                   12 HTTP server core         18 client: import inference
+   6 GPUs, energy and carbon        12b metrics                 19 agent: the composition
+   7 gateway client, membership     13a dialects, 13b relay     20 service, 20b doctor
+   8 child processes                13c front door              20c k3s: check and install
+  9a model files, 9b engines        14 control API              21 commands, main
 """
 import sys
 
@@ -445,7 +449,7 @@ def clean_environment() -> Dict[str, str]:
     """The environment for a child: without our secrets, and without systemd's notify socket, which
     would let the child speak for us."""
     return {name: value for name, value in os.environ.items()
-            if name not in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+            if name not in ("INFERENCE_TOKEN", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
             and not (name.startswith(("BETA9_", "B9AGENT_")) and name.endswith(("TOKEN", "PROXY")))}
 
 
@@ -19853,7 +19857,7 @@ def kept_machine_id(settings: Any, keep: bool) -> str:
     made = os.urandom(4).hex()
     if keep:
         try:
-            write_atomic(path, made + "\n", 0o644)
+            write_atomic(path, made + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}",
                              "The state folder must be writable") from error
@@ -22792,7 +22796,7 @@ class K3sInstall:
             handle.write(script)
             handle.flush()
             argv = ["/usr/bin/env", *drop, *environment, "sh", handle.name]
-            thread = threading.Thread(daemon=True, target=lambda: results.append(
+            thread = threading.Thread(daemon=True, name="installer", target=lambda: results.append(
                 run_command(argv, K3S_INSTALL_LIMIT_S)))
             thread.start()
             begun_s = now_s()
@@ -23529,7 +23533,7 @@ def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
         say(f"gateway {server.url}, machine {machine_id}, pool demo, Ctrl-C ends it")
         show(machine_id, "pending", {})
         late = threading.Timer(20.0, agent.stop)
-        late.daemon = True
+        late.daemon, late.name = True, "demo"
         if once:
             late.start()
         agent.run()
@@ -23658,7 +23662,7 @@ def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
             outcome.append(call_agent(state_dir, "/inference/start", body, 7200.0))
         except AgentError as error:
             outcome.append(error)
-    thread, begun_s = threading.Thread(target=post, daemon=True), now_s()
+    thread, begun_s = threading.Thread(target=post, name="start", daemon=True), now_s()
     thread.start()
     with goes_on("the start", "b9agent.py stop") as line:
         while thread.is_alive():

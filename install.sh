@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=3c8d2548dd597f6001ffaaa21625445c561278906c91de2cb664e7377583d950
+  sha256=97ad7f0c602610c7df35e55f3277fdea08a52cd8a6dbe3356337457d7fe3d939
 }
 
 usage() {
