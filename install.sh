@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=3217463b91bc3e68f2194712d418746485291f561be436a1616a31a697a7080a
+  sha256=97ad7f0c602610c7df35e55f3277fdea08a52cd8a6dbe3356337457d7fe3d939
 }
 
 usage() {

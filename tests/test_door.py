@@ -1123,8 +1123,10 @@ def test_requests_for_a_loaded_model_wait_here_and_not_in_ollama(tmp_path):
             sock.sendall(rig.request({"model": model, "stream": False, "messages": [
                 {"role": "user", "content": "x"}]}, path="/api/chat"))
             return sock
-        socks = [send() for _ in range(3)]
-        wait_until(lambda: rig.door.status()["waiting"] == 2 and rig.engine.asked, "two wait")
+        socks = [send()]  # alone: it waits, too, until somebody has seen that the model is there
+        wait_until(lambda: rig.engine.asked, "the engine has one")
+        socks += [send() for _ in range(2)]
+        wait_until(lambda: rig.door.status()["waiting"] == 2, "two wait")
         assert len(rig.engine.asked) == 1
         assert read_answer(send())[0] == 429, "and no more than the queue holds"
         goes_on.set()
