@@ -3467,17 +3467,12 @@ def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tu
     return chosen if max_gpus is None else chosen[:max(0, max_gpus)]
 
 
-def is_free(gpu: Gpu, idle_pids: Iterable[int] = ()) -> bool:
+def is_free(gpu: Gpu) -> bool:
     """Whether the scheduler may place work on a GPU: it is healthy, nobody computes on it, and less
-    than 5 % of its memory, and less than 1 GiB, is in use; where that is unknown it may be busy.
-    idle_pids: engines of ours that are idle and would be ended for the work: they do not count."""
+    than 5 % of its memory, and less than 1 GiB, is in use; where that is unknown it may be busy."""
     total, used = gpu.memory_total_bytes, gpu.memory_used_bytes
-    if gpu.problem or total is None or used is None:
+    if gpu.problem or gpu.processes or total is None or used is None:
         return False
-    idle = set(idle_pids)
-    if any(process.pid not in idle for process in gpu.processes or ()):
-        return False
-    used -= sum(process.memory_bytes or 0 for process in gpu.processes or ())
     return used < min(total * 0.05, 1 << 30)
 
 
@@ -9638,10 +9633,11 @@ class TenantBook:
     def _stamp_now(self) -> Any:
         return file_stamp(self._path) or (file_stamp(self._token_path),)
 
-    def stale(self) -> bool:
-        """Whether refresh() has something to do; a look at the file once a second.  No waiting."""
+    def stale(self, at_once: bool = False) -> bool:
+        """Whether refresh() has something to do; a look at the file, once a second unless at_once.
+        No waiting."""
         now = self._clock()
-        if now >= self._look_s:
+        if at_once or now >= self._look_s:
             self._look_s = now + 1.0
             self._changed = self._stamp_now() != self._stamp
         return self._changed
@@ -10005,6 +10001,8 @@ class Access:
                 return Caller(tenant, "token")
         if self._oidc is not None and token.count(".") == 2:
             return self._by_claims(token, digest, host, wait)
+        if not wait and self._book.stale(at_once=True):
+            return None  # it was made just now
         raise self._failed(host, AccessRefused(
             401, "bad_token", "this token is not one of a tenant",
             "Was it rotated? `b9agent.py tenant rotate NAME` makes a new one"))
