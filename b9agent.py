@@ -20065,6 +20065,17 @@ AUDIT_EVENTS = dict(dict.fromkeys((
     tenants="tenants_changed")
 
 
+def keep_address(path: str, address: str, log: Log, level: str = "debug") -> None:
+    """For who asks from this machine.  A disk that does not take it costs the file, and only until
+    it is tried again."""
+    try:
+        if not os.path.lexists(path):
+            write_atomic(path, address + "\n")
+    except OSError as error:
+        log(level, "address_not_kept", what=f"{path}: {error.strerror}",
+            do="Make room: it is tried again, and nobody finds the agent without it")
+
+
 class Entrance:
     """The front door with what it needs, as long as an agent lives.
 
@@ -20165,6 +20176,12 @@ class Entrance:
             raise LockedError(f"port {port} is held by {holder}")
         return port
 
+    def keep_address(self, level: str = "debug") -> None:
+        here = self._here
+        if here is not None:
+            keep_address(os.path.join(self._settings.state_dir, "inference.addr"), here.url,
+                         self._log, level)
+
     def _serve_tailnet(self, host: str) -> Any:
         self._on_tailnet = self._door.listen(host, self._settings.inference_port or self._here.port,
                                              on_tailnet=True)
@@ -20173,15 +20190,14 @@ class Entrance:
     def start(self) -> None:
         """A port that cannot be had costs the front door, never the keepalive."""
         host = self._settings.inference_host or "127.0.0.1"
-        address_file = os.path.join(self._settings.state_dir, "inference.addr")
-        remove_file(address_file)
+        remove_file(os.path.join(self._settings.state_dir, "inference.addr"))
         try:
             self._door = self._make()
             self._door.start()
             here = self._door.listen(host, self._port(host))
             here.start()
             self._here = here
-            write_atomic(address_file, self._here.url + "\n")
+            self.keep_address("error")
         except (AgentError, OSError) as error:
             self.stop()
             what = getattr(error, "strerror", None) or getattr(error, "what", error)
@@ -20701,6 +20717,8 @@ class Agent:
         self._alive_until_s = now_s() + within_s
         self.tailnet.start()
         self.entrance.look_up()
+        self.entrance.keep_address()
+        self._keep_control_address()
         sample = self._sample
         if sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
@@ -20730,8 +20748,7 @@ class Agent:
     def _start_control(self) -> None:
         """A port that is taken costs the control API, never the keepalive."""
         settings = self.settings
-        address_file = os.path.join(settings.state_dir, "control.addr")
-        remove_file(address_file)
+        remove_file(os.path.join(settings.state_dir, "control.addr"))
         try:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
             api = ControlApi(self._log, token, agent_routes(self.status, self.metrics_text)
@@ -20740,7 +20757,7 @@ class Agent:
                                self._control_tls)
             server.start()
             self._control = server
-            write_atomic(address_file, host_port(server.host, server.port) + "\n")
+            self._keep_control_address("error")
             if self._tailnet_control:
                 self.tailnet.serve("control", lambda host: ApiServer(api, host, server.port))
         except (AgentError, OSError) as error:
@@ -20753,6 +20770,12 @@ class Agent:
                           "free one)"))
             return
         self._log("info", "listening", api="control", url=server.url)
+
+    def _keep_control_address(self, level: str = "debug") -> None:
+        server = self._control
+        if server is not None:
+            keep_address(os.path.join(self.settings.state_dir, "control.addr"),
+                         host_port(server.host, server.port), self._log, level)
 
     def _stop_control(self) -> None:
         if self._control is not None:
