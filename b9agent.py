@@ -7670,8 +7670,14 @@ class ModelBook:
         except OSError as error:
             if not self._failing:
                 self._log("error", "models_not_kept", what=f"{self._path}: {error.strerror}",
-                          do="They are known until the agent ends; the next change tries again")
+                          do="They are known until the agent ends, and it is tried again")
             self._failing = True
+
+    def keep(self) -> None:
+        """What a disk that was full has not taken."""
+        with self._lock:
+            if self._failing:
+                self._save()
 
 
 def _line(value: Any) -> Optional[str]:
@@ -8383,6 +8389,7 @@ class Inference:
                     return
             try:
                 self._look(up)
+                self.book.keep()
             except Exception as error:  # a defect costs one look, not the watch
                 self._log.defect(error)
             self._watch_wake.wait(INFERENCE_CHECK_S)
@@ -8467,6 +8474,7 @@ class Inference:
         with self._lock:
             self._closed = True
         self.transfers.cancel_all()
+        self.book.keep()
         self.stop()
 
     # -- models -----------------------------------------------------------
