@@ -221,7 +221,7 @@ class GatewayUnreachable(GatewayError):
 
 class HttpFailure(Exception):
     """No usable answer came back.  kind: dns, refused, network, timeout, tls, proxy, closed,
-    garbage, too_large."""
+    garbage, too_large, files (we may open no more)."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -687,7 +687,9 @@ def _http_failure(error: Exception) -> HttpFailure:
         return HttpFailure("refused", "connection refused")
     if isinstance(error, ConnectionError):
         return HttpFailure("closed", "the connection was closed before the answer was complete")
-    return HttpFailure("network", detail)
+    import errno
+    ours = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    return HttpFailure("files" if ours else "network", detail)
 
 
 def _connect(host: str, port: int, until_s: float) -> socket.socket:
@@ -4948,6 +4950,7 @@ _UNREACHABLE_HINTS = {
     "dns": "Check gateway.host, or the machine's name server",
     "tls": "Check gateway.scheme, and gateway.ca_file for an authority of your own",
     "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
+    "files": "It is this machine's limit: raise LimitNOFILE of the service, or ulimit -n",
     "timeout": "A firewall, or a tunnel that hangs? Try: "
                "curl -m 5 http://{host}:{port}/api/v1/health",
 }
