@@ -5109,7 +5109,7 @@ class GatewayClient:
         said = printable(REDACTOR.scrub(message))[:200]  # cut after: half a secret is one too
         code = str(answer.get("error_code") or "")
         pool, url = self._pool_name, self._endpoint.url
-        if not answer and reply.status in (400, 403, 404, 405):
+        if not answer and reply.status in (200, 400, 403, 404, 405):
             return self._unwell(f"it answered {reply.status} and no JSON, which is not the "
                                 "gateway's way: a proxy or an ingress before it?")
         if reply.status in (401, 403):
