@@ -16400,6 +16400,8 @@ def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]
     endpoint, headers = agent_address(state_dir)
     data = None if body is None else json.dumps(body).encode("utf-8")
     try:
+        if limit_s > 60.0:  # whether it answers at all is known sooner
+            http_request("GET", endpoint, "/health", {}, None, 10.0)
         stream = http_stream("GET" if body is None else "POST", endpoint, path, headers, data,
                              limit_s, idle_limit_s)
         if stream.status == 200:
