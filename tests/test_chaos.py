@@ -9,6 +9,7 @@ The agent, the gateway and the engine are processes; an interval between keepali
 needs root is done in mount and network namespaces of its own, which end with it.
 """
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -162,7 +163,7 @@ class Machine(RunningDoor):
     """The agent on an embedded gateway, with an engine, and a client that reads streams all the time.
     With a keepalive a second."""
 
-    streams = None
+    streams, tenant = None, "default"
 
     def __init__(self, folder, gateway=None, flags=(), **given):
         gateway = gateway or Gateway(folder)
@@ -248,16 +249,17 @@ class Machine(RunningDoor):
         assert now <= self.before["bytes"] + bytes_more, (self.before, now)
 
     def used(self):
-        return json.loads(self.read("usage.json"))["tenants"]["default"]
+        return json.loads(self.read("usage.json"))["tenants"].get(self.tenant, {"requests": 0})
 
-    def nothing_lost(self, streams=None):
-        """All streams came whole, and usage and audit log have each of them; all files are sound."""
+    def nothing_lost(self, others=0):
+        """All streams came whole, and usage and audit log have each of them, and of other clients; all
+        files are sound."""
         assert not self.streams.errors, self.streams.errors
         with self.streams.rest():
-            whole = self.streams.whole if streams is None else streams
+            whole = self.streams.whole + others
             wait_until(lambda: self.used()["requests"] == whole, "all are counted: %d" % whole)
             wait_until(lambda: len(self.audited()) == whole, "all are in the audit log")
-        if streams is None:
+        if not others:
             assert self.used()["completion_tokens"] == whole * Streams.TOKENS
         verified = self.cli("audit", "verify")
         assert verified.code == 0, verified
@@ -604,7 +606,195 @@ def descriptors(folder):
     return [Row("descriptors exhausted, clients waiting", told("unreachable", *words), took_s)]
 
 
-HEAVY = ("disk_full", "read_only", "descriptors")
+# Of Debian's libfaketime; the other libfaketime.so.1 is for programs of one thread.
+FAKETIME = "/usr/lib/%s-linux-gnu/faketime/libfaketimeMT.so.1" % os.uname().machine
+
+
+def ollama_without_preload(folder):
+    """The stand-in behind a shell that lets go of libfaketime, under which its threads hang."""
+    real = engines.stand_in(os.path.join(folder, "real"), "ollama")
+    path = os.path.join(folder, "bin", "ollama")
+    os.mkdir(os.path.dirname(path))
+    with open(path, "w") as file:
+        file.write('#!/bin/sh\nunset LD_PRELOAD\nexec %s/ollama "$@"\n' % real)
+    os.chmod(path, 0o755)
+    return os.path.dirname(path)
+
+
+TENANTS = """tenants:
+  - {name: ada, token_sha256: ["%s", "%s"], old_token_until: "%s"}
+"""
+
+
+class TenantsMachine(Machine):
+    token, old_token, tenant = "b9-ada-has-this-token-now-0123456789", "b9-ada-had-this-token-then-012345", "ada"
+
+
+def clock_steps(folder):
+    """The agent's wall clock alone: by a file that libfaketime reads at each look."""
+    stamp, base = os.path.join(folder, "clock"), 0
+
+    def set_clock(text):
+        with open(stamp + "-new", "w") as file:
+            file.write(text)
+        os.rename(stamp + "-new", stamp)
+
+    def stepped(text, day_begins=False):
+        """It is ready all the time, streams go on, and what is used is used of the right day."""
+        nonlocal base
+        with machine.streams.rest():
+            set_clock(text)
+            base = machine.streams.whole if day_begins else base
+        machine.streams.go_on()
+        with machine.streams.rest():
+            whole = machine.streams.whole
+            wait_until(lambda: machine.used()["requests"] == whole - base, "%s: all is counted: %s of %d" % (
+                text, machine.used(), whole - base))
+            wait_until(lambda: len(machine.audited()) == whole, "the audit log goes on")
+        verified = machine.cli("audit", "verify")
+        assert verified.code == 0, verified
+        return machine.ask("GET", "/api/tags", token=machine.old_token)[0]
+    set_clock("+0")
+    half_a_day = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 43200))
+    tokens = [hashlib.sha256(token.encode()).hexdigest() for token in (
+        TenantsMachine.token, TenantsMachine.old_token)]
+    with TenantsMachine(
+            folder, program_folder=ollama_without_preload(folder), kind="ollama", LD_PRELOAD=FAKETIME,
+            FAKETIME_TIMESTAMP_FILE=stamp, FAKETIME_NO_CACHE=1, FAKETIME_DONT_FAKE_MONOTONIC=1,
+            tenants=TENANTS % (*tokens, half_a_day)) as machine:
+        words = "clock what=.*this machine's clock is 86[34].. s %s the gateway's.* do=.*timedatectl status"
+        assert stepped("-1d") == 200, "a token's end is later still"
+        machine.wait_log(words % "behind")
+        assert stepped("+0") == 200
+        assert stepped("+1d", day_begins=True) == 401, "the old token has ended"
+        machine.wait_log(words % "ahead of")
+        assert stepped("+0") == 200, "and has not"
+        status = machine.shown()
+        assert status["state"] == "ready" and not status["failures"], status
+        machine.as_before()
+    shown = "`ready`; log: this machine's clock is 86400 s %s the gateway's … timedatectl status"
+    return [Row("clock stepped by −1 day, and back", shown % "behind", None),
+            Row("clock stepped by +1 day, and back", shown % "ahead of", None,
+                "what tenants had used that day: a new one began")]
+
+
+def gateway_by_name(folder):
+    """Names come from a file of our own, and from a name server that is not there."""
+    names = os.path.join(folder, "hosts")
+
+    def write(text):
+        with open(names, "w") as file:
+            file.write("127.0.0.1 localhost%s\n" % text)
+    write(" gw.chaos.test")
+    servers = os.path.join(folder, "resolv.conf")
+    with open(servers, "w") as file:
+        file.write("nameserver 127.0.0.1\n")
+    run("mount", "--bind", names, "/etc/hosts")
+    run("mount", "--bind", servers, "/etc/resolv.conf")
+    with Machine(folder, flags=("--gateway-host", "gw.chaos.test")) as machine:
+        write("")
+        shown = machine.wait_shown("unreachable", "cannot look up gw.chaos.test",
+                                   "Check gateway.host, or the machine's name server")
+        machine.streams.go_on()
+        write(" gw.chaos.test")
+        took_s = machine.wait_ready()
+        machine.nothing_lost()
+        machine.as_before()
+    return [Row("no names (DNS), and names again", shown, took_s)]
+
+
+HERE_IP, THERE_IP = "10.97.0.1", "10.97.0.2"
+
+
+def network_cut(folder):
+    """The gateway, and a client of the front door, are on the other end of a cable."""
+    with Program(["unshare", "--net", "sleep", "infinity"], environment(folder)) as other:
+        there = ["nsenter", "--target", str(other.pid), "--net"]
+        wait_until(lambda: os.readlink("/proc/%d/ns/net" % other.pid) != os.readlink("/proc/self/ns/net"),
+                   "another network")
+        run("ip", "link", "add", "here", "type", "veth", "peer", "name", "there", "netns", other.pid)
+        for prefix, name, address in (((), "here", HERE_IP), (there, "there", THERE_IP)):
+            run(*prefix, "ip", "address", "add", address + "/24", "dev", name)
+            run(*prefix, "ip", "link", "set", name, "up")
+        run(*there, "ip", "link", "set", "lo", "up")
+        with Machine(folder, Gateway(folder, THERE_IP, there), flags=(
+                "--gateway-host", THERE_IP, "--inference-host", "0.0.0.0", "--insecure")) as machine:
+            rows = [cut(machine, there, *each) for each in CUTS]
+            machine.nothing_lost(len(CUTS))
+            machine.as_before()
+    return rows
+
+
+SILENT = ("neigh", "replace", THERE_IP, "lladdr", "02:00:00:00:00:99", "dev", "here", "nud", "permanent")
+CUTS = (("network cut (link down), and healed", ("link", "set", "here", "down"),
+         ("link", "set", "here", "up"), ("Network is unreachable", "Check the network")),
+        ("packets vanish silently, and arrive again", SILENT, ("neigh", "del", THERE_IP, "dev", "here"),
+         ("no answer within", "A firewall")))
+
+
+def cut(machine, there, what, begin, end, words):
+    """The client on the other side reads its stream to the end, later; those on this side go on."""
+    reader = Program([*there, "curl", "-sN", "-H", "Authorization: Bearer " + machine.token, "-d", chat(60),
+                      "http://%s:%d/api/chat" % (HERE_IP, machine.port)], environment(machine.home))
+    with reader:
+        reader.wait_line('"content"', "out")
+        run("ip", *begin)
+        shown = machine.wait_shown("unreachable", *words)
+        machine.streams.go_on()
+        run("ip", *end)
+        took_s = machine.wait_ready()
+        assert reader.wait() == 0
+        assert json.loads(reader.lines("out")[-1])["eval_count"] == 60
+    return Row(what, shown, took_s)
+
+
+def small_memory(pid):
+    """Put a process into a memory cgroup that it does not fit.  Returns: how many the kernel has
+    killed there, as a function; None where this machine has no such cgroup for us."""
+    for top, limit, kills in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.oom_control"),
+                              ("/sys/fs/cgroup", "memory.max", "memory.events")):
+        folder = os.path.join(top, "b9chaos-%d-%s" % (os.getpid(), os.urandom(4).hex()))
+        with contextlib.suppress(OSError):
+            os.mkdir(folder)
+            try:
+                for name, value in ((limit, 1 << 20), ("cgroup.procs", pid)):
+                    with open(os.path.join(folder, name), "w") as file:
+                        file.write(str(value))
+                return folder, lambda: int(re.search(r"^oom_kill (\d+)", open(
+                    os.path.join(folder, kills)).read(), re.M).group(1))
+            except OSError:
+                os.rmdir(folder)
+    return None
+
+
+def out_of_memory(folder):
+    """The engine's server, at the next request."""
+    with Machine(folder) as machine:
+        registered, server = machine.shown()["registrations"], machine.status()["pid"]
+        cgroup = small_memory(server)
+        if cgroup is None:
+            os.kill(server, signal.SIGKILL)
+        what = machine.wait_log(r'child name=engine state=backoff .*what="([^"]*)"').group(1)
+        began_s = time.monotonic()
+        print(what, cgroup and cgroup[1](), file=sys.stderr)
+        wait_until(lambda: machine.status()["status"] == "running", "it runs again")
+        took_s = time.monotonic() - began_s
+        errors = list(machine.streams.errors)
+        print(errors, file=sys.stderr)
+        machine.streams.go_on()
+        status = machine.shown()
+        assert (status["state"], status["failures"], status["registrations"]) == ("ready", 0, registered)
+        if cgroup:
+            assert cgroup[1]() > 0, "it was the kernel"
+            os.rmdir(cgroup[0])
+        machine.streams.errors.clear()
+        machine.as_before()
+    return [Row("engine out of memory" + ("" if cgroup else " (SIGKILL: no memory cgroup here)"), what, took_s,
+                "the streams that it computed")]
+
+
+HEAVY = ("disk_full", "read_only", "descriptors", "clock_steps", "gateway_by_name", "network_cut",
+         "out_of_memory")
 
 
 def inside(name):
