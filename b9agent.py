@@ -5278,6 +5278,16 @@ class Membership:
         asked_s = getattr(error, "retry_after_s", None) or 0.0
         return max(asked_s, self._uniform(0.0, ceiling_s))
 
+    def _expire(self) -> None:
+        """A machine that has slept is ready no more, before the gateway can say so."""
+        silent_s = self._clock() - (self.snapshot.last_ready_s or 0.0)
+        if self.snapshot.state is State.READY and silent_s > GATEWAY_TTL_S:
+            error = MachineNotFound(f"no keepalive was sent for {silent_s:.0f} s, and the gateway "
+                                    "has forgotten this machine", "It registers again by itself")
+            self._must_register = True
+            self._enter(State.EXPIRED, message=str(error))
+            self._log.error("expired", error, "warning")
+
     def run(self, wake: Wake, stopping: Callable[[], bool], tick: Callable[[float], None]) -> None:
         """Until stopping() is true.  wake: asks to look again, at once.  tick(seconds): "I am
         alive, and will say so again within these seconds".
@@ -5297,6 +5307,7 @@ class Membership:
                 continue
             tick(6 * REGISTER_LIMIT_S)  # two requests, GPUs, and name look-ups that have no limit
             self._hurried = ()
+            self._expire()
             wait_s = self._safe_step()
             due_s = self._clock() + wait_s
         self._enter(State.STOPPED)
