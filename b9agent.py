@@ -225,7 +225,7 @@ class GatewayUnreachable(GatewayError):
 
 class HttpFailure(Exception):
     """No usable answer came back.  kind: dns, refused, network, timeout, tls, proxy, closed,
-    garbage, too_large."""
+    garbage, too_large, files (we may open no more)."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -710,7 +710,9 @@ def _http_failure(error: Exception) -> HttpFailure:
         return HttpFailure("refused", "connection refused")
     if isinstance(error, ConnectionError):
         return HttpFailure("closed", "the connection was closed before the answer was complete")
-    return HttpFailure("network", detail)
+    import errno
+    ours = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    return HttpFailure("files" if ours else "network", detail)
 
 
 def _connect(host: str, port: int, until_s: float) -> socket.socket:
@@ -2389,10 +2391,11 @@ class Log:
 
 class KeptFile:
     """Figures in the state folder, in one file.  A disk that is full costs what has changed, and
-    one line in the log.  path: None keeps nothing.  name: of the log's events about it."""
+    one line in the log.  path: None keeps nothing.  name: of the log's events about it.  failing:
+    the disk has not taken it."""
 
     def __init__(self, path: Optional[str], name: str, log: Callable[..., None]) -> None:
-        self._path, self._name, self._log, self._failing = path, name, log, False
+        self._path, self._name, self._log, self.failing = path, name, log, False
 
     def read(self, parse: Callable[[str], Any], max_bytes: int) -> Any:
         """What parse() makes of it, None where there is none.  One of which parse() makes None is
@@ -2413,16 +2416,16 @@ class KeptFile:
 
     def write(self, text: str) -> bool:
         """Whether it is on the disk."""
-        failed, self._failing = self._failing, False
+        failed, self.failing = self.failing, False
         try:
             if self._path is not None:
                 write_atomic(self._path, text)
         except OSError as error:
-            self._failing = True
+            self.failing = True
             if not failed:
                 self._log("error", self._name + "_not_kept", what=f"{self._path}: {error.strerror}",
                           do="It is known until the agent ends, and tried again")
-        return not self._failing
+        return not self.failing
 
 
 class State(enum.Enum):
@@ -5023,6 +5026,7 @@ _UNREACHABLE_HINTS = {
     "dns": "Check gateway.host, or the machine's name server",
     "tls": "Check gateway.scheme, and gateway.ca_file for an authority of your own",
     "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
+    "files": "It is this machine's limit: raise LimitNOFILE of the service, or ulimit -n",
     "timeout": "A firewall, or a tunnel that hangs? Try: "
                "curl -m 5 http://{host}:{port}/api/v1/health",
 }
@@ -5186,7 +5190,7 @@ class GatewayClient:
         said = printable(REDACTOR.scrub(message))[:200]  # cut after: half a secret is one too
         code = str(answer.get("error_code") or "")
         pool, url = self._pool_name, self._endpoint.url
-        if not answer and reply.status in (400, 403, 404, 405):
+        if not answer and reply.status in (200, 400, 403, 404, 405):
             return self._unwell(f"it answered {reply.status} and no JSON, which is not the "
                                 "gateway's way: a proxy or an ingress before it?")
         if reply.status in (401, 403):
@@ -5355,6 +5359,16 @@ class Membership:
         asked_s = getattr(error, "retry_after_s", None) or 0.0
         return max(asked_s, self._uniform(0.0, ceiling_s))
 
+    def _expire(self) -> None:
+        """A machine that has slept is ready no more, before the gateway can say so."""
+        silent_s = self._clock() - (self.snapshot.last_ready_s or 0.0)
+        if self.snapshot.state is State.READY and silent_s > GATEWAY_TTL_S:
+            error = MachineNotFound(f"no keepalive was sent for {silent_s:.0f} s, and the gateway "
+                                    "has forgotten this machine", "It registers again by itself")
+            self._must_register = True
+            self._enter(State.EXPIRED, message=str(error))
+            self._log.error("expired", error, "warning")
+
     def run(self, wake: Wake, stopping: Callable[[], bool], tick: Callable[[float], None]) -> None:
         """Until stopping() is true.  wake: asks to look again, at once.  tick(seconds): "I am
         alive, and will say so again within these seconds".
@@ -5374,6 +5388,7 @@ class Membership:
                 continue
             tick(6 * REGISTER_LIMIT_S)  # two requests, GPUs, and name look-ups that have no limit
             self._hurried = ()
+            self._expire()
             wait_s = self._safe_step()
             due_s = self._clock() + wait_s
         self._enter(State.STOPPED)
@@ -7717,6 +7732,12 @@ class ModelBook:
         self._used_s = {name: at for name, at in self._used_s.items() if name in rows}
         self._file.write('{"models": {\n%s\n}}\n' % ",\n".join(rows.values()))
 
+    def keep(self) -> None:
+        """What a disk that was full has not taken."""
+        with self._lock:
+            if self._file.failing:
+                self._save()
+
 
 def _line(value: Any) -> Optional[str]:
     """The first line of a text, to be kept."""
@@ -8426,6 +8447,7 @@ class Inference:
                     return
             try:
                 self._look(up)
+                self.book.keep()
             except Exception as error:  # a defect costs one look, not the watch
                 self._log.defect(error)
             self._watch_wake.wait(INFERENCE_CHECK_S)
@@ -8510,6 +8532,7 @@ class Inference:
         with self._lock:
             self._closed = True
         self.transfers.cancel_all()
+        self.book.keep()
         self.stop()
 
     # -- models -----------------------------------------------------------
@@ -16319,6 +16342,8 @@ def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]
     endpoint, headers = agent_address(state_dir)
     data = None if body is None else json.dumps(body).encode("utf-8")
     try:
+        if limit_s > 60.0:  # whether it answers at all is known sooner
+            http_request("GET", endpoint, "/health", {}, None, 10.0)
         stream = http_stream("GET" if body is None else "POST", endpoint, path, headers, data,
                              limit_s, idle_limit_s)
         if stream.status == 200:
@@ -19983,6 +20008,17 @@ AUDIT_EVENTS = dict(dict.fromkeys((
     tenants="tenants_changed")
 
 
+def keep_address(path: str, address: str, log: Log, level: str = "debug") -> None:
+    """For who asks from this machine.  A disk that does not take it costs the file, and only until
+    it is tried again."""
+    try:
+        if not os.path.lexists(path):
+            write_atomic(path, address + "\n")
+    except OSError as error:
+        log(level, "address_not_kept", what=f"{path}: {error.strerror}",
+            do="Make room: it is tried again, and nobody finds the agent without it")
+
+
 class Entrance:
     """The front door with what it needs, as long as an agent lives.
 
@@ -20083,6 +20119,12 @@ class Entrance:
             raise LockedError(f"port {port} is held by {holder}")
         return port
 
+    def keep_address(self, level: str = "debug") -> None:
+        here = self._here
+        if here is not None:
+            keep_address(os.path.join(self._settings.state_dir, "inference.addr"), here.url,
+                         self._log, level)
+
     def _serve_tailnet(self, host: str) -> Any:
         self._on_tailnet = self._door.listen(host, self._settings.inference_port or self._here.port,
                                              on_tailnet=True)
@@ -20091,15 +20133,14 @@ class Entrance:
     def start(self) -> None:
         """A port that cannot be had costs the front door, never the keepalive."""
         host = self._settings.inference_host or "127.0.0.1"
-        address_file = os.path.join(self._settings.state_dir, "inference.addr")
-        remove_file(address_file)
+        remove_file(os.path.join(self._settings.state_dir, "inference.addr"))
         try:
             self._door = self._make()
             self._door.start()
             here = self._door.listen(host, self._port(host))
             here.start()
             self._here = here
-            write_atomic(address_file, self._here.url + "\n")
+            self.keep_address("error")
         except (AgentError, OSError) as error:
             self.stop()
             what = getattr(error, "strerror", None) or getattr(error, "what", error)
@@ -20611,6 +20652,8 @@ class Agent:
         self._alive_until_s = now_s() + within_s
         self.tailnet.start()
         self.entrance.look_up()
+        self.entrance.keep_address()
+        self._keep_control_address()
         sample = self._sample
         if sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
@@ -20640,8 +20683,7 @@ class Agent:
     def _start_control(self) -> None:
         """A port that is taken costs the control API, never the keepalive."""
         settings = self.settings
-        address_file = os.path.join(settings.state_dir, "control.addr")
-        remove_file(address_file)
+        remove_file(os.path.join(settings.state_dir, "control.addr"))
         try:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
             api = ControlApi(self._log, token, agent_routes(self.status, self.metrics_text)
@@ -20650,7 +20692,7 @@ class Agent:
                                self._control_tls)
             server.start()
             self._control = server
-            write_atomic(address_file, host_port(server.host, server.port) + "\n")
+            self._keep_control_address("error")
             if self._tailnet_control:
                 self.tailnet.serve("control", lambda host: ApiServer(api, host, server.port))
         except (AgentError, OSError) as error:
@@ -20663,6 +20705,12 @@ class Agent:
                           "free one)"))
             return
         self._log("info", "listening", api="control", url=server.url)
+
+    def _keep_control_address(self, level: str = "debug") -> None:
+        server = self._control
+        if server is not None:
+            keep_address(os.path.join(self.settings.state_dir, "control.addr"),
+                         host_port(server.host, server.port), self._log, level)
 
     def _stop_control(self) -> None:
         if self._control is not None:

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=97ad7f0c602610c7df35e55f3277fdea08a52cd8a6dbe3356337457d7fe3d939
+  sha256=674f0f189cd254961da5cefe009ad6ce634e9530d1e6ff3db57e0cbea0a3871a
 }
 
 usage() {

@@ -359,6 +359,8 @@ def test_a_machine_that_slept_wakes_with_an_immediate_keepalive():
     assert times[1] - times[0] > 8 * 3600
     slept_until = 1000.0 + sum(loop.waits[:4]) + 8 * 3600
     assert times[1] == pytest.approx(slept_until), "it waited on after it woke"
+    assert life.names() == ["register", "keepalive"] * 2, "it is known there no more"
+    assert "warning expired" in life.stream.getvalue()
 
 
 def test_a_sleep_shorter_than_the_interval_delays_nothing():
