@@ -737,21 +737,40 @@ def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
     return line
 
 
+_HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HTTP_TEXT = "[\t -~\x80-\xff]*"
+_STATUS_LINE = fr"HTTP/1\.([01]) (?!101)([1-5][0-9]{{2}})(?: {_HTTP_TEXT})?"  # no other protocol
+
+
 def _split_head(lines: Sequence[str]) -> Tuple[str, Dict[str, str]]:
-    """(status line, headers with names in lower case)."""
-    pairs = [line.partition(":") for line in lines[1:]]
-    if not lines or any([not colon or name != name.strip() for name, colon, _ in pairs]):
-        raise HttpFailure("garbage", "not an HTTP answer")
-    return lines[0], {name.lower(): value.strip() for name, _, value in pairs}
+    """(first line, headers with names in lower case).  Raises: HttpFailure for what another reader
+    might take otherwise."""
+    headers: Dict[str, str] = {}
+    for line in lines[1:]:
+        name, value = line.lower().partition(":")[0], line.partition(":")[2].strip(" \t")
+        if not re.fullmatch(f"{_HTTP_TOKEN}:{_HTTP_TEXT}", line) or (
+                name in headers and name in ("content-length", "transfer-encoding")):
+            raise HttpFailure("garbage", "not an HTTP answer")
+        headers[name] = value
+    return "".join(lines[:1]), headers
 
 
-def _read_head(stream: io.BufferedReader) -> Tuple[str, Dict[str, str]]:
-    """As _split_head()."""
-    left_bytes, lines = 65536, []
+def _answer_framing(headers: Dict[str, str]) -> Tuple[Optional[int], bool]:
+    """(length of the body, whether it is chunked).  Raises: HttpFailure.  Source: RFC 9112, 6.3."""
+    length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
+    if (length is not None and (encoding is not None or not re.fullmatch("[0-9]{1,15}", length))
+            or encoding is not None and encoding.lower() != "chunked"):
+        raise HttpFailure("garbage", "an answer without a clear end")
+    return None if length is None else int(length), encoding is not None
+
+
+def _read_head(stream: io.BufferedReader, *before: str) -> Tuple[str, Dict[str, str]]:
+    """As _split_head().  before: in place of lines that do not come."""
+    left_bytes, lines = 65536, list(before)
     while True:
         line = _read_line(stream, left_bytes)
         left_bytes -= len(line)
-        text = line.rstrip(b"\r\n").decode("latin-1")
+        text = line[:-2 if line.endswith(b"\r\n") else -1].decode("latin-1")
         if not text:
             break
         lines.append(text)
@@ -825,18 +844,20 @@ def _pieces_of(stream: io.BufferedReader, length: int) -> Iterator[bytes]:
         yield piece
 
 
+_CHUNK_SIZE = rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?\r\n"
+
+
 def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:
     """A chunked body.  Source: RFC 9112, section 7.1."""
     while True:
-        size = _read_line(stream, 1024).split(b";")[0].strip()
-        if not re.fullmatch(b"[0-9a-fA-F]{1,8}", size):
+        size = re.fullmatch(_CHUNK_SIZE, _read_line(stream, 1024))
+        if not size:
             raise HttpFailure("garbage", "a chunk without a length")
-        if int(size, 16) == 0:
-            while _read_line(stream, 65536).strip():
-                pass  # trailers
+        if int(size.group(1), 16) == 0:
+            _answer_framing(_read_head(stream, "")[1])  # of trailers
             return
-        yield from _pieces_of(stream, int(size, 16))
-        if _read_line(stream, 3).strip():
+        yield from _pieces_of(stream, int(size.group(1), 16))
+        if _read_line(stream, 3) != b"\r\n":
             raise HttpFailure("garbage", "a chunk longer than it says")
 
 
@@ -878,22 +899,21 @@ class HttpStream:
         self.status = 100
         for _ in range(10):
             first, self.headers = _read_head(self._stream)
-            match = re.fullmatch(r"HTTP/1\.[01] ([1-5][0-9]{2})( .*)?", first)
+            match = re.fullmatch(_STATUS_LINE, first)
             if not match:
                 raise HttpFailure("garbage", "not an HTTP answer")
-            self.status = int(match.group(1))
+            self.status = int(match.group(2))
+            length, chunked = _answer_framing(self.headers)
             if self.status >= 200:
                 break
-        length = self.headers.get("content-length")
-        if self.status < 200 or length and (not re.fullmatch("[0-9]{1,15}", length)
-                                            or "transfer-encoding" in self.headers):
-            raise HttpFailure("garbage", "an answer without a clear end")
+        if self.status < 200:
+            raise HttpFailure("garbage", "an answer without an end")
         if method == "HEAD" or self.status in (204, 304):
             self._body: Iterator[bytes] = iter(())
-        elif self.headers.get("transfer-encoding"):
+        elif chunked:
             self._body = _chunks(self._stream)
-        elif length:
-            self._body = _pieces_of(self._stream, int(length))
+        elif length is not None:
+            self._body = _pieces_of(self._stream, length)
         else:
             self._body = iter(lambda: self._stream.read1(65536), b"")
 
@@ -12004,9 +12024,8 @@ def listener_tls(name: str, host: str, settings: Any, tls: Optional[ServerTls],
 
 # -- a connection ------------------------------------------------------
 
-_HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = f"({_HTTP_TOKEN}) ([!-~]+) HTTP/([0-9])[.]([0-9])"
-_HEADER_LINES = f"(?:\r\n{_HTTP_TOKEN}:[\t -~\x80-\xff]*)*"
+_HEADER_LINES = f"(?:\r\n{_HTTP_TOKEN}:{_HTTP_TEXT})*"
 _HTTP_ONCE = ("authorization", "content-length", "content-type", "expect", "host",
               "transfer-encoding")
 
@@ -14060,7 +14079,7 @@ class BodyReader:
                 if len(self._held) > 4096:
                     raise HttpFailure("garbage", "a chunk without a length")
                 break
-            self._framing(data[at:stop].rstrip(b"\r"))
+            self._framing(data[at:stop + 1])
             at = stop + 1
         if self.done and at < end:
             raise HttpFailure("garbage", "more than the body that was announced")
@@ -14068,17 +14087,19 @@ class BodyReader:
 
     def _framing(self, line: bytes) -> None:
         if self._line == "size":
-            size = line.partition(b";")[0].strip()
-            if not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
+            size = re.fullmatch(_CHUNK_SIZE, line)
+            if not size:
                 raise HttpFailure("garbage", "a chunk without a length")
-            self._left = int(size, 16)
+            self._left = int(size.group(1), 16)
             self._line = "end" if self._left else "trailer"
         elif self._line == "end":
-            if line:
+            if line != b"\r\n":
                 raise HttpFailure("garbage", "a chunk longer than it says")
             self._line = "size"
         else:
-            self.done = not line
+            self.done = line == b"\r\n"
+            if not self.done:
+                _answer_framing(_split_head(["", line[:-2].decode("latin-1")])[1])
 
 
 class Errands:
@@ -14324,16 +14345,12 @@ def parse_answer_head(head: bytes) -> Tuple[int, Optional[int], bool, bool, Dict
     """(status, length, whether it is chunked, whether the connection is kept, headers) of an
     engine's answer.  Most differ in their date, from second to second.  Raises: HttpFailure."""
     first, headers = _split_head(head.decode("latin-1").split("\r\n"))
-    match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
+    match = re.fullmatch(_STATUS_LINE, first)
     if not match:
         raise HttpFailure("garbage", "not an HTTP answer")
-    length, encoding = headers.get("content-length"), headers.get("transfer-encoding", "")
-    if length and (encoding or not re.fullmatch("[0-9]{1,15}", length)) or (
-            encoding and encoding.lower() != "chunked"):
-        raise HttpFailure("garbage", "an answer without a clear end")
     said = headers.get("connection", "").lower()
     keep = "close" not in said if match.group(1) == "1" else "keep-alive" in said
-    return int(match.group(2)), int(length) if length else None, bool(encoding), keep, headers
+    return (int(match.group(2)), *_answer_framing(headers), keep, headers)
 
 
 class EngineWire(RelaySocket):
