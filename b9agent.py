@@ -1470,18 +1470,18 @@ def parse_interval(text: str) -> float:
 
 def parse_cpu(text: str) -> int:
     """Millicores, from cores ("8", "0.5") or millicores ("8000m")."""
-    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(m?)", text)
-    millicores = 0 if not match else float(match.group(1)) * (1 if match.group(2) else 1000)
-    if millicores < 1 or millicores != int(millicores):
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)|([0-9]{1,9})m", text)
+    millicores = int(match.group(2) or round(float(match.group(1)) * 1000)) if match else 0
+    if not millicores:
         raise ValueError('cores ("8", "0.5") or millicores ("8000m")')
-    return int(millicores)
+    return millicores
 
 
 def parse_memory(text: str) -> int:
     """Bytes, a whole number of KiB."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([KMGT])i", text)
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,3})?)([KMGT])i", text)
     kib = int(float(match.group(1)) * 1024 ** "KMGT".index(match.group(2))) if match else 0
-    if kib < 1024:
+    if not 1024 <= kib < 10**12:
         raise ValueError('a size such as "16Gi" or "32768Mi", at least 1Mi')
     return kib << 10
 
@@ -13094,7 +13094,8 @@ def _checked(place: str, given: Any, where: str = "") -> Dict[str, Any]:
                        f"It is spelled `{like}`" if like != name else "Leave it out",
                        "unknown_field")
         if type(value) not in types:
-            if not (int in types and type(value) is float and value.is_integer()):
+            if not (int in types and type(value) is float and value.is_integer()
+                    and abs(value) < 1 << 63):
                 raise _bad(f"`{where}{name}` must be of type " + " or ".join(
                     kind for kind, type_ in _KINDS.items() if type_ in types))
             value = int(value)  # 1.0 is an integer

@@ -5,9 +5,12 @@ raises where it is not.  What may be refused is refused with the exception of th
 `check` takes; any other exception is a finding.  `seeds` are whole, valid inputs, `pieces` what the
 grammar gives a meaning to: inputs are seeds with a few pieces put in, taken out or said twice.
 """
+import base64
+import hashlib
 import json
 import os
 import random
+import re
 import socket
 import struct
 import tempfile
@@ -797,3 +800,482 @@ def seen_by_client(asked, out):
         for name in ("created", "created_at", "total_duration", "prompt_eval_duration", "eval_duration"):
             value.pop(name, None) if isinstance(value, dict) else None
     return json.dumps(found)
+
+
+# ---------------------------------------------------------------------- tokens of OpenID providers
+
+RSA_MODULUS = (  # of a key whose other half was thrown away
+    "rzNrStSFwzqwalDsyLl5fTigg6tQfUnHiCaekU34FkTAkYrxXJrWWEQ8L8S6mz68Kn_-LcdXBCeGly5eNcE9aeeAv0EipvoiJxF6yc5iYacXtq_hrj2"
+    "--npqOO7iC1Qh0X_Iz2pYs1DR7XOG7zclV4uOrVHyhIG01lHu4rSEFI5kENWclbuETLL7pqEwChmIpvKmeUBHynwscz6mGCSJN6kry-6ZwIR-0-"
+    "YNCOQ1sfLO_cCkRXDsemqkPEb1QCkfAec01Z6q4MEPAPEweRcwt9nRTIn9W6stp4JHftJ9vD0MophWUWIQ5tQILwN-YyK90kdHT4bsiZvd6oNNKUnvOQ")
+TOKEN = (
+    "eyJhbGciOiJSUzI1NiIsInR5cCI6IkpXVCIsImtpZCI6Im9uZSJ9.eyJpc3MiOiJodHRwczovL2kiLCJhdWQiOlsiYjkiLCJ4Il0sInN1YiI6ImFkYS03I"
+    "iwiZW1haWwiOiJhZGFAeCIsImVtYWlsX3ZlcmlmaWVkIjp0cnVlLCJncm91cHMiOlsiZyJdLCJleHAiOjIwMDAwMDAwMDAuMCwiaWF0IjoxNzAwMDAwMDAw"
+    "LjAsIm5iZiI6MTcwMDAwMDAwMC4wfQ.klQBxVnWM3hzEHFjP_YJfdFwbEt6KihYjou0NCHUJybk-7ySJxWo0S-SVqXsr9nx90gjDGXSvRIW91hZc3AlLFPQ"
+    "IiffFBngDJAI2uoRBFLB7DlI11LlDuJyKRi-Rbe48AcdYe150HFh_FXdwWM5C94jQWkACB9DZIw0Ad-xAMp1KeUCWWwEkpDoZMPSRTbaoHR45NCRsy5BOS35"
+    "sfyAaIRcOcYDk7jqH452OdNX0AYjvOsstQWyE4hC0w0gxfNNdF8sLs0fmA4l5fU6Ff8Lkw1tVOjVD9iR_ZBuEtWpxcg3RgZ4ApaWVC_YG5a7V7DmGnydxP9b"
+    "7vE7HYw7i5ei0Q")
+JWKS = {"keys": [{"kty": "RSA", "kid": "one", "use": "sig", "alg": "RS256", "n": RSA_MODULUS, "e": "AQAB"}]}
+
+
+class Quiet:
+    """A log.  Whatever is a defect is a finding."""
+
+    debug = False
+
+    def __call__(self, *_, **__):
+        pass
+
+    error = __call__
+
+    def defect(self, error, **_):
+        raise error
+
+
+@target("oidc", "no token but the one that was signed is taken, by no keys but those that it was signed with; the "
+        "rest is a ValueError", [as_bytes(JWKS) + b"\0" + as_bytes(TOKEN), as_bytes(JWKS) + b"\0" + as_bytes(TOKEN)],
+        JSON_PIECES + ["\0", ".", "=", "_", "-", "A", "AAAA", "AQAB", "eyJhbGciOiJub25lIn0", "one", "\u00e9", '"kid":1',
+                       '"alg":"none"', '"e":"Aw"', '"n":"AQ"', "AAAAAAAAAAAA"])
+def check_oidc(data):
+    jwks, _, token = data.partition(b"\0")
+    token, path = text_of(token), FOLDER.write("jwks.json", jwks)
+    if token is None:
+        return
+    oidc = b9agent.Oidc("https://i", "b9", path, Quiet(), lambda: 1.0, lambda: 1.8e9)
+    try:
+        claims = oidc.verify(token, "digest")
+    except ValueError:
+        assert oidc.known("digest") is None
+        return
+    assert token == TOKEN and b9agent.keys_of(jwks)["one"] == b9agent.keys_of(as_bytes(JWKS))["one"]
+    assert claims.names == ("ada-7", "ada@x", "group:g") and oidc.known("digest") == claims
+
+
+# ---------------------------------------------------------------------- files of the state folder
+
+@target("usage", "a usage.json of any kind is counted from, or is not; what is kept is read again",
+        [{"day": 20000, "date": "2024-10-04", "tenants": {"ada": {
+            "requests": 3, "prompt_tokens": 100, "completion_tokens": 50, "gpu_seconds": 4.5, "usd": 0.01}}}],
+        JSON_PIECES + ["1e308", "1e17", "NaN", "Infinity", '"ada":', '"bob":', "20001", "19999", "-0.0", "20000.0", "\\ud800"])
+def check_usage(data):
+    path = FOLDER.write("usage.json", data)
+    tenant = b9agent.Tenant("ada", limits=b9agent.Limits(tokens_per_day=10**6, gpu_seconds_per_day=1e6))
+
+    def ledger():
+        return b9agent.Ledger(path, Quiet(), 0.5, lambda: 5.0, lambda: 20000.5 * 86400)
+    first = ledger()
+    try:
+        first.settle(first.reserve(tenant, 5, 5, 5), 5, 5)
+    except b9agent.LimitReached as limit:
+        assert limit.args
+    first.save()
+    json.dumps(first.usage(), allow_nan=False)
+    if first.usage():
+        assert ledger().usage() == first.usage()
+
+
+@target("energy", "an energy.json of any kind is gone on from, or is not; what is kept is read again",
+        [{"version": 1, "since_wall_s": 1.7e9, "total": dict(b9agent.EnergyTotals()._asdict(), cpu_measured_j=5.5)}],
+        JSON_PIECES + ["NaN", "-0.0", "1e14", "1e15", "1.0"] + ['"%s":' % name for name in b9agent.EnergyTotals._fields])
+def check_energy(data):
+    path = FOLDER.write("energy.json", data)
+    settings = types.SimpleNamespace(grid_intensity=300.0, pue=1.2, renewable_pct=10.0, cpu_watts=None,
+                                     energy_certificate=None)
+
+    def meter():
+        return b9agent.EnergyMeter(path, settings, Quiet(), lambda: 5.0, lambda: 1.8e9)
+    first = meter()
+    first.save()
+    json.dumps(b9agent.energy_payload(first.report(), settings), allow_nan=False)
+    assert meter().report().total == first.report().total
+
+
+DIGEST = "0123456789abcdef" * 4
+
+
+@target("models", "a models.json of any kind is a book, or is set aside; what is noted is read again",
+        [{"models": {"m:latest": {"name": "m:latest", "manifest_digest": DIGEST, "size": 5, "layers": [
+            {"digest": "sha256:" + DIGEST, "size": 5}], "files": [{"path": "/m.gguf", "sha256": DIGEST, "size": 5}],
+            "first_served_at": "2026-01-02T03:04:05Z", "source": "hf.co/a/b", "license": "mit"}}}],
+        JSON_PIECES + ['"files":', '"layers":', '"name":', DIGEST, "sha256:", "/", "\\u0000", "../", "NaN", "\\ud800"])
+def check_models(data):
+    path = FOLDER.write("models.json", data)
+    book = b9agent.ModelBook(path, Quiet())
+    book.used("x:latest")
+    assert b9agent.ModelBook(path, Quiet()).entries() == json.loads(json.dumps(book.entries()))
+
+
+def audit_lines(count):
+    prev, lines = b9agent.AUDIT_START, []
+    for number in range(1, count + 1):
+        raw = b'{"v":1,"seq":%d,"time":"2024-10-04T01:00:%02d.000Z","kind":"event","event":"x","n":%d,"prev":"%s"' % (
+            number, number, number, prev.encode())
+        prev = hashlib.sha256(raw).hexdigest()
+        lines.append(raw + b',"hash":"%s"}\n' % prev.encode())
+    return b"".join(lines), prev
+
+
+AUDIT, AUDIT_HASH = audit_lines(4)
+
+
+@target("audit", "whatever is done to an audit file is found, but for half a line at its end", [AUDIT],
+        [AUDIT[at:at + 300] for at in range(0, len(AUDIT), 300)] + AUDIT.splitlines(True) + [
+            "\n", "\r\n", "0", "1", "f", '"', "}", "{", ",", " ", "\0", b"\xff", audit_lines(5)[0].splitlines(True)[4],
+            audit_lines(5)[0].splitlines(True)[4][:-2], '"kind":"pruned"', "2024-10-05"])
+def check_audit(data):
+    os.makedirs(FOLDER.path + "/audit", exist_ok=True)
+    FOLDER.write("audit/2024-10-04.jsonl", data)
+    FOLDER.write("audit/head.json", as_bytes(b9agent.AuditHead(4, AUDIT_HASH, "2024-10-04.jsonl", False)._asdict()))
+    folder = FOLDER.path + "/audit"
+    verdict = b9agent.verify_audit(folder, "4:" + AUDIT_HASH)
+    later = data[len(AUDIT):] if data.startswith(AUDIT) else None
+    made = audit_lines(5)[0]  # who may write the files may also add to them
+    assert verdict.ok == (later is not None and (b"\n" not in later or data.startswith(made)
+                                                 and b"\n" not in data[len(made):])), verdict
+    for line in b9agent.read_audit(folder):
+        assert line["seq"] in (1, 2, 3, 4, 5)
+    b9agent.settle_audit_tail("2024-10-04.jsonl", data.splitlines(True), b9agent.read_audit_head(folder))
+
+
+@target("head", "a head.json of any kind is a head or is none", [
+    b9agent.AuditHead(4, AUDIT_HASH, "2024-10-04.jsonl", False)._asdict()], JSON_PIECES + [AUDIT_HASH, '"seq":', "4.0"])
+def check_head(data):
+    os.makedirs(FOLDER.path + "/heads", exist_ok=True)
+    FOLDER.write("heads/head.json", data)
+    head = b9agent.read_audit_head(FOLDER.path + "/heads")
+    assert head is None or same(head._asdict(), json.loads(data))
+
+
+# ---------------------------------------------------------------------- Kubernetes, Tailscale, gateways
+
+POD = {"metadata": {"name": "worker-1", "creationTimestamp": "2026-01-02T03:04:05Z", "labels": {
+    "run.beam.cloud/worker-id": "w1"}, "resourceVersion": "5"}, "spec": {"containers": [{"name": "worker"}]}, "status": {
+        "phase": "Running", "containerStatuses": [{"name": "worker", "restartCount": 1, "state": {
+            "running": {"startedAt": "2026-01-02T03:04:06Z"}}, "lastState": {"terminated": {"exitCode": 1}}}],
+        "initContainerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}], "conditions": [
+            {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}]}}
+
+
+@target("pods", "an event of a watch, or a pod of a list, is a pod or is none; its figures can be true",
+        [POD, {"type": "ADDED", "object": POD}, {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "9"}}}],
+        JSON_PIECES + ['"%s":' % word for word in (
+            "terminated", "waiting", "running", "exitCode", "reason", "finishedAt", "startedAt", "phase", "type", "object",
+            "metadata", "name", "restartCount")] + ['"2026-01-02T03:04:05Z"', '"0000-00-00T99:99:99Z"', '"Succeeded"',
+                                                    '"CrashLoopBackOff"', '"DELETED"', '"ERROR"', "\u0660"])
+def check_pods(data):
+    value = b9agent._json_object(data)
+    pod = b9agent.parse_pod(value)
+    if pod is not None:
+        record = b9agent.pod_record(pod, 1.8e9)
+        assert pod.status in ("PENDING", "RUNNING", "COMPLETED", "FAILED") and record["restarts"] >= 0
+        assert record["duration_seconds"] is None or record["duration_seconds"] >= 0
+        json.dumps(record, allow_nan=False)
+    watch = b9agent.PodWatch(types.SimpleNamespace(), "0123abcd", Quiet())
+    try:
+        if isinstance(value.get("object"), dict):  # the client sees to that
+            version = watch._heed(value)
+            assert version is None or isinstance(version, str)
+    finally:
+        watch._wake.close()
+
+
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+KUBE_YAML = (
+    "apiVersion: v1\nkind: Config\nclusters:\n- cluster:\n    certificate-authority-data: %s\n    server: https://127.0.0.1:6443\n"
+    "  name: default\ncontexts:\n- context:\n    cluster: default\n    user: agent\n  name: default\ncurrent-context: default\n"
+    "preferences: {}\nusers:\n- name: agent\n  user:\n    token: abc.def-ghi\n") % base64.b64encode(PEM.encode()).decode()
+
+
+@target("kubeconfig", "a kubeconfig is one or a UsageError; as YAML it means what it means as JSON", [
+    KUBE_YAML, KUBE_YAML.replace("token: abc.def-ghi", "client-certificate-data: {0}\n    client-key-data: {0}".format(
+        base64.b64encode(PEM.encode()).decode())), {"current-context": "a", "clusters": [{"name": "a", "cluster": {
+            "server": "https://[::1]", "certificate-authority-data": "LS0t"}}], "contexts": [
+                {"name": "a", "context": {"cluster": "a"}}]}],
+        YAML_PIECES + JSON_PIECES + ["server: ", "https://", "name: ", "token: ", "exec: ", "LS0tLS1CRUdJTiA=", "proxy-url: x"])
+@without_secrets
+def check_kubeconfig(data):
+    import yaml
+    text = data.decode("utf-8", "replace")
+    if "/" in text.replace("https://", ""):
+        text = text.replace("ile: /", "ile: ").replace('ile":"/', 'ile":"')  # no file of this machine
+
+    def parse(text):
+        try:
+            return b9agent.parse_kubeconfig(text, FOLDER.path + "/config", True)
+        except UsageError as error:
+            assert error.what.startswith(FOLDER.path)
+            return None
+    found = parse(text)
+    if found is not None:
+        assert b9agent.parse_host(found.endpoint.host) == found.endpoint.host and " " not in found.token
+        if not text.lstrip().startswith("{"):
+            other = parse(json.dumps(yaml.load(text, yaml.BaseLoader)))
+            assert other and other.token == found.token and other.endpoint[:3] == found.endpoint[:3]
+
+
+@target("tailscale", "what tailscaled says is a reading or is none", [
+    {"BackendState": "Running", "TUN": True, "TailscaleIPs": ["100.64.0.7", "fd7a::7"], "Self": {"DNSName": "gpu.x.ts.net."}},
+    {"BackendState": "NeedsLogin", "Self": {"TailscaleIPs": ["100.64.0.7"]}},
+    {"Node": {"Name": "a.x.ts.net.", "Tags": ["tag:ci"], "Hostinfo": {}}, "UserProfile": {"LoginName": "ada@example.com"}}],
+        JSON_PIECES + ['"100.127.1.1"', '"100.128.0.1"', '"tag:x"', '"Tags":', '"Sharer":5', '"LoginName":', "\\n", "\\ud800"])
+def check_tailscale(data):
+    reading, who = b9agent.parse_tailscale_status(data), b9agent.parse_whois(data)
+    if reading is not None:
+        assert reading.state in ("none", "waiting", "up", "down") and isinstance(reading.message, str)
+        assert (reading.state == "up") is b9agent.is_tailnet_address(reading.address)
+        reading.name.encode("ascii")
+    if who is not None:
+        assert all(re.fullmatch("[!-~]+", word) for word in (who.login, *who.tags) if word)
+        assert not who.login.startswith("tag:") and not (who.login and who.tags)
+
+
+class Client(b9agent.GatewayClient):
+    """Whose gateway has answered."""
+
+    def __init__(self, reply):
+        super().__init__(b9agent.Endpoint("http", "gw", 1994), "t0k3n-t0k3n", "gpu", Quiet())
+        self._reply = reply
+
+    def _send(self, method, name, body, limit_s):
+        self._compare_clocks(self._reply)
+        return self._reply
+
+
+@target("gateway", "an answer of the gateway is ok or a GatewayError of one line", [
+    b"\x00" + as_bytes({"status": "ok", "machine_state": {}}), b"\x01" + as_bytes({"message": "Invalid pool name"}),
+    b"\x02" + as_bytes({"error": "x", "error_code": "machine_not_found"}), b"\x03<html>", b"\x04{}"],
+        JSON_PIECES + ['"status":"ok"', '"machine_state":', '"config":', '"message":', '"error":', '"error_code":', "\\ud800",
+                       "\\n", "\\u001b", "NaN", "machine_expired", "9" * 5000] + [bytes([number]) for number in range(10)])
+def check_gateway(data):
+    status = (200, 500, 404, 401, 302, 400, 403, 405, 429, 204)[data[0] % 10] if data else 200
+    headers = {"retry-after": text_of(data[1:4]) or "", "date": text_of(data[1:31]) or ""}
+    client = Client(b9agent.HttpReply(status, headers, data[1:]))
+    for ask in (lambda: client.register({}), lambda: client.keepalive({}), client.health, lambda: client.probe("register"),
+                lambda: client.heartbeat("0123abcd", ["m"])):
+        try:
+            ask()
+        except b9agent.GatewayError as error:
+            assert b9agent.printable(error.what) == error.what and len(error.what) < 600
+
+
+def embedded():
+    store = b9agent.MachineStore(os.path.join(FOLDER.path, "gateway.db"))
+    return store, b9agent.GatewayApi(Quiet(), store), store.create_machine("gpu")
+
+
+GATEWAYS = []
+KEEPALIVE = {"machine_id": "ID", "provider_name": "generic", "pool_name": "gpu", "agent_version": "1", "metrics": {
+    name: 1 for name in b9agent._METRICS}, "inference": {"status": "running", "ip": "1.2.3.4", "port": 1, "models": ["m"]}}
+REGISTER = {"token": "", "machine_id": "ID", "hostname": "h", "provider_name": "generic", "pool_name": "gpu", "cpu": "8000m",
+            "memory": "16Gi", "gpu_count": "1", "private_ip": "10.0.0.1"}
+
+
+@target("embedded", "a request to the embedded gateway is answered, or refused by an HttpError; its list stays JSON",
+        [b"r" + as_bytes(REGISTER), b"k" + as_bytes(KEEPALIVE)],
+        JSON_PIECES + ['"%s":' % name for name in (*REGISTER, *KEEPALIVE, *b9agent._METRICS)] + [
+            "1e308", "NaN", "9" * 400, "\\ud800", "\\u0000", '"MACHINE_ID":', "\u0660", "9223372036854775808", "r", "k"])
+def check_embedded(data):
+    GATEWAYS[:] = GATEWAYS or [embedded()]
+    store, api, (machine, token) = GATEWAYS[0]
+    name = "register" if data[:1] == b"r" else "keepalive"
+    head = b9agent.RequestHead("POST", "/api/v1/machine/" + name, {
+        "host": "x", "content-type": "application/json", "authorization": "Bearer " + token})
+    try:
+        response = api.answer(head, lambda: data[1:].replace(b"ID", machine.encode()))
+        assert response.status == 200
+        b9agent.encode_json(response.body)
+    except HttpError as error:
+        assert error.status in (400, 403, 500) and error.code != "failed", error.what
+    json.dumps([b9agent.machine_record(one) for one in store.machines()], allow_nan=False)
+
+
+class Engineless:
+    """Stands for an Inference: keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, method):
+        return lambda **fields: self.asked.append((method, fields)) or {}
+
+
+CONTROL_ENGINE = Engineless()
+CONTROL = b9agent.ControlApi(types.SimpleNamespace(kept=b9agent.Ring(9), events=b9agent.Ring(9)), "0" * 64, (
+    *b9agent.agent_routes(lambda fresh: {}, lambda: ""), *b9agent.inference_routes(CONTROL_ENGINE)))
+PATHS = [route.path for route in CONTROL.routes]
+
+
+@target("control", "a body or query to the control API is refused with what is wrong, or arrives as its route declares it",
+        [bytes([PATHS.index(path)]) + query + b"\0" + as_bytes(body) for path, query, body in (
+            ("/inference/start", b"", {"engine": "ollama", "model": "m", "context_tokens": 4096, "force": True}),
+            ("/inference/pull", b"", {"model": "m:1b", "stream": False}), ("/models/import", b"", {
+                "path": "/m", "name": "n", "quantize": "q4_K_M"}), ("/models/verify", b"", {}),
+            ("/logs", b"lines=5", ""), ("/events", b"since=5", ""), ("/status", b"fresh=true", ""))],
+        JSON_PIECES + ["\0", "=", "&", "%", "%00", "%ff", "+", ";", "lines=", "1e3", "4096.0", '"engine":', '"model":',
+                       '"context_tokens":', '"auto"'] + [bytes([number]) for number in range(len(PATHS))])
+def check_control(data):
+    path = PATHS[data[0] % len(PATHS)] if data else PATHS[0]
+    query, _, body = data[1:].partition(b"\0")
+    if b"follow" in query:
+        return
+    target = path + ("?" + query.decode("latin-1") if query else "")
+    del CONTROL_ENGINE.asked[:]
+    method = next(route.method for route in CONTROL.routes if route.path == path)
+    head = b9agent.RequestHead(method, target, {"host": "127.0.0.1", "content-type": "application/json",
+                                                "authorization": "Bearer " + "0" * 64})
+    try:
+        response = CONTROL.answer(head, lambda: body)
+    except HttpError as error:
+        assert 400 <= error.status < 500 and b9agent.printable(error.what) == error.what
+        assert b9agent.encode_json(CONTROL.error_body(error))
+        return
+    assert response.status == 200
+    rows = {field.name: field for route in CONTROL.routes if route.path == path for field in route.fields}
+    for _, fields in CONTROL_ENGINE.asked:
+        for name, value in fields.items():
+            assert b9agent.field_problem(rows[name], value) == ""
+
+
+# ---------------------------------------------------------------------- this machine and its GPUs
+
+TEXT_PIECES = ["", "-1", "9" * 400, ":", "\n", " ", "\x00", "\u00b2", "kB", "/..", "\\777", "1e9", "nan", "N/A", "[N/A]", "ERR!",
+               ",", '"', "{", "[", "}", "]", "null", "NaN", "1e999", "\ud7ff", "true", "<dict>", "</dict>", "<integer>", "<data>",
+               "&", "<array>", "</array>", "0x", "\x1b[", "GPU-", "MIG-", "\r", "No devices were found\n"]
+
+
+def read_as_host(text):
+    import test_host
+    for parse in test_host.PARSERS:
+        parse(text)
+    for pair in (b9agent.parse_diskstats(text, test_host.DISKS), b9agent.parse_net_dev(text),
+                 b9agent.parse_ioreg_disks(text), b9agent.parse_swapusage(text),
+                 b9agent.swap_use(b9agent.parse_meminfo(text)), (b9agent.parse_uptime(text),),
+                 b9agent.parse_cpuinfo(text)[1:], (b9agent.parse_boottime(text),)):
+        assert all(value is None or 0 <= value < 1 << 80 for value in pair)
+    for pid, row in b9agent.parse_ps(text).items():
+        assert pid == row.pid
+    b9agent.parse_proc_stat(text)
+    b9agent.parse_process_stat(text)
+    b9agent.parse_listeners(text, 11111)
+
+
+def host_seeds():
+    import test_children
+    import test_host
+    return [text.encode() for text in test_host.SEEDS + [test_children.MAC_PS,
+            "7 (a b) S 1 7 6 " + "0 " * 15 + "4711 5 6", " 0: 0100007F:2B67 00000000:0000 0A 0 0 0 0 0 4242\n"]]
+
+
+@target("host", "what the system says of itself is figures that can be true, or None", host_seeds(), TEXT_PIECES)
+def check_host(data):
+    read_as_host(data.decode("utf-8", "replace"))
+
+
+def gpu_seeds():
+    import test_other_gpus
+    smi = ("index, uuid, name\n0, GPU-1, NVIDIA A100, 81920 MiB, 5 MiB, 7 %, 30, 00000000:0C:00.0, 55.1 W, 400 W, [N/A], 1410 "
+           "MHz, 1593 MHz, 0, Enabled, 550.1\n")
+    return [text.encode() for text in (*test_other_gpus.SAMPLES, smi, "GPU-1, 4242, 512 MiB\n",
+                                       "Unable to determine the device handle for GPU 0000:02:00.0: Unknown Error\n")]
+
+
+@target("gpus", "what nvidia-smi, amd-smi, rocm-smi, xpu-smi, ioreg and files of /sys say is figures that can be true, or "
+        "None", gpu_seeds(), TEXT_PIECES)
+def check_gpus(data):
+    import test_other_gpus
+    import test_recordings
+    text = data.decode("utf-8", "replace")
+    test_other_gpus.parse_everything(text)
+    test_other_gpus.read_everything(text)
+    for columns in (b9agent.NVIDIA_SMI_COLUMNS, b9agent.NVIDIA_SMI_BASIC):
+        gpus = b9agent.parse_nvidia_smi(text, columns)
+        test_recordings.check_reading(b9agent.GpuReading("nvidia-smi", None if gpus is None else tuple(gpus), problem="x"))
+    for line in b9agent.parse_lost_gpus(text):
+        assert b9agent.printable(line) == line
+    b9agent.parse_compute_apps(text)
+    b9agent.parse_gpu_information(text)
+
+
+class Drawn(b9agent.NvmlLibrary):
+    """A libnvidia-ml that answers with these bytes.  Calls whose code is none of NVML's fail so."""
+
+    def __init__(self, data):
+        import ctypes
+        self._ctypes, self._struct, self.left = ctypes, struct, data
+
+    def draw(self, count):
+        found, self.left = self.left[:count], self.left[count:]
+        return found.ljust(count, b"\0")
+
+    def has(self, symbol):
+        return self.draw(1) != b"\xff"
+
+    def call(self, symbol, *arguments):
+        code = self.draw(1)[0]
+        for one in arguments:
+            one = getattr(one, "_obj", one)  # of byref()
+            if isinstance(one, self._ctypes.Array):
+                one.raw = self.draw(len(one))
+            elif isinstance(one, self._ctypes.c_uint32):
+                one.value = int.from_bytes(self.draw(4), "little")
+        return 0 if code < 200 else code - 200
+
+
+@target("nvml", "whatever values NVML's structures hold, a GPU has figures that can be true, or None", [
+    bytes(4000), bytes([1, 0, 2, 0, 0, 0]) + b"550.54\0" + bytes(89) + bytes(range(250)) * 8,
+    b"".join(b"\0" + struct.pack("<QIQ", number, 5, 81920 << 20) for number in range(80))],
+        COUNTS + [bytes([200 + code]) for code in (0, 2, 3, 4, 7, 9, 13, 15, 16, 22)] + ["GPU-", "\x01\0\0\0"])
+def check_nvml(data):
+    import test_recordings
+    clock = [1.0]
+    nvml = b9agent.Nvml(Drawn(data), FOLDER.path, lambda: clock[0])
+    for _ in range(2):
+        test_recordings.check_reading(nvml.read())
+        clock[0] += 1000.0
+
+
+@target("engine_metrics", "an engine's metrics are sums or None", [
+    'vllm:num_requests_running{model="m \\" x"} 1\nvllm:num_requests_waiting 2.5\n# HELP a b\na{n="1 2"} 1e3\n'],
+        TEXT_PIECES + ["a{", "} ", "a ", " 1\n", "1" * 31, "+Inf", "1e400", "-5"])
+def check_metric_sums(data):
+    for value in b9agent.metric_sums(data.decode("utf-8", "replace"), ["a", "vllm:num_requests_waiting", ""]):
+        assert value is None or 0 <= value <= 1e300
+
+
+def least_ask(dialect, task):
+    body = {"messages": SAID[:1]} if task in ("chat", "messages") else {"prompt" if task == "complete" else "input": "x"}
+    return b9agent.read_ask(dialect, task, as_bytes(dict(
+        body, model="m", **{"max_tokens": 5} if task == "messages" else {})))
+
+
+LEAST_ASKS = [least_ask(*row) for row in ROWS]
+
+
+@target("whole_answers", "an engine's whole answer, or its error, is JSON of the client's dialect with figures that can be true",
+        [bytes([number]) + as_bytes(value) for number, value in enumerate((
+            {"id": "1", "model": "e", "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None, "message": {
+                "role": "assistant", "content": "hi", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]}}],
+             "usage": {"prompt_tokens": 9, "completion_tokens": 3}}, {"choices": [{"text": "x"}]},
+            {"data": [{"embedding": [0.1, -2e-3]}], "usage": {"prompt_tokens": 4}}, {"error": {"message": "no /a/b/c"}},
+            {"error": ["x"], "detail": [{"loc": [1], "msg": "y"}]}, {"model": "m", "message": {"content": "hi", "thinking": "t"},
+             "done": True, "eval_count": 3, "prompt_eval_count": 9}, {"response": "x", "done": True},
+            {"embeddings": [[1, 2]], "prompt_eval_count": 2}))],
+        JSON_PIECES + ["<html>", "NaN", "1e999", "\\ud800", b"\xff", '"tool_calls":', '"function":', '"arguments":', '"error":',
+                       '"message":', '"choices":', "[1,]", "[.]", "[-]", "[1e999]"] + [bytes([number]) for number in range(32)])
+def check_whole_answers(data):
+    ask = LEAST_ASKS[data[0] % len(LEAST_ASKS) if data else 0]
+    status, body = (200, 200, 200, 500)[(data[0] >> 3) % 4] if data else 200, data[1:]
+    for engine in ENGINES[:2]:
+        try:
+            wire = b9agent.engine_request(ask, engine, "e/m", 64, 4096)
+        except HttpError:
+            continue
+        if not wire.path:
+            continue
+        told, raw, usage = b9agent.whole_answer(ask, wire, status, body, "1", 5)
+        assert 200 <= told <= 599
+        if told == 200 and ask.task == "embed":
+            continue  # numbers are moved, and not read
+        json.loads(raw)
+        for count in (usage.prompt_tokens, usage.completion_tokens):
+            assert count is None or 0 <= count < 1 << 53
