@@ -847,6 +847,7 @@ def check_oidc(data):
     except ValueError:
         assert oidc.known("digest") is None
         return
+    jwks = jwks.decode("utf-8", "replace").encode()  # as the file is read
     assert token == TOKEN and b9agent.keys_of(jwks)["one"] == b9agent.keys_of(as_bytes(JWKS))["one"]
     assert claims.names == ("ada-7", "ada@x", "group:g") and oidc.known("digest") == claims
 
