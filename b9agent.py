@@ -762,13 +762,19 @@ def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
     return line
 
 
+_HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HTTP_TEXT = "[\t -~\x80-\xff]*"
+_STATUS_LINE = fr"HTTP/1\.([01]) (?!101)([1-5][0-9]{{2}})(?: {_HTTP_TEXT})?"  # no other protocol
+_CHUNK_SIZE = rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?\r\n"
+
+
 def _read_head(stream: io.BufferedReader) -> bytes:
     """An answer's head, for parse_answer_head().  Raises: HttpFailure."""
     left_bytes, lines = 65536, []
     while not lines or lines[-1]:
         line = _read_line(stream, left_bytes)
         left_bytes -= len(line)
-        lines.append(line.rstrip(b"\r\n"))
+        lines.append(line[:-2 if line.endswith(b"\r\n") else -1])
     return b"\r\n".join(lines[:-1])
 
 
@@ -839,6 +845,27 @@ class AnswerHead(NamedTuple):
     headers: Dict[str, str]
 
 
+def _headers_of(lines: Sequence[str]) -> Dict[str, str]:
+    """Names in lower case.  Raises: HttpFailure for what another reader might take otherwise."""
+    headers: Dict[str, str] = {}
+    for line in lines:
+        name, value = line.lower().partition(":")[0], line.partition(":")[2].strip(" \t")
+        if not re.fullmatch(f"{_HTTP_TOKEN}:{_HTTP_TEXT}", line) or (
+                name in headers and name in ("content-length", "transfer-encoding")):
+            raise HttpFailure("garbage", "not an HTTP answer")
+        headers[name] = value
+    return headers
+
+
+def _framing_of(headers: Dict[str, str]) -> Tuple[Optional[int], bool]:
+    """(length of the body, whether it is chunked).  Raises: HttpFailure.  Source: RFC 9112, 6.3."""
+    length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
+    if (length is not None and (encoding is not None or not re.fullmatch("[0-9]{1,15}", length))
+            or encoding is not None and encoding.lower() != "chunked"):
+        raise HttpFailure("garbage", "an answer without a clear end")
+    return None if length is None else int(length), encoding is not None
+
+
 @functools.lru_cache(maxsize=16)
 def parse_answer_head(head: bytes) -> AnswerHead:
     """A head without its empty line; most differ in their date, from second to second.
@@ -846,41 +873,35 @@ def parse_answer_head(head: bytes) -> AnswerHead:
     Raises: HttpFailure.
     """
     first, *lines = head.decode("latin-1").split("\r\n")
-    match = re.fullmatch(r"HTTP/1\.([01]) ([1-5][0-9]{2})( .*)?", first)
-    pairs = [line.partition(":") for line in lines]
-    if not match or any([not colon or name != name.strip() for name, colon, _ in pairs]):
+    match = re.fullmatch(_STATUS_LINE, first)
+    if not match:
         raise HttpFailure("garbage", "not an HTTP answer")
-    headers = {name.lower(): value.strip() for name, _, value in pairs}
-    length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
-    if length and not re.fullmatch("[0-9]{1,15}", length) or encoding is not None and (
-            length or encoding.lower() != "chunked"):
-        raise HttpFailure("garbage", "an answer without a clear end")
+    headers = _headers_of(lines)
     said = headers.get("connection", "").lower()
     keep = "close" not in said if match.group(1) == "1" else "keep-alive" in said
-    return AnswerHead(int(match.group(2)), int(length) if length else None, bool(encoding), keep,
-                      headers)
+    return AnswerHead(int(match.group(2)), *_framing_of(headers), keep, headers)
 
 
 class BodyReader:
     """Takes an answer's body out of its framing.  Source: RFC 9112, 6 and 7.
 
-    length: None where it ends with the connection.
+    length: None where it ends with the connection.  excess: more came than what was announced.
     """
 
     def __init__(self, length: Optional[int], chunked: bool) -> None:
         self._left, self._chunked = 0 if chunked else length, chunked
         self._line, self._held = "size", b""
         self.done = self._left == 0 and not chunked
-        self.endless = length is None and not chunked
+        self.endless, self.excess = length is None and not chunked, False
 
     def feed(self, data: bytes) -> bytes:
         """Raises: HttpFailure where the framing is broken."""
         if self._chunked:
             return self._unchunk(data)
         if self._left is not None:
+            self.excess = len(data) > self._left
+            data = data[:self._left]
             self._left -= len(data)
-            if self._left < 0:
-                raise HttpFailure("garbage", "a body longer than it says")
             self.done = not self._left
         return data
 
@@ -901,25 +922,31 @@ class BodyReader:
                 if len(self._held) > 4096:
                     raise HttpFailure("garbage", "a chunk without a length")
                 break
-            self._framing(data[at:stop].rstrip(b"\r"))
+            self._framing(data[at:stop + 1])
             at = stop + 1
-        if self.done and at < end:
-            raise HttpFailure("garbage", "more than the body that was announced")
+        self.excess = at < end and self.done
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _framing(self, line: bytes) -> None:
+        """A line with its end."""
         if self._line == "size":
-            size = line.partition(b";")[0].strip()
-            if not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
-                raise HttpFailure("garbage", "a chunk without a length")
+            size = line[:-2]
+            if not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF") or (
+                    line[-2:] != b"\r\n"):
+                match = re.fullmatch(_CHUNK_SIZE, line)
+                if not match:
+                    raise HttpFailure("garbage", "a chunk without a length")
+                size = match.group(1)
             self._left = int(size, 16)
             self._line = "end" if self._left else "trailer"
         elif self._line == "end":
-            if line:
+            if line != b"\r\n":
                 raise HttpFailure("garbage", "a chunk longer than it says")
             self._line = "size"
         else:
-            self.done = not line
+            self.done = line == b"\r\n"
+            if not self.done:
+                _framing_of(_headers_of([line[:-2].decode("latin-1")]))
 
 
 class Upload(NamedTuple):
@@ -1530,18 +1557,18 @@ def parse_interval(text: str) -> float:
 
 def parse_cpu(text: str) -> int:
     """Millicores, from cores ("8", "0.5") or millicores ("8000m")."""
-    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)(m?)", text)
-    millicores = 0 if not match else float(match.group(1)) * (1 if match.group(2) else 1000)
-    if millicores < 1 or millicores != int(millicores):
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)|([0-9]{1,9})m", text)
+    millicores = int(match.group(2) or round(float(match.group(1)) * 1000)) if match else 0
+    if not millicores:
         raise ValueError('cores ("8", "0.5") or millicores ("8000m")')
-    return int(millicores)
+    return millicores
 
 
 def parse_memory(text: str) -> int:
     """Bytes, a whole number of KiB."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([KMGT])i", text)
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,3})?)([KMGT])i", text)
     kib = int(float(match.group(1)) * 1024 ** "KMGT".index(match.group(2))) if match else 0
-    if kib < 1024:
+    if not 1024 <= kib < 10**12:
         raise ValueError('a size such as "16Gi" or "32768Mi", at least 1Mi')
     return kib << 10
 
@@ -3777,7 +3804,8 @@ class Nvml:
     def _measure(self, handle: Any, known: Gpu) -> Gpu:
         found, failed = self._figures(handle, NVML_FIGURES)
         mig = {0: False, 1: True}.get(found.pop("mig_enabled", None))
-        gpu = known._replace(**dict(possible(found), mig_enabled=mig))
+        seen = dict({"memory_total_bytes": known.memory_total_bytes}, **possible(found))
+        gpu = known._replace(**dict(possible(seen), mig_enabled=mig))
         for symbol, code in failed.items():
             if is_sick(symbol, code):
                 return self._sick(gpu, code)
@@ -12045,9 +12073,8 @@ def listener_tls(name: str, host: str, settings: Any, tls: Optional[ServerTls],
 
 # -- a connection ------------------------------------------------------
 
-_HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = f"({_HTTP_TOKEN}) ([!-~]+) HTTP/([0-9])[.]([0-9])"
-_HEADER_LINES = f"(?:\r\n{_HTTP_TOKEN}:[\t -~\x80-\xff]*)*"
+_HEADER_LINES = f"(?:\r\n{_HTTP_TOKEN}:{_HTTP_TEXT})*"
 _HTTP_ONCE = ("authorization", "content-length", "content-type", "expect", "host",
               "transfer-encoding")
 
@@ -13116,7 +13143,8 @@ def _checked(place: str, given: Any, where: str = "") -> Dict[str, Any]:
                        f"It is spelled `{like}`" if like != name else "Leave it out",
                        "unknown_field")
         if type(value) not in types:
-            if not (int in types and type(value) is float and value.is_integer()):
+            if not (int in types and type(value) is float and value.is_integer()
+                    and abs(value) < 1 << 63):
                 raise _bad(f"`{where}{name}` must be of type " + " or ".join(
                     kind for kind, type_ in _KINDS.items() if type_ in types))
             value = int(value)  # 1.0 is an integer
@@ -13738,8 +13766,8 @@ class StreamFlow:
                     self.expect(Shape())
                     return
                 name = re.search(rb'"model": ?"[^"\\]*"', data)
-                found = re.search(rb'"%b": ?"()(?:[^"\\]|\\.)+(")' % key.encode(), data,
-                                  re.DOTALL)
+                found = len(data) < 1 << 16 and re.search(  # it takes 160 times the text's memory
+                    rb'"%b": ?"()(?:[^"\\]|\\.)+(")' % key.encode(), data, re.DOTALL)
                 begin = data.find(self._outer) if self._outer else found and found.start()
                 self.expect(Shape() if not found or not 0 <= begin <= found.start() else Shape(
                     data[begin:found.start(1)], data[found.start(2):] + b"\n" * self._lines, key,
@@ -14437,6 +14465,8 @@ class EngineWire(RelaySocket):
 
     def _more(self, data: bytes) -> None:
         piece = self._body.feed(data)
+        if self._body.excess:
+            raise HttpFailure("garbage", "more than the body that was announced")
         if piece:
             self.exchange.on_body(piece)
         if self._body.done and self.exchange is not None:

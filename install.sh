@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=674f0f189cd254961da5cefe009ad6ce634e9530d1e6ff3db57e0cbea0a3871a
+  sha256=2b7d624de6a901ea5425a5962c07e8c9b664e34094d766b1f39230ba17d4bfa9
 }
 
 usage() {

@@ -823,9 +823,9 @@ def test_each_platform_has_its_sources():
 
 def in_range(gpu):
     assert gpu.utilization_pct is None or 0 <= gpu.utilization_pct <= 100
-    assert gpu.power_w is None or 0 <= gpu.power_w <= 3000
+    assert gpu.power_w is None or 0 <= gpu.power_w <= 1e4
     for size in (gpu.memory_total_bytes, gpu.memory_used_bytes):
-        assert size is None or isinstance(size, int) and 0 <= size < 1 << 46
+        assert size is None or isinstance(size, int) and 0 <= size <= 1 << 50
     assert b9agent.is_free(gpu) in (True, False)
     json.dumps(gpu)
 
