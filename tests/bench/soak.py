@@ -435,6 +435,7 @@ def main():
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     options = parser.parse_args()
     minutes = 1.0 if options.quick else options.minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started ends with it
     folder = tempfile.mkdtemp(prefix="b9soak-")
     try:
         before, samples, after, clients, wrong, share = soak(folder, minutes)
