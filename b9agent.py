@@ -4954,7 +4954,7 @@ REGISTER_LIMIT_S = 30.0
 KEEPALIVE_LIMIT_S = 10.0
 GATEWAY_TTL_S = 300
 CLOCK_OFFSET_MAX_S = 60.0
-RETRY_AFTER_MAX_S = 120.0  # the gateway forgets a machine after 300 s, whatever it asked for
+RETRY_AFTER_MAX_S = 60.0   # the gateway forgets a machine after 300 s, whatever it asked for
 REFUSED_SOON_S = 600.0     # a 401 can be the gateway's own outage: ten minutes at the interval,
 REFUSED_LATER_S = 300.0    # then every five
 
@@ -5338,10 +5338,12 @@ class Membership:
                     last_ready_s=self._clock(), last_ready_wall_s=time.time())
         if was is not State.READY:
             self._log("notice", "ready", after_failures=failures or None)
-        # Jitter, so that a thousand agents started together do not march in step; less the time
-        # that the requests took, so that the period is the interval.
+        # Jitter, so that a thousand agents do not march in step: of all the interval after what
+        # brings them together (a power cut that ends), or they would for half an hour.  Less the
+        # time that the requests took, so that the period is the interval.
         took_s = self._clock() - started_s
-        return max(0.0, self._interval_s * self._uniform(0.9, 1.1) - took_s)
+        least = 0.9 if was is State.READY else 0.1
+        return max(0.0, self._interval_s * self._uniform(least, 1.1) - took_s)
 
     def _count_failure(self, error: GatewayError, name: str) -> None:
         outcome = ("refused" if isinstance(error, (TokenRefused, RequestRefused)) else
@@ -5383,9 +5385,10 @@ class Membership:
             soon = now - self._refused_since_s < REFUSED_SOON_S
             return (self._interval_s if soon else REFUSED_LATER_S) * self._uniform(0.9, 1.1)
         # Full jitter from 1 s, doubled each time, capped at the interval.
-        ceiling_s = min(2.0 ** min(self._failures_in_row - 1, 10), self._interval_s, 60.0)
-        asked_s = getattr(error, "retry_after_s", None) or 0.0
-        return max(asked_s, self._uniform(0.0, ceiling_s))
+        most_s, asked_s = min(self._interval_s, 60.0), getattr(error, "retry_after_s", None)
+        if asked_s:  # a thousand may have been told the same moment
+            return asked_s + self._uniform(0.0, most_s)
+        return self._uniform(0.0, min(2.0 ** min(self._failures_in_row - 1, 10), most_s))
 
     def _expire(self) -> None:
         """A machine that has slept is ready no more, before the gateway can say so."""
