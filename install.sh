@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=2b7d624de6a901ea5425a5962c07e8c9b664e34094d766b1f39230ba17d4bfa9
+  sha256=badc78bd3581c64be9ad5a2916d2db9b5730e37a1ee928406d094af0e62eadc3
 }
 
 usage() {
