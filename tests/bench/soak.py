@@ -63,7 +63,7 @@ class EmbeddedGateway:
         store.close()
         link = sqlite3.connect(self.db)
         with link:
-            link.execute("UPDATE machines SET token_sha256 = ?", (b9agent._sha256(TOKEN),))
+            link.execute("UPDATE machines SET token_sha256 = ?", (b9agent.token_hash(TOKEN),))
         link.close()
 
     def __enter__(self):
