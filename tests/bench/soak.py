@@ -26,7 +26,6 @@ import random
 import shutil
 import signal
 import socket
-import sqlite3
 import statistics
 import subprocess
 import sys
@@ -44,7 +43,6 @@ from fleet import about_the_machine, write_readme  # noqa: E402
 from fleet_processes import install  # noqa: E402
 from helpers import (Program, RunningDoor, agent_command, environment, print_table,  # noqa: E402
                      quiet_port, run_agent, wait_until)
-from hostile_gateway import TOKEN  # noqa: E402
 
 SAMPLE_S = 5.0
 GROWTH_KIB = 480.0  # of the whole run
@@ -53,18 +51,14 @@ TOKENS = {name: "token-of-%s-0123456789abcdef" % name for name in ("ada", "bob",
 
 
 class EmbeddedGateway:
-    """`b9agent.py gateway` with one machine, whose token is RunningDoor's."""
+    """`b9agent.py gateway` with one machine."""
 
     def __init__(self, folder):
         self.home, self.port = os.path.join(folder, "gateway"), quiet_port()
         self.db = os.path.join(self.home, "gateway.db")
         store = b9agent.MachineStore(self.db)
-        self.machine_id, _ = store.create_machine("external")
+        self.machine_id, self.token = store.create_machine("external")
         store.close()
-        link = sqlite3.connect(self.db)
-        with link:
-            link.execute("UPDATE machines SET token_sha256 = ?", (b9agent.token_hash(TOKEN),))
-        link.close()
 
     def __enter__(self):
         self.program = Program(agent_command("gateway", "--port", self.port, "--db", self.db),
