@@ -239,7 +239,7 @@ class Load:
         """Hours of it in minutes, in which what has a bound (the kept lines of the log, the events,
         caches, the allocators' own) comes to it.  Before the threads are started."""
         work = ((self.scrape, 1500), (self.clients.short, 1500), (self.clients.leaves, 200),
-                (self.clients.unknown_model, 1500), (self.clients.lists, 500), (self.edit_tenants, 500),
+                (self.clients.unknown_model, 4500), (self.clients.lists, 500), (self.edit_tenants, 500),
                 (self.fail_to_pull, 1200), (self.load_and_unload, 100), (self.pull, 40))
 
         def repeat(what, times):
