@@ -10,7 +10,7 @@ half way, read slowly, have a wrong token, are over their limit or send nonsense
 /status each 5 s, a follower of /events, `logs -f`, `top` on a terminal, `status` and `models`; pulls, half
 of them cancelled; models loaded and unloaded; tenants.yaml edited; engine and gateway killed now and then.
 
-First all of this thirty times as often, for five minutes (Load.hurry).  Then
+First most of it as fast as it goes, some minutes long (Load.age).  Then the
 claims, from samples each 5 s, after a warm-up of a fifth: memory (USS) grows by less than 480 KiB a run
 (slope of Theil and Sen); when the load ends, threads, descriptors and children are what they were before
 it; the log stays in its bound, the audit log grows with requests alone, what else is in the state folder
@@ -133,6 +133,9 @@ class Clients:
     def ollama(self):
         return self._read("/api/chat", self._body(True))
 
+    def short(self):
+        return self._read("/api/chat", self._body(True, "tokens=8"))
+
     def openai(self):
         return self._read("/v1/chat/completions", self._body(True))
 
@@ -176,23 +179,17 @@ class Clients:
 # -- what else goes on ----------------------------------------------------
 
 class Load:
-    """All that goes on at once, each on a thread that comes round again after its seconds.
+    """All that goes on at once, each on a thread that comes round again after its seconds."""
 
-    hurry: so many times as often, and nothing is killed: hours of it in minutes, in which what has a
-    bound (the lines of the log that are kept, the events, caches, the allocator's own) comes to it.
-    """
-
-    def __init__(self, door, gateway, clients, hurry=1):
+    def __init__(self, door, gateway, clients):
         self.door, self.gateway, self.clients = door, gateway, clients
         self._stop, self.failed = threading.Event(), []
         self._pulls = 0
         rounds = [(self.clients.one, 1.0)] * 10 + [
             (self.scrape, 5.0), (self.follow_events, 1.0), (self.pull, 12.0), (self.load_and_unload, 10.0),
-            (self.edit_tenants, 15.0), (self.commands, 30.0)]
-        if hurry == 1:
-            rounds += [(self.kill_engine, 90.0), (self.restart_gateway, 130.0)]
-        self._threads = [threading.Thread(target=self._round, args=(what, pause_s / hurry))
-                         for what, pause_s in rounds]
+            (self.edit_tenants, 15.0), (self.commands, 30.0), (self.kill_engine, 90.0),
+            (self.restart_gateway, 130.0)]
+        self._threads = [threading.Thread(target=self._round, args=each) for each in rounds]
 
     def __enter__(self):
         home = self.door.home
@@ -231,6 +228,26 @@ class Load:
                 what()
             except Exception as error:  # told at the end, not hidden
                 self.failed.append("%s: %r" % (what.__name__, error))
+
+    def age(self, share):
+        """Hours of it in minutes, in which what has a bound (the kept lines of the log, the events,
+        caches, the allocators' own) comes to it.  Before the threads are started."""
+        work = ((self.scrape, 1500), (self.clients.short, 1500), (self.clients.leaves, 200),
+                (self.clients.unknown_model, 4500), (self.clients.lists, 500), (self.edit_tenants, 500),
+                (self.fail_to_pull, 1200), (self.load_and_unload, 100), (self.pull, 40))
+
+        def repeat(what, times):
+            for _ in range(int(times * share)):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    what()
+        threads = [threading.Thread(target=repeat, args=each) for each in work]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def fail_to_pull(self):
+        self.door.control("POST", "/inference/pull", {"model": "no-such-model"})
 
     def scrape(self):
         for path in ("/metrics", "/status"):
@@ -359,9 +376,7 @@ def soak(folder, minutes):
             kind()
         still_s = 45 if minutes >= 3 else 15
         before = come_to_rest(door, clients, began, still_s)
-        with Load(door, gateway, clients, hurry=30) as load:
-            time.sleep(min(300.0, 12 * minutes))
-        wrong += load.failed
+        Load(door, gateway, clients).age(min(1.0, minutes / 10))
         agent = psutil.Process(door.agent.pid)
         cpu, samples = sum(agent.cpu_times()[:2]), []
         began = time.monotonic()
