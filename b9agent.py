@@ -782,7 +782,8 @@ def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
     # A byte at a time: what follows the head belongs to TLS.
     head = _read_head(io.BufferedReader(_TimedSocket(sock, until_s), 1)).decode("latin-1")
     if not re.match("HTTP/1[.][01] 2", head):
-        raise HttpFailure("proxy", f"the proxy answered {printable(head[:80])}")
+        first = head.partition("\r\n")[0]
+        raise HttpFailure("proxy", f"the proxy answered {printable(first[:80])}")
 
 
 _TLS_CONTEXTS: Dict[Any, Any] = {}
@@ -864,11 +865,12 @@ def parse_answer_head(head: bytes) -> AnswerHead:
 class BodyReader:
     """Takes an answer's body out of its framing.  Source: RFC 9112, 6 and 7.
 
-    length: None where it ends with the connection.
+    length: None where it ends with the connection.  last: the connection is closed after it, so
+    that what comes behind its end is nobody's: some servers end a body twice.
     """
 
-    def __init__(self, length: Optional[int], chunked: bool) -> None:
-        self._left, self._chunked = 0 if chunked else length, chunked
+    def __init__(self, length: Optional[int], chunked: bool, last: bool = False) -> None:
+        self._left, self._chunked, self._last = 0 if chunked else length, chunked, last
         self._line, self._held = "size", b""
         self.done = self._left == 0 and not chunked
         self.endless = length is None and not chunked
@@ -878,9 +880,10 @@ class BodyReader:
         if self._chunked:
             return self._unchunk(data)
         if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0:
+            if len(data) > self._left and not self._last:
                 raise HttpFailure("garbage", "a body longer than it says")
+            data = data[:self._left]
+            self._left -= len(data)
             self.done = not self._left
         return data
 
@@ -903,7 +906,7 @@ class BodyReader:
                 break
             self._framing(data[at:stop].rstrip(b"\r"))
             at = stop + 1
-        if self.done and at < end:
+        if self.done and at < end and not self._last:
             raise HttpFailure("garbage", "more than the body that was announced")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -966,7 +969,7 @@ class HttpStream:
         self.status, self.headers = head.status, head.headers
         bare = method == "HEAD" or head.status in (204, 304)
         self._body = self._read_body(BodyReader(0 if bare else head.length,
-                                                head.chunked and not bare))
+                                                head.chunked and not bare, last=True))
 
     def _read_body(self, reader: BodyReader) -> Iterator[bytes]:
         while not reader.done:

@@ -149,3 +149,15 @@ def test_a_refused_connection_is_told_as_such():
     with pytest.raises(HttpFailure) as failure:
         http_stream("GET", Endpoint("http", "127.0.0.1", port), "/", {}, None, 5, 5)
     assert failure.value.kind == "refused"
+
+
+@pytest.mark.parametrize("answer", [
+    HEAD + b"Content-Length: 2\r\n\r\nok\r\n", CHUNKED + b"2\r\nok\r\n0\r\n\r\n\r\n",
+    CHUNKED + b"2\r\nok\r\n0\r\n\r\n0\r\n\r\n"], ids=["a line more", "an empty chunk more", "two ends"])
+def test_what_comes_behind_the_end_of_an_answer_is_not_looked_at(serve, answer):
+    """We have asked for one answer and the end of the connection; segments are cut as they are."""
+    def talk(sock):
+        head_of(sock)
+        sock.sendall(answer)
+    with http_stream("GET", serve(talk), "/", {}, None, 5, 5) as stream:
+        assert stream.read() == b"ok"
