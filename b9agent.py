@@ -356,7 +356,7 @@ class Wake:
 
 
 def pause(seconds: float) -> None:
-    """A wait that nothing ends but a signal; not by the wall clock, see Wake."""
+    """A wait that only an exception ends, such as Ctrl-C's; not by the wall clock, see Wake."""
     select.poll().poll(max(0.0, seconds) * 1000)
 
 
@@ -20201,9 +20201,9 @@ class Entrance:
 
     def stop(self) -> None:
         """The tailnet's listener is the tailnet's to stop."""
+        door, self._door, self._here = self._door, None, None  # first: keep_address() looks
         remove_file(os.path.join(self._settings.state_dir, "inference.addr"))
         self._inference.place = DoorPlace
-        door, self._door, self._here = self._door, None, None
         if door is not None:
             door.stop()
 
@@ -20716,10 +20716,10 @@ class Agent:
                          host_port(server.host, server.port), self._log, level)
 
     def _stop_control(self) -> None:
-        if self._control is not None:
+        server, self._control = self._control, None  # first: _keep_control_address() looks
+        if server is not None:
             remove_file(os.path.join(self.settings.state_dir, "control.addr"))
-            self._control.stop()
-            self._control = None
+            server.stop()
 
 
 # ----------------------------------------------------------------------
@@ -23757,10 +23757,12 @@ def model_rows(answer: Dict[str, Any]) -> List[Sequence[str]]:
     return rows
 
 
+_NO_MODELS = "no models yet: b9agent.py pull NAME"
+
+
 def command_models(loaded: Loaded, options: Dict[str, str]) -> int:
     answer = call_agent(loaded.settings.state_dir, "/models", None, 30.0)
-    lines = table_lines(model_rows(answer)) if answer["models"] else [
-        "no models yet: b9agent.py pull NAME"]
+    lines = table_lines(model_rows(answer)) if answer["models"] else [_NO_MODELS]
     lines += filter(None, [answer.get("message")])
     return show_result(options, answer, lambda: "\n".join(lines))
 
@@ -23813,7 +23815,7 @@ def command_models_verify(loaded: Loaded, options: Dict[str, str]) -> int:
     lines = [line for row in answer["models"] for line in (
         f"{row['name']}: " + ("as it was" if row["ok"] else "not as it was"),
         *(f"  {fault['problem']}: {fault['path']}" for fault in row["faults"]))]
-    show_result(options, answer, lambda: "\n".join(lines))
+    show_result(options, answer, lambda: "\n".join(lines or [_NO_MODELS]))
     return Exit.OK if all(row["ok"] for row in answer["models"]) else Exit.FAILED
 
 
