@@ -721,6 +721,7 @@ def _connect(host: str, port: int, until_s: float) -> socket.socket:
         # As bytes: for text, Python loads its tables of international names (1 ms).
         found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
+        socket.socket().close()  # a look-up does not say so where we may open no more: this does
         reason = getattr(error, "strerror", None) or "not a host name"
         raise HttpFailure("dns", f"cannot look up {host}: {reason}") from error
     problem: Exception = HttpFailure("dns", f"{host} has no address")
