@@ -2402,8 +2402,8 @@ class KeptFile:
         self._path, self._name, self._log, self.failing = path, name, log, False
 
     def read(self, parse: Callable[[str], Any], max_bytes: int) -> Any:
-        """What parse() makes of it, None where there is none.  One of which parse() makes None is
-        not ours: it is moved aside, never written over."""
+        """What parse() makes of it, None where there is none.  One of which parse() makes None, or
+        that cannot be read, is moved aside, never written over."""
         path = self._path
         if path is None or not os.path.lexists(path):
             return None
@@ -2415,7 +2415,8 @@ class KeptFile:
             except OSError as error:
                 self._path = None
                 done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
-            self._log("warning", self._name + "_file", what=f"{path} is not one of ours", do=done)
+            self._log("warning", self._name + "_file", do=done,
+                      what=f"{path} cannot be read, or is not one of ours")
         return found
 
     def write(self, text: str) -> bool:
