@@ -356,8 +356,8 @@ class Wake:
 
 
 def pause(seconds: float) -> None:
-    """A wait that nothing ends but a signal; not by the wall clock, see Wake."""
-    select.poll().poll(max(0.0, seconds) * 1000)
+    """A wait that only an exception ends, such as Ctrl-C's; not by the wall clock, see Wake."""
+    select.poll().poll(min(max(0.0, seconds), 1e6) * 1000)  # the kernel counts to 24 days
 
 
 # ----------------------------------------------------------------------
@@ -721,6 +721,7 @@ def _connect(host: str, port: int, until_s: float) -> socket.socket:
         # As bytes: for text, Python loads its tables of international names (1 ms).
         found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
+        socket.socket().close()  # a look-up does not say so where we may open no more: this does
         reason = getattr(error, "strerror", None) or "not a host name"
         raise HttpFailure("dns", f"cannot look up {host}: {reason}") from error
     problem: Exception = HttpFailure("dns", f"{host} has no address")
@@ -788,7 +789,8 @@ def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
     # A byte at a time: what follows the head belongs to TLS.
     head = _read_head(io.BufferedReader(_TimedSocket(sock, until_s), 1)).decode("latin-1")
     if not re.match("HTTP/1[.][01] 2", head):
-        raise HttpFailure("proxy", f"the proxy answered {printable(head[:80])}")
+        first = head.partition("\r\n")[0]
+        raise HttpFailure("proxy", f"the proxy answered {printable(first[:80])}")
 
 
 _TLS_CONTEXTS: Dict[Any, Any] = {}
@@ -1851,7 +1853,9 @@ def _misspelt(environ: Dict[str, str]) -> Iterator[str]:
                 and name not in _OTHER_VARIABLES):
             import difflib
             for close in difflib.get_close_matches(rest, known, 1, 0.8):
-                yield f"the variable {printable(name)} is not read: {known[close]} is"
+                last, meant = (word.rpartition("_")[2] for word in (rest, close))
+                if difflib.get_close_matches(last, [meant], 1, 0.6):
+                    yield f"the variable {printable(name)} is not read: {known[close]} is"
 
 
 def shared_mode(path: str) -> Optional[int]:
@@ -2425,8 +2429,8 @@ class KeptFile:
         self._path, self._name, self._log, self.failing = path, name, log, False
 
     def read(self, parse: Callable[[str], Any], max_bytes: int) -> Any:
-        """What parse() makes of it, None where there is none.  One of which parse() makes None is
-        not ours: it is moved aside, never written over."""
+        """What parse() makes of it, None where there is none.  One of which parse() makes None, or
+        that cannot be read, is moved aside, never written over."""
         path = self._path
         if path is None or not os.path.lexists(path):
             return None
@@ -2438,7 +2442,8 @@ class KeptFile:
             except OSError as error:
                 self._path = None
                 done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
-            self._log("warning", self._name + "_file", what=f"{path} is not one of ours", do=done)
+            self._log("warning", self._name + "_file", do=done,
+                      what=f"{path} cannot be read, or is not one of ours")
         return found
 
     def write(self, text: str) -> bool:
@@ -11426,7 +11431,9 @@ def add_evidence(record: Dict[str, Any], report: AuditReport, state_dir: str, ke
     """What record-keeping wants beside the figures."""
     folder, notes = os.path.join(state_dir, "audit"), record["notes"]
     text = read_text(os.path.join(state_dir, "models.json"), 2 * MODEL_BOOK_MAX_BYTES) or ""
-    book = parse_model_book(text) or {}
+    found = _json_object(text.encode("utf-8")).get("models")
+    book = {name: entry for name, entry in found.items() if _sound(entry)} if isinstance(
+        found, dict) else {}
     oldest = next((_text_of(line, "time") for line in read_audit(folder, None, None)), report.first)
     record.update(
         {name: report.rows[name].listed(_ROW_KEYS[name]) for name in ("uses", "who", "events")},
@@ -12612,9 +12619,14 @@ def read_process(started_wall_s: float) -> ProcessFigures:
     return ProcessFigures(time.process_time(), started_wall_s, resident, open_fds, threads)
 
 
+@functools.lru_cache(maxsize=None)
+def _names_of(path: str) -> Tuple[str, ...]:
+    return tuple(path.split("."))
+
+
 def _figure(thing: Any, path: str, times: int = 1, per: int = 1) -> Any:
     """What lies at a path of attributes; None where anything on the way is None."""
-    for name in path.split("."):
+    for name in _names_of(path):  # split once: CPython keeps names that it looks up
         thing = None if thing is None else getattr(thing, name)
     return thing if thing is None or times == per else thing * times / per
 
@@ -20231,9 +20243,9 @@ class Entrance:
 
     def stop(self) -> None:
         """The tailnet's listener is the tailnet's to stop."""
+        door, self._door, self._here = self._door, None, None  # first: keep_address() looks
         remove_file(os.path.join(self._settings.state_dir, "inference.addr"))
         self._inference.place = DoorPlace
-        door, self._door, self._here = self._door, None, None
         if door is not None:
             door.stop()
 
@@ -20746,10 +20758,10 @@ class Agent:
                          host_port(server.host, server.port), self._log, level)
 
     def _stop_control(self) -> None:
-        if self._control is not None:
+        server, self._control = self._control, None  # first: _keep_control_address() looks
+        if server is not None:
             remove_file(os.path.join(self.settings.state_dir, "control.addr"))
-            self._control.stop()
-            self._control = None
+            server.stop()
 
 
 # ----------------------------------------------------------------------
@@ -23787,10 +23799,12 @@ def model_rows(answer: Dict[str, Any]) -> List[Sequence[str]]:
     return rows
 
 
+_NO_MODELS = "no models yet: b9agent.py pull NAME"
+
+
 def command_models(loaded: Loaded, options: Dict[str, str]) -> int:
     answer = call_agent(loaded.settings.state_dir, "/models", None, 30.0)
-    lines = table_lines(model_rows(answer)) if answer["models"] else [
-        "no models yet: b9agent.py pull NAME"]
+    lines = table_lines(model_rows(answer)) if answer["models"] else [_NO_MODELS]
     lines += filter(None, [answer.get("message")])
     return show_result(options, answer, lambda: "\n".join(lines))
 
@@ -23843,7 +23857,7 @@ def command_models_verify(loaded: Loaded, options: Dict[str, str]) -> int:
     lines = [line for row in answer["models"] for line in (
         f"{row['name']}: " + ("as it was" if row["ok"] else "not as it was"),
         *(f"  {fault['problem']}: {fault['path']}" for fault in row["faults"]))]
-    show_result(options, answer, lambda: "\n".join(lines))
+    show_result(options, answer, lambda: "\n".join(lines or [_NO_MODELS]))
     return Exit.OK if all(row["ok"] for row in answer["models"]) else Exit.FAILED
 
 

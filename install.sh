@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=badc78bd3581c64be9ad5a2916d2db9b5730e37a1ee928406d094af0e62eadc3
+  sha256=eb65d885afbf5ac47dc9b4302787f52b4800503183f85b0e2e5fc8629f5e0ef1
 }
 
 usage() {

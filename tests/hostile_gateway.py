@@ -655,7 +655,7 @@ class ConnectProxy(Listener):
         head, rest = read_head(link)
         self.heads.append(head.decode("latin-1"))
         if self._status != 200:
-            return link.sendall(b"HTTP/1.1 %d Proxy Says No\r\n\r\n" % self._status)
+            return link.sendall(b"HTTP/1.1 %d Proxy Says No\r\nVia: x\r\n\r\n" % self._status)
         with socket.create_connection(("127.0.0.1", self._target_port), timeout=60) as target:
             if head.startswith(b"CONNECT"):
                 link.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")

@@ -1,6 +1,8 @@
 """The control API of a running agent: who may ask what, and what it costs when it is not to be had."""
 import http.client
+import io
 import json
+import os
 import socket
 import stat
 import urllib.request
@@ -246,3 +248,17 @@ def test_openapi_describes_every_route_and_every_status_field(control):
                 assert not name or name in document["components"]["responses"]
     fields = document["paths"]["/status"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert set(fields["properties"]) == set(control.call("GET", "/status")[1])
+
+
+def test_an_address_that_is_taken_back_is_not_kept_again_while_the_api_ends(state):
+    """By the membership's thread, which does that once a slice, and may tick still."""
+    state.mkdir(mode=0o700)
+    loaded = b9agent.load_settings({"config": os.devnull, "state_dir": str(state), "token": TOKEN,
+                                    "control_port": "0"}, {})
+    agent = b9agent.Agent(loaded, b9agent.Log(stream=io.StringIO()), keep=False)
+    agent._start_control()
+    assert (state / "control.addr").exists()
+    end = agent._control.stop
+    agent._control.stop = lambda: (agent._keep_control_address(), end())
+    agent._stop_control()
+    assert not (state / "control.addr").exists()

@@ -353,6 +353,7 @@ def test_a_proxy_that_says_no_is_named(secure):
         endpoint = b9agent.Endpoint("https", "localhost", 443, None, ("127.0.0.1", proxy.port, ""))
         outcome, error = Wire(endpoint).outcome("keepalive")
         assert outcome == "GatewayUnreachable" and "407" in str(error) and "proxy" in str(error)
+        assert "\\r" not in str(error)  # its first line alone
     assert secure.requests == []
 
 

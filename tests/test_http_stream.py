@@ -1,12 +1,29 @@
 """Answers that are read as they come: lines over chunks, silence, a reader that is told to stop."""
+import os
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 
+import b9agent
 from b9agent import Endpoint, HttpFailure, Upload, http_stream
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
+FULL = """
+import os, resource, sys, b9agent
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+try:
+    while True:
+        os.dup(0)
+except OSError:
+    pass
+try:
+    b9agent.http_request("GET", b9agent.Endpoint("http", sys.argv[1], 9), "/", {}, None, 3.0)
+except b9agent.HttpFailure as failure:
+    print(f"{failure.kind}: {failure}")
+"""
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -149,3 +166,23 @@ def test_a_refused_connection_is_told_as_such():
     with pytest.raises(HttpFailure) as failure:
         http_stream("GET", Endpoint("http", "127.0.0.1", port), "/", {}, None, 5, 5)
     assert failure.value.kind == "refused"
+
+
+@pytest.mark.parametrize("answer", [
+    HEAD + b"Content-Length: 2\r\n\r\nok\r\n", CHUNKED + b"2\r\nok\r\n0\r\n\r\n\r\n",
+    CHUNKED + b"2\r\nok\r\n0\r\n\r\n0\r\n\r\n"], ids=["a line more", "an empty chunk more", "two ends"])
+def test_what_comes_behind_the_end_of_an_answer_is_not_looked_at(serve, answer):
+    """We have asked for one answer and the end of the connection; segments are cut as they are."""
+    def talk(sock):
+        head_of(sock)
+        sock.sendall(answer)
+    with http_stream("GET", serve(talk), "/", {}, None, 5, 5) as stream:
+        assert stream.read() == b"ok"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "gw.invalid"])
+def test_that_no_more_files_can_be_opened_is_said_of_a_name_too(host):
+    """In a process of its own: its limit is the one that it has reached."""
+    done = subprocess.run([sys.executable, "-c", FULL, host], cwd=os.path.dirname(b9agent.__file__),
+                          stdout=subprocess.PIPE, check=True, timeout=60)
+    assert done.stdout == b"files: Too many open files\n"

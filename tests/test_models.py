@@ -863,3 +863,10 @@ def test_a_manifest_of_any_content_is_no_exception(tmp_path):
                  "\0", "[" * 9999, '{"config": {"digest": "sha256:../x"}, "layers": null}'):
         (path / "latest").write_text(text)
         assert b9agent.read_layers(str(tmp_path), split_model_name("m")) == ("", [])
+
+
+def test_verify_says_where_there_is_nothing_to_verify(monkeypatch, capsys):
+    monkeypatch.setattr(b9agent, "call_agent", lambda *_: {"models": []})
+    loaded = b9agent.load_settings({"config": os.devnull}, {})
+    assert b9agent.command_models_verify(loaded, {}) == 0
+    assert capsys.readouterr().out == "no models yet: b9agent.py pull NAME\n"
