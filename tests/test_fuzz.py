@@ -86,7 +86,7 @@ def test_time_grows_with_the_input_and_not_with_its_square(name):
     """Of four times as much it takes four times as long; what is quadratic takes sixteen times."""
     target, small, large = TARGETS[name], 1 << 11, 1 << 13
     pieces = [piece for piece in target.pieces if piece and len(piece) < 64]
-    for number, piece in enumerate(pieces[::max(1, len(pieces) // 12)]):
+    for number, piece in enumerate([b"\n", b" ", b"\t"] + pieces[::max(1, len(pieces) // 12)]):
         seed = target.seeds[number % len(target.seeds)]
         if cost(target.check, pumped(seed, piece, large)) < 0.004:
             continue
@@ -111,3 +111,13 @@ def test_memory_grows_with_the_input(name):
             tracemalloc.stop()
     # Empty lines and elements of XML take hundreds of bytes; what systems say is bounded before.
     assert most < (500 if name in ("gpus", "host") else 100) * size, most / size
+
+
+def test_blank_lines_of_a_users_kubeconfig_cost_no_square(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".kube").mkdir()
+
+    def look(size):
+        (tmp_path / ".kube" / "config").write_bytes(b"\n" * size)
+        return cost(lambda _: b9agent._users_kubeconfig(), b"")
+    assert look(1 << 13) < 10 * max(look(1 << 11), 1e-3)
