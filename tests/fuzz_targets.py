@@ -484,12 +484,14 @@ def lists_of_more(tree):
     return isinstance(tree, dict) and any(map(lists_of_more, tree.values()))
 
 
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where files cost no disk
+
+
 class Folder:
-    """A folder in memory where there is one: an input is a file of it."""
+    """An input is a file of it.  B9TESTS_FUZZ_FOLDER: where it is made, by who removes it."""
 
     def __init__(self):
-        base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self._made = tempfile.TemporaryDirectory(prefix="b9fuzz-", dir=base)
+        self._made = tempfile.TemporaryDirectory(prefix="b9fuzz-", dir=os.environ.get("B9TESTS_FUZZ_FOLDER", MEMORY))
         self.path = self._made.name
 
     def write(self, name, data):
@@ -610,7 +612,8 @@ def check_tenants(data):
 
 def gguf_seed(fields, tensors, order="<", version=3):
     def text(value):
-        return struct.pack(order + "Q", len(value)) + value.encode()
+        value = value.encode()
+        return struct.pack(order + "Q", len(value)) + value
     raw = b"GGUF" + struct.pack(order + "IQQ", version, len(tensors), len(fields))
     for name, value in fields.items():
         kind, packed = (8, text(value)) if isinstance(value, str) else (4, struct.pack(order + "I", value)) if isinstance(
