@@ -844,19 +844,22 @@ def _pieces_of(stream: io.BufferedReader, length: int) -> Iterator[bytes]:
         yield piece
 
 
-_CHUNK_SIZE = rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?\r\n"
+def _chunk_size(line: bytes) -> int:
+    """Of the line before a chunk, with its end.  Raises: HttpFailure."""
+    size = line[:-2].partition(b";")[0].rstrip(b" \t")
+    if line[-2:] != b"\r\n" or not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
+        raise HttpFailure("garbage", "a chunk without a length")
+    return int(size, 16)
 
 
 def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:
     """A chunked body.  Source: RFC 9112, section 7.1."""
     while True:
-        size = re.fullmatch(_CHUNK_SIZE, _read_line(stream, 1024))
+        size = _chunk_size(_read_line(stream, 1024))
         if not size:
-            raise HttpFailure("garbage", "a chunk without a length")
-        if int(size.group(1), 16) == 0:
             _answer_framing(_read_head(stream, "")[1])  # of trailers
             return
-        yield from _pieces_of(stream, int(size.group(1), 16))
+        yield from _pieces_of(stream, size)
         if _read_line(stream, 3) != b"\r\n":
             raise HttpFailure("garbage", "a chunk longer than it says")
 
@@ -14089,10 +14092,7 @@ class BodyReader:
 
     def _framing(self, line: bytes) -> None:
         if self._line == "size":
-            size = re.fullmatch(_CHUNK_SIZE, line)
-            if not size:
-                raise HttpFailure("garbage", "a chunk without a length")
-            self._left = int(size.group(1), 16)
+            self._left = _chunk_size(line)
             self._line = "end" if self._left else "trailer"
         elif self._line == "end":
             if line != b"\r\n":
