@@ -5,42 +5,46 @@ it alive with true figures.  One file, the standard library of Python 3.8, Linux
 
 What it does to this machine, all of it:
 
-files     STATE is ~/.b9agent, or --state-dir; the folder is 0700.
-          reads   STATE/config.yaml, a token file if one is set; STATE/tenants.yaml; the files of
-                  tls.cert, tls.key and oidc.jwks; /proc, /sys, /etc/os-release, and whether the
-                  devices of GPUs are there; the heads of model files it is asked about, all of
-                  them to hash them; Ollama's manifests and blobs; whether tailscaled is installed;
-                  STATE/k3s.kubeconfig, /etc/rancher/k3s/k3s.yaml, ~/.kube/config and
-                  the files that the one in use names; with k3s.token its authority's certificate
-          writes  STATE/config.yaml 0600 (`init`; config.yaml.old 0600 where it had comments),
-                  machine_id, agent.lock, agent.log 0600 (5 MiB and one old one; not under
-                  journald), energy.json 0600 (energy.json.bad where it was broken),
-                  control.token 0600, control.addr; models.json 0600 (models.json.bad);
-                  inference.token 0600, inference.addr, usage.json 0600; audit/ 0700 with
-                  DATE.jsonl and head.json 0600, removed after audit.keep_days; tenants.yaml
-                  0600 (`tenant`); FILE 0600 (`report --out FILE`); tls/tailnet.crt and .key
-                  0600 (tls: tailscale); children/engine.json 0600, logs/engine-*.log 0600
-                  (16 MiB each, five), the same two of tunnel; k3s.kubeconfig 0600
-                  (`k3s rbac --apply`, and to renew its token); hub/ (a cache of Hugging
-                  Face's where there is none);
-                  gateway.db 0600 with its -wal and -shm (`gateway`, `machine`); a temporary
-                  folder (`demo`), removed; on macOS, for an instant, k3s's client key 0600;
-                  `service install`, `k3s install`: what their --dry-run prints, and
-                  the vendor's installer in a temporary file, removed
+files     STATE is ~/.b9agent, or --state-dir; in it, and it, folders are 0700 and files 0600.
+          reads   what it wrote; a token file if one is set; the files of tls.cert, tls.key and
+                  oidc.jwks; /proc, with the environments of processes (to know those it started),
+                  /sys, os-release, /run/systemd/container; whether marks of a container, devices
+                  of GPUs, tailscaled and k3s are there; the heads of model files it is asked
+                  about, all of them to hash them; Ollama's manifests and blobs; that of
+                  k3s.kubeconfig, else /etc/rancher/k3s/k3s.yaml or ~/.kube/config, and the files
+                  that the one in use names; with k3s.token its authority's certificate;
+                  `service`, `doctor`: the service's files; `k3s install`: config.yaml of k3s,
+                  and the files it is given
+          writes  STATE/config.yaml (`init`; config.yaml.old where it had comments), machine_id,
+                  agent.lock, agent.log (5 MiB and one old one; not under journald), energy.json,
+                  models.json, usage.json (and .bad where one was broken), control.token,
+                  control.addr, inference.token, inference.addr; audit/ with DATE.jsonl and
+                  head.json, removed after audit.keep_days; tenants.yaml (`tenant`);
+                  tls/tailnet.crt and .key (tls: tailscale); children/engine.json,
+                  logs/engine-*.log (16 MiB each, five), the same two of tunnel; k3s.kubeconfig
+                  (`k3s rbac --apply`, and to renew its token); hub/ (a cache of Hugging Face's
+                  where there is none); gateway.db with its -wal, -shm and -journal (`gateway`,
+                  `machine`).  Elsewhere: FILE 0600 (`report --out FILE`, `k3s token --write
+                  FILE`); a temporary folder 0700 (`demo`), removed; on macOS, for an instant,
+                  k3s's client key 0600; `service install`, `k3s install`: what their --dry-run
+                  prints, install.lock beside it, and the vendor's installer in a temporary file,
+                  removed
 ports     127.0.0.1:9999 control API, and 9999 on the tailnet address where there is one, unless
           control.host is set or tailnet.control is false; 127.0.0.1:11434 front door (11435 where
           that is taken), and 11434 on the tailnet address, unless inference.host is set; the
           engine, once started, a free one of 127.0.0.1; 127.0.0.1:1994 only as `gateway`; three
-          free ones as `demo`; `doctor` binds the ports it tells of for an instant; the tunnel's ssh
-          a free one of 127.0.0.1, and with tunnel.reverse_k3s the server's sshd 6443 there
-hosts     the gateway that is configured, or the proxy set for it; the engine; tailscaled, over its
-          socket; that of oidc.jwks, where it is an address; k3s's API, as its kubeconfig or
-          k3s.server has it; the server of the tunnel, where one is set, and then the gateway
-          through it alone; `top --host` the agent that it names; `k3s install` get.k3s.io, and
-          what the vendor's installer fetches; nobody else. (The routing table is asked for the way
-          to the gateway, or to 192.0.2.1: that sends nothing.) The machine token goes to the
-          gateway and nowhere else, and no redirect is followed. Ollama itself fetches models from
-          its registries; the others are told to stay offline with files that are here
+          free ones as `demo`; `doctor`, `service install` and `k3s install` bind the ports they
+          tell of for an instant; the tunnel's ssh a free one of 127.0.0.1, and with
+          tunnel.reverse_k3s the server's sshd 6443 there
+hosts     the gateway that is configured, or the proxy set for it; the engine; an Ollama that is
+          here; tailscaled and systemd, over their sockets; that of oidc.jwks, where it is an
+          address; k3s's API, as its kubeconfig or k3s.server has it; the server of the tunnel,
+          where one is set, and then the gateway through it alone; commands the agent that runs,
+          `top --host` the one that it names; `k3s install` get.k3s.io, and what the vendor's
+          installer fetches; the system's name servers; nobody else. (The routing table is asked
+          for the way to the gateway, or to 192.0.2.1: that sends nothing.) The machine token goes
+          to the gateway and nowhere else, and no redirect is followed. Ollama itself fetches
+          models from its registries; the others are told to stay offline with files that are here
 terminal  `run` on one, and `top`: its alternate screen, and keys without echo, given back at every
           end but SIGKILL
 loads     libnvidia-ml.so.1, the driver's library, where there is a trace of NVIDIA
@@ -48,11 +52,13 @@ programs  nvidia-smi where that library is lacking; amd-smi, rocm-smi, xpu-smi w
           files do not tell enough; on macOS sysctl, vm_stat, netstat, ioreg, system_profiler and
           python3 with Metal; tailscale where it is installed and tailscaled's socket does not
           answer, and with tls: tailscale for the certificate; `service` runs systemctl, loginctl,
-          useradd, launchctl or rc-service, and `doctor` asks them, ps and lsof on macOS (lsof with
-          --tunnel, too); the engine that is started: ollama, vllm, sglang, llama-server or
-          mlx_lm.server; mlx_lm.convert; with --tunnel ssh, which reads its keys and
-          ~/.ssh/known_hosts, /etc/ssh/ssh_known_hosts, and writes none; `k3s install` sh with the
-          vendor's installer, and k3s --version
+          useradd, launchctl, rc-service or rc-update, restorecon, and, by env, the new b9agent.py
+          to try it; `doctor` asks the service managers, ps and lsof on macOS (lsof with --tunnel,
+          too); the engine that is started: ollama, vllm, sglang, llama-server or mlx_lm.server;
+          mlx_lm.convert; with --tunnel ssh, which reads its keys and ~/.ssh/known_hosts,
+          /etc/ssh/ssh_known_hosts, and writes none; `k3s install` env and sh with the vendor's
+          installer, and k3s --version.  None of them is given a token; what it started it ends.
+          As root, `service` and `k3s` do with a user's rights what is that user's
 threads   main (signals, systemd), membership (the requests to the gateway), gpus-VENDOR (asks one
           vendor's driver, and ends), control or gateway (accepts; another for the tailnet's
           address), and control-client or gateway-client for each connection to those, 64 or 256 at
@@ -60,26 +66,24 @@ threads   main (signals, systemd), membership (the requests to the gateway), gpu
           for what would hold it up), audit (writes the audit log), gateway-address (looks it up,
           and ends); child-engine and child-engine-output, the same two of the tunnel's ssh, and
           tunnel (starts it again); first-token, inference-start, inference (looks at the engine),
-          pull, import or convert NAME (4 at most), provenance (hashes files); tailnet (asks
+          pull, import or conversion NAME (4 at most), provenance (hashes files); tailnet (asks
           tailscaled, where there is a trace of it); pods (watches worker pods, looks for a
           kubeconfig once a minute, renews the agent's own token for k3s); k3s-token (renews, with
           k3s.service_account); dashboard (the terminal), dashboard-facts, dashboard-log, dashboard-
           start, -stop, -pull, -cancel or -doctor (what a key asks for, one of each); check-NAME
-          (`doctor`)
+          (`doctor`), start, installer and demo (commands of these names wait in them)
 
 To read it: sections stand in order, and each uses only names from above it.
 
-   1 errors, exit codes, redaction, clock      12 HTTP server core, 12b metrics
-   2 doors: files, programs, the network       14 control API
-   3 settings: one table, YAML subset, flags   15a tunnel, 15b tailnet, 15c pods, 15d k3s
-   4 log, events and snapshot                  16a dashboard: frame, 16b terminal
-   5 host metrics                              17 embedded gateway
-   6 GPUs, energy and carbon                   18 client: from b9agent import inference
-   7 gateway client and membership             19 agent: the composition
-   8 child processes, 9a model files           20 service, 20b doctor, 20c k3s
-   9b engines, 9c models, 9d inference         21 commands, main
-  10 guards, 11 access                         13a dialects, 13b relay, 13c front door
-  11b audit log, 11c report
+   1 errors, exit codes, clock      9c models, 9d inference     15a tunnel, 15b tailnet
+   2 doors: files, programs, net    10 guards                   15c pods, 15d k3s
+   3 settings: YAML, table, flags   11 access, 11b audit log    16a dashboard, 16b terminal
+   4 log, events, snapshot          11c report                  17 embedded gateway
+   5 host metrics                   12 HTTP server core         18 client: import inference
+   6 GPUs, energy and carbon        12b metrics                 19 agent: the composition
+   7 gateway client, membership     13a dialects, 13b relay     20 service, 20b doctor
+   8 child processes                13c front door              20c k3s: check and install
+  9a model files, 9b engines        14 control API              21 commands, main
 """
 import sys
 
@@ -221,7 +225,7 @@ class GatewayUnreachable(GatewayError):
 
 class HttpFailure(Exception):
     """No usable answer came back.  kind: dns, refused, network, timeout, tls, proxy, closed,
-    garbage, too_large."""
+    garbage, too_large, files (we may open no more)."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -295,6 +299,11 @@ def now_s() -> float:
     return time.clock_gettime(_STEADY_CLOCK)
 
 
+def sha256_hex(data: bytes) -> str:
+    import hashlib  # 2 ms that most commands never pay
+    return hashlib.sha256(data).hexdigest()
+
+
 def rounded(record: Dict[str, Any]) -> Dict[str, Any]:
     """For people as much as for programs: three digits after the point are enough."""
     return {name: round(value, 3) if isinstance(value, float) else value
@@ -346,6 +355,11 @@ class Wake:
         os.close(self._writer)
 
 
+def pause(seconds: float) -> None:
+    """A wait that nothing ends but a signal; not by the wall clock, see Wake."""
+    select.poll().poll(max(0.0, seconds) * 1000)
+
+
 # ----------------------------------------------------------------------
 # 2. Doors                                     files, programs, the network
 # ----------------------------------------------------------------------
@@ -391,6 +405,15 @@ def make_private_folder(path: str) -> None:
                          f"Choose a folder of your own, or close this one: chmod 700 {path}")
 
 
+def file_stamp(path: str) -> Optional[Tuple[int, int, int]]:
+    """Another one whenever a file, or its mode, was changed; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ctime_ns, status.st_size, status.st_ino
+
+
 def remove_file(path: str) -> None:
     try:
         os.unlink(path)
@@ -426,7 +449,7 @@ def clean_environment() -> Dict[str, str]:
     """The environment for a child: without our secrets, and without systemd's notify socket, which
     would let the child speak for us."""
     return {name: value for name, value in os.environ.items()
-            if name not in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+            if name not in ("INFERENCE_TOKEN", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
             and not (name.startswith(("BETA9_", "B9AGENT_")) and name.endswith(("TOKEN", "PROXY")))}
 
 
@@ -687,7 +710,9 @@ def _http_failure(error: Exception) -> HttpFailure:
         return HttpFailure("refused", "connection refused")
     if isinstance(error, ConnectionError):
         return HttpFailure("closed", "the connection was closed before the answer was complete")
-    return HttpFailure("network", detail)
+    import errno
+    ours = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    return HttpFailure("files" if ours else "network", detail)
 
 
 def _connect(host: str, port: int, until_s: float) -> socket.socket:
@@ -740,41 +765,17 @@ def _read_line(stream: io.BufferedReader, left_bytes: int) -> bytes:
 _HTTP_TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HTTP_TEXT = "[\t -~\x80-\xff]*"
 _STATUS_LINE = fr"HTTP/1\.([01]) (?!101)([1-5][0-9]{{2}})(?: {_HTTP_TEXT})?"  # no other protocol
+_CHUNK_SIZE = rb"([0-9a-fA-F]{1,8})[ \t]*(?:;.*)?\r\n"
 
 
-def _split_head(lines: Sequence[str]) -> Tuple[str, Dict[str, str]]:
-    """(first line, headers with names in lower case).  Raises: HttpFailure for what another reader
-    might take otherwise."""
-    headers: Dict[str, str] = {}
-    for line in lines[1:]:
-        name, value = line.lower().partition(":")[0], line.partition(":")[2].strip(" \t")
-        if not re.fullmatch(f"{_HTTP_TOKEN}:{_HTTP_TEXT}", line) or (
-                name in headers and name in ("content-length", "transfer-encoding")):
-            raise HttpFailure("garbage", "not an HTTP answer")
-        headers[name] = value
-    return "".join(lines[:1]), headers
-
-
-def _answer_framing(headers: Dict[str, str]) -> Tuple[Optional[int], bool]:
-    """(length of the body, whether it is chunked).  Raises: HttpFailure.  Source: RFC 9112, 6.3."""
-    length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
-    if (length is not None and (encoding is not None or not re.fullmatch("[0-9]{1,15}", length))
-            or encoding is not None and encoding.lower() != "chunked"):
-        raise HttpFailure("garbage", "an answer without a clear end")
-    return None if length is None else int(length), encoding is not None
-
-
-def _read_head(stream: io.BufferedReader, *before: str) -> Tuple[str, Dict[str, str]]:
-    """As _split_head().  before: in place of lines that do not come."""
-    left_bytes, lines = 65536, list(before)
-    while True:
+def _read_head(stream: io.BufferedReader) -> bytes:
+    """An answer's head, for parse_answer_head().  Raises: HttpFailure."""
+    left_bytes, lines = 65536, []
+    while not lines or lines[-1]:
         line = _read_line(stream, left_bytes)
         left_bytes -= len(line)
-        text = line[:-2 if line.endswith(b"\r\n") else -1].decode("latin-1")
-        if not text:
-            break
-        lines.append(text)
-    return _split_head(lines)
+        lines.append(line[:-2 if line.endswith(b"\r\n") else -1])
+    return b"\r\n".join(lines[:-1])
 
 
 def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
@@ -785,9 +786,9 @@ def _tunnel(sock: socket.socket, endpoint: Endpoint, until_s: float) -> None:
     sock.settimeout(_left_s(until_s))
     sock.sendall((head + "\r\n").encode("ascii"))
     # A byte at a time: what follows the head belongs to TLS.
-    first, _ = _read_head(io.BufferedReader(_TimedSocket(sock, until_s), 1))
-    if not re.match("HTTP/1[.][01] 2", first):
-        raise HttpFailure("proxy", f"the proxy answered {printable(first[:80])}")
+    head = _read_head(io.BufferedReader(_TimedSocket(sock, until_s), 1)).decode("latin-1")
+    if not re.match("HTTP/1[.][01] 2", head):
+        raise HttpFailure("proxy", f"the proxy answered {printable(head[:80])}")
 
 
 _TLS_CONTEXTS: Dict[Any, Any] = {}
@@ -835,33 +836,117 @@ def _open_connection(endpoint: Endpoint, until_s: float) -> socket.socket:
         raise
 
 
-def _pieces_of(stream: io.BufferedReader, length: int) -> Iterator[bytes]:
-    while length > 0:
-        piece = stream.read1(min(length, 65536))
-        if not piece:
-            raise HttpFailure("closed", "the answer was cut off")
-        length -= len(piece)
-        yield piece
+class AnswerHead(NamedTuple):
+    """length: of the body, None where it is not told.  keep: the connection can be used again."""
+    status: int
+    length: Optional[int]
+    chunked: bool
+    keep: bool
+    headers: Dict[str, str]
 
 
-def _chunk_size(line: bytes) -> int:
-    """Of the line before a chunk, with its end.  Raises: HttpFailure."""
-    size = line[:-2].partition(b";")[0].rstrip(b" \t")
-    if line[-2:] != b"\r\n" or not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
-        raise HttpFailure("garbage", "a chunk without a length")
-    return int(size, 16)
+def _headers_of(lines: Sequence[str]) -> Dict[str, str]:
+    """Names in lower case.  Raises: HttpFailure for what another reader might take otherwise."""
+    headers: Dict[str, str] = {}
+    for line in lines:
+        name, value = line.lower().partition(":")[0], line.partition(":")[2].strip(" \t")
+        if not re.fullmatch(f"{_HTTP_TOKEN}:{_HTTP_TEXT}", line) or (
+                name in headers and name in ("content-length", "transfer-encoding")):
+            raise HttpFailure("garbage", "not an HTTP answer")
+        headers[name] = value
+    return headers
 
 
-def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:
-    """A chunked body.  Source: RFC 9112, section 7.1."""
-    while True:
-        size = _chunk_size(_read_line(stream, 1024))
-        if not size:
-            _answer_framing(_read_head(stream, "")[1])  # of trailers
-            return
-        yield from _pieces_of(stream, size)
-        if _read_line(stream, 3) != b"\r\n":
-            raise HttpFailure("garbage", "a chunk longer than it says")
+def _framing_of(headers: Dict[str, str]) -> Tuple[Optional[int], bool]:
+    """(length of the body, whether it is chunked).  Raises: HttpFailure.  Source: RFC 9112, 6.3."""
+    length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
+    if (length is not None and (encoding is not None or not re.fullmatch("[0-9]{1,15}", length))
+            or encoding is not None and encoding.lower() != "chunked"):
+        raise HttpFailure("garbage", "an answer without a clear end")
+    return None if length is None else int(length), encoding is not None
+
+
+@functools.lru_cache(maxsize=16)
+def parse_answer_head(head: bytes) -> AnswerHead:
+    """A head without its empty line; most differ in their date, from second to second.
+
+    Raises: HttpFailure.
+    """
+    first, *lines = head.decode("latin-1").split("\r\n")
+    match = re.fullmatch(_STATUS_LINE, first)
+    if not match:
+        raise HttpFailure("garbage", "not an HTTP answer")
+    headers = _headers_of(lines)
+    said = headers.get("connection", "").lower()
+    keep = "close" not in said if match.group(1) == "1" else "keep-alive" in said
+    return AnswerHead(int(match.group(2)), *_framing_of(headers), keep, headers)
+
+
+class BodyReader:
+    """Takes an answer's body out of its framing.  Source: RFC 9112, 6 and 7.
+
+    length: None where it ends with the connection.  excess: more came than what was announced.
+    """
+
+    def __init__(self, length: Optional[int], chunked: bool) -> None:
+        self._left, self._chunked = 0 if chunked else length, chunked
+        self._line, self._held = "size", b""
+        self.done = self._left == 0 and not chunked
+        self.endless, self.excess = length is None and not chunked, False
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises: HttpFailure where the framing is broken."""
+        if self._chunked:
+            return self._unchunk(data)
+        if self._left is not None:
+            self.excess = len(data) > self._left
+            data = data[:self._left]
+            self._left -= len(data)
+            self.done = not self._left
+        return data
+
+    def _unchunk(self, data: bytes) -> bytes:
+        if self._held:
+            data, self._held = self._held + data, b""
+        at, end, pieces = 0, len(data), []
+        while at < end and not self.done:
+            if self._left:
+                piece = data[at:at + self._left]
+                at += len(piece)
+                self._left -= len(piece)
+                pieces.append(piece)
+                continue
+            stop = data.find(b"\n", at)
+            if stop < 0:
+                self._held = data[at:]
+                if len(self._held) > 4096:
+                    raise HttpFailure("garbage", "a chunk without a length")
+                break
+            self._framing(data[at:stop + 1])
+            at = stop + 1
+        self.excess = at < end and self.done
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _framing(self, line: bytes) -> None:
+        """A line with its end."""
+        if self._line == "size":
+            size = line[:-2]
+            if not 0 < len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF") or (
+                    line[-2:] != b"\r\n"):
+                match = re.fullmatch(_CHUNK_SIZE, line)
+                if not match:
+                    raise HttpFailure("garbage", "a chunk without a length")
+                size = match.group(1)
+            self._left = int(size, 16)
+            self._line = "end" if self._left else "trailer"
+        elif self._line == "end":
+            if line != b"\r\n":
+                raise HttpFailure("garbage", "a chunk longer than it says")
+            self._line = "size"
+        else:
+            self.done = line == b"\r\n"
+            if not self.done:
+                _framing_of(_headers_of([line[:-2].decode("latin-1")]))
 
 
 class Upload(NamedTuple):
@@ -899,29 +984,28 @@ class HttpStream:
         self._slow = (f"no answer within {limit_s:g} s" if idle_limit_s is None else
                       f"the answer stopped for {idle_limit_s:g} s")
         self._stream = io.BufferedReader(source)
-        self.status = 100
         for _ in range(10):
-            first, self.headers = _read_head(self._stream)
-            match = re.fullmatch(_STATUS_LINE, first)
-            if not match:
-                raise HttpFailure("garbage", "not an HTTP answer")
-            self.status = int(match.group(2))
-            length, chunked = _answer_framing(self.headers)
-            if self.status >= 200:
+            head = parse_answer_head(_read_head(self._stream))
+            if head.status >= 200:  # else it only says that the answer will come
                 break
-        if self.status < 200:
-            raise HttpFailure("garbage", "an answer without an end")
-        if method == "HEAD" or self.status in (204, 304):
-            self._body: Iterator[bytes] = iter(())
-        elif chunked:
-            self._body = _chunks(self._stream)
-        elif length is not None:
-            self._body = _pieces_of(self._stream, length)
         else:
-            self._body = iter(lambda: self._stream.read1(65536), b"")
+            raise HttpFailure("garbage", "an answer that only says that it will come")
+        self.status, self.headers = head.status, head.headers
+        bare = method == "HEAD" or head.status in (204, 304)
+        self._body = self._read_body(BodyReader(0 if bare else head.length,
+                                                head.chunked and not bare))
+
+    def _read_body(self, reader: BodyReader) -> Iterator[bytes]:
+        while not reader.done:
+            data = self._stream.read1(65536)
+            if not data and reader.endless:
+                return
+            if not data:
+                raise HttpFailure("closed", "the answer was cut off")
+            yield reader.feed(data)
 
     def pieces(self) -> Iterator[bytes]:
-        """What is left of the body.  Raises: HttpFailure."""
+        """What is left of the body; one may be empty.  Raises: HttpFailure."""
         with _http_failures(self._slow):
             while True:
                 if self._idle_limit_s is not None:
@@ -1530,6 +1614,12 @@ class Setting(NamedTuple):
         return self.key if self.flat else ""
 
 
+def _own(path: str, kind: str, parse: Callable[[str], Any], help: str, **more: Any) -> Setting:
+    """A row whose key and variable are called as its place in the file is."""
+    key = path.replace(".", "_")
+    return Setting(key, "B9AGENT_" + key.upper(), path, kind, parse, help, **more)
+
+
 SETTINGS = (
     Setting("token", "BETA9_TOKEN", "machine.token", "TOKEN", parse_secret,
             "machine token, from `machine create`; on a command line `ps` shows it to every user",
@@ -1553,43 +1643,38 @@ SETTINGS = (
             "gateway's HTTP port", default="1994"),
     Setting("gateway_scheme", "BETA9_GATEWAY_SCHEME", "gateway.scheme", "SCHEME",
             one_of("http", "https"), "http or https", default="http"),
-    Setting("gateway_ca_file", "B9AGENT_GATEWAY_CA_FILE", "gateway.ca_file", "PATH", parse_path,
-            "PEM file of the authority that signed an https gateway"),
-    Setting("gateway_proxy", "B9AGENT_GATEWAY_PROXY", "gateway.proxy", "URL", parse_proxy,
-            "proxy to the gateway, or `none`; default: https goes through the environment's, http "
-            "through none", secret=True),
+    _own("gateway.ca_file", "PATH", parse_path, "PEM file of the authority that signed an https "
+         "gateway"),
+    _own("gateway.proxy", "URL", parse_proxy, "proxy to the gateway, or `none`; default: https "
+         "goes through the environment's, http through none", secret=True),
     Setting("tunnel", "B9AGENT_TUNNEL", "tunnel.server", "USER@HOST[:PORT]", parse_tunnel,
             "reach the gateway through `ssh` to this server, which the agent keeps up; "
             "gateway.host and gateway.port are then as seen from there"),
-    Setting("tunnel_local_port", "B9AGENT_TUNNEL_LOCAL_PORT", "tunnel.local_port", "PORT",
-            parse_listen_port, "port of the tunnel's near end, on loopback; 0 takes a free one",
-            default="0"),
-    Setting("tunnel_identity_file", "B9AGENT_TUNNEL_IDENTITY_FILE", "tunnel.identity_file", "PATH",
-            parse_path, "private key for the tunnel; default: ssh's own, and those of ssh-agent"),
-    Setting("tunnel_reverse_k3s", "B9AGENT_TUNNEL_REVERSE_K3S", "tunnel.reverse_k3s", "",
-            parse_switch, "let the tunnel's server reach this machine's k3s, at its own port 6443",
-            default="false"),
-    Setting("tailnet_control", "B9AGENT_TAILNET_CONTROL", "tailnet.control", "", parse_switch,
-            "false keeps the control API off the tailnet address, where it listens as well unless "
-            "control.host is set; it wants its token there too", default="true"),
-    Setting("tailnet_socket", "B9AGENT_TAILNET_SOCKET", "tailnet.socket", "PATH",
-            parse_path_or_none, "socket of the one tailscaled to ask, where it is in no usual "
-            "place; `none` looks for no tailnet"),
+    _own("tunnel.local_port", "PORT", parse_listen_port, "port of the tunnel's near end, on "
+         "loopback; 0 takes a free one", default="0"),
+    _own("tunnel.identity_file", "PATH", parse_path, "private key for the tunnel; default: ssh's "
+         "own, and those of ssh-agent"),
+    _own("tunnel.reverse_k3s", "", parse_switch, "let the tunnel's server reach this machine's "
+         "k3s, at its own port 6443", default="false"),
+    _own("tailnet.control", "", parse_switch, "false keeps the control API off the tailnet "
+         "address, where it listens as well unless control.host is set; it wants its token there "
+         "too", default="true"),
+    _own("tailnet.socket", "PATH", parse_path_or_none, "socket of the one tailscaled to ask, where "
+         "it is in no usual place; `none` looks for no tailnet"),
     Setting("k3s_token", "BETA9_K3S_TOKEN", "k3s.token", "TOKEN", parse_secret,
             "bearer token with which the gateway makes worker jobs on our k3s", flat=True,
             secret=True),
-    Setting("k3s_service_account", "B9AGENT_K3S_SERVICE_ACCOUNT", "k3s.service_account", "NAME",
-            parse_kube_name, "in place of k3s.token: the agent makes the gateway's tokens of this "
-            "account, and renews them before they end; see `k3s rbac`"),
-    Setting("k3s_token_hours", "B9AGENT_K3S_TOKEN_HOURS", "k3s.token_hours", "HOURS",
-            parse_token_hours, "life of the tokens of k3s.service_account", default="24"),
-    Setting("k3s_kubeconfig", "B9AGENT_K3S_KUBECONFIG", "k3s.kubeconfig", "PATH", parse_path,
-            "kubeconfig with which worker pods are watched; default: the one that `k3s rbac` "
-            "makes, k3s's own, or ~/.kube/config where it is of k3s on this machine"),
-    Setting("k3s_server", "B9AGENT_K3S_SERVER", "k3s.server", "URL", parse_server,
-            "where k3s.token is used to watch worker pods", default="https://127.0.0.1:6443"),
-    Setting("k3s_ca_file", "B9AGENT_K3S_CA_FILE", "k3s.ca_file", "PATH", parse_path,
-            "PEM file of the authority of k3s.server; default: k3s's own, where it can be read"),
+    _own("k3s.service_account", "NAME", parse_kube_name, "in place of k3s.token: the agent makes "
+         "the gateway's tokens of this account, and renews them before they end; see `k3s rbac`"),
+    _own("k3s.token_hours", "HOURS", parse_token_hours, "life of the tokens of k3s.service_account",
+         default="24"),
+    _own("k3s.kubeconfig", "PATH", parse_path, "kubeconfig with which worker pods are watched; "
+         "default: the one that `k3s rbac` makes, k3s's own, or ~/.kube/config where it is of k3s "
+         "on this machine"),
+    _own("k3s.server", "URL", parse_server, "where k3s.token is used to watch worker pods",
+         default="https://127.0.0.1:6443"),
+    _own("k3s.ca_file", "PATH", parse_path, "PEM file of the authority of k3s.server; default: "
+         "k3s's own, where it can be read"),
     Setting("keepalive_interval", "BETA9_KEEPALIVE_INTERVAL", "keepalive_interval", "SECONDS",
             parse_interval, "seconds between keepalives, 1 to 150", default="60"),
     Setting("max_cpu", "B9AGENT_MAX_CPU", "limits.cpu", "CORES", parse_cpu,
@@ -1609,10 +1694,8 @@ SETTINGS = (
             number_within("a percentage", 0, 100),
             "share of the electricity that certificates call renewable: for the market-based CO2e",
             default="0"),
-    Setting("energy_certificate", "B9AGENT_ENERGY_CERTIFICATE", "energy.certificate", "TEXT",
-            parse_text,
-            "which certificates, such as their registry and number; shown, and used for nothing "
-            "else"),
+    _own("energy.certificate", "TEXT", parse_text, "which certificates, such as their registry and "
+         "number; shown, and used for nothing else"),
     Setting("pue", "B9AGENT_PUE", "energy.pue", "RATIO", number_within("a ratio", 1, 3),
             "power usage effectiveness of the building, 1.0 to 3.0: CO2e is multiplied by it",
             default="1.0"),
@@ -1620,124 +1703,93 @@ SETTINGS = (
             number_within("watts", 1, 10000),
             "what the CPUs draw at full load, where that cannot be measured; default 3.5 W a "
             "thread"),
-    Setting("inference_engine", "B9AGENT_INFERENCE_ENGINE", "inference.engine", "ENGINE",
-            one_of("auto", *ENGINE_NAMES),
-            f"engine that `start` takes: {', '.join(ENGINE_NAMES)}; auto chooses by model and "
-            "hardware", default="auto"),
-    Setting("inference_model", "B9AGENT_INFERENCE_MODEL", "inference.model", "MODEL", parse_text,
-            "model that `start` takes: a name, a GGUF file, or a folder"),
-    Setting("inference_autostart", "B9AGENT_INFERENCE_AUTOSTART", "inference.autostart", "",
-            parse_switch, "start the engine with the agent", default="false"),
-    Setting("inference_host", "B9AGENT_INFERENCE_HOST", "inference.host", "HOST", parse_host,
-            "address the front door listens on; default: loopback, and the tailnet address where "
-            "there is one"),
-    Setting("inference_port", "B9AGENT_INFERENCE_PORT", "inference.port", "PORT", parse_listen_port,
-            "port of the front door, 11435 where another program has the default on loopback; 0 "
-            "takes a free one", default="11434"),
+    _own("inference.engine", "ENGINE", one_of("auto", *ENGINE_NAMES),
+         f"engine that `start` takes: {', '.join(ENGINE_NAMES)}; auto chooses by model and "
+         "hardware", default="auto"),
+    _own("inference.model", "MODEL", parse_text, "model that `start` takes: a name, a GGUF file, "
+         "or a folder"),
+    _own("inference.autostart", "", parse_switch, "start the engine with the agent",
+         default="false"),
+    _own("inference.host", "HOST", parse_host, "address the front door listens on; default: "
+         "loopback, and the tailnet address where there is one"),
+    _own("inference.port", "PORT", parse_listen_port, "port of the front door, 11435 where another "
+         "program has the default on loopback; 0 takes a free one", default="11434"),
     Setting("inference_context", "B9AGENT_INFERENCE_CONTEXT", "inference.context_tokens", "TOKENS",
             number_within("a number of tokens", 128, 1 << 24, int),
             "context of each request; default 8192, or the model's own where that is less"),
-    Setting("inference_parallel", "B9AGENT_INFERENCE_PARALLEL", "inference.parallel", "N",
-            number_within("a number of requests", 1, 256, int),
-            "requests that are computed at once, each with a context of its own; 1 to 256",
-            default="1"),
-    Setting("inference_program", "B9AGENT_INFERENCE_PROGRAM", "inference.program", "PATH",
-            parse_path, "the engine's program, where it is not on PATH"),
-    Setting("inference_slots", "B9AGENT_INFERENCE_SLOTS", "inference.slots", "N",
-            number_within("a number of requests", 1, 1024, int),
-            "requests of one model that the front door sends to the engine at once; default: as "
-            "many as it computes at once"),
-    Setting("inference_queue", "B9AGENT_INFERENCE_QUEUE", "inference.queue", "N",
-            number_within("a number of requests", 0, 4096, int),
-            "requests that may wait at the front door; the next one is refused", default="64"),
-    Setting("inference_queue_wait", "B9AGENT_INFERENCE_QUEUE_WAIT", "inference.queue_wait",
-            "SECONDS", number_within("seconds", 1, 3600), "seconds that one waits at most",
-            default="60"),
-    Setting("inference_silence_limit", "B9AGENT_INFERENCE_SILENCE_LIMIT",
-            "inference.silence_limit", "SECONDS", number_within("seconds", 1, 86400),
-            "seconds without a byte from the engine after which an answer is given up",
-            default="300"),
-    Setting("inference_keep_warm", "B9AGENT_INFERENCE_KEEP_WARM", "inference.keep_warm", "SECONDS",
-            parse_warm, "seconds that a model stays in memory after its last request; `auto`: as "
-            "long as that costs less than its cold starts; default: Ollama's own five minutes, and "
-            "for good in an engine with one model"),
-    Setting("inference_keep_warm_models", "B9AGENT_INFERENCE_KEEP_WARM_MODELS",
-            "inference.keep_warm_models", "LIST", parse_warm_models,
-            "the same for single models: MODEL=SECONDS or MODEL=auto, with commas between them"),
-    Setting("inference_idle_stop", "B9AGENT_INFERENCE_IDLE_STOP", "inference.idle_stop", "SECONDS",
-            number_within("seconds", 1, 2592000), "seconds without a request after which the "
-            "engine is ended; the next request starts it again; default: it stays"),
-    Setting("inference_load_limit", "B9AGENT_INFERENCE_LOAD_LIMIT", "inference.load_limit",
-            "SECONDS", number_within("seconds", 1, 86400), "seconds in which a request's model, "
-            "and the engine with it, must be there", default="600"),
-    Setting("inference_gateway_access", "B9AGENT_INFERENCE_GATEWAY_ACCESS",
-            "inference.gateway_access", "HOW", one_of("address", "loopback", "off"),
-            "the gateway's router sends no token: `address` lets it in by the gateway's address, "
-            "but never by loopback, which is every user of this machine; `loopback` by that too; "
-            "`off` not at all", default="address"),
-    Setting("inference_gpu_usd_per_hour", "B9AGENT_INFERENCE_GPU_USD_PER_HOUR",
-            "inference.gpu_usd_per_hour", "USD", number_within("dollars", 0, 1000),
-            "price of an hour of one GPU, for the tenants' limits in money"),
-    Setting("guards_parallel_cold_starts", "B9AGENT_GUARDS_PARALLEL_COLD_STARTS",
-            "guards.parallel_cold_starts", "N", number_within("a number of models", 1, 64, int),
-            "models that requests may have loaded at once; the next one waits", default="3"),
+    _own("inference.parallel", "N", number_within("a number of requests", 1, 256, int),
+         "requests that are computed at once, each with a context of its own; 1 to 256",
+         default="1"),
+    _own("inference.program", "PATH", parse_path, "the engine's program, where it is not on PATH"),
+    _own("inference.slots", "N", number_within("a number of requests", 1, 1024, int),
+         "requests of one model that the front door sends to the engine at once; default: as many "
+         "as it computes at once"),
+    _own("inference.queue", "N", number_within("a number of requests", 0, 4096, int),
+         "requests that may wait at the front door; the next one is refused", default="512"),
+    _own("inference.queue_wait", "SECONDS", number_within("seconds", 1, 3600),
+         "seconds that one waits at most", default="60"),
+    _own("inference.silence_limit", "SECONDS", number_within("seconds", 1, 86400),
+         "seconds without a byte from the engine after which an answer is given up", default="300"),
+    _own("inference.keep_warm", "SECONDS", parse_warm, "seconds that a model stays in memory after "
+         "its last request; `auto`: as long as that costs less than its cold starts; default: "
+         "Ollama's own five minutes, and for good in an engine with one model"),
+    _own("inference.keep_warm_models", "LIST", parse_warm_models, "the same for single models: "
+         "MODEL=SECONDS or MODEL=auto, with commas between them"),
+    _own("inference.idle_stop", "SECONDS", number_within("seconds", 1, 2592000),
+         "seconds without a request after which the engine is ended; the next request starts it "
+         "again; default: it stays"),
+    _own("inference.load_limit", "SECONDS", number_within("seconds", 1, 86400),
+         "seconds in which a request's model, and the engine with it, must be there",
+         default="600"),
+    _own("inference.gateway_access", "HOW", one_of("address", "loopback", "off"),
+         "the gateway's router sends no token: `address` lets it in by the gateway's address, but "
+         "never by loopback, which is every user of this machine; `loopback` by that too; `off` "
+         "not at all", default="address"),
+    _own("inference.gpu_usd_per_hour", "USD", number_within("dollars", 0, 1000),
+         "price of an hour of one GPU, for the tenants' limits in money"),
+    _own("guards.parallel_cold_starts", "N", number_within("a number of models", 1, 64, int),
+         "models that requests may have loaded at once; the next one waits", default="3"),
     Setting("guards_cold_start_seconds_per_day", "B9AGENT_GUARDS_COLD_START_SECONDS",
             "guards.cold_start_seconds_per_day", "N", number_within("seconds", 0, 864000),
             "seconds of loading that requests may cause in a day (UTC); 0: no limit",
             default="3600"),
-    Setting("guards_cold_starts_per_hour", "B9AGENT_GUARDS_COLD_STARTS_PER_HOUR",
-            "guards.cold_starts_per_hour", "N", number_within("a number of loads", 0, 3600, int),
-            "times in an hour that requests may have one model loaded; 0: no limit", default="12"),
-    Setting("guards_duplicates", "B9AGENT_GUARDS_DUPLICATES", "guards.duplicates", "HOW",
-            one_of("auto", "payload", "off"),
-            "which request of a tenant is refused while its twin is computed: `auto` one with the "
-            "same request_id or Idempotency-Key; `payload` one with the same body, too; `off` none",
-            default="auto"),
-    Setting("guards_max_retries", "B9AGENT_GUARDS_MAX_RETRIES", "guards.max_retries", "N",
-            number_within("a number of retries", 0, 100, int),
-            "times that the same request may time out within guards.retry_ttl before it is "
-            "refused; 0: no limit", default="2"),
-    Setting("guards_retry_ttl", "B9AGENT_GUARDS_RETRY_TTL", "guards.retry_ttl", "SECONDS",
-            number_within("seconds", 1, 86400), "seconds that a time-out is remembered",
-            default="300"),
-    Setting("guards_task_depth", "B9AGENT_GUARDS_TASK_DEPTH", "guards.task_depth", "N",
-            number_within("a depth", 1, 10000, int),
-            "depth in its tree of tasks at which a request is refused", default="4"),
-    Setting("guards_task_tree", "B9AGENT_GUARDS_TASK_TREE", "guards.task_tree", "N",
-            number_within("a number of tasks", 1, 1000000, int), "requests of one tree of tasks",
-            default="50"),
-    Setting("audit_keep_days", "B9AGENT_AUDIT_KEEP_DAYS", "audit.keep_days", "DAYS",
-            number_within("whole days", 0, 36500, int),
-            "days that the audit log is kept; 0: there is none", default="184"),
-    Setting("audit_full", "B9AGENT_AUDIT_FULL", "audit.full", "HOW", one_of("go_on", "refuse"),
-            "when the disk takes no audit log: `go_on` serving, and say so loudly, or `refuse` "
-            "requests until it does", default="go_on"),
-    Setting("audit_prompts", "B9AGENT_AUDIT_PROMPTS", "audit.prompts", "", parse_switch,
-            "write the prompts themselves into the audit log, not their hashes alone",
-            default="false"),
-    Setting("tls", "B9AGENT_TLS", "tls", "HOW", one_of("tailscale", "none"),
-            "`tailscale`: TLS with this machine's certificate of its tailnet; in place of tls.cert "
-            "and tls.key"),
-    Setting("tls_cert", "B9AGENT_TLS_CERT", "tls.cert", "PATH", parse_path,
-            "PEM file of the certificate and its chain, for the front door and the control API; "
-            "read again when it was renewed"),
-    Setting("tls_key", "B9AGENT_TLS_KEY", "tls.key", "PATH", parse_path,
-            "PEM file of its private key, mode 0600"),
-    Setting("insecure", "B9AGENT_INSECURE", "insecure", "", parse_switch,
-            "listen beyond loopback and the tailnet without TLS: tokens, prompts and answers then "
-            "cross the network in clear text", default="false"),
-    Setting("oidc_issuer", "B9AGENT_OIDC_ISSUER", "oidc.issuer", "URL", parse_text,
-            "whose tokens count at the front door, exactly as their `iss` says it"),
-    Setting("oidc_audience", "B9AGENT_OIDC_AUDIENCE", "oidc.audience", "TEXT", parse_text,
-            "whom these tokens are for, their `aud`"),
-    Setting("oidc_jwks", "B9AGENT_OIDC_JWKS", "oidc.jwks", "PATH", parse_jwks,
-            "file or https URL of the issuer's public keys (JWKS)"),
-    Setting("control_host", "B9AGENT_CONTROL_HOST", "control.host", "HOST", parse_host,
-            "address the control API listens on", default="127.0.0.1"),
-    Setting("control_port", "B9AGENT_CONTROL_PORT", "control.port", "PORT", parse_listen_port,
-            "port of the control API; 0 takes a free one", default="9999"),
-    Setting("log_format", "B9AGENT_LOG_FORMAT", "log.format", "FORMAT", one_of("text", "json"),
-            "text or json", default="text"),
+    _own("guards.cold_starts_per_hour", "N", number_within("a number of loads", 0, 3600, int),
+         "times in an hour that requests may have one model loaded; 0: no limit", default="12"),
+    _own("guards.duplicates", "HOW", one_of("auto", "payload", "off"),
+         "which request of a tenant is refused while its twin is computed: `auto` one with the "
+         "same request_id or Idempotency-Key; `payload` one with the same body, too; `off` none",
+         default="auto"),
+    _own("guards.max_retries", "N", number_within("a number of retries", 0, 100, int),
+         "times that the same request may time out within guards.retry_ttl before it is refused; "
+         "0: no limit", default="2"),
+    _own("guards.retry_ttl", "SECONDS", number_within("seconds", 1, 86400),
+         "seconds that a time-out is remembered", default="300"),
+    _own("guards.task_depth", "N", number_within("a depth", 1, 10000, int),
+         "depth in its tree of tasks at which a request is refused", default="4"),
+    _own("guards.task_tree", "N", number_within("a number of tasks", 1, 1000000, int),
+         "requests of one tree of tasks", default="50"),
+    _own("audit.keep_days", "DAYS", number_within("whole days", 0, 36500, int),
+         "days that the audit log is kept; 0: there is none", default="184"),
+    _own("audit.full", "HOW", one_of("go_on", "refuse"), "when the disk takes no audit log: "
+         "`go_on` serving, and say so loudly, or `refuse` requests until it does", default="go_on"),
+    _own("audit.prompts", "", parse_switch, "write the prompts themselves into the audit log, not "
+         "their hashes alone", default="false"),
+    _own("tls", "HOW", one_of("tailscale", "none"), "`tailscale`: TLS with this machine's "
+         "certificate of its tailnet; in place of tls.cert and tls.key"),
+    _own("tls.cert", "PATH", parse_path, "PEM file of the certificate and its chain, for the front "
+         "door and the control API; read again when it was renewed"),
+    _own("tls.key", "PATH", parse_path, "PEM file of its private key, mode 0600"),
+    _own("insecure", "", parse_switch, "listen beyond loopback and the tailnet without TLS: "
+         "tokens, prompts and answers then cross the network in clear text", default="false"),
+    _own("oidc.issuer", "URL", parse_text, "whose tokens count at the front door, exactly as their "
+         "`iss` says it"),
+    _own("oidc.audience", "TEXT", parse_text, "whom these tokens are for, their `aud`"),
+    _own("oidc.jwks", "PATH", parse_jwks, "file or https URL of the issuer's public keys (JWKS)"),
+    _own("control.host", "HOST", parse_host, "address the control API listens on",
+         default="127.0.0.1"),
+    _own("control.port", "PORT", parse_listen_port, "port of the control API; 0 takes a free one",
+         default="9999"),
+    _own("log.format", "FORMAT", one_of("text", "json"), "text or json", default="text"),
     Setting("debug", "BETA9_DEBUG", "debug", "", parse_switch,
             "log every request and answer, without their secrets", default="false"),
     Setting("state_dir", "B9AGENT_HOME", None, "PATH", parse_path,
@@ -1783,6 +1835,23 @@ def _warnings(flags: Dict[str, str]) -> Tuple[str, ...]:
             if SETTING_BY_KEY[key].secret and (key != "gateway_proxy" or "@" in text)]
     return tuple(f"{row.flag} on the command line is visible to every user in `ps`: use "
                  f"{row.variable} or the config file" for row in rows)
+
+
+# Of the installer, of children, of `top`, of the client: no settings, though they are called so.
+_OTHER_VARIABLES = ("B9AGENT_TOKEN", "B9AGENT_MACHINE_ID", "B9AGENT_CHILD", "B9AGENT_SUPERVISOR",
+                    "B9AGENT_CONTROL_TOKEN", "BETA9_INFERENCE_HOST")
+
+
+def _misspelt(environ: Dict[str, str]) -> Iterator[str]:
+    """Variables that are no setting's, and are called much as one is."""
+    known = {row.variable.partition("_")[2]: row.variable for row in SETTINGS}
+    for name in sorted(environ):
+        prefix, _, rest = name.partition("_")
+        if (prefix in ("B9AGENT", "BETA9") and known.get(rest) != name
+                and name not in _OTHER_VARIABLES):
+            import difflib
+            for close in difflib.get_close_matches(rest, known, 1, 0.8):
+                yield f"the variable {printable(name)} is not read: {known[close]} is"
 
 
 def shared_mode(path: str) -> Optional[int]:
@@ -1893,7 +1962,8 @@ def _read_config_tree(path: str, must_exist: bool) -> Node:
 
 def _nearest(name: str, known: Iterable[str], listed_by: str) -> str:
     import difflib
-    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    close = [other for other in known if other.startswith(name + "-")]
+    close = close or difflib.get_close_matches(name, list(known), 1, 0.6)
     close = close or [other for other in known if other.endswith("." + name)]
     return f"`{close[0]}`" if close else f"one of the names that `b9agent.py {listed_by}` lists"
 
@@ -1963,7 +2033,7 @@ def load_settings(flags: Dict[str, str], environ: Dict[str, str],
     for key in ("token", "k3s_token"):
         REDACTOR.add(values[key])
     REDACTOR.add((values["gateway_proxy"] or "").rpartition("@")[0].rpartition("/")[2])
-    return Loaded(Settings(**values), origins, _warnings(flags))
+    return Loaded(Settings(**values), origins, (*_warnings(flags), *_misspelt(environ)))
 
 
 def save_config(path: str, values: Dict[str, Any]) -> Optional[str]:
@@ -2009,6 +2079,9 @@ class Option(NamedTuple):
         return self.flag.lstrip("-")
 
 
+SAME_FLAG = {"-y": "--yes", "--yes": "-y"}  # whichever of the two a command has
+
+
 class Arguments(NamedTuple):
     """words: what is no flag; flags: settings by key; options: by name, "" for switches."""
     words: Tuple[str, ...]
@@ -2028,7 +2101,7 @@ def parse_arguments(argv: Sequence[str], options: Sequence[Option]) -> Arguments
             words.append(argument)
             continue
         flag, equals, text = argument.partition("=")
-        row = table.get(flag)
+        row = table.get(flag) or table.get(SAME_FLAG.get(flag, ""))
         if row is None:
             raise UsageError(f"unknown flag {printable(flag)}, expected "
                              f"{_nearest(flag, table, 'COMMAND --help')}")
@@ -2341,6 +2414,45 @@ class Log:
         """A mistake of ours, where it costs something and must not cost more."""
         self("error", "defect", what=f"{type(error).__name__}: {error}",
              where=defect_place(error), **fields)
+
+
+class KeptFile:
+    """Figures in the state folder, in one file.  A disk that is full costs what has changed, and
+    one line in the log.  path: None keeps nothing.  name: of the log's events about it.  failing:
+    the disk has not taken it."""
+
+    def __init__(self, path: Optional[str], name: str, log: Callable[..., None]) -> None:
+        self._path, self._name, self._log, self.failing = path, name, log, False
+
+    def read(self, parse: Callable[[str], Any], max_bytes: int) -> Any:
+        """What parse() makes of it, None where there is none.  One of which parse() makes None is
+        not ours: it is moved aside, never written over."""
+        path = self._path
+        if path is None or not os.path.lexists(path):
+            return None
+        found = parse(read_text(path, max_bytes) or "")
+        if found is None:
+            try:
+                os.replace(path, path + ".bad")
+                done = f"It is now {path}.bad, and another is begun"
+            except OSError as error:
+                self._path = None
+                done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
+            self._log("warning", self._name + "_file", what=f"{path} is not one of ours", do=done)
+        return found
+
+    def write(self, text: str) -> bool:
+        """Whether it is on the disk."""
+        failed, self.failing = self.failing, False
+        try:
+            if self._path is not None:
+                write_atomic(self._path, text)
+        except OSError as error:
+            self.failing = True
+            if not failed:
+                self._log("error", self._name + "_not_kept", what=f"{self._path}: {error.strerror}",
+                          do="It is known until the agent ends, and tried again")
+        return not self.failing
 
 
 class State(enum.Enum):
@@ -3385,17 +3497,12 @@ def offered_gpus(gpus: Sequence[Gpu], vendor: str, gpu_ids: Optional[Sequence[Tu
     return chosen if max_gpus is None else chosen[:max(0, max_gpus)]
 
 
-def is_free(gpu: Gpu, idle_pids: Iterable[int] = ()) -> bool:
+def is_free(gpu: Gpu) -> bool:
     """Whether the scheduler may place work on a GPU: it is healthy, nobody computes on it, and less
-    than 5 % of its memory, and less than 1 GiB, is in use; where that is unknown it may be busy.
-    idle_pids: engines of ours that are idle and would be ended for the work: they do not count."""
+    than 5 % of its memory, and less than 1 GiB, is in use; where that is unknown it may be busy."""
     total, used = gpu.memory_total_bytes, gpu.memory_used_bytes
-    if gpu.problem or total is None or used is None:
+    if gpu.problem or gpu.processes or total is None or used is None:
         return False
-    idle = set(idle_pids)
-    if any(process.pid not in idle for process in gpu.processes or ()):
-        return False
-    used -= sum(process.memory_bytes or 0 for process in gpu.processes or ())
     return used < min(total * 0.05, 1 << 30)
 
 
@@ -4696,12 +4803,12 @@ class EnergyMeter:
 
     def __init__(self, path: Optional[str], settings: Any, log: Callable[..., None],
                  clock: Clock = time.monotonic, wall: Clock = time.time) -> None:
-        self._path, self._settings, self._log, self._clock = path, settings, log, clock
-        self._since_wall_s, self._total = self._kept() or (wall(), EnergyTotals())
+        self._file, self._settings, self._clock = KeptFile(path, "energy", log), settings, clock
+        self._since_wall_s, self._total = self._file.read(parse_energy_file, 65536) or (
+            wall(), EnergyTotals())
         self._started = EnergyTotals()
         self._count("gpu_measured_j", 0.0)  # with an intensity, CO2e is known to be 0
         self._saved_s = self._added_s = clock()
-        self._failing = False
         self._cpu: Optional[Tuple[float, Dict[str, RaplZone]]] = None
         self._cpu_w: Tuple[Optional[float], str] = (None, "")
         self._gpus: Dict[Tuple[str, Any], GpuPoint] = {}
@@ -4735,35 +4842,10 @@ class EnergyMeter:
                       *self._cpu_w)
 
     def save(self) -> None:
-        """Keep the totals.  A disk that is full costs them, and one line in the log."""
-        if self._path is None:
-            return
+        """Keep the totals."""
         self._saved_s = self._clock()
         record = {"version": 1, "since_wall_s": self._since_wall_s, "total": self._total._asdict()}
-        try:
-            write_atomic(self._path, json.dumps(record, indent=2) + "\n")
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                self._log("error", "energy_not_kept", what=f"{self._path}: {error.strerror}",
-                          do="The totals go on in memory, and the file is tried again every 5 min")
-            self._failing = True
-
-    def _kept(self) -> Optional[Tuple[float, EnergyTotals]]:
-        """What an earlier run kept; a file that is none is moved aside, never written over."""
-        if self._path is None or not os.path.lexists(self._path):
-            return None
-        kept = parse_energy_file(read_text(self._path, 65536) or "")
-        if kept is None:
-            what = f"{self._path} is not one of ours"
-            try:
-                os.replace(self._path, self._path + ".bad")
-                done = f"It is now {self._path}.bad, and counting begins anew"
-            except OSError as error:
-                done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
-                self._path = None
-            self._log("warning", "energy_file", what=what, do=done)
-        return kept
+        self._file.write(json.dumps(record, indent=2) + "\n")
 
     def _added(self) -> None:
         self._added_s = self._clock()
@@ -4872,7 +4954,7 @@ REGISTER_LIMIT_S = 30.0
 KEEPALIVE_LIMIT_S = 10.0
 GATEWAY_TTL_S = 300
 CLOCK_OFFSET_MAX_S = 60.0
-RETRY_AFTER_MAX_S = 120.0  # the gateway forgets a machine after 300 s, whatever it asked for
+RETRY_AFTER_MAX_S = 60.0   # the gateway forgets a machine after 300 s, whatever it asked for
 REFUSED_SOON_S = 600.0     # a 401 can be the gateway's own outage: ten minutes at the interval,
 REFUSED_LATER_S = 300.0    # then every five
 
@@ -4972,18 +5054,24 @@ _UNREACHABLE_HINTS = {
     "dns": "Check gateway.host, or the machine's name server",
     "tls": "Check gateway.scheme, and gateway.ca_file for an authority of your own",
     "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
+    "files": "It is this machine's limit: raise LimitNOFILE of the service, or ulimit -n",
     "timeout": "A firewall, or a tunnel that hangs? Try: "
                "curl -m 5 http://{host}:{port}/api/v1/health",
 }
 
 
-def _json_object(body: bytes) -> Dict[str, Any]:
-    """The body's JSON object, or {} for anything else."""
+def _json_dict(body: bytes) -> Optional[Dict[str, Any]]:
+    """The body's JSON object; None for anything else."""
     try:
         value = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if type(value) is dict else None
+
+
+def _json_object(body: bytes) -> Dict[str, Any]:
+    """The same, {} for anything else."""
+    return _json_dict(body) or {}
 
 
 def _without_token(body: bytes) -> str:
@@ -5130,7 +5218,7 @@ class GatewayClient:
         said = printable(REDACTOR.scrub(message))[:200]  # cut after: half a secret is one too
         code = str(answer.get("error_code") or "")
         pool, url = self._pool_name, self._endpoint.url
-        if not answer and reply.status in (400, 403, 404, 405):
+        if not answer and reply.status in (200, 400, 403, 404, 405):
             return self._unwell(f"it answered {reply.status} and no JSON, which is not the "
                                 "gateway's way: a proxy or an ingress before it?")
         if reply.status in (401, 403):
@@ -5250,10 +5338,12 @@ class Membership:
                     last_ready_s=self._clock(), last_ready_wall_s=time.time())
         if was is not State.READY:
             self._log("notice", "ready", after_failures=failures or None)
-        # Jitter, so that a thousand agents started together do not march in step; less the time
-        # that the requests took, so that the period is the interval.
+        # Jitter, so that a thousand agents do not march in step: of all the interval after what
+        # brings them together (a power cut that ends), or they would for half an hour.  Less the
+        # time that the requests took, so that the period is the interval.
         took_s = self._clock() - started_s
-        return max(0.0, self._interval_s * self._uniform(0.9, 1.1) - took_s)
+        least = 0.9 if was is State.READY else 0.1
+        return max(0.0, self._interval_s * self._uniform(least, 1.1) - took_s)
 
     def _count_failure(self, error: GatewayError, name: str) -> None:
         outcome = ("refused" if isinstance(error, (TokenRefused, RequestRefused)) else
@@ -5295,9 +5385,20 @@ class Membership:
             soon = now - self._refused_since_s < REFUSED_SOON_S
             return (self._interval_s if soon else REFUSED_LATER_S) * self._uniform(0.9, 1.1)
         # Full jitter from 1 s, doubled each time, capped at the interval.
-        ceiling_s = min(2.0 ** min(self._failures_in_row - 1, 10), self._interval_s, 60.0)
-        asked_s = getattr(error, "retry_after_s", None) or 0.0
-        return max(asked_s, self._uniform(0.0, ceiling_s))
+        most_s, asked_s = min(self._interval_s, 60.0), getattr(error, "retry_after_s", None)
+        if asked_s:  # a thousand may have been told the same moment
+            return asked_s + self._uniform(0.0, most_s)
+        return self._uniform(0.0, min(2.0 ** min(self._failures_in_row - 1, 10), most_s))
+
+    def _expire(self) -> None:
+        """A machine that has slept is ready no more, before the gateway can say so."""
+        silent_s = self._clock() - (self.snapshot.last_ready_s or 0.0)
+        if self.snapshot.state is State.READY and silent_s > GATEWAY_TTL_S:
+            error = MachineNotFound(f"no keepalive was sent for {silent_s:.0f} s, and the gateway "
+                                    "has forgotten this machine", "It registers again by itself")
+            self._must_register = True
+            self._enter(State.EXPIRED, message=str(error))
+            self._log.error("expired", error, "warning")
 
     def run(self, wake: Wake, stopping: Callable[[], bool], tick: Callable[[float], None]) -> None:
         """Until stopping() is true.  wake: asks to look again, at once.  tick(seconds): "I am
@@ -5318,6 +5419,7 @@ class Membership:
                 continue
             tick(6 * REGISTER_LIMIT_S)  # two requests, GPUs, and name look-ups that have no limit
             self._hurried = ()
+            self._expire()
             wait_s = self._safe_step()
             due_s = self._clock() + wait_s
         self._enter(State.STOPPED)
@@ -5413,11 +5515,6 @@ def exit_words(code: int) -> str:
     """code: as subprocess has it."""
     name = next((known.name for known in signal.Signals if known == -code), str(-code))
     return f"signal {name}" if code < 0 else f"exit code {code}"
-
-
-def _pause(wait_s: float) -> None:
-    """Not by the wall clock, as Event.wait() may (see Wake)."""
-    select.poll().poll(max(0.0, wait_s) * 1000)
 
 
 class Output:
@@ -5619,7 +5716,7 @@ def end_processes(family: ProcessFamily, grace_s: float) -> str:
         if passed_s > grace_s + KILL_LIMIT_S and misses == 0:
             return ("the table of processes cannot be read" if found is None else "lives on: " +
                     ", ".join(f"{row.name}, pid {pid}" for pid, row in sorted(found.items())[:8]))
-        _pause(min(0.2, 0.02 + passed_s / 20))
+        pause(min(0.2, 0.02 + passed_s / 20))
     return ""
 
 
@@ -5700,7 +5797,7 @@ class Child:
         """The snapshot once it is in one of the states, or after limit_s."""
         until_s = now_s() + limit_s
         while self.snapshot.state not in states and now_s() < until_s:
-            _pause(min(WATCH_S, until_s - now_s()))
+            pause(min(WATCH_S, until_s - now_s()))
         return self.snapshot
 
     def tail(self, lines: int = 20) -> List[str]:
@@ -5753,7 +5850,7 @@ class Child:
                         message=f"{self.spec.name} {problem}; starts again in {wait_s:.1f} s")
             until_s = now_s() + wait_s
             while not self._stopping and now_s() < until_s:
-                _pause(min(WATCH_S, until_s - now_s()))
+                pause(min(WATCH_S, until_s - now_s()))
         return ChildState.ERROR if self._lives_on else ChildState.STOPPED, self._left
 
     def _run_once(self) -> Tuple[str, bool]:
@@ -5766,7 +5863,7 @@ class Child:
             return f"cannot be started: {problem}", False
         late = self._await_ready()
         while not late and self._process.poll() is None and not self._stopping:
-            _pause(WATCH_S)
+            pause(WATCH_S)
             late = self._useless
         code = self._process.poll()
         problem = late if code is None else f"ended with {exit_words(code)}"
@@ -5860,7 +5957,7 @@ class Child:
                 return f"was not ready, and nothing moved for {spec.stall_limit_s:g} s{said}"
             if clock() - began_s > spec.ready_limit_s:
                 return f"was not ready within {spec.ready_limit_s:g} s{said}"
-            _pause(min(0.5, 0.05 + (clock() - began_s) / 10))
+            pause(min(0.5, 0.05 + (clock() - began_s) / 10))
         return ""
 
     def _end(self, grace_s: float) -> None:
@@ -5878,7 +5975,7 @@ class Child:
             if not any(held) or now_s() >= until_s:
                 self._left = "; ".join(filter(None, held))
                 break
-            _pause(WATCH_S)
+            pause(WATCH_S)
 
 
 class Leftover(NamedTuple):
@@ -6316,13 +6413,6 @@ def _config_shape(config: Dict[str, Any]) -> Dict[str, Any]:
     return _shape(fields, _name(config.get("model_type")) or "")
 
 
-def _unique(pairs: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
-
-
 def _take_json(file: ModelFile, length: int) -> Dict[str, Any]:
     """An object.  A million values at most, for they take more memory than their text."""
     if length > _JSON_MAX_BYTES:
@@ -6330,7 +6420,7 @@ def _take_json(file: ModelFile, length: int) -> Dict[str, Any]:
     text = file.take(length)
     try:
         value = json.loads(text.decode("utf-8") if text.count(b",") <= 1 << 20 else "",
-                           parse_int=parse_int, object_pairs_hook=_unique)
+                           parse_int=parse_int, object_pairs_hook=_json_pairs)
     except (ValueError, RecursionError) as error:
         raise file.wrong(f"no JSON, or too much: {str(error)[:100]}") from error
     return value if isinstance(value, dict) else {}
@@ -7172,12 +7262,11 @@ class OllamaApi:
         """
         key, until_s = model_key(name), now_s() + limit_s
         self.ask("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
-        with contextlib.closing(Wake()) as wake:
-            while any(model_key(row["name"]) == key for row in self.loaded()):
-                if now_s() > until_s:
-                    raise EngineConflict(f"{name} is still in memory after {limit_s:g} s",
-                                         "A request holds it; it goes when that ends")
-                wake.wait(0.1)
+        while any(model_key(row["name"]) == key for row in self.loaded()):
+            if now_s() > until_s:
+                raise EngineConflict(f"{name} is still in memory after {limit_s:g} s",
+                                     "A request holds it; it goes when that ends")
+            pause(0.1)
 
     def delete(self, name: str) -> None:
         self.ask("DELETE", "/api/delete", {"model": name}, 60.0)
@@ -7314,21 +7403,19 @@ class Transfer:
     def pause(self, seconds: float) -> None:
         """For the work: wait, but not once cancelled."""
         until_s = now_s() + seconds
-        with contextlib.closing(Wake()) as wake:
-            while not self.cancelled and now_s() < until_s:
-                wake.wait(0.1)
+        while not self.cancelled and now_s() < until_s:
+            pause(0.1)
 
     def watch(self, heartbeat_s: float = 5.0) -> Iterator[Optional[Progress]]:
         """What is now, then what has changed, five times a second at most, to the end.  None where
         nothing did for a while, so that who waits can see whether somebody still listens."""
         told, told_s = None, now_s()
-        with contextlib.closing(Wake()) as wake:
-            while told is None or told.state == "running":
-                progress = self.progress
-                if progress != told or now_s() - told_s >= heartbeat_s:
-                    yield None if progress == told else progress
-                    told, told_s = progress, now_s()
-                wake.wait(0.2 if progress.state == "running" else 0.0)
+        while told is None or told.state == "running":
+            progress = self.progress
+            if progress != told or now_s() - told_s >= heartbeat_s:
+                yield None if progress == told else progress
+                told, told_s = progress, now_s()
+            pause(0.2 if progress.state == "running" else 0.0)
 
 
 class Transfers:
@@ -7621,6 +7708,11 @@ def _sound(entry: Any) -> bool:
             and rows("files", "sha256", "[0-9a-f]{64}") and rows("files", "path", "/[^\0]*"))
 
 
+def parse_model_book(text: str) -> Optional[Dict[str, Dict[str, Any]]]:
+    entries = _json_object(text.encode("utf-8")).get("models")
+    return entries if isinstance(entries, dict) and all(map(_sound, entries.values())) else None
+
+
 class ModelBook:
     """Every model that was pulled, imported or served here; STATE/models.json.
 
@@ -7629,28 +7721,10 @@ class ModelBook:
 
     def __init__(self, path: Optional[str], log: Log) -> None:
         """path: None keeps nothing."""
-        self._path = path
-        self._log = log
-        self._lock = threading.Lock()
-        self._failing = False
+        self._file, self._lock = KeptFile(path, "models", log), threading.Lock()
         self._used_s: Dict[str, float] = {}
-        self._entries: Dict[str, Dict[str, Any]] = {}
-        if path is not None and os.path.lexists(path):
-            text = read_text(path, 2 * MODEL_BOOK_MAX_BYTES) or ""
-            entries = _json_object(text.encode("utf-8")).get("models")
-            if isinstance(entries, dict) and all(map(_sound, entries.values())):
-                self._entries = entries
-                return
-            self._set_aside(path)
-
-    def _set_aside(self, path: str) -> None:
-        try:
-            os.replace(path, path + ".bad")
-            done = f"It is now {path}.bad, and the book begins anew"
-        except OSError as error:
-            self._path = None
-            done = f"It cannot be moved aside ({error.strerror}): nothing will be kept"
-        self._log("warning", "models_file", what=f"{path} is not one of ours", do=done)
+        self._entries: Dict[str, Dict[str, Any]] = self._file.read(
+            parse_model_book, 2 * MODEL_BOOK_MAX_BYTES) or {}
 
     def entries(self) -> Dict[str, Dict[str, Any]]:
         with self._lock:
@@ -7680,22 +7754,20 @@ class ModelBook:
                 self._save()
 
     def _save(self) -> None:
-        """Those that changed last.  A disk that is full costs the change, and one line."""
+        """Those that changed last."""
         rows = {name: f"{json.dumps(name)}: {json.dumps(entry)}"
                 for name, entry in self._entries.items()}
         while len(rows) > MODEL_BOOK_MAX or sum(map(len, rows.values())) > MODEL_BOOK_MAX_BYTES:
             oldest = next(iter(rows))
             del rows[oldest], self._entries[oldest]
         self._used_s = {name: at for name, at in self._used_s.items() if name in rows}
-        try:
-            if self._path is not None:
-                write_atomic(self._path, '{"models": {\n%s\n}}\n' % ",\n".join(rows.values()))
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                self._log("error", "models_not_kept", what=f"{self._path}: {error.strerror}",
-                          do="They are known until the agent ends; the next change tries again")
-            self._failing = True
+        self._file.write('{"models": {\n%s\n}}\n' % ",\n".join(rows.values()))
+
+    def keep(self) -> None:
+        """What a disk that was full has not taken."""
+        with self._lock:
+            if self._file.failing:
+                self._save()
 
 
 def _line(value: Any) -> Optional[str]:
@@ -7843,9 +7915,8 @@ def visible_gpus(hardware: Hardware) -> Dict[str, str]:
 def files_digest(records: Any) -> Optional[str]:
     """Of a model of files, from what the book has of them: that of its one file, or of the list of
     all, sorted; None where it has none."""
-    import hashlib
     sums = sorted(str(row["sha256"]) for row in records or ())
-    joined = hashlib.sha256("\n".join(sums).encode()).hexdigest() if sums[1:] else "".join(sums)
+    joined = sha256_hex("\n".join(sums).encode()) if sums[1:] else "".join(sums)
     return f"sha256:{joined}" if sums else None
 
 
@@ -8407,6 +8478,7 @@ class Inference:
                     return
             try:
                 self._look(up)
+                self.book.keep()
             except Exception as error:  # a defect costs one look, not the watch
                 self._log.defect(error)
             self._watch_wake.wait(INFERENCE_CHECK_S)
@@ -8491,6 +8563,7 @@ class Inference:
         with self._lock:
             self._closed = True
         self.transfers.cancel_all()
+        self.book.keep()
         self.stop()
 
     # -- models -----------------------------------------------------------
@@ -8744,13 +8817,12 @@ class Inference:
         """What is free of the GPUs once it is that much, or after MEMORY_BACK_S: drivers take their
         time.  None where it is not known, or there is no GPU."""
         until_s = now_s() + MEMORY_BACK_S
-        with contextlib.closing(Wake()) as wake:
-            while True:
-                each = self._hardware().gpu_free_bytes
-                free = None if not each or None in each else sum(each)
-                if free is None or free >= wanted_bytes or now_s() > until_s:
-                    return free
-                wake.wait(0.1)
+        while True:
+            each = self._hardware().gpu_free_bytes
+            free = None if not each or None in each else sum(each)
+            if free is None or free >= wanted_bytes or now_s() > until_s:
+                return free
+            pause(0.1)
 
     def _tell_begun(self, load: _Load) -> None:
         if not load.told:
@@ -9101,12 +9173,11 @@ def payload_hash(payload: Any) -> str:
     >>> payload_hash({"a": 1, "b": [2]}) == payload_hash({"b": [2], "a": 1})
     True
     """
-    import hashlib
     try:
         text = json.dumps(payload, sort_keys=True, separators=(",", ":"), default=str)
     except Exception as error:  # a ring, too deep, a __str__ that fails
         text = f"{type(error).__name__} {id(payload)}"
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return sha256_hex(text.encode("utf-8"))
 
 
 class EndpointRetryGuard:
@@ -9120,8 +9191,7 @@ class EndpointRetryGuard:
     def __init__(self, endpoint_url: str, max_retries: int = 2, backoff_base_seconds: float = 5.0,
                  payload_hash_ttl_seconds: float = 300.0, *, headers: Optional[Dict] = None,
                  clock: Callable[[], float] = now_s,
-                 # No step of the wall clock stretches it, as it does Event.wait() before 3.11.
-                 wait: Callable[[float], Any] = lambda s: select.select((), (), (), s),
+                 wait: Callable[[float], Any] = pause,
                  around: Callable[..., Any] = lambda func, *arguments: func(*arguments)) -> None:
         self._url, self._headers = endpoint_url, {"Content-Type": "application/json",
                                                   **(headers or {})}
@@ -9577,16 +9647,7 @@ def load_tenants(path: str, priced: bool) -> Tuple[Tenant, ...]:
 
 
 def token_hash(token: str) -> str:
-    import hashlib
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _file_stamp(path: str) -> Optional[Tuple[int, ...]]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode
+    return sha256_hex(token.encode("utf-8", "surrogatepass"))
 
 
 class TenantTables(NamedTuple):
@@ -9624,12 +9685,13 @@ class TenantBook:
         self.refresh()
 
     def _stamp_now(self) -> Any:
-        return _file_stamp(self._path) or (_file_stamp(self._token_path),)
+        return file_stamp(self._path) or (file_stamp(self._token_path),)
 
-    def stale(self) -> bool:
-        """Whether refresh() has something to do; a look at the file once a second.  No waiting."""
+    def stale(self, at_once: bool = False) -> bool:
+        """Whether refresh() has something to do; a look at the file, once a second unless at_once.
+        No waiting."""
         now = self._clock()
-        if now >= self._look_s:
+        if at_once or now >= self._look_s:
             self._look_s = now + 1.0
             self._changed = self._stamp_now() != self._stamp
         return self._changed
@@ -9642,11 +9704,10 @@ class TenantBook:
             if stamp != self._stamp:
                 try:
                     self.tables = tables_of(self._load(len(stamp) > 1))
-                    import hashlib
                     text = read_text(self._path, 8 << 20)
                     self._log("info", "tenants", count=len(self.tables.tenants), names=",".join(
                         sorted(tenant.name for tenant in self.tables.tenants))[:1000] or None,
-                        sha256=text and hashlib.sha256(text.encode("utf-8")).hexdigest())
+                        sha256=text and sha256_hex(text.encode("utf-8")))
                 except UsageError as error:
                     kept = ("Those known before stay in force" if self.tables.gateway else
                             "Until then nobody is let in")
@@ -9846,7 +9907,7 @@ class Oidc:
 
     def _renew(self, now: float) -> None:
         """Old keys go on where there are no new ones to be had."""
-        stamp = None if self._endpoint else _file_stamp(self._jwks)
+        stamp = None if self._endpoint else file_stamp(self._jwks)
         self._ask_s = now + (JWKS_EVERY_S if self._endpoint else 1.0)
         if stamp is None or stamp != self._stamp:
             try:
@@ -9994,6 +10055,8 @@ class Access:
                 return Caller(tenant, "token")
         if self._oidc is not None and token.count(".") == 2:
             return self._by_claims(token, digest, host, wait)
+        if not wait and self._book.stale(at_once=True):
+            return None  # it was made just now
         raise self._failed(host, AccessRefused(
             401, "bad_token", "this token is not one of a tenant",
             "Was it rotated? `b9agent.py tenant rotate NAME` makes a new one"))
@@ -10097,10 +10160,13 @@ class Grant:
         self.bill, self.settled = Bill(0.0, 0.0), False
 
 
-def read_usage(path: str, today: int) -> Optional[Tuple[int, Dict[str, Dict[str, Any]]]]:
+USAGE_MAX_BYTES = 8 << 20
+
+
+def parse_usage(text: str, today: int) -> Optional[Tuple[int, Dict[str, Dict[str, Any]]]]:
     """(day since 1970, {tenant: what it has used}) of usage.json; None for what is not ours.  A
     clock that was set back within a day opens no new one; further back it was wrong before."""
-    found = _json_object((read_text(path, 8 << 20) or "").encode("utf-8"))
+    found = _json_object(text.encode("utf-8"))
     day, rows = found.get("day"), found.get("tenants")
     if not isinstance(day, int) or not _is_amount(day) or not isinstance(rows, dict) or not all(
             isinstance(row, dict) and all(_is_amount(row.get(field)) for field in USAGE_FIELDS)
@@ -10119,21 +10185,16 @@ class Ledger:
 
     def __init__(self, path: Optional[str], log: Log, usd_per_gpu_second: Optional[float],
                  clock: Callable[[], float] = now_s, wall: Callable[[], float] = time.time) -> None:
-        self._path, self._log, self._price = path, log, usd_per_gpu_second or 0.0
+        self._file, self._price = KeptFile(path, "usage", log), usd_per_gpu_second or 0.0
         self.priced = usd_per_gpu_second is not None
         self._clock, self._wall, self._lock = clock, wall, threading.Lock()
         self._accounts: Dict[str, _Account] = {}
         self._running, self._share_s, self._last_s = 0, 0.0, 0.0
-        self._dirty = self._failing = False
-        self._day = int(wall() // 86400)
-        if path is not None and os.path.lexists(path):
-            kept = read_usage(path, self._day)
-            self._day, rows = kept or (self._day, {})
-            for name, row in rows.items():
-                self._accounts.setdefault(name, _Account()).set(row)
-            if kept is None:
-                log("warning", "usage_file", what=f"{path} is not one of ours",
-                    do="What tenants have used today is counted from 0")
+        self._dirty, today = False, int(wall() // 86400)
+        self._day, rows = self._file.read(
+            lambda text: parse_usage(text, today), USAGE_MAX_BYTES) or (today, {})
+        for name, row in rows.items():
+            self._accounts.setdefault(name, _Account()).set(row)
 
     def reserve(self, tenant: Tenant, prompt_tokens: int, output_tokens: Optional[int],
                 default_output_tokens: int) -> Grant:
@@ -10215,19 +10276,13 @@ class Ledger:
         """To STATE/usage.json, where something has changed."""
         with self._lock:
             self._turn()
-            if not self._dirty or self._path is None:
+            if not self._dirty:
                 return
             self._dirty = False
             record = {"day": self._day, "date": utc_stamp(self._day * 86400)[:10], "tenants": {
                 name: account.usage() for name, account in self._accounts.items()}}
-        try:
-            write_atomic(self._path, json.dumps(record, indent=1) + "\n")
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                self._log("error", "usage_not_kept", what=f"{self._path}: {error.strerror}",
-                          do="It is known until the agent ends, and tried again")
-            self._dirty = self._failing = True
+        if not self._file.write(json.dumps(record, indent=1) + "\n"):
+            self._dirty = True
 
     # -- under the lock
 
@@ -10421,23 +10476,14 @@ class AuditVerdict(NamedTuple):
 
 def parse_audit_line(raw: bytes) -> Optional[AuditLine]:
     """None where it is not whole: its hash is that of all that stands before it."""
-    import hashlib
     first = re.match(rb'\{"v":1,"seq":([0-9]{1,18}),"time":"([0-9T:.Z-]{10,32})",'
                      rb'"kind":"([a-z_]{1,64})"', raw)
     if (not first or raw[-150:-141] != b',"prev":"' or raw[-77:-67] != b'","hash":"'
-            or hashlib.sha256(raw[:-76]).hexdigest().encode() + b'"}\n' != raw[-67:]):
+            or sha256_hex(raw[:-76]).encode() + b'"}\n' != raw[-67:]):
         return None
     texts = [text.decode("ascii", "replace") for text in (
         raw[-67:-3], raw[-141:-77], first.group(3), first.group(2))]
     return AuditLine(int(first.group(1)), *texts)
-
-
-def decode_audit_line(raw: bytes) -> Dict[str, Any]:
-    """Of one that is whole; {} where somebody has made it anew, of what is no JSON."""
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        return {}
 
 
 def _audit_plain(value: Any, limit: int = AUDIT_TEXT_MAX, depth: int = 3) -> Any:
@@ -10561,9 +10607,8 @@ class AuditLog:
 
     def __init__(self, folder: str, keep_days: int, log: Log, wall: Callable[[], float] = time.time,
                  clock: Callable[[], float] = now_s) -> None:
-        import hashlib
         self._folder, self._keep_days, self._log = folder, keep_days, log
-        self._wall, self._clock, self._sha256 = wall, clock, hashlib.sha256
+        self._wall, self._clock = wall, clock
         self._lock, self._wake = threading.Lock(), Wake()
         self._seq, self._hash, self._day = 0, AUDIT_START, ""
         self._lines: List[Tuple[str, bytes]] = []  # (day, line)
@@ -10620,7 +10665,7 @@ class AuditLog:
         self._day = max(self._day, stamp[:10])  # a clock that is set back opens no old file
         body = (f'{{"v":1,"seq":{self._seq},"time":"{stamp}","kind":"{kind}"'
                 f'{"," if text else ""}{text},"prev":"{self._hash}"').encode("ascii")
-        self._hash = self._sha256(body).hexdigest()
+        self._hash = sha256_hex(body)
         line = b'%b,"hash":"%b"}\n' % (body, self._hash.encode("ascii"))
         self._waiting += len(line)
         self._lines.append((self._day, line))
@@ -10864,7 +10909,7 @@ def read_audit(folder: str, from_s: Optional[float] = None, to_s: Optional[float
             for raw in _audit_lines(os.path.join(folder, name)) if name >= since[:10] else ():
                 line = parse_audit_line(raw)
                 if line and since <= line.time < until:
-                    yield from filter(None, [decode_audit_line(raw)])
+                    yield from filter(None, [_json_object(raw)])
 
 
 class _AuditWalk:
@@ -10875,7 +10920,7 @@ class _AuditWalk:
         self.wanted, self._head_seq = {row for row in wanted if row[0]}, head_seq
         self.faults: List[AuditFault] = []
         self.lines = self.beyond = self.beyond_lines = 0  # bytes and lines after the head's
-        self.torn = self._excused = False
+        self.torn = self._excused = self._vanished = False
         self.first = self.last = None  # AuditLine
         self._first_at, self.at, self._bad = ("", 0), ("", 0), 0  # lines since one that was whole
 
@@ -10893,8 +10938,8 @@ class _AuditWalk:
                 else:
                     self.at = (name, number)
                     self.line(raw)
-        except FileNotFoundError:
-            self.first, self._bad = None, 0  # the agent has removed it, and will have recorded that
+        except FileNotFoundError:  # the agent has removed it, and will have recorded that
+            self.first, self._bad, self._vanished = None, 0, True
         except PermissionError as error:
             raise UsageError(f"cannot read {os.path.join(folder, name)}: {error.strerror}",
                              "Run this as the user that the agent runs as, or with sudo") from error
@@ -10935,7 +10980,7 @@ class _AuditWalk:
 
     def _told(self, kind: str, raw: bytes) -> None:
         """What the agent itself has recorded of the files."""
-        fields = decode_audit_line(raw)
+        fields = _json_object(raw)
         if kind == "pruned":
             last = (fields.get("last_seq"), fields.get("last_hash"))
             self._excused |= last == (self.first.seq - 1, self.first.prev)
@@ -10943,6 +10988,12 @@ class _AuditWalk:
         elif fields.get("head") != "ok":
             self.fault(self.at, "when the agent started here, head.json was missing or did not "
                        "fit: lines before this one may be missing, or made anew")
+
+    @property
+    def overtaken(self) -> bool:
+        """Files were removed meanwhile, and the record of it is in one that is newer than all that
+        were read, as it is at midnight: it has to be read again."""
+        return self._vanished and not self._excused
 
     def ends(self, head: Optional[AuditHead], later: Optional[AuditHead]) -> None:
         """later: head.json as it is after all was read."""
@@ -10976,11 +11027,14 @@ def verify_audit(folder: str, known_head: str = "") -> AuditVerdict:
     """Reads all of it, while the agent writes or without one.  known_head: SEQ:HASH of some time
     before, kept elsewhere: nothing up to it was made anew.  Raises: UsageError, ValueError."""
     known = parse_audit_head(known_head) if known_head else (0, "")
-    head = read_audit_head(folder)  # before the files, so that what it tells of is in them
-    names = list_audit(folder)
-    walk = _AuditWalk([known] + ([head[:2]] if head else []), head.seq if head else 0)
-    for name in names:
-        walk.file(folder, name, name == names[-1])
+    for _ in range(5):
+        head = read_audit_head(folder)  # before the files, so that what it tells of is in them
+        names = list_audit(folder)
+        walk = _AuditWalk([known] + ([head[:2]] if head else []), head.seq if head else 0)
+        for name in names:
+            walk.file(folder, name, name == names[-1])
+        if not walk.overtaken:
+            break
     walk.ends(head, read_audit_head(folder))
     first_seq, last_seq = (line.seq if line else 0 for line in (walk.first, walk.last))
     if known in walk.wanted:
@@ -11372,9 +11426,7 @@ def add_evidence(record: Dict[str, Any], report: AuditReport, state_dir: str, ke
     """What record-keeping wants beside the figures."""
     folder, notes = os.path.join(state_dir, "audit"), record["notes"]
     text = read_text(os.path.join(state_dir, "models.json"), 2 * MODEL_BOOK_MAX_BYTES) or ""
-    found = _json_object(text.encode("utf-8")).get("models")
-    book = {name: entry for name, entry in found.items() if _sound(entry)} if isinstance(
-        found, dict) else {}
+    book = parse_model_book(text) or {}
     oldest = next((_text_of(line, "time") for line in read_audit(folder, None, None)), report.first)
     record.update(
         {name: report.rows[name].listed(_ROW_KEYS[name]) for name in ("uses", "who", "events")},
@@ -11898,8 +11950,7 @@ def wants_tls(host: str, tailnet: str = "") -> bool:
     [False, False, False, True, True, True]
     """
     bare = re.sub("^::ffff:", "", host.lower())
-    return not (bare in ("localhost", "::1", tailnet or "::1")
-                or re.fullmatch(r"127(\.[0-9]{1,3}){3}", bare))
+    return not (loopback(bare) or bare == (tailnet or "::1"))
 
 
 def certificate_end(pem: str) -> str:
@@ -11940,11 +11991,8 @@ class ServerTls:
             self._load()
 
     def _read_stamp(self) -> Any:
-        try:
-            found = [os.stat(path) for path in self._paths]
-            return [(one.st_ino, one.st_size, one.st_ctime_ns) for one in found]
-        except OSError:
-            return None
+        stamps = list(map(file_stamp, self._paths))
+        return None if None in stamps else stamps
 
     def _load(self) -> None:
         import ssl
@@ -12388,7 +12436,7 @@ class ApiServer:
                     pass  # it left again
                 except Exception as error:  # no descriptor or no thread was to be had
                     self.api.log("debug", "not_accepted", what=repr(error))
-                    select.poll().poll(50)  # what we cannot accept stays ready: do not spin
+                    pause(0.05)  # what we cannot accept stays ready: do not spin
             if now_s() > sweep_s:
                 sweep_s = now_s() + 1.0
                 for descriptor in [descriptor for descriptor, found in self._waiting.items()
@@ -12667,8 +12715,6 @@ def _energy(view: MetricsView) -> Samples:
     return samples
 
 
-# Name, help, samples.  "b9agent_" goes before every name but the process_ ones, which are the names
-# of Prometheus' own clients.  What ends with _total is a counter, everything else a gauge.
 def _audit(field: str) -> Family:
     return lambda view: [({}, view.audit[field])] if view.audit else []
 
@@ -12679,6 +12725,8 @@ def _engine(field: str) -> Family:
                          ] if view.engine.name else []
 
 
+# Name, help, samples.  "b9agent_" goes before every name but the process_ ones, which are the names
+# of Prometheus' own clients.  What ends with _total is a counter, everything else a gauge.
 METRIC_FAMILIES = tuple((name if name.startswith("process_") else "b9agent_" + name, text, samples)
                         for name, text, samples in (
     ("build_info", "Version of b9agent.", lambda view: [({"version": view.version}, 1)]),
@@ -13515,15 +13563,6 @@ def _said_error(value: Any, failed: bool = False) -> str:
     return printable(line[:400]) if not line.startswith("<") else "a page of HTML"
 
 
-def _json_dict(raw: bytes) -> Optional[Dict[str, Any]]:
-    """What an engine said, or None where it is no JSON object."""
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return value if type(value) is dict else None
-
-
 class Usage:
     """What an answer took.  prompt_tokens, completion_tokens: the engine's own figures, or None.
     pieces: of its content that came.  load_s: of the model, where it is told.  error: why the
@@ -14044,66 +14083,6 @@ ENGINE_IDLE_MAX = 1024
 _READ, _WRITE = select.POLLIN, select.POLLOUT  # and EPOLLIN, EPOLLOUT
 
 
-class BodyReader:
-    """Takes an answer's body out of its framing.  Source: RFC 9112, 6 and 7.
-
-    length: None where it ends with the connection.
-    """
-
-    def __init__(self, length: Optional[int], chunked: bool) -> None:
-        self._left, self._chunked = 0 if chunked else length, chunked
-        self._line, self._held = "size", b""
-        self.done = self._left == 0 and not chunked
-        self.endless = length is None and not chunked
-
-    def feed(self, data: bytes) -> bytes:
-        """Raises: HttpFailure where the framing is broken."""
-        if self._chunked:
-            return self._unchunk(data)
-        if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0:
-                raise HttpFailure("garbage", "a body longer than it says")
-            self.done = not self._left
-        return data
-
-    def _unchunk(self, data: bytes) -> bytes:
-        if self._held:
-            data, self._held = self._held + data, b""
-        at, end, pieces = 0, len(data), []
-        while at < end and not self.done:
-            if self._left:
-                piece = data[at:at + self._left]
-                at += len(piece)
-                self._left -= len(piece)
-                pieces.append(piece)
-                continue
-            stop = data.find(b"\n", at)
-            if stop < 0:
-                self._held = data[at:]
-                if len(self._held) > 4096:
-                    raise HttpFailure("garbage", "a chunk without a length")
-                break
-            self._framing(data[at:stop + 1])
-            at = stop + 1
-        if self.done and at < end:
-            raise HttpFailure("garbage", "more than the body that was announced")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _framing(self, line: bytes) -> None:
-        if self._line == "size":
-            self._left = _chunk_size(line)
-            self._line = "end" if self._left else "trailer"
-        elif self._line == "end":
-            if line != b"\r\n":
-                raise HttpFailure("garbage", "a chunk longer than it says")
-            self._line = "size"
-        else:
-            self.done = line == b"\r\n"
-            if not self.done:
-                _answer_framing(_split_head(["", line[:-2].decode("latin-1")])[1])
-
-
 class Errands:
     """A few threads for what would hold up a loop.  _lock guards _waiting, _idle and _threads."""
 
@@ -14342,19 +14321,6 @@ class RelaySocket:
         raise NotImplementedError
 
 
-@functools.lru_cache(maxsize=16)
-def parse_answer_head(head: bytes) -> Tuple[int, Optional[int], bool, bool, Dict[str, str]]:
-    """(status, length, whether it is chunked, whether the connection is kept, headers) of an
-    engine's answer.  Most differ in their date, from second to second.  Raises: HttpFailure."""
-    first, headers = _split_head(head.decode("latin-1").split("\r\n"))
-    match = re.fullmatch(_STATUS_LINE, first)
-    if not match:
-        raise HttpFailure("garbage", "not an HTTP answer")
-    said = headers.get("connection", "").lower()
-    keep = "close" not in said if match.group(1) == "1" else "keep-alive" in said
-    return (int(match.group(2)), *_answer_framing(headers), keep, headers)
-
-
 class EngineWire(RelaySocket):
     """A connection to the engine.  exchange: whose answer is on its way: it is told
 
@@ -14502,6 +14468,8 @@ class EngineWire(RelaySocket):
 
     def _more(self, data: bytes) -> None:
         piece = self._body.feed(data)
+        if self._body.excess:
+            raise HttpFailure("garbage", "more than the body that was announced")
         if piece:
             self.exchange.on_body(piece)
         if self._body.done and self.exchange is not None:
@@ -14844,7 +14812,6 @@ class Listener:
 # memory is loaded beside the loop, once for all who wait for it.
 
 DOOR_CONNECTIONS_MAX = 4096
-DOOR_LIST_LIMIT_S = 10.0
 DOOR_BIG_BYTES = 128 << 10    # bodies of more are taken apart beside the loop
 DOOR_WHOLE_MAX_BYTES = 64 << 20
 DOOR_WARM_S = 20.0            # so long after its last use a model is taken to be loaded still
@@ -16408,6 +16375,8 @@ def agent_stream(state_dir: AgentPlace, path: str, body: Optional[Dict[str, Any]
     endpoint, headers = agent_address(state_dir)
     data = None if body is None else json.dumps(body).encode("utf-8")
     try:
+        if limit_s > 60.0:  # whether it answers at all is known sooner
+            http_request("GET", endpoint, "/health", {}, None, 10.0)
         stream = http_stream("GET" if body is None else "POST", endpoint, path, headers, data,
                              limit_s, idle_limit_s)
         if stream.status == 200:
@@ -16615,7 +16584,7 @@ class Tunnel:
                 raise GatewayUnreachable(f"the tunnel to {self._settings.tunnel} is not up: "
                                          f"{message or state}", "`b9agent.py run` tries it again "
                                          "by itself")
-            _pause(WATCH_S)
+            pause(WATCH_S)
 
     # -- its thread
 
@@ -17379,13 +17348,6 @@ def parse_kube_time(stamp: Any) -> Optional[float]:
         return None
 
 
-def _object(value: Any, *path: str) -> Dict[str, Any]:
-    """The object at a path of keys, or {}."""
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
-
-
 def _word(value: Any) -> Optional[str]:
     return printable(value)[:253] if isinstance(value, str) and value else None
 
@@ -17398,41 +17360,41 @@ def _count(value: Any) -> Optional[int]:
 def _main_container(thing: Dict[str, Any]) -> Dict[str, Any]:
     """The status of `worker`, else of the first one in the spec: the API sorts them by name."""
     found = {str(one.get("name")): one
-             for one in objects_in(_object(thing, "status").get("containerStatuses"))}
+             for one in objects_in(_within(thing, "status").get("containerStatuses"))}
     names = ["worker"] + [str(one.get("name"))
-                          for one in objects_in(_object(thing, "spec").get("containers"))]
+                          for one in objects_in(_within(thing, "spec").get("containers"))]
     return next((found[name] for name in names if name in found), {})
 
 
 def _pod_reason(thing: Dict[str, Any], state: Dict[str, Any]) -> Optional[str]:
     """Why it is not simply running, or done: as `kubectl get pods` says it."""
-    status = _object(thing, "status")
+    status = _within(thing, "status")
     if "running" in state:
-        return "Terminating" if _object(thing, "metadata").get("deletionTimestamp") else None
-    said = [status.get("reason"), _object(state, "terminated").get("reason")]
+        return "Terminating" if _within(thing, "metadata").get("deletionTimestamp") else None
+    said = [status.get("reason"), _within(state, "terminated").get("reason")]
     for one in objects_in(status.get("initContainerStatuses")):
-        waits = _word(_object(one, "state", "waiting").get("reason"))
+        waits = _word(_within(one, "state", "waiting").get("reason"))
         said.append(waits and waits != "PodInitializing" and f"Init:{waits}")
-        code = _count(_object(one, "state", "terminated").get("exitCode"))
+        code = _count(_within(one, "state", "terminated").get("exitCode"))
         said.append(code and f"Init:ExitCode:{code}")
     said += [one.get("reason") for one in objects_in(status.get("conditions"))
              if one.get("type") == "PodScheduled" and one.get("status") == "False"]
-    said.append(_object(state, "waiting").get("reason"))
+    said.append(_within(state, "waiting").get("reason"))
     reason = next((word for word in map(_word, said) if word), None)
     return None if reason == "Completed" else reason
 
 
 def parse_pod(thing: Any) -> Optional[Pod]:
     """A pod of the API; None for what is none.  What is not said is None."""
-    metadata, status = _object(thing, "metadata"), _object(thing, "status")
+    metadata, status = _within(thing, "metadata"), _within(thing, "status")
     name, phase, main = _word(metadata.get("name")), status.get("phase"), {}
     if name is None:
         return None
     main = _main_container(thing)
-    state, labels = _object(main, "state"), _object(metadata, "labels")
-    reason, runs = _pod_reason(thing, state), _object(state, "running")
+    state, labels = _within(main, "state"), _within(metadata, "labels")
+    reason, runs = _pod_reason(thing, state), _within(state, "running")
     crashed = reason is not None and reason.endswith("CrashLoopBackOff")
-    done = _object(state, "terminated") or (_object(main, "lastState", "terminated")
+    done = _within(state, "terminated") or (_within(main, "lastState", "terminated")
                                             if crashed else {})
     code = _count(done.get("exitCode"))
     ended = ("COMPLETED" if phase == "Succeeded" else "FAILED" if phase == "Failed" or crashed
@@ -17444,7 +17406,7 @@ def parse_pod(thing: Any) -> Optional[Pod]:
     return Pod(name, _word(labels.get(_POD_LABEL + "worker-id")),
                ended or ("PENDING" if waits else "RUNNING"), _word(labels.get(_STUB_LABEL)), reason,
                *times, code, max(0, _count(main.get("restartCount")) or 0),
-               sum("running" in _object(one, "state")
+               sum("running" in _within(one, "state")
                    for one in objects_in(status.get("containerStatuses"))))
 
 
@@ -17576,7 +17538,7 @@ class PodWatch:
                                  f"{status}", "Is it a Kubernetes API?")
             for thing in answer["items"]:
                 self._take(found, thing)
-            metadata = _object(answer, "metadata")
+            metadata = _within(answer, "metadata")
             query["continue"] = metadata.get("continue")
             if not re.fullmatch("[!-~]{1,4096}", str(query["continue"] or "")):
                 break
@@ -17584,7 +17546,7 @@ class PodWatch:
         return _word(metadata.get("resourceVersion")) or ""
 
     def _take(self, pods: Dict[str, Pod], thing: Any, deleted: bool = False) -> None:
-        pod, labels = parse_pod(thing), _object(thing, "metadata", "labels")
+        pod, labels = parse_pod(thing), _within(thing, "metadata", "labels")
         ours = labels.get(_POD_LABEL + "role") == "worker" and labels.get(
             _POD_LABEL + "machine-id", self._machine_id) == self._machine_id
         if pod is None:
@@ -17620,7 +17582,7 @@ class PodWatch:
             pods = dict(self._pods or {})
             self._take(pods, event["object"], event.get("type") == "DELETED")
             self._pods = pods
-        return _word(_object(event, "object", "metadata").get("resourceVersion"))
+        return _word(_within(event, "object", "metadata").get("resourceVersion"))
 
     def _opened(self, stream: HttpStream) -> None:
         self._stream, self._opened_s = stream, now_s()
@@ -17785,7 +17747,7 @@ def may(kube: KubeClient, namespace: str, right: Right) -> bool:
     answers = [kube_answer(kube, "POST", f"{_REVIEWS}/selfsubjectaccessreviews", {
         "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": {**asked, "name": name}}}) for name in right.names or ("",)]
-    return all(_object(answer, "status").get("allowed") is True for answer in answers)
+    return all(_within(answer, "status").get("allowed") is True for answer in answers)
 
 
 def _texts(value: Any) -> List[str]:
@@ -17798,7 +17760,7 @@ def excess_rights(answer: Dict[str, Any], rights: Sequence[Right]) -> List[str]:
     known = {(right.group, right.resource, right.verb, name) for right in rights
              for name in right.names or ("",)}
     found = []
-    for rule in objects_in(_object(answer, "status").get("resourceRules")):
+    for rule in objects_in(_within(answer, "status").get("resourceRules")):
         for group in _texts(rule.get("apiGroups")):
             for resource in _texts(rule.get("resources")):
                 if group.endswith(".k8s.io") and resource.startswith("selfsubject"):
@@ -17831,7 +17793,7 @@ def mint_token(kube: KubeClient, namespace: str, account: str,
     if not answer:
         raise KubeRefused(f"there is no service account {account} in {namespace}",
                           "sudo b9agent.py k3s rbac --apply")
-    status = _object(answer, "status")
+    status = _within(answer, "status")
     token, ends_s = str(status.get("token")), parse_kube_time(status.get("expirationTimestamp"))
     if not re.fullmatch("[!-~]{16,16384}", token) or ends_s is None:
         raise KubeError("k3s answered without a token, or without its end", "b9agent.py k3s check")
@@ -18306,7 +18268,7 @@ def _gauge(view: View, label: str, tail: str, columns: int) -> Line:
 
 
 def _host_part(view: View, columns: int, rows: int) -> List[Line]:
-    host = _object(view.status.get("host"))
+    host = _within(view.status.get("host"))
     threads = _shown(host.get("cpu_threads"))
     tails = {"CPU": "" if threads == "–" else f"of {threads} threads", "Memory": _used(host)}
     both = columns >= 60 or rows < 2
@@ -18320,7 +18282,7 @@ def _links_part(view: View, columns: int, rows: int) -> List[Line]:
     items = []
     name = "name " if columns > 95 else ""
     for title, keys in (("Tunnel", "server message"), ("Tailnet", f"address {name}message")):
-        link = _object(view.status.get(title.lower()))
+        link = _within(view.status.get(title.lower()))
         if link and link.get("state") != "none":
             said = filter(None, (_text(link.get(key)) for key in keys.split()))
             items.append([(f"{title}: ", ""), _state(link.get("state")),
@@ -18376,7 +18338,7 @@ def _pod_cells(pod: Dict[str, Any]) -> Line:
 
 
 def _pods_part(view: View, columns: int, rows: int) -> List[Line]:
-    watch = _object(view.status.get("pods"))
+    watch = _within(view.status.get("pods"))
     if watch.get("state") in (None, "off"):
         return []
     pods = objects_in(watch.get("pods"))
@@ -18431,7 +18393,7 @@ def _transfer_line(transfer: Dict[str, Any]) -> Line:
 
 
 def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
-    engine = _object(view.status.get("inference"))
+    engine = _within(view.status.get("inference"))
     listed, state = engine.get("models"), _state(engine.get("status"))
     models = ", ".join(map(_text, listed[:20])) if isinstance(listed, list) else ""
     named = filter(None, (_text(engine.get("engine")), _text(engine.get("version"))))
@@ -18458,8 +18420,8 @@ def _inference_part(view: View, columns: int, rows: int) -> List[Line]:
 
 def _energy_part(view: View, columns: int, rows: int) -> List[Line]:
     """Each figure with its basis: what was measured is never added to what was estimated."""
-    energy = _object(view.status.get("energy"))
-    total, kinds = _object(energy.get("total")), (("gpu", "GPUs"), ("cpu", "CPUs"))
+    energy = _within(view.status.get("energy"))
+    total, kinds = _within(energy.get("total")), (("gpu", "GPUs"), ("cpu", "CPUs"))
     now = [f"{label} {_shown(energy[part + '_w'], ' W')} {_text(energy.get(part + '_basis'))}"
            for part, label in kinds if _amount(energy.get(part + "_w")) is not None]
     used = [f"{label} {_shown(total[f'{part}_{basis}_wh'], ' Wh', '.1f')} {basis}"
@@ -18637,7 +18599,7 @@ def _only_line(view: View, columns: int) -> Line:
 def render_frame(view: View, columns: int, rows: int, look: Look) -> List[str]:
     """Exactly `rows` lines of exactly `columns` cells, with no control characters but colours',
     whatever the size and whatever the view has in it."""
-    view, columns = view._replace(status=_object(view.status)), max(0, columns)
+    view, columns = view._replace(status=_within(view.status)), max(0, columns)
     bare = ("", " ", "")
     if columns < 20 or rows < 4:
         lines = [(bare, _only_line(view, columns))] + [(bare, [])] * rows
@@ -18933,10 +18895,10 @@ class AgentThere:
                     self._came.extend([line] if begun else [None, line])
                     begun = True
                     if len(self._came) > LOG_KEPT_LINES:  # more than is looked at
-                        _pause(0.1)
+                        pause(0.1)
             except AgentError:
                 pass  # it is not there now; status() says so
-            _pause(REFRESH_S)
+            pause(REFRESH_S)
 
     def lines(self) -> List[Optional[bytes]]:
         return [self._came.popleft() for _ in range(len(self._came))]
@@ -18966,12 +18928,12 @@ _MOVES = {"up": (-1, 1), "down": (1, 1), "page up": (-1, None), "page down": (1,
 
 def _figures(status: Dict[str, Any]) -> Dict[str, Any]:
     """What has a history."""
-    host, gpus = _object(status.get("host")), objects_in(status.get("gpus"))[:64]
+    host, gpus = _within(status.get("host")), objects_in(status.get("gpus"))[:64]
     powers = [_amount(gpu.get("power_w")) or 0.0 for gpu in gpus if gpu.get("power_w") is not None]
     return dict({f"gpu{number}": gpu.get("utilization_pct") for number, gpu in enumerate(gpus)},
                 cpu=host.get("cpu_pct"), memory=host.get("memory_pct"),
                 power=sum(powers) if powers else None,
-                tokens=_object(status.get("inference")).get("tokens_per_second"))
+                tokens=_within(status.get("inference")).get("tokens_per_second"))
 
 
 class Dashboard:
@@ -19068,7 +19030,7 @@ class Dashboard:
             self._look()
             self._wake.set()
             if self.news.wait(REFRESH_S):
-                _pause(0.1)  # what happens in one breath is shown at once
+                pause(0.1)  # what happens in one breath is shown at once
 
     def _look(self) -> None:
         problem, status = "", self._seen.status
@@ -19229,7 +19191,7 @@ class Dashboard:
         threading.Thread(target=act, name=f"dashboard-{what}", daemon=True).start()
 
     def _start_or_stop(self) -> None:
-        inference = _object(self._seen.status.get("inference"))
+        inference = _within(self._seen.status.get("inference"))
         if "start" in self._busy or inference.get("status") in ("starting", "running", "asleep"):
             self._prompt = _Prompt("Stop inference? y/n ", lambda _: self._do("stop", lambda: (
                 self._source.ask("stop").get("message") or "inference stopped")), True)
@@ -19305,11 +19267,6 @@ class Machine(NamedTuple):
     inference: Dict[str, Any]
 
 
-def _sha256(token: str) -> str:
-    import hashlib
-    return hashlib.sha256(token.encode("utf-8")).hexdigest()
-
-
 class MachineStore:
     """Machines and pools in SQLite, in WAL mode: the command line writes beside a running gateway.
 
@@ -19376,12 +19333,12 @@ class MachineStore:
         self._run("INSERT OR IGNORE INTO pools VALUES (?)", (pool_name,))
         self._run("INSERT INTO machines (machine_id, pool_name, token_sha256, state, created_at, "
                   "expires_at) VALUES (?, ?, ?, 'pending', ?, ?)",
-                  (machine_id, pool_name, _sha256(token), now, now + PENDING_TTL_S))
+                  (machine_id, pool_name, token_hash(token), now, now + PENDING_TTL_S))
         return machine_id, token
 
     def machine_of_token(self, token: str) -> Optional[str]:
         rows = self._run("SELECT machine_id FROM machines WHERE token_sha256 = ?",
-                         (_sha256(token),))
+                         (token_hash(token),))
         return rows[0]["machine_id"] if rows else None
 
     def has_pool(self, name: str) -> bool:
@@ -19960,7 +19917,7 @@ def kept_machine_id(settings: Any, keep: bool) -> str:
     made = os.urandom(4).hex()
     if keep:
         try:
-            write_atomic(path, made + "\n", 0o644)
+            write_atomic(path, made + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}",
                              "The state folder must be writable") from error
@@ -20084,6 +20041,17 @@ AUDIT_EVENTS = dict(dict.fromkeys((
     tenants="tenants_changed")
 
 
+def keep_address(path: str, address: str, log: Log, level: str = "debug") -> None:
+    """For who asks from this machine.  A disk that does not take it costs the file, and only until
+    it is tried again."""
+    try:
+        if not os.path.lexists(path):
+            write_atomic(path, address + "\n")
+    except OSError as error:
+        log(level, "address_not_kept", what=f"{path}: {error.strerror}",
+            do="Make room: it is tried again, and nobody finds the agent without it")
+
+
 class Entrance:
     """The front door with what it needs, as long as an agent lives.
 
@@ -20184,6 +20152,12 @@ class Entrance:
             raise LockedError(f"port {port} is held by {holder}")
         return port
 
+    def keep_address(self, level: str = "debug") -> None:
+        here = self._here
+        if here is not None:
+            keep_address(os.path.join(self._settings.state_dir, "inference.addr"), here.url,
+                         self._log, level)
+
     def _serve_tailnet(self, host: str) -> Any:
         self._on_tailnet = self._door.listen(host, self._settings.inference_port or self._here.port,
                                              on_tailnet=True)
@@ -20192,15 +20166,14 @@ class Entrance:
     def start(self) -> None:
         """A port that cannot be had costs the front door, never the keepalive."""
         host = self._settings.inference_host or "127.0.0.1"
-        address_file = os.path.join(self._settings.state_dir, "inference.addr")
-        remove_file(address_file)
+        remove_file(os.path.join(self._settings.state_dir, "inference.addr"))
         try:
             self._door = self._make()
             self._door.start()
             here = self._door.listen(host, self._port(host))
             here.start()
             self._here = here
-            write_atomic(address_file, self._here.url + "\n")
+            self.keep_address("error")
         except (AgentError, OSError) as error:
             self.stop()
             what = getattr(error, "strerror", None) or getattr(error, "what", error)
@@ -20233,12 +20206,11 @@ class Entrance:
         except UsageError as error:
             log.error("no_audit_log", error)
             return
-        import hashlib
         shown = json.dumps({name: value for name, value in sorted(settings._asdict().items())
                             if not SETTING_BY_KEY[name].secret}, default=str)
         self.audit.record("event", {
             "event": "agent_started", "level": "info", "version": VERSION, "machine_id": machine_id,
-            "settings_sha256": hashlib.sha256(shown.encode()).hexdigest(),
+            "settings_sha256": sha256_hex(shown.encode()),
             "retention_days": settings.audit_keep_days})
 
         def watch(level: str, event: str, fields: Dict[str, Any]) -> None:
@@ -20643,7 +20615,12 @@ class Agent:
     def run(self) -> None:
         """Until stop(), or until the gateway refuses the machine.  The caller holds the state
         folder's lock.  Raises: TokenRefused, RequestRefused."""
-        try:
+        with contextlib.ExitStack() as ends:  # the last first, each whatever comes of another
+            for end in (self.entrance.close_audit, self._energy.save, self._stop_control,
+                        *(part.stop for part in (self.tunnel, self.k3s) if part),
+                        self._stop_inference, self.entrance.stop, self.tailnet.stop,
+                        self.pods.stop):
+                ends.callback(end)
             self.entrance.open_audit(self.identity.machine_id)
             end_leftovers(self.settings.state_dir, self._log)
             self._start_control()
@@ -20663,18 +20640,6 @@ class Agent:
             self._watch(watchdog_interval_s())
             sd_notify("STOPPING=1")
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
-        finally:
-            self.pods.stop()
-            self.tailnet.stop()
-            self.entrance.stop()
-            self._stop_inference()
-            if self.k3s:
-                self.k3s.stop()
-            if self.tunnel:
-                self.tunnel.stop()
-            self._stop_control()
-            self._energy.save()
-            self.entrance.close_audit()
         if self._failure is not None:
             raise self._failure
         self._log("info", "stopped", keepalives=self.membership.snapshot.keepalives)
@@ -20720,6 +20685,8 @@ class Agent:
         self._alive_until_s = now_s() + within_s
         self.tailnet.start()
         self.entrance.look_up()
+        self.entrance.keep_address()
+        self._keep_control_address()
         sample = self._sample
         if sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
@@ -20749,8 +20716,7 @@ class Agent:
     def _start_control(self) -> None:
         """A port that is taken costs the control API, never the keepalive."""
         settings = self.settings
-        address_file = os.path.join(settings.state_dir, "control.addr")
-        remove_file(address_file)
+        remove_file(os.path.join(settings.state_dir, "control.addr"))
         try:
             token = kept_secret(os.path.join(settings.state_dir, "control.token"))
             api = ControlApi(self._log, token, agent_routes(self.status, self.metrics_text)
@@ -20759,7 +20725,7 @@ class Agent:
                                self._control_tls)
             server.start()
             self._control = server
-            write_atomic(address_file, host_port(server.host, server.port) + "\n")
+            self._keep_control_address("error")
             if self._tailnet_control:
                 self.tailnet.serve("control", lambda host: ApiServer(api, host, server.port))
         except (AgentError, OSError) as error:
@@ -20772,6 +20738,12 @@ class Agent:
                           "free one)"))
             return
         self._log("info", "listening", api="control", url=server.url)
+
+    def _keep_control_address(self, level: str = "debug") -> None:
+        server = self._control
+        if server is not None:
+            keep_address(os.path.join(self.settings.state_dir, "control.addr"),
+                         host_port(server.host, server.port), self._log, level)
 
     def _stop_control(self) -> None:
         if self._control is not None:
@@ -21150,7 +21122,6 @@ class Manager(NamedTuple):
     def run(self, lines: Iterable[str]) -> None:
         """Raises: UnhealthyError."""
         import shlex
-        wake = Wake()
         for line in lines:
             argv, until_s = shlex.split(line.lstrip("-")), now_s() + self.patience_s
             while True:
@@ -21159,7 +21130,7 @@ class Manager(NamedTuple):
                     break
                 if now_s() >= until_s:
                     raise UnhealthyError(f"`{line}` failed: {said_by(result)}")
-                wake.wait(1.0)
+                pause(1.0)
 
     def process(self) -> Process:
         result = run_command(self.ask.split(), 10.0)
@@ -21229,11 +21200,11 @@ def prepare_manager(place: Place, say: Callable[[str], None]) -> bool:
     linger = ["loginctl", "enable-linger", place.account.name]
     if run_command(linger, 20.0).exit_code != 0:
         say("warning: the service stops when you log out. To change that: sudo " + " ".join(linger))
-    until_s, wake = now_s() + 10.0, Wake()
+    until_s = now_s() + 10.0
     while run_command(["systemctl", "--user", "show-environment"], 10.0).exit_code != 0:
         if now_s() > until_s:
             return False
-        wake.wait(0.2)
+        pause(0.2)
     return True
 
 
@@ -21343,9 +21314,8 @@ def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any
     A gateway that does not answer is not the service's illness.
     Raises: TokenRefused, RequestRefused, UnhealthyError.
     """
-    wake, place, steady_pid, since_s = Wake(), manager.place, None, now_s()
+    place, steady_pid, since_s, late = manager.place, None, now_s(), False
     until_s = since_s + HEALTH_LIMIT_S
-    late = False
     while not late:
         late = now_s() > until_s
         process = manager.process()
@@ -21356,7 +21326,7 @@ def await_health(manager: Manager, version: str, offline: bool) -> Dict[str, Any
         settled = late or offline or status.get("state") not in ("starting", "registering")
         if settled and not problem and now_s() - since_s >= STEADY_S:
             return status
-        wake.wait(0.25)
+        pause(0.25)
     if not status and place.manager in ("launchd", "openrc"):
         # They keep an agent that may not end: why it waits, by one more attempt.
         code = _run_as(place, *place.command, "--once").exit_code
@@ -22337,7 +22307,7 @@ def check_config(loaded: Loaded) -> Iterator[Finding]:
         (path if os.path.exists(path) else f"there is no {path}")
         + f"; {given} of {len(SETTINGS)} settings are not the default")
     for warning in loaded.warnings:
-        yield warn(warning, "b9agent.py init   # keeps it in the config file, 0600")
+        yield warn(warning, "")
 
 
 def check_files(loaded: Loaded) -> Iterator[Finding]:
@@ -22522,19 +22492,19 @@ def admin_kubeconfig(settings: Any) -> KubeConfig:
 
 def node_is_ready(node: Dict[str, Any]) -> bool:
     return any(row.get("type") == "Ready" and row.get("status") == "True"
-               for row in objects_in(_object(node, "status").get("conditions")))
+               for row in objects_in(_within(node, "status").get("conditions")))
 
 
 def judge_nodes(nodes: Sequence[Dict[str, Any]], gpus: int) -> Iterator[Finding]:
     """gpus: of NVIDIA's in this machine."""
-    names = {str(_object(node, "metadata").get("name")): node_is_ready(node) for node in nodes}
+    names = {str(_within(node, "metadata").get("name")): node_is_ready(node) for node in nodes}
     waiting = [name for name, ready in names.items() if not ready]
     if not names or waiting:
         yield Finding("fail", f"not ready: {', '.join(waiting) or 'there is no node'}",
                       "sudo k3s kubectl describe nodes   # its log: journalctl -u k3s")
     else:
         yield ok(f"ready: {', '.join(names)}")
-    counts = [str(_object(node, "status", "allocatable").get("nvidia.com/gpu")) for node in nodes]
+    counts = [str(_within(node, "status", "allocatable").get("nvidia.com/gpu")) for node in nodes]
     there = sum(int(count) for count in counts if re.fullmatch("[0-9]{1,6}", count))
     if there < gpus:
         yield warn(f"{there} of {gpus} GPUs can be given to workers",
@@ -22710,13 +22680,13 @@ def k3s_apply(settings: Any, options: Dict[str, str], say: Callable[[str], None]
     as_user(owner, make_private_folder, settings.state_dir)
     as_user(owner, write_atomic, path, text)
     agent = KubeClient(as_user(owner, kubeconfig_at, path))
-    until_s, wake = now_s() + 10.0, Wake()  # a new Role counts once the server has seen it
+    until_s = now_s() + 10.0  # a new Role counts once the server has seen it
     rights = k3s_accounts(account)[AGENT_ACCOUNT]
     while not all(may(agent, namespace, right) for right in rights):
         if now_s() > until_s:
             raise KubeRefused("the agent's new token lacks rights of its Role",
                               "b9agent.py k3s check")
-        wake.wait(0.2)
+        pause(0.2)
     mint_token(agent, namespace, account, 600)
     say(f"wrote {path} (0600, for user id {owner.uid}); with it a token of {account} was made")
     if settings.k3s_service_account != account:
@@ -22736,11 +22706,6 @@ class K3sPlaces(NamedTuple):
         "/etc/init.d/k3s", "/etc/init.d/k3s-agent", "/var/lib/rancher/k3s/server")
     source: Endpoint = Endpoint("https", "get.k3s.io", 443)
     port: int = 6443
-
-
-def _digest(text: bytes) -> str:
-    import hashlib
-    return hashlib.sha256(text).hexdigest()
 
 
 def elf_problem(head: bytes, number: int) -> str:
@@ -22860,7 +22825,7 @@ class K3sInstall:
         what = local or places.source.url
         script = steps.do(f"read {local}" if local else f"fetch {what}", self._installer, local)
         if script is not None:
-            steps.say(f"its SHA-256 is {_digest(script)}")
+            steps.say(f"its SHA-256 is {sha256_hex(script)}")
             if "y" not in self._options and not confirm(f"Run {what} as root?"):
                 raise UsageError("nothing was changed", "Say yes, or -y")
         for path in images:
@@ -22883,7 +22848,7 @@ class K3sInstall:
 
     def _installer(self, path: Optional[str]) -> bytes:
         script = read_installer(path, self._places.source)
-        digest, wanted = _digest(script), self._options.get("sha256", "").lower()
+        digest, wanted = sha256_hex(script), self._options.get("sha256", "").lower()
         if wanted and digest != wanted:
             raise UsageError(f"the installer's SHA-256 is {digest}, not the one that was asked "
                              "for", "Nothing was run; look at what changed in it")
@@ -22914,7 +22879,7 @@ class K3sInstall:
             handle.write(script)
             handle.flush()
             argv = ["/usr/bin/env", *drop, *environment, "sh", handle.name]
-            thread = threading.Thread(daemon=True, target=lambda: results.append(
+            thread = threading.Thread(daemon=True, name="installer", target=lambda: results.append(
                 run_command(argv, K3S_INSTALL_LIMIT_S)))
             thread.start()
             begun_s = now_s()
@@ -22929,7 +22894,7 @@ class K3sInstall:
 
     def _await_ready(self, show: Callable[[str], None], limit_s: float) -> str:
         """The version.  Raises: UnhealthyError."""
-        until_s, wake, path = now_s() + limit_s, Wake(), self._places.kubeconfig
+        until_s, path = now_s() + limit_s, self._places.kubeconfig
         config = None
         while True:
             try:
@@ -22948,7 +22913,7 @@ class K3sInstall:
                                      + ("" if config else "  # was its installation cut off? sudo "
                                         "k3s-uninstall.sh, and again"))
             show(f"{what} ({until_s - now_s():.0f} s left)")
-            wake.wait(1.0)
+            pause(1.0)
 
 
 # ----------------------------------------------------------------------
@@ -22979,6 +22944,15 @@ def say(text: str = "") -> None:
 def say_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
     sys.stdout.flush()  # a full disk is to be an error, not the end of the output
+
+
+def show_result(options: Dict[str, str], value: Any, text: Callable[[], str]) -> int:
+    """A command's result: with --json for programs, else text() for people."""
+    if "json" in options:
+        say_json(value)
+    else:
+        say(text())
+    return Exit.OK
 
 
 def end_with(message: str, code: Exit) -> int:
@@ -23085,13 +23059,9 @@ def command_run(loaded: Loaded, options: Dict[str, str]) -> int:
     return Exit.OK
 
 
-def file_stamps(paths: Sequence[str]) -> List[Optional[int]]:
-    """When each file was last changed, its mode included; None where there is none."""
-    return [os.stat(path).st_ctime_ns if os.path.exists(path) else None for path in paths]
-
-
-def wait_for_change(paths: Sequence[str], before: List[Optional[int]], error: AgentError) -> bool:
-    """True once one of the files is another than it was `before`; False when told to stop.
+def wait_for_change(paths: Sequence[str], before: List[Any], error: AgentError) -> bool:
+    """True once one of the files is another than it was `before`, each by its file_stamp(); False
+    when told to stop.
 
     launchd and OpenRC restart whatever ends, at once and for ever, where systemd can be told which
     exit codes are permanent: under them the agent waits instead.  (A lock may be let go of without
@@ -23101,7 +23071,7 @@ def wait_for_change(paths: Sequence[str], before: List[Optional[int]], error: Ag
     on_stop_signals(lambda: None, wake)
     log.error("waiting", error, until=f"{' or '.join(paths)} changes")
     until_s = now_s() + (60.0 if isinstance(error, LockedError) else float("inf"))
-    while not TOLD_TO_STOP and file_stamps(paths) == before and now_s() < until_s:
+    while not TOLD_TO_STOP and list(map(file_stamp, paths)) == before and now_s() < until_s:
         wake.wait(2.0)
     return not TOLD_TO_STOP
 
@@ -23253,15 +23223,12 @@ def command_config(loaded: Loaded, options: Dict[str, str]) -> int:
     shown = [(row, getattr(loaded.settings, row.key)) for row in SETTINGS]
     texts = {row.key: mask(str(value)) if row.secret and value else setting_text(row, value)
              for row, value in shown}
-    if "json" in options:
-        say_json({key: {"value": text or None, "origin": loaded.origins[key]}
-                  for key, text in texts.items()})
-        return Exit.OK
     rows = [("SETTING", "VALUE", "FROM")]
     rows += [(row.path or row.flag, texts[row.key] or "-", loaded.origins[row.key])
              for row in SETTINGS]
-    say("\n".join(table_lines(rows)))
-    return Exit.OK
+    return show_result(options, {key: {"value": text or None, "origin": loaded.origins[key]}
+                                 for key, text in texts.items()},
+                       lambda: "\n".join(table_lines(rows)))
 
 
 # -- status -------------------------------------------------------------
@@ -23391,7 +23358,7 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
             raise UsageError(f"--wait: `{printable(options['wait'])}` cannot be used, expected "
                              "seconds")
         limit_s = float(options["wait"])
-    until_s, wake = now_s() + limit_s, Wake()
+    until_s = now_s() + limit_s
     while True:
         try:
             status, problem = read_agent_status(loaded.settings.state_dir), None
@@ -23402,11 +23369,8 @@ def command_status(loaded: Loaded, options: Dict[str, str]) -> int:
             raise problem
         if done:
             break
-        wake.wait(0.2)
-    if "json" in options:
-        say_json(status)
-    else:
-        say("\n".join(status_lines(status)))
+        pause(0.2)
+    show_result(options, status, lambda: "\n".join(status_lines(status)))
     return Exit.UNREACHABLE if limit_s and status["state"] != "ready" else Exit.OK
 
 
@@ -23432,21 +23396,20 @@ def command_metrics(loaded: Loaded, _options: Dict[str, str]) -> int:
 
 # -- doctor -------------------------------------------------------------
 
-def report_findings(findings: Sequence[Finding], as_json: bool, *verdicts: str) -> int:
-    if as_json:
-        levels = [finding.level for finding in findings]
-        say_json({"version": VERSION, "exit_code": doctor_exit(findings),
-                  "overall": next((level for level in ("fail", "warn") if level in levels), "ok"),
-                  "checks": [{"name": finding.name, "level": finding.level, "seen": finding.seen,
-                              "mend": finding.mend} for finding in findings]})
-    else:
-        say("\n".join(doctor_lines(findings, *verdicts)))
+def report_findings(findings: Sequence[Finding], options: Dict[str, str], *verdicts: str) -> int:
+    levels = [finding.level for finding in findings]
+    show_result(options, {
+        "version": VERSION, "exit_code": doctor_exit(findings),
+        "overall": next((level for level in ("fail", "warn") if level in levels), "ok"),
+        "checks": [{"name": finding.name, "level": finding.level, "seen": finding.seen,
+                    "mend": finding.mend} for finding in findings]},
+        lambda: "\n".join(doctor_lines(findings, *verdicts)))
     return doctor_exit(findings)
 
 
 def command_doctor(loaded: Loaded, options: Dict[str, str]) -> int:
     """What keeps this machine from `ready`, and what mends it."""
-    return report_findings(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S), "json" in options)
+    return report_findings(run_checks(CHECKS, loaded, DOCTOR_LIMIT_S), options)
 
 
 # -- top --------------------------------------------------------------------
@@ -23586,9 +23549,6 @@ def command_machine_list(loaded: Loaded, options: Dict[str, str]) -> int:
     store = open_store(loaded, options, must_exist=True)
     machines = store.machines(options.get("pool", ""))
     store.close()
-    if "json" in options:
-        say_json([machine_record(machine) for machine in machines])
-        return Exit.OK
     rows = [("MACHINE", "POOL", "STATE", "TTL", "HOSTNAME", "CPU", "MEMORY", "GPUS", "FREE",
              "CPU %", "MEM %", "AGENT")]
     for machine in machines:
@@ -23598,8 +23558,8 @@ def command_machine_list(loaded: Loaded, options: Dict[str, str]) -> int:
                      machine.gpu_count or "-", metric("free_gpu_count"),
                      metric("cpu_utilization_pct"), metric("memory_utilization_pct"),
                      machine.agent_version or "-"))
-    say("\n".join(table_lines(rows)) if machines else "no machines yet: b9agent.py machine create")
-    return Exit.OK
+    return show_result(options, list(map(machine_record, machines)), lambda: "\n".join(
+        table_lines(rows)) if machines else "no machines yet: b9agent.py machine create")
 
 
 DEMO_INTERVAL_S = 1.0
@@ -23656,7 +23616,7 @@ def command_demo(loaded: Loaded, options: Dict[str, str]) -> int:
         say(f"gateway {server.url}, machine {machine_id}, pool demo, Ctrl-C ends it")
         show(machine_id, "pending", {})
         late = threading.Timer(20.0, agent.stop)
-        late.daemon = True
+        late.daemon, late.name = True, "demo"
         if once:
             late.start()
         agent.run()
@@ -23785,30 +23745,23 @@ def command_start(loaded: Loaded, options: Dict[str, str]) -> int:
             outcome.append(call_agent(state_dir, "/inference/start", body, 7200.0))
         except AgentError as error:
             outcome.append(error)
-    thread, wake, begun_s = threading.Thread(target=post, daemon=True), Wake(), now_s()
+    thread, begun_s = threading.Thread(target=post, name="start", daemon=True), now_s()
     thread.start()
     with goes_on("the start", "b9agent.py stop") as line:
         while thread.is_alive():
-            wake.wait(0.3)
+            pause(0.3)
             if now_s() - begun_s > 1.0 and "json" not in options and thread.is_alive():
                 said = start_said(state_dir)
                 line.show(said, f"{said} ({now_s() - begun_s:.0f} s)")
     if isinstance(outcome[0], AgentError):
         raise outcome[0]
-    if "json" in options:
-        say_json(outcome[0])
-    else:
-        say("\n".join(inference_lines(outcome[0])))
-    return Exit.OK
+    return show_result(options, outcome[0], lambda: "\n".join(inference_lines(outcome[0])))
 
 
 def command_stop(loaded: Loaded, options: Dict[str, str]) -> int:
     status = call_agent(loaded.settings.state_dir, "/inference/stop", {}, 120.0)
-    if "json" in options:
-        say_json(status)
-    else:
-        say(status.get("message") or "stopped: its processes are gone and its port is closed")
-    return Exit.OK
+    return show_result(options, status, lambda: status.get("message") or
+                       "stopped: its processes are gone and its port is closed")
 
 
 def command_pull(loaded: Loaded, options: Dict[str, str]) -> int:
@@ -23816,11 +23769,8 @@ def command_pull(loaded: Loaded, options: Dict[str, str]) -> int:
     if "cancel" in options:
         answer = call_agent(loaded.settings.state_dir, "/inference/cancel",
                             {"model": options["operand"]})
-        if "json" in options:
-            say_json(answer)
-        else:
-            say(f"{answer['model']} is cancelled: {answer['message']}")
-        return Exit.OK
+        return show_result(options, answer,
+                           lambda: f"{answer['model']} is cancelled: {answer['message']}")
     return follow_transfer(loaded.settings.state_dir, "/inference/pull",
                            {"model": options["operand"]}, "json" in options)
 
@@ -23839,14 +23789,10 @@ def model_rows(answer: Dict[str, Any]) -> List[Sequence[str]]:
 
 def command_models(loaded: Loaded, options: Dict[str, str]) -> int:
     answer = call_agent(loaded.settings.state_dir, "/models", None, 30.0)
-    if "json" in options:
-        say_json(answer)
-        return Exit.OK
-    say("\n".join(table_lines(model_rows(answer))) if answer["models"] else
-        "no models yet: b9agent.py pull NAME")
-    if answer.get("message"):
-        say(answer["message"])
-    return Exit.OK
+    lines = table_lines(model_rows(answer)) if answer["models"] else [
+        "no models yet: b9agent.py pull NAME"]
+    lines += filter(None, [answer.get("message")])
+    return show_result(options, answer, lambda: "\n".join(lines))
 
 
 def model_command(verb: str, done: str) -> Callable[[Loaded, Dict[str, str]], int]:
@@ -23861,11 +23807,7 @@ def model_command(verb: str, done: str) -> Callable[[Loaded, Dict[str, str]], in
                 say("nothing was deleted")
                 return Exit.OK
         answer = call_agent(loaded.settings.state_dir, f"/models/{verb}", {"model": name}, 7200.0)
-        if "json" in options:
-            say_json(answer)
-        else:
-            say(f"{name} {done}")
-        return Exit.OK
+        return show_result(options, answer, lambda: f"{name} {done}")
     return run
 
 
@@ -23890,10 +23832,7 @@ def command_models_fit(loaded: Loaded, options: Dict[str, str]) -> int:
     if os.path.exists(os.path.expanduser(name)):
         name = os.path.abspath(os.path.expanduser(name))
     answer = call_agent(loaded.settings.state_dir, "/models/fit", dict(body, model=name), 60.0)
-    if "json" in options:
-        say_json(answer)
-    else:
-        say(answer["message"])
+    show_result(options, answer, lambda: answer["message"])
     return Exit.FAILED if answer["fits"] is False else Exit.OK
 
 
@@ -23901,13 +23840,10 @@ def command_models_verify(loaded: Loaded, options: Dict[str, str]) -> int:
     """Exit code 1 where a file is not what it was."""
     body = {"model": options["operand"]} if options.get("operand") else {}
     answer = call_agent(loaded.settings.state_dir, "/models/verify", body, 7200.0)
-    if "json" in options:
-        say_json(answer)
-    else:
-        for row in answer["models"]:
-            say(f"{row['name']}: " + ("as it was" if row["ok"] else "not as it was"))
-            for fault in row["faults"]:
-                say(f"  {fault['problem']}: {fault['path']}")
+    lines = [line for row in answer["models"] for line in (
+        f"{row['name']}: " + ("as it was" if row["ok"] else "not as it was"),
+        *(f"  {fault['problem']}: {fault['path']}" for fault in row["faults"]))]
+    show_result(options, answer, lambda: "\n".join(lines))
     return Exit.OK if all(row["ok"] for row in answer["models"]) else Exit.FAILED
 
 
@@ -24134,8 +24070,8 @@ def command_tenant_list(loaded: Loaded, options: Dict[str, str]) -> int:
     path = os.path.join(settings.state_dir, "tenants.yaml")
     tenants = (load_tenants(path, settings.inference_gpu_usd_per_hour is not None)
                if os.path.lexists(path) else (Tenant(DEFAULT_TENANT, admin=True),))
-    used = (read_usage(os.path.join(settings.state_dir, "usage.json"), int(time.time() // 86400))
-            or (0, {}))[1]
+    text = read_text(os.path.join(settings.state_dir, "usage.json"), USAGE_MAX_BYTES) or ""
+    used = (parse_usage(text, int(time.time() // 86400)) or (0, {}))[1]
     rows = [dict(tenant._asdict(), limits=tenant.limits._asdict(), tokens=len(tenant.token_sha256),
                  today=used.get(tenant.name) or dict.fromkeys(USAGE_FIELDS, 0))
             for tenant in tenants]
@@ -24205,7 +24141,7 @@ def command_audit_show(loaded: Loaded, options: Dict[str, str]) -> int:
     folder, found = audit_folder(loaded), []
     for name in reversed(list_audit(folder)):
         begin, lines = read_audit_tail(os.path.join(folder, name), 64 << 20)
-        whole = [decode_audit_line(raw) for raw in lines[-count:] if parse_audit_line(raw)]
+        whole = [_json_object(raw) for raw in lines[-count:] if parse_audit_line(raw)]
         found[:0] = whole[max(0, len(whole) + len(found) - count):]
         if len(found) >= count or begin:
             break
@@ -24227,7 +24163,7 @@ REPORT_OPTIONS = (
     Option("--tenant", "NAME", "of this tenant alone"),
     Option("--evidence", "", "with what record-keeping under the EU AI Act asks for"),
     Option("--out", "FILE", "into this file, 0600, and not to the output"),
-    Option("--force", "", "also where that file is there"))
+    Option("--force", "", "also over a file that is there"))
 
 
 def nothing_to_report(report: AuditReport, folder: str) -> Optional[UsageError]:
@@ -24378,7 +24314,7 @@ def command_k3s_check(loaded: Loaded, options: Dict[str, str]) -> int:
     running = as_user(folder_owner(loaded.settings.state_dir), agent_status, loaded)
     findings = run_checks(K3sChecks(loaded.settings, options, running).rows(), loaded,
                           DOCTOR_LIMIT_S)
-    return report_findings(findings, "json" in options, "the gateway can start no workers here",
+    return report_findings(findings, options, "the gateway can start no workers here",
                            "nothing keeps the gateway from starting workers here")
 
 
@@ -24472,7 +24408,7 @@ COMMANDS = (
         Option("--model", "MODEL", "a name, a GGUF file, or a folder of safetensors"),
         Option("--context", "TOKENS", "context of each request"),
         Option("--force", "", "also where it should not fit"), _JSON), ("state_dir",),
-        "start an engine in the running agent, until it has given a token"),
+        "start an engine in the running agent, and wait until it has answered"),
     Command("stop", command_stop, (_JSON,), ("state_dir",),
             "end the engine, and see that all of it is gone"),
     Command("pull", command_pull, (
@@ -24588,7 +24524,8 @@ def help_text(words: Sequence[str]) -> str:
     elif listed:
         lines = [f"usage: b9agent.py {first} COMMAND [FLAG …]"]
     else:
-        lines, listed = ["usage: b9agent.py [COMMAND] [FLAG …]"], list(COMMANDS)
+        lines, listed = ["usage: b9agent.py [COMMAND] [FLAG …]",
+                         "       b9agent.py COMMAND --help"], list(COMMANDS)
     if listed:
         lines += ["", "commands:"] + wrapped_lines([(row.words, row.help) for row in listed])
     if command is None and len(listed) < len(COMMANDS):
@@ -24641,12 +24578,12 @@ def run_command_line(argv: Sequence[str]) -> int:
                and os.environ.get("B9AGENT_SUPERVISOR") in ("launchd", "openrc"))
     watched = [config_path(arguments.flags, dict(os.environ))] if patient else []
     while True:
-        before = file_stamps(watched)
+        before = list(map(file_stamp, watched))
         try:
             if patient:
                 token_file = read_config(watched[0]).get("token_file")
                 watched = watched[:1] + ([token_file.text] if token_file else [])
-                before = before[:1] + file_stamps(watched[1:])
+                before = before[:1] + list(map(file_stamp, watched[1:]))
             load = load_what_can_be if command.run is command_doctor else load_settings
             loaded = load(arguments.flags, dict(os.environ),
                           must_exist=command.run is not command_init)

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=3217463b91bc3e68f2194712d418746485291f561be436a1616a31a697a7080a
+  sha256=badc78bd3581c64be9ad5a2916d2db9b5730e37a1ee928406d094af0e62eadc3
 }
 
 usage() {

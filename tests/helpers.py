@@ -269,17 +269,18 @@ class RunningDoor:
     engine: "ollama" (fake_ollama.py), "ledger" or "ledger-ollama" (ledger_engine.py as llama-server or
     as Ollama), or "none".  folder: of another program, which `model` is started with, by `kind`.
     tenants: text of tenants.yaml; without it the token is that of inference.token.  Settings of the
-    agent and of the stand-in are given as variables: B9AGENT_INFERENCE_SLOTS=4.
+    agent and of the stand-in are given as variables: B9AGENT_INFERENCE_SLOTS=4.  gateway: a context
+    manager with port and token, in place of a HostileGateway.
     """
 
     def __init__(self, folder, engine="ollama", models=(), tenants=None, program_folder=None, kind="",
-                 model="", flags=(), **extra):
+                 model="", flags=(), gateway=None, **extra):
         import engines
         from hostile_gateway import HostileGateway
         self.folder, self.engine, self.models = str(folder), engine, models
         self.home = os.path.join(self.folder, "door-home")
         self.state = os.path.join(self.home, ".b9agent")
-        os.makedirs(self.state, 0o700)
+        os.makedirs(self.state, 0o700, exist_ok=True)
         os.chmod(self.home, 0o700)
         if tenants is not None:
             self.write_tenants(tenants)
@@ -294,7 +295,7 @@ class RunningDoor:
         elif engine == "ollama" and not kind:
             program_folder = engines.stand_in(os.path.join(self.folder, "bin"), "ollama")
             self.kind = "ollama"
-        self.gateway = HostileGateway()
+        self.gateway = gateway or HostileGateway()
         self._flags, self._extra = flags, dict({
             "PATH": engines.path_with(*[program_folder] if program_folder else []),
             "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, **extra)
@@ -315,14 +316,10 @@ class RunningDoor:
         os.rename(path + "-new", path)
 
     def __enter__(self):
-        from hostile_gateway import TOKEN
         self.gateway.__enter__()
         self.port = quiet_port()
-        self.agent = Program(agent_command(
-            "run", "--gateway-host", "127.0.0.1", "--gateway-port", self.gateway.port, "--control-port",
-            "0", "--inference-port", self.port, *self._flags),
-            environment(self.home, BETA9_TOKEN=TOKEN, **self._extra))
         try:
+            self.start_agent()
             self.agent.wait_line(r"notice ready\b")
             if self.engine != "none":
                 self.start_engine()
@@ -330,6 +327,12 @@ class RunningDoor:
             self.__exit__()
             raise
         return self
+
+    def start_agent(self):
+        self.agent = Program(agent_command(
+            "run", "--gateway-host", "127.0.0.1", "--gateway-port", self.gateway.port, "--control-port",
+            "0", "--inference-port", self.port, *self._flags),
+            environment(self.home, BETA9_TOKEN=self.gateway.token, **self._extra))
 
     def __exit__(self, *_):
         if self.agent is not None:

@@ -295,6 +295,16 @@ def test_a_change_counts_within_a_second_and_is_read_off_the_doors_thread(tmp_pa
         access.recognise(bearer(TOKEN), HOST, False)
 
 
+def test_a_token_that_was_made_just_now_counts_at_once(tmp_path):
+    write(tmp_path, one_entry(TOKEN_LINE))
+    access = access_of(book_of(tmp_path, clock=Clock()))
+    with pytest.raises(AccessRefused):
+        access.recognise(bearer(OTHER), HOST, False)
+    write(tmp_path, one_entry("token_sha256: [%s, %s]" % (HASH, OTHER_HASH)))
+    assert access.recognise(bearer(OTHER), HOST, False) is None, "identify() is to read it"
+    assert access.identify(bearer(OTHER), HOST, False).tenant.name == "ada"
+
+
 def test_a_file_that_breaks_leaves_the_last_good_one_in_force(tmp_path):
     write(tmp_path, one_entry(TOKEN_LINE))
     clock, log = Clock(), Lines()

@@ -108,15 +108,6 @@ def test_a_gpu_on_which_somebody_computes_is_not_free():
     assert b9agent.is_free(gpu(processes=()))
 
 
-def test_an_idle_engine_of_ours_does_not_count_and_neither_does_its_memory():
-    held = gpu(used_mib=40000, processes=(GpuProcess(7, 39900 * MIB),))
-    assert not b9agent.is_free(held)
-    assert b9agent.is_free(held, [7])
-    assert not b9agent.is_free(held, [8])
-    assert not b9agent.is_free(gpu(used_mib=40000, processes=(GpuProcess(7, 30000 * MIB),)), [7])
-    assert not b9agent.is_free(held._replace(processes=held.processes + (GpuProcess(8, None),)), [7])
-
-
 def test_a_sick_gpu_is_not_free():
     assert not b9agent.is_free(gpu(problem="it fell off the bus"))
 

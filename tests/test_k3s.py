@@ -965,7 +965,7 @@ def test_an_installer_that_is_cut_off_at_our_limit_is_not_run(box):
 
 def test_another_installer_than_the_pinned_one_is_not_run(box):
     assert "not the one that was asked for" in box.refused(installer=box.installer, sha256="0" * 64, y="")
-    digest = b9agent._digest(box.installer.read_bytes())
+    digest = b9agent.sha256_hex(box.installer.read_bytes())
     assert "is ready" in box.install(installer=box.installer, sha256=digest.upper(), y="")
     assert box.asked == []
 

@@ -542,7 +542,7 @@ def every_command_line():
 
 def others_may_read(folder):
     return [path for path, mode in tree(folder).items()
-            if stat.S_ISREG(mode) and mode & 0o077 and path != ".b9agent/machine_id"]
+            if stat.S_ISREG(mode) and mode & 0o077]
 
 
 @pytest.mark.parametrize("way", ["environment", "file", "token_file"])
@@ -637,12 +637,12 @@ def test_programs_that_it_starts_do_not_get_its_secrets(run, hostile, tmp_path, 
                                       % (seen, seen, seen))
     (tools / "nvidia-smi").chmod(0o755)
     program = run(PATH="%s:%s" % (tools, os.environ["PATH"]), BETA9_K3S_TOKEN=K3S,
-                  NOTIFY_SOCKET="@b9agent-tests-nobody", WATCHDOG_USEC="60000000")
+                  INFERENCE_TOKEN="inference-token-of-a-client", NOTIFY_SOCKET="@b9agent-tests-nobody", WATCHDOG_USEC="60000000")
     hostile.wait_count(1, "keepalive", "ok")
     wait_until(seen.exists, "nvidia-smi to be asked")
     text = seen.read_text()
     assert "PATH=" in text
-    for word in (TOKEN, K3S, "NOTIFY_SOCKET", "WATCHDOG"):
+    for word in (TOKEN, K3S, "INFERENCE_TOKEN", "NOTIFY_SOCKET", "WATCHDOG"):
         assert word not in text
     assert program.stop() == 0
 

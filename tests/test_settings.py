@@ -526,6 +526,21 @@ def test_a_secret_on_the_command_line_earns_a_warning():
     assert load({}, {"BETA9_TOKEN": TOKEN}).warnings == ()
 
 
+@pytest.mark.parametrize("name, meant", [
+    ("B9AGENT_INFERENCE_QEUE", "B9AGENT_INFERENCE_QUEUE"), ("BETA9_TOKN", "BETA9_TOKEN"),
+    ("BETA9_INFERENCE_PORT", "B9AGENT_INFERENCE_PORT"), ("B9AGENT_KEEPALIVE_INTERVAL", "BETA9_KEEPALIVE_INTERVAL")])
+def test_a_variable_that_is_misspelt_is_told_of(name, meant):
+    assert load({}, {name: "1"}).warnings == (f"the variable {name} is not read: {meant} is",)
+
+
+@pytest.mark.parametrize("name", ["B9AGENT_TOKEN", "B9AGENT_MACHINE_ID", "BETA9_INFERENCE_HOST", "B9AGENT_XYZZY",
+                                  "B9AGENT", "BETA9_CLUSTER", "OLLAMA_HOST", "B9AGENT_DRY_RUN", "B9AGENT_GATEWAY",
+                                  "B9AGENT_POOL", "B9AGENT_YES", "B9AGENT_PYTHON", "B9AGENT_QUIET", "B9AGENT_RUN_AS",
+                                  "B9AGENT_FROM", "B9AGENT_BASE_URL", "B9AGENT_NO_START", "B9AGENT_NO_SERVICE"])
+def test_variables_of_others_are_left_alone(name):
+    assert load({}, {name: "1"}).warnings == ()
+
+
 # -- the command line ----------------------------------------------------
 
 def parsed(*argv):
@@ -554,11 +569,19 @@ def test_a_value_may_begin_with_a_dash(token):
     (["--token", ""], "--token has an empty value, expected TOKEN"),
     (["--once=1"], "--once takes no value"),
     (["--nonsense"], "unknown flag --nonsense, expected"),
+    (["--gateway", "gw"], "unknown flag --gateway, expected `--gateway-host`"),
+    (["--pool", "gpu"], "unknown flag --pool, expected `--pool-name`"),
 ])
 def test_a_bad_command_line_says_what_is_missing(argv, said):
     with pytest.raises(b9agent.UsageError) as caught:
         parsed(*argv)
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("had, typed", [("-y", "--yes"), ("--yes", "-y"), ("-y", "-y")])
+def test_yes_has_two_names_everywhere(had, typed):
+    option = b9agent.Option(had, "", "ask nothing")
+    assert b9agent.parse_arguments([typed], [option]).options == {option.name: ""}
 
 
 def test_a_switch_is_true_alone_and_takes_a_word():
@@ -852,11 +875,12 @@ def test_init_leaves_the_tailnet_address_to_the_agent_which_follows_it(address, 
 
 
 class Terminal:
-    """A pseudo-terminal with the agent on it."""
+    """A pseudo-terminal with the agent on it, or with a command of the test's own."""
 
-    def __init__(self, home, *arguments, **extra):
+    def __init__(self, home, *arguments, command=None, env=None, cwd=None, **extra):
         self._master, slave = pty.openpty()
-        self._child = subprocess.Popen(agent_command(*arguments), env=environment(home, **extra),
+        self._child = subprocess.Popen(command or agent_command(*arguments), cwd=cwd,
+                                       env=env or environment(home, **extra),
                                        stdin=slave, stdout=slave, stderr=slave,
                                        preexec_fn=self._own_terminal)
         os.close(slave)
@@ -880,9 +904,12 @@ class Terminal:
             assert piece, "it ended without %r: %r" % (text, self.seen)
             self.seen += piece.decode()
 
+    def type(self, text):
+        os.write(self._master, text.encode())
+
     def answer(self, question, text):
         self.read_until(question)
-        os.write(self._master, text.encode() + b"\n")
+        self.type(text + "\n")
 
     def end(self):
         while select.select([self._master], [], [], PATIENCE_S)[0]:

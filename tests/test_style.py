@@ -251,7 +251,7 @@ def test_strings_and_comments_are_text_without_control_characters():
     assert b9agent.printable(bare) == bare
 
 
-@pytest.mark.parametrize("name", ["tests/run", "tests/matrix", ".ci/run", "b9agent.py"])
+@pytest.mark.parametrize("name", ["tests/run", "tests/matrix", "tests/bench/run", ".ci/run", "b9agent.py"])
 def test_what_is_run_is_executable_and_has_a_first_line(name):
     path = os.path.join(ROOT, name)
     assert os.access(path, os.X_OK)

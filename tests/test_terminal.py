@@ -700,7 +700,7 @@ def test_a_log_without_end_is_read_no_faster_than_it_is_looked_at(liar, monkeypa
     begun_s = time.process_time()
     select.select([], [], [], 0.5)
     used_s, came = time.process_time() - begun_s, len(source._came)
-    monkeypatch.setattr(b9agent, "_pause", lambda wait_s: sys.exit())  # of the thread alone
+    monkeypatch.setattr(b9agent, "pause", lambda seconds: sys.exit())  # of the thread alone
     thread.join(PATIENCE_S)
     assert used_s < 0.25 and came == 1001
 

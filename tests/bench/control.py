@@ -1,160 +1,164 @@
-#!/usr/bin/env python3
-"""GET /health of a running agent over kept connections, beside uvicorn with Starlette.
+"""GET /health of a running agent over kept connections, beside Flask, uvicorn and nginx.
 
-    tests/bench/control.py [--rounds 9] [--seconds 2] [--python /usr/bin/python3]
+    tests/bench/run --only control [--rounds 9] [--seconds 2] [--quick] [--alone]
 
-wrk (Debian's package) asks with 16 and with 64 connections.  Rounds are interleaved, so that a busy
-minute of the machine falls on all alike; medians are printed, and the CPU time that a server took for
-a request, which other people's load hardly changes.  wrk has one core, the servers the other.  uvicorn
-runs as `pip install uvicorn` leaves it (h11, asyncio), and with httptools and uvloop; both come into a
-temporary folder.  Linux.  Exit status: 1 where the agent is not twice as fast as the faster of them.
+wrk asks with 16 and with 64 connections, from one core; the servers have the other, one process each.
+Flask runs as it does in production, under gunicorn (one worker with four threads, since its plain
+worker keeps no connections); uvicorn with Starlette, as `pip install uvicorn` leaves it (h11, asyncio)
+and with httptools and uvloop; nginx answers from its configuration.  All send the agent's own answer.
+CPU time for a request hardly depends on what else the machine does.  Linux.
 """
-import argparse
+import contextlib
+import http.client
 import os
 import re
-import shutil
-import socket
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+from common import (PYTHON, Table, children_of, cpu_s, finish, free_port, in_turn, installed, options,
+                    program_path, scratch, version_of)
+from helpers import Program, environment, wait_until
+from hostile_gateway import TOKEN, HostileGateway
 
-from helpers import Program, agent_command, environment  # noqa: E402
-from hostile_gateway import TOKEN, HostileGateway  # noqa: E402
-
-PINS = ["uvicorn==0.54.0", "starlette==1.10.0", "httptools==0.9.0", "uvloop==0.23.0"]
-APPLICATION = """
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Route
-app = Starlette(routes=[Route("/health", lambda request: JSONResponse(
-    {"status": "ok", "version": "0.1.0"}))])
-"""
-UVICORN = {"uvicorn, h11, asyncio": ["--http", "h11", "--loop", "asyncio"],
-           "uvicorn, httptools, uvloop": ["--http", "httptools", "--loop", "uvloop"]}
 CONNECTIONS = (16, 64)
+COLUMNS = dict([("rate_%d" % count, "requests/s, %d connections" % count) for count in CONNECTIONS]
+               + [("p99_%d" % count, "p99 at %d, ms" % count) for count in CONNECTIONS]
+               + [("cpu_us", "CPU a request, µs")])
+APPLICATIONS = """
+import json, os
+ANSWER = json.loads(os.environ["ANSWER"])
+
+def make_flask():
+    from flask import Flask
+    application = Flask(__name__)
+    application.get("/health")(lambda: ANSWER)
+    return application
+
+def make_starlette():
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+    async def health(request):
+        return JSONResponse(ANSWER)
+    return Starlette(routes=[Route("/health", health)])
+"""
+UVICORN = ["-m", "uvicorn", "applications:make_starlette", "--factory", "--log-level", "warning",
+           "--no-access-log", "--port", "PORT"]
+PEERS = {
+    "Flask, gunicorn": ["-m", "gunicorn", "applications:make_flask()", "--worker-class", "gthread",
+                        "--threads", "4", "--keep-alive", "60", "--bind", "127.0.0.1:PORT"],
+    "uvicorn, Starlette (h11, asyncio)": UVICORN + ["--http", "h11", "--loop", "asyncio"],
+    "uvicorn, Starlette (httptools, uvloop)": UVICORN + ["--http", "httptools", "--loop", "uvloop"]}
+NGINX = """%s
+daemon off;
+worker_processes 1;
+pid %s/nginx.pid;
+error_log stderr error;
+events { worker_connections 1024; }
+http {
+    access_log off;
+    keepalive_requests 100000000;
+    default_type application/json;
+    server { listen 127.0.0.1:%d; location = /health { return 200 '%s'; } }
+}
+"""
 
 
 class Server:
-    """One contestant.  rates, p99_ms, cpu_us: lists by number of connections."""
+    def __init__(self, name, port, *pids):
+        self.name, self.port, self.pids = name, port, pids
 
-    def __init__(self, name, port, pid):
-        self.name, self.port, self.pid = name, port, pid
-        self.rates, self.p99_ms, self.cpu_us = ({count: [] for count in CONNECTIONS} for _ in range(3))
-
-    def cpu_s(self):
-        with open("/proc/%d/stat" % self.pid) as handle:
-            words = handle.read().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-
-    def measure(self, connections, seconds, keep=True):
-        before = self.cpu_s()
+    def measure(self, connections, seconds):
+        """A row's figures."""
+        before = cpu_s(*self.pids)
         done = subprocess.run(["wrk", "-t1", "-c%d" % connections, "-d%d" % seconds, "--latency",
                                "http://127.0.0.1:%d/health" % self.port],
                               stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
         if "Non-2xx" in done or "Socket errors" in done:
             sys.exit("%s failed:\n%s" % (self.name, done))
-        count = int(re.search(r"(\d+) requests in", done).group(1))
         value, unit = re.search(r"99%\s+([\d.]+)(us|ms|s)", done).groups()
-        if keep:
-            self.rates[connections].append(float(re.search(r"Requests/sec:\s+([\d.]+)", done).group(1)))
-            self.p99_ms[connections].append(float(value) * {"us": 0.001, "ms": 1, "s": 1000}[unit])
-            self.cpu_us[connections].append((self.cpu_s() - before) / count * 1e6)
+        count = int(re.search(r"(\d+) requests in", done).group(1))
+        return {"rate_%d" % connections: float(re.search(r"Requests/sec:\s+([\d.]+)", done).group(1)),
+                "p99_%d" % connections: float(value) * {"us": 0.001, "ms": 1, "s": 1000}[unit],
+                "cpu_us": (cpu_s(*self.pids) - before) / count * 1e6}
 
 
-def make_venv(python, folder):
-    venv = os.path.join(folder, "venv")
-    subprocess.run([python, "-m", "venv", venv], check=True)
-    subprocess.run([os.path.join(venv, "bin", "pip"), "install", "-q", "--disable-pip-version-check",
-                    "--no-input", "--only-binary=:all:", *PINS], check=True)
-    with open(os.path.join(folder, "application.py"), "w") as handle:
-        handle.write(APPLICATION)
-    return os.path.join(venv, "bin", "python")
+def ask_health(port):
+    """The answer, or nothing yet."""
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        link.request("GET", "/health")
+        return link.getresponse().read().decode()
+    except OSError:
+        return None
+    finally:
+        link.close()
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+def start_agent(folder, end):
+    gateway = end.enter_context(HostileGateway())
+    agent = end.enter_context(Program(
+        [PYTHON, "-I", installed(folder), "run", "--gateway-host", "127.0.0.1", "--gateway-port",
+         str(gateway.port), "--control-port", "0"],
+        environment(os.path.join(folder, "home"), BETA9_TOKEN=TOKEN)))
+    match, _ = agent.wait_line(r"listening api=control url=http://127\.0\.0\.1:(\d+)")
+    return Server("b9agent", int(match.group(1)), agent.pid)
 
 
-def wait_for(port):
-    until = time.monotonic() + 40
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=5).close()
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.05)
-
-
-def report(servers):
-    print("%-28s" % "" + "".join("%14s %8s %8s" % ("c%d req/s" % count, "p99 ms", "CPU us")
-                                 for count in CONNECTIONS))
-    for server in servers:
-        print("%-28s" % server.name + "".join("%14.0f %8.1f %8.1f" % (
-            statistics.median(server.rates[count]), statistics.median(server.p99_ms[count]),
-            statistics.median(server.cpu_us[count])) for count in CONNECTIONS))
-    worst = min(statistics.median(servers[0].rates[count])
-                / max(statistics.median(other.rates[count]) for other in servers[1:])
-                for count in CONNECTIONS)
-    print("\naim: twice the faster uvicorn: %s (%.1f times)" % ("met" if worst >= 2 else "MISSED", worst))
-    return worst >= 2
+def start_peers(folder, end, answer):
+    """Raises: AssertionError where one does not give the same answer."""
+    with open(os.path.join(folder, "applications.py"), "w") as handle:
+        handle.write(APPLICATIONS)
+    peers = []
+    for name, words in PEERS.items():
+        port = free_port()
+        peers.append((name, port, [sys.executable] + [word.replace("PORT", str(port)) for word in words]))
+    port, path = free_port(), os.path.join(folder, "nginx.conf")
+    with open(path, "w") as handle:
+        handle.write(NGINX % ("user root;" if os.geteuid() == 0 else "", folder, port, answer))
+    peers.append(("nginx, a fixed text", port,
+                  [program_path("nginx"), "-c", path, "-p", folder, "-e", "stderr"]))
+    for name, port, command in peers:
+        program = end.enter_context(Program(command, environment(folder, ANSWER=answer), cwd=folder))
+        same = wait_until(lambda: ask_health(port), name + " answers")
+        if "".join(same.split()) != "".join(answer.split()):
+            sys.exit("%s answers %r, the agent %r" % (name, same, answer))
+        yield Server(name, port, *(children_of(program.pid) or [program.pid]))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=int, default=2)
-    parser.add_argument("--python", default="/usr/bin/python3" if os.access("/usr/bin/python3", os.X_OK)
-                        else sys.executable)
-    options = parser.parse_args()
-    if not shutil.which("wrk"):
-        sys.exit("it needs wrk: apt-get install wrk")
+    asked = options(__doc__, rounds=(9, 1, "of each server and number of connections"),
+                    seconds=(2, 1, "of each"))
+    for name in ("wrk",) + ("nginx",) * (not asked.alone):
+        if not program_path(name):
+            sys.exit("it needs %s: apt-get install %s" % (name, name))
     cores = sorted(os.sched_getaffinity(0))
-    folder = tempfile.mkdtemp(prefix="b9bench-")
-    os.mkdir(os.path.join(folder, "home"), 0o700)
-    programs = []
-    try:
-        python = make_venv(options.python, folder)
+    with scratch() as folder, contextlib.ExitStack() as end:
         os.sched_setaffinity(0, {cores[-1]})  # the servers inherit it
-        with HostileGateway() as gateway:
-            try:
-                agent = Program([options.python] + agent_command(
-                    "run", "--gateway-host", "127.0.0.1", "--gateway-port", gateway.port,
-                    "--control-port", "0")[1:], environment(os.path.join(folder, "home"), BETA9_TOKEN=TOKEN))
-                programs.append(agent)
-                match, _ = agent.wait_line(r"listening api=control url=http://127\.0\.0\.1:(\d+)")
-                servers = [Server("b9agent", int(match.group(1)), agent.pid)]
-                for name, arguments in UVICORN.items():
-                    port = free_port()
-                    programs.append(Program(
-                        [python, "-m", "uvicorn", "application:app", "--port", str(port), "--log-level",
-                         "warning", "--no-access-log", *arguments], environment(folder), cwd=folder))
-                    wait_for(port)
-                    servers.append(Server(name, port, programs[-1].pid))
-                os.sched_setaffinity(0, {cores[0]})  # and wrk the other
-                for turn in range(options.rounds + 1):  # the first warms up
-                    for count in CONNECTIONS:
-                        for server in servers:
-                            server.measure(count, options.seconds, turn > 0)
-            finally:
-                for program in programs:
-                    program.__exit__()
-        os.sched_setaffinity(0, set(cores))
-        print("CPython %s, %d cores, load %.1f\n" % (subprocess.run(
-            [options.python, "-c", "import sys; print(sys.version.split()[0])"], check=True,
-            stdout=subprocess.PIPE, universal_newlines=True).stdout.strip(), len(cores), os.getloadavg()[0]))
-        return 0 if report(servers) else 1
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        servers = [start_agent(folder, end)]
+        if not asked.alone:
+            servers += start_peers(folder, end, ask_health(servers[0].port))
+        os.sched_setaffinity(0, {cores[0]})  # and wrk the other
+        table = Table(COLUMNS, [server.name for server in servers])
+        for (server, count), counts in in_turn(
+                asked.rounds, [(server, count) for server in servers for count in CONNECTIONS]):
+            figures = server.measure(count, asked.seconds)
+            if counts:
+                table.add(server.name, **figures)
+    of = table.median
+    claims = [(all(of("b9agent", "rate_%d" % count) > of(name, "rate_%d" % count) for count in CONNECTIONS)
+               and of("b9agent", "cpu_us") < of(name, "cpu_us"),
+               "more requests a second than %s, each with less CPU time" % name)
+              for name in PEERS if not asked.alone]
+    return finish(asked, "The control API: `GET /health` over kept connections",
+                  "one process each, all the same answer; asked by wrk.", table, claims,
+                  () if asked.alone else version_of("Flask", "gunicorn", "uvicorn") + [nginx_version()])
+
+
+def nginx_version():
+    said = subprocess.run([program_path("nginx"), "-v"], stderr=subprocess.PIPE, universal_newlines=True)
+    return said.stderr.strip().rpartition(": ")[2].replace("/", " ")
 
 
 if __name__ == "__main__":
-    if not sys.platform.startswith("linux"):
-        sys.exit("tests/bench/control.py reads /proc: Linux only")
     sys.exit(main())
