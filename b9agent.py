@@ -4213,7 +4213,7 @@ def parse_amd_smi(*texts: str) -> Tuple[List[Gpu], str]:
 
 def parse_dpm_clock(text: str) -> Optional[str]:
     """The line with the star, `1: 800Mhz *`; lines may be unsorted or doubled."""
-    match = re.search(r"(?im)^\s*\w{1,3}:\s*([0-9]{1,5}Mhz)\s*\*", text)
+    match = re.search(r"(?im)^[ \t]*\w{1,3}:[ \t]*([0-9]{1,5}Mhz)[ \t]*\*", text)
     return match.group(1) if match else None
 
 
@@ -17179,8 +17179,8 @@ def _users_kubeconfig() -> Optional[KubeConfig]:
     may hold what we do not read: they are not even parsed."""
     path = os.path.expanduser("~/.kube/config")
     text = read_text(path) or ""
-    if not re.search(rf"""(?m)^\s*["']?current-context["']?: *["']?({_K3S_CONTEXT})["',\s]""", text
-                     ) or not re.search(rf"https://\[?({_LOOPBACK})\]?:", text):
+    if not re.search(rf"""(?m)^[ \t]*["']?current-context["']?: *["']?({_K3S_CONTEXT})["',\s]""",
+                     text) or not re.search(rf"https://\[?({_LOOPBACK})\]?:", text):
         return None
     config = kubeconfig_at(path)
     return config if config and re.fullmatch(_LOOPBACK, config.endpoint.host) else None
@@ -21148,7 +21148,7 @@ class Manager(NamedTuple):
         result = run_command(self.ask.split(), 10.0)
         if self.place.manager == "openrc":  # it knows its supervisor's pid alone
             return Process(None if result.exit_code == 0 else 0)
-        pid = re.search(r"(?m)^\s*(?:MainPID=|pid = )([0-9]+)$", result.output)
+        pid = re.search(r"(?m)^[ \t]*(?:MainPID=|pid = )([0-9]+)$", result.output)
         status = re.search("(?m)^ExecMainStatus=([0-9]+)$", result.output)
         failed = {"ActiveState=failed", "ExecMainCode=1"} <= set(result.output.split())
         return Process(int(pid.group(1)) if pid else 0,

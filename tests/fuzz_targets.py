@@ -484,12 +484,14 @@ def lists_of_more(tree):
     return isinstance(tree, dict) and any(map(lists_of_more, tree.values()))
 
 
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where files cost no disk
+
+
 class Folder:
-    """A folder in memory where there is one: an input is a file of it."""
+    """An input is a file of it.  B9TESTS_FUZZ_FOLDER: where it is made, by who removes it."""
 
     def __init__(self):
-        base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self._made = tempfile.TemporaryDirectory(prefix="b9fuzz-", dir=base)
+        self._made = tempfile.TemporaryDirectory(prefix="b9fuzz-", dir=os.environ.get("B9TESTS_FUZZ_FOLDER", MEMORY))
         self.path = self._made.name
 
     def write(self, name, data):
@@ -610,7 +612,8 @@ def check_tenants(data):
 
 def gguf_seed(fields, tensors, order="<", version=3):
     def text(value):
-        return struct.pack(order + "Q", len(value)) + value.encode()
+        value = value.encode()
+        return struct.pack(order + "Q", len(value)) + value
     raw = b"GGUF" + struct.pack(order + "IQQ", version, len(tensors), len(fields))
     for name, value in fields.items():
         kind, packed = (8, text(value)) if isinstance(value, str) else (4, struct.pack(order + "I", value)) if isinstance(
@@ -1280,3 +1283,38 @@ def check_whole_answers(data):
         json.loads(raw)
         for count in (usage.prompt_tokens, usage.completion_tokens):
             assert count is None or 0 <= count < 1 << 53
+
+
+@target("doors", "what a head's path, token, host and origin mean is known, or refused by an error of one line", [
+    "GET /v1/models/m:1b?x=1 HTTP/1.1\r\nHost: gpu.x.ts.net:11434\r\nAuthorization: Bearer b9-abc\r\nx-api-key: b9-abc",
+    "POST /api/chat HTTP/1.1\r\nHost: [::1]:9999\r\nOrigin: http://evil\r\nSec-Fetch-Site: none",
+    "DELETE /v1/chat/completions HTTP/1.1\r\nHost: evil.example\r\nX-Request-Id: a"],
+        HEADER_PIECES + ["%0a", "%ff", "%", "/v1/models/", "Bearer", "bearer  ", "Basic x", "evil.example", "127.0.0.1", "localhost",
+                         ".ts.net", "::ffff:1.2.3.4", "/../", "//", "\xb2"])
+def check_doors(data):
+    try:
+        head = b9agent.parse_request_head(data)
+    except HttpError:
+        return
+
+    def ask(function, *arguments):
+        """What it returns; None where it refuses."""
+        try:
+            return function(*arguments) or True
+        except (HttpError, b9agent.AccessRefused) as error:
+            assert 400 <= error.status < 500 and b9agent.printable(error.what) == error.what
+            assert not any(char in "\r\n" for name, value in getattr(error, "headers", ()) for char in name + value)
+            return None
+    found = ask(b9agent.door_route, head.method, head.target)
+    if found:
+        assert found[0].method in (head.method, "GET") and found[0].path == found[0].path.partition("?")[0]
+    token = ask(b9agent.credentials, head.headers)
+    if isinstance(token, str):
+        assert token == token.strip(" ") and "\n" not in token
+    host, by_address = head.headers.get("host", ""), (ask(b9agent.refuse_browsers, head.headers),
+                                                      ask(CONTROL.check, head.headers))
+    if "evil" in host.lower() and not host.lower().partition(":")[0].endswith(".ts.net") and "." in host:
+        assert by_address == (None, None), host
+    if "origin" in head.headers:
+        assert by_address[0] is None
+    b9agent.plain_address(host)

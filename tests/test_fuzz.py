@@ -1,5 +1,6 @@
 """Every target of fuzz_targets.py with inputs that hypothesis makes, always the same ones; what tests/fuzz
 found once; and that time and memory grow with the input, not with its square."""
+import math
 import time
 import tracemalloc
 
@@ -9,7 +10,8 @@ pytest.importorskip("h11")
 hypothesis = pytest.importorskip("hypothesis")
 
 import b9agent  # noqa: E402
-from fuzz_targets import TARGETS  # noqa: E402
+from fuzz_targets import (FOLDER, TARGETS, cuttings, gguf_seed, h11_answer, h11_requests,  # noqa: E402
+                          read_by_client, read_by_door, served_by_core, served_by_door)
 
 NAMES = sorted(TARGETS)
 EXAMPLES = 120
@@ -86,7 +88,7 @@ def test_time_grows_with_the_input_and_not_with_its_square(name):
     """Of four times as much it takes four times as long; what is quadratic takes sixteen times."""
     target, small, large = TARGETS[name], 1 << 11, 1 << 13
     pieces = [piece for piece in target.pieces if piece and len(piece) < 64]
-    for number, piece in enumerate(pieces[::max(1, len(pieces) // 12)]):
+    for number, piece in enumerate([b"\n", b" ", b"\t"] + pieces[::max(1, len(pieces) // 12)]):
         seed = target.seeds[number % len(target.seeds)]
         if cost(target.check, pumped(seed, piece, large)) < 0.004:
             continue
@@ -111,3 +113,94 @@ def test_memory_grows_with_the_input(name):
             tracemalloc.stop()
     # Empty lines and elements of XML take hundreds of bytes; what systems say is bounded before.
     assert most < (500 if name in ("gpus", "host") else 100) * size, most / size
+
+
+def test_blank_lines_of_a_users_kubeconfig_cost_no_square(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".kube").mkdir()
+
+    def look(size):
+        (tmp_path / ".kube" / "config").write_bytes(b"\n" * size)
+        return cost(lambda _: b9agent._users_kubeconfig(), b"")
+    assert look(1 << 13) < 10 * max(look(1 << 11), 1e-3)
+
+
+# ---------------------------------------------------------------------- there and back
+
+ALWAYS = hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=60,
+                             suppress_health_check=list(hypothesis.HealthCheck))
+st = hypothesis.strategies
+VISIBLE = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
+ANY = st.text(st.characters(codec="utf-8"), max_size=12)
+HEADERS = st.dictionaries(st.sampled_from(["X-A", "Authorization", "Content-Type", "X-B"]), VISIBLE | ANY, max_size=3)
+
+
+def as_latin(value):
+    return value.encode().decode("latin-1").strip(" \t")
+
+
+@ALWAYS
+@hypothesis.given(st.sampled_from(["GET", "POST", "DELETE"]), VISIBLE.map("/".__add__), HEADERS, st.none() | st.binary(max_size=9))
+def test_requests_that_we_send_are_heard_as_they_were_meant(method, path, headers, body):
+    endpoint = b9agent.Endpoint("http", "::1", 1994)
+    try:
+        head = b9agent._request_head(method, endpoint, path, headers, None if body is None else len(body))
+    except b9agent.HttpFailure:
+        return
+    heard = h11_requests(head + (body or b""))
+    if all(char.isprintable() for value in headers.values() for char in value):
+        (found_method, target, found, found_body), = heard
+        assert (found_method, target, found_body, found["host"]) == (method, path, body or b"", "[::1]:1994")
+        assert all(found[name.lower()] == as_latin(value) for name, value in headers.items())
+    assert len(heard) <= 1
+    for serve in (served_by_core, served_by_door):
+        told = [one for one in serve([head + (body or b"")])[0] if one]
+        assert told == heard[:len(told)]
+
+
+@ALWAYS
+@hypothesis.given(st.sampled_from([200, 204, 404, 503]), st.binary(max_size=30), st.sampled_from(["GET", "HEAD"]))
+def test_answers_that_we_send_are_read_as_they_were_meant(status, body, method):
+    body = b"" if status == 204 else body
+    head = b9agent.render_response(b9agent.Response(status, body), len(body))
+    raw = head + (b"" if method == "HEAD" else body)
+    expected = status, b"" if method == "HEAD" else body
+    assert h11_answer(raw, method)[:2] == expected
+    for read in (read_by_client, read_by_door):
+        for pieces in cuttings(raw):
+            assert read(pieces, method)[:2] == expected
+
+
+SHAPES = st.lists(st.integers(1, 20), min_size=1, max_size=3)
+
+
+@ALWAYS
+@hypothesis.given(st.dictionaries(st.sampled_from(["llama.block_count", "llama.context_length", "llama.embedding_length", "x"]),
+                                  st.integers(0, (1 << 32) - 1)), st.lists(SHAPES, min_size=1, max_size=4), ANY,
+                  st.sampled_from("<>"))
+def test_a_gguf_file_says_the_same_to_the_gguf_package(fields, shapes, name, order):
+    gguf = pytest.importorskip("gguf")
+    begins = [sum(math.prod(shape) * 4 + -math.prod(shape) * 4 % 32 for shape in shapes[:number])
+              for number in range(len(shapes))]
+    raw = gguf_seed(dict({"general.architecture": "llama", "general.name": name}, **fields), [
+        ("t%d" % number, shape, 0, begin) for number, (shape, begin) in enumerate(zip(shapes, begins))], order)
+    path = FOLDER.write("valid.gguf", raw + bytes(begins[-1] + math.prod(shapes[-1]) * 4))
+    facts, known = b9agent.read_model(path), gguf.GGUFReader(path)
+    assert facts.parameters == sum(int(tensor.n_elements) for tensor in known.tensors)
+    assert facts.weights_bytes == sum(int(tensor.n_bytes) for tensor in known.tensors)
+    for field, value in (("llama.block_count", facts.layers), ("llama.context_length", facts.context_tokens)):
+        said = fields.get(field, 0)
+        assert not said or known.get_field(field).contents() == said
+        assert value == said or value is None and not 0 < said <= 4096, field
+    assert not name.isalnum() or facts.name == known.get_field("general.name").contents()
+
+
+@ALWAYS
+@hypothesis.given(st.dictionaries(st.text("ab.", min_size=1, max_size=9), st.tuples(st.sampled_from(["float32", "uint8", "int64"]),
+                                                                                   SHAPES), min_size=1, max_size=4))
+def test_a_safetensors_file_of_the_package_is_read(tensors):
+    numpy, pack = pytest.importorskip("numpy"), pytest.importorskip("safetensors.numpy")
+    made = {name: numpy.zeros(shape, kind) for name, (kind, shape) in tensors.items()}
+    facts = b9agent.read_model(FOLDER.write("valid.safetensors", pack.save(made, {"format": "pt"})))
+    assert facts.parameters == sum(array.size for array in made.values())
+    assert facts.weights_bytes == sum(array.nbytes for array in made.values())
