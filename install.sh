@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=eb65d885afbf5ac47dc9b4302787f52b4800503183f85b0e2e5fc8629f5e0ef1
+  sha256=de2dc71eefc8009ed4aa7f8a422f350b47c9d8c95b2c7bbb06f34aeb973a689e
 }
 
 usage() {
