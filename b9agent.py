@@ -948,7 +948,7 @@ class BodyReader:
         else:
             self.done = line == b"\r\n"
             if not self.done:
-                _framing_of(_headers_of([line[:-2].decode("latin-1")]))
+                _framing_of(_headers_of([line.decode("latin-1").replace("\r\n", "")]))
 
 
 class Upload(NamedTuple):

@@ -30,6 +30,7 @@ FOUND = (
     ("answers", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\nok\n0\n\n"),
     ("answers", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok \n0\r\n\r\n"),
     ("answers", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nno trailer\r\n\r\n"),
+    ("answers", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nA:\x0c\n\r\n"),
     ("answers", b"HTTP/1.1 101 Switching\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"),
     # What is written of many cores, or of more than 953 GiB that are no whole MiB, was not read again.
     ("settings", b"max_cpu: 3500\n"), ("settings", b"max_memory: 1.1Ti\n"),
