@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=de2dc71eefc8009ed4aa7f8a422f350b47c9d8c95b2c7bbb06f34aeb973a689e
+  sha256=9494e2142eb5e3fdfad22109029a71bc5d205ad70ee6ea38ca963974423e6550
 }
 
 usage() {
