@@ -585,7 +585,8 @@ def test_every_link_and_file_of_the_project_is_there():
 
 def test_every_flag_variable_and_setting_exists():
     others = ""  # the installer's and the benches'
-    for path in [os.path.join(ROOT, "install.sh"), os.path.join(ROOT, "tests", "bench", "run")] + glob.glob(
+    for path in [os.path.join(ROOT, "install.sh"), os.path.join(ROOT, "tests", "fuzz"), os.path.join(
+            ROOT, "tests", "bench", "run")] + glob.glob(
             os.path.join(ROOT, "tests", "bench", "*.py")) + glob.glob(os.path.join(ROOT, "tests", "test_*.py")):
         with open(path, encoding="utf-8") as handle:
             others += handle.read()
