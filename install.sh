@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=9494e2142eb5e3fdfad22109029a71bc5d205ad70ee6ea38ca963974423e6550
+  sha256=8ea2bb0c570e60f78e3642bd14ae847897045b25c885a9bdfdb5e01777661f23
 }
 
 usage() {

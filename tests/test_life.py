@@ -167,8 +167,9 @@ def test_keepalives_come_at_the_interval(run, hostile):
         run()
         hostile.wait_count(5, "keepalive", "ok")
     times = [request.at for request in hostile.named("keepalive")]
-    for earlier, later in zip(times, times[1:]):
-        assert 0.9 - stall.worst_s - 0.05 <= later - earlier <= 1.1 + stall.worst_s + 0.25
+    for number, (earlier, later) in enumerate(zip(times, times[1:])):
+        least_s = 0.9 if number else 0.1  # the first is spread: who starts in step does not stay so
+        assert least_s - stall.worst_s - 0.05 <= later - earlier <= 1.1 + stall.worst_s + 0.25
 
 
 def test_register_is_followed_by_a_keepalive_at_once(run, hostile):

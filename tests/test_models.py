@@ -1,5 +1,6 @@
 """Models through an Ollama (tests/fake_ollama.py), and what is remembered of them."""
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -11,6 +12,8 @@ import socket
 import sys
 import threading
 import time
+import types
+import weakref
 
 import pytest
 
@@ -870,3 +873,26 @@ def test_verify_says_where_there_is_nothing_to_verify(monkeypatch, capsys):
     loaded = b9agent.load_settings({"config": os.devnull}, {})
     assert b9agent.command_models_verify(loaded, {}) == 0
     assert capsys.readouterr().out == "no models yet: b9agent.py pull NAME\n"
+
+
+def test_a_transfer_that_failed_is_gone_once_nobody_has_it():
+    """Its failure's frames held it, in a cycle: ten kilobytes a pull, until a full collection."""
+    def work(transfer):
+        raise ModelUnreachable("nothing there", "Try again")
+
+    def ask():
+        transfer = b9agent.Transfer("tiny", "pull", "somebody", work)
+        transfer.thread.start()
+        try:
+            b9agent._transfer_answer(types.SimpleNamespace(fields={}, headers={}), transfer)
+        except ModelUnreachable as error:
+            assert str(error) == "nothing there. Try again"
+        else:
+            raise AssertionError("it did not fail")
+        transfer.thread.join()
+        return weakref.ref(transfer)
+    gc.disable()
+    try:
+        assert ask()() is None
+    finally:
+        gc.enable()
