@@ -10300,7 +10300,8 @@ class Ledger:
             self._dirty = False
             record = {"day": self._day, "date": utc_stamp(self._day * 86400)[:10], "tenants": {
                 name: account.usage() for name, account in self._accounts.items()}}
-        if not self._file.write(json.dumps(record, indent=1) + "\n"):
+        # Every few seconds: with an indent json's slow writer would leave its functions as garbage.
+        if not self._file.write(json.dumps(record) + "\n"):
             self._dirty = True
 
     # -- under the lock

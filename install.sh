@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=8ea2bb0c570e60f78e3642bd14ae847897045b25c885a9bdfdb5e01777661f23
+  sha256=588a0160b04921b4e7f72de865f451e03796ea6ff519a65dc0f726925f6c3043
 }
 
 usage() {
