@@ -496,6 +496,7 @@ def test_an_engines_last_words_are_lines_and_its_state_is_one(world):
 def test_a_pull_and_a_log_may_be_silent_for_long(world, monkeypatch):
     here = world("ollama").start()
     seen = []
+    monkeypatch.setattr(b9agent, "http_request", lambda *given: None)  # whether it lives at all
     monkeypatch.setattr(b9agent, "http_stream", lambda *given: seen.append(given) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(b9agent.agent_lines(str(here.state), "/logs?follow=true"))

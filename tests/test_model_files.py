@@ -605,7 +605,7 @@ HUGE = struct.pack("<Q", 1 << 63)
     (tensors_bytes({}, header=b"{" + b"x" * 30), "no JSON, or too much"),
     (tensors_bytes({}, header=b"{\"a\":" + b"[" * 100000), "no JSON, or too much"),
     (tensors_bytes({}, header=b"{\"a\":" + b"9" * 5000 + b"}"), "a without a type, shape"),
-    (tensors_bytes({}, header=b"{\"a\":{},\"a\":{}}"), "a name comes twice"),
+    (tensors_bytes({}, header=b"{\"a\":{},\"a\":{}}"), "a name that is there twice"),
     (tensors_bytes({}, header=b"{\"a\":[" + b"0," * 1100000 + b"0]}"), "no JSON, or too much"),
     (tensors_bytes({}, header=b"{}"), "has no tensors"),
     (tensors_bytes({"a": ("F32", [2], 0, 7)}), "not as long as its shape"),
