@@ -474,6 +474,9 @@ def main():
     if options.readme:
         lines = ["| %s |" % " | ".join(row) for row in rows if not row[0].startswith("(")]
         lines[1:1] = ["| --- | --- | --- | --- | --- | --- |"]
+        lines[:0] = ["**%.0f minutes under load**, by `tests/bench/soak.py`: streams of several tenants," % minutes,
+                     "clients that leave or are refused, slow ones, scrapes, pulls, an engine and a gateway that",
+                     "are killed now and then:", ""]
         write_readme("soak", "\n".join(lines))
     return 0 if fine and not wrong else 1
 
