@@ -6357,18 +6357,19 @@ def _gguf_facts(path: str, files: Sequence[str]) -> ModelFacts:
         raise UsageError(f"{path} is part of a model in {parts} files",
                          "Give a file …-00001-of-0000N.gguf with the others beside it")
 
-    def say(key: str) -> Optional[str]:
+    def general(key: str) -> Optional[str]:
         return _name(metadata.get("general." + key))
 
     kind = _number(metadata.get("general.file_type"), len(_GGUF_FILE_TYPES) - 1)
-    name, url = say("architecture") or "", say("base_model.0.repo_url") or ""
+    name, url = general("architecture") or "", general("base_model.0.repo_url") or ""
     return ModelFacts(
-        say("name") or model_name(files[0]), path, "gguf", name or None,
+        general("name") or model_name(files[0]), path, "gguf", name or None,
         sum(tensor.elements for tensor in tensors),
         _most_used(tensors) if kind is None or _GGUF_FILE_TYPES[kind] == "?"
         else _GGUF_FILE_TYPES[kind], weights_bytes, files=tuple(files),
-        license=say("license.name" if say("license") == "other" else "license") or say("license"),
-        base_model=url.partition("huggingface.co/")[2] or url or say("base_model.0.name"),
+        license=general("license.name" if general("license") == "other" else "license")
+        or general("license"),
+        base_model=url.partition("huggingface.co/")[2] or url or general("base_model.0.name"),
         **_shape({key[len(name) + 1:]: value for key, value in metadata.items()
                   if key.startswith(name + ".")}, name))
 
@@ -15228,9 +15229,7 @@ class FrontDoor:
     def start(self) -> None:
         """Two descriptors a stream: many systems grant 1,024, and macOS 256, unless asked."""
         import fcntl
-        import gc
         import resource
-        gc.freeze()  # what is there stays: a full collection of all takes 20 ms and more
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * DOOR_CONNECTIONS_MAX + 512
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -19796,12 +19795,12 @@ class InferenceClient:
     def _complete(self, path: str, body: Dict[str, Any], stream: bool) -> Any:
         if stream:
             return self._stream(path, body)
-        def ask() -> InferenceResult:
+        def attempt() -> InferenceResult:
             answer = self._ask("POST", path, dict(body, stream=False))
             if not _within(answer, "choices", 0):
                 raise InferenceError("the answer holds no completion")
             return parse_answer(answer)
-        return self._result(ask)
+        return self._result(attempt)
 
     # -- what there is to ask --------------------------------------------
 
@@ -19821,7 +19820,7 @@ class InferenceClient:
 
     def embed(self, model: str, input: Any, **parameters: Any) -> InferenceResult:
         """The embedding of a text, or those of several, in their order."""
-        def ask() -> InferenceResult:
+        def attempt() -> InferenceResult:
             answer = self._ask("POST", "/v1/embeddings", dict(parameters, model=model, input=input))
             rows = answer.get("data")
             vectors = [row.get("embedding") for row in rows if isinstance(row, dict)] if isinstance(
@@ -19835,7 +19834,7 @@ class InferenceClient:
                 raise InferenceError("the answer does not hold the embeddings")
             return InferenceResult(True, usage=_within(answer, "usage"), model=model,
                                    embeddings=tuple(map(tuple, vectors)))
-        return self._result(ask)
+        return self._result(attempt)
 
     def _model_rows(self) -> List[Any]:
         """Raises: InferenceError."""
@@ -19859,14 +19858,14 @@ class InferenceClient:
                           and isinstance(row.get("id"), str))
 
     def _keep(self, model: str, keep_alive: int) -> InferenceResult:
-        def ask() -> InferenceResult:
+        def attempt() -> InferenceResult:
             answer = self._ask("POST", "/api/generate", {
                 "model": model, "prompt": "", "stream": False, "keep_alive": keep_alive})
             if answer.get("done") is not True:
                 raise InferenceError(printable(str(answer.get("error") or "the answer is not "
                                                    "Ollama's: it loads and unloads")[:500]))
             return InferenceResult(True, model=model)
-        return self._result(ask)
+        return self._result(attempt)
 
     def load_model(self, model: str) -> InferenceResult:
         """Into memory, to stay there: of an Ollama; other engines hold their one model."""
@@ -20663,8 +20662,8 @@ class Agent:
                       pool=self.identity.pool_name, gateway=self.endpoint.url,
                       state_dir=self.settings.state_dir, pid=os.getpid())
             thread.start()
-            # What there is now stays.  A full collection comes when a quarter is new of what it
-            # looks at: without this, garbage in cycles lies longer, and each takes 6 ms.
+            # What there is now stays, and is half of what a full collection would look at, 20 ms
+            # and more under load, with every stream waiting.
             gc.freeze()
             self._watch(watchdog_interval_s())
             sd_notify("STOPPING=1")

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=588a0160b04921b4e7f72de865f451e03796ea6ff519a65dc0f726925f6c3043
+  sha256=ef1a506e8c63fbae6647be0e152b1fc5259cc51de76201baf07fbe716463ff50
 }
 
 usage() {

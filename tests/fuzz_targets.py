@@ -110,6 +110,15 @@ class Fed(socket.socket):
     settimeout = setsockopt = setblocking = ignore
 
 
+def h11_body(connection):
+    """(the bytes of a body, the event after them)."""
+    body, event = b"", connection.next_event()
+    while type(event) is h11.Data:
+        body += event.data
+        event = connection.next_event()
+    return body, event
+
+
 def h11_requests(data):
     """[(method, target, {name: value}, body)] as h11 reads them, until it refuses one."""
     connection, found = h11.Connection(h11.SERVER, 1 << 20), []
@@ -117,13 +126,10 @@ def h11_requests(data):
     connection.receive_data(b"")
     try:
         while True:
-            head, body = connection.next_event(), b""
+            head = connection.next_event()
             if type(head) is not h11.Request:
                 return found
-            event = connection.next_event()
-            while type(event) is h11.Data:
-                body += event.data
-                event = connection.next_event()
+            body, event = h11_body(connection)
             if type(event) not in (h11.EndOfMessage, h11.PAUSED):
                 return found
             headers = {}
@@ -290,7 +296,7 @@ target("requests", "heads and bodies of requests, one after the other: both serv
 
 def h11_answer(data, method):
     """(status, body, whether the connection may go on) as h11 reads an answer; None where it does not."""
-    connection, body = h11.Connection(h11.CLIENT, 1 << 20), b""
+    connection = h11.Connection(h11.CLIENT, 1 << 20)
     connection.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
     connection.send(h11.EndOfMessage())
     connection.receive_data(data)
@@ -301,10 +307,7 @@ def h11_answer(data, method):
             head = connection.next_event()
         if type(head) is not h11.Response:
             return None
-        event = connection.next_event()
-        while type(event) is h11.Data:
-            body += event.data
-            event = connection.next_event()
+        body, event = h11_body(connection)
         if type(event) is not h11.EndOfMessage:
             return None
         return head.status_code, body, connection.their_state is h11.DONE

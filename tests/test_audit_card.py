@@ -673,7 +673,8 @@ OWN = (
     (r"(read|look) /etc/(ld\.so\S*|locale\S*|nsswitch\.conf|passwd|group|hosts|host\.conf|resolv\.conf|localtime|ssl\S*"
      r"|userdb\S*|gai\.conf|services)?", "libc's: names of users and hosts, certificates, time zone"),
     (r"(read|look) /usr/share/(zoneinfo|locale)\S*", "time zone, locale"),
-    (r"look \S*/lib/python[0-9]+\.zip|read /work\S*", "the interpreter, the folder it was started in"),
+    (r"look \S*/lib/python[0-9]+\.zip|read %s" % re.escape(os.getcwd()),
+     "the interpreter, the folder it was started in"),
     (r"read (/|/etc|/usr|/usr/local)", "libnss_systemd's: names of users"),
     (r"read (~|TMP/b9agent-demo|/etc/rancher/k3s)", "the folder of what was written: fsync"),
     (r"(read|look) /run(/(host|userdb|systemd/userdb)\S*)?", "libnss_systemd's: names of users"),

@@ -333,8 +333,7 @@ def test_the_embedded_gateway_restarted_under_a_running_agent(embedded, agent):
     line = -1
     for _ in range(3):
         _, line = program.wait_line(r"notice ready\b", after=line + 1)
-        embedded.program.signal(signal.SIGKILL)
-        embedded.program.wait()
+        embedded.stop(signal.SIGKILL)
         _, line = program.wait_line(r"unreachable\b", after=line)
         embedded.start()
     program.wait_line(r"notice ready\b", after=line)
