@@ -1,7 +1,5 @@
 """Fixtures of all tests.  Standard library and pytest only: the interpreter matrix uses this too."""
 import os
-import signal
-import socket
 import sys
 
 import pytest
@@ -9,7 +7,7 @@ import pytest
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 
-from helpers import Program, agent_command, environment, run_agent  # noqa: E402
+from helpers import Program, agent_command, environment, quiet_port, run_agent  # noqa: E402
 from hostile_gateway import HostileGateway  # noqa: E402
 
 
@@ -73,38 +71,19 @@ def hostile():
 
 
 class Embedded:
-    """A running `b9agent.py gateway`.  port, db, url; create() makes a machine.
-
-    stop(signal) keeps the port until start(): tests beside this one take free ones.
-    """
+    """A running `b9agent.py gateway`.  port, db, url; create() makes a machine."""
 
     def __init__(self, start, home, folder):
         self._start, self._home = start, home
         self.db = str(folder / "gateway.db")
-        self.port = 0
+        self.port = quiet_port()  # still its own while it is stopped
         self.program = None
-        self._port_kept = None
-
-    def stop(self, number=signal.SIGTERM):
-        """Its exit status; who connects is refused from then on."""
-        self.program.signal(number)
-        code = self.program.wait()
-        self._port_kept = socket.socket()
-        self._port_kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._port_kept.bind(("127.0.0.1", self.port))
-        return code
-
-    def leave(self):
-        if self._port_kept is not None:
-            self._port_kept.close()
-            self._port_kept = None
 
     def start(self):
         self.program = self._start("gateway", "--host", "127.0.0.1", "--port", str(self.port),
                                    "--db", self.db)
         match, _ = self.program.wait_line(r"\blistening\b.*url=http://127\.0\.0\.1:(\d+)")
-        self.port = int(match.group(1))
-        self.leave()
+        assert self.port == int(match.group(1))
         return self
 
     @property
@@ -124,6 +103,4 @@ class Embedded:
 def embedded(agent, home, tmp_path):
     folder = tmp_path / "gateway"
     folder.mkdir(mode=0o700)
-    made = Embedded(agent, home, folder).start()
-    yield made
-    made.leave()
+    return Embedded(agent, home, folder).start()

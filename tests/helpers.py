@@ -2,6 +2,7 @@
 of one's own.  Standard library only, and 3.8: the interpreter matrix runs this with pytest alone."""
 import http.client
 import os
+import platform
 import re
 import signal
 import socket
@@ -41,6 +42,37 @@ def print_table(rows):
         print("| " + " | ".join(cells) + " |")
         if not number:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def about_the_machine(python=sys.executable):
+    """What stands beside figures, in one line.  python: what the agent ran on."""
+    with open("/proc/cpuinfo") as handle:
+        model = re.search(r"model name\s*: (.*)", handle.read())
+    with open("/etc/os-release") as handle:
+        system = re.search(r'PRETTY_NAME="?([^"\n]*)', handle.read())
+    version = subprocess.run([python, "-c", "import platform; print(platform.python_version())"],
+                             stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+    return "%d cores of %s, %s, Linux %s, CPython %s" % (
+        os.cpu_count(), model.group(1).strip() if model else platform.machine(),
+        system.group(1) if system else "", platform.release(), version)
+
+
+def replace_block(text, name, block):
+    """text with that between <!-- name --> and <!-- /name -->.  Raises: ValueError where it has none."""
+    begin, end = "<!-- %s -->\n" % name, "<!-- /%s -->" % name
+    before, found, rest = text.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not found or not found_too:
+        raise ValueError("no place for it: %s … %s" % (begin.strip(), end))
+    return before + begin + block.rstrip("\n") + "\n" + end + after
+
+
+def write_readme(name, block):
+    path = os.path.join(ROOT, "README.md")
+    with open(path, encoding="utf-8") as handle:
+        text = replace_block(handle.read(), name, block)
+    with open(path, "w", encoding="utf-8") as handle:
+        handle.write(text)
 
 
 def quiet_port():

@@ -1,9 +1,9 @@
 """What can go wrong around a machine, done to a real agent that serves streams: what it shows meanwhile,
 how long after the end of it the machine is ready again, and what is lost.
 
-    tests/.venv/bin/python tests/test_chaos.py             does all of it and prints the table
-    tests/.venv/bin/python tests/test_chaos.py --quick     what needs no root
-    tests/.venv/bin/python tests/test_chaos.py --readme    writes the table into README.md
+    tests/bench/run --only chaos             does all of it and prints the table
+    tests/bench/run --only chaos --quick     what needs no root
+    tests/bench/run --only chaos --readme    writes the table into README.md, too
 
 The agent, the gateway and the engine are processes; an interval between keepalives is a second.  What
 needs root is done in mount and network namespaces of its own, which end with it.
@@ -11,7 +11,6 @@ needs root is done in mount and network namespaces of its own, which end with it
 import contextlib
 import hashlib
 import http.client
-import io
 import json
 import os
 import re
@@ -34,8 +33,8 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]  # it is a program, too
 
 import engines  # noqa: E402
 from helpers import (  # noqa: E402
-    Program, RunningDoor, StallMeter, agent_command, environment, print_table, quiet_port, run_agent,
-    wait_until)
+    Program, RunningDoor, StallMeter, about_the_machine, agent_command, environment, print_table,
+    quiet_port, run_agent, wait_until, write_readme)
 from hostile_gateway import HostileGateway  # noqa: E402
 from test_inference import processes_of  # noqa: E402
 
@@ -856,23 +855,11 @@ def test_the_machine_lives_through(name):
 # -- the table ---------------------------------------------------------------------------------
 
 HEAD = "what happens", "what is shown meanwhile", "ready again after", "what is lost"
-README = os.path.join(os.path.dirname(HERE), "README.md")
 
 
 def cells(row):
     return [row.what, row.shown, "it is, all the time" if row.ready_s is None else "%.2f s" % row.ready_s,
             row.lost]
-
-
-def write_readme(rows):
-    text = io.StringIO()
-    text.write("| %s |\n|%s\n" % (" | ".join(HEAD), " --- |" * len(HEAD)))
-    for row in rows:
-        text.write("| %s |\n" % " | ".join(cells(row)))
-    with open(README) as file:
-        found = re.fullmatch("(.*<!-- chaos -->\n).*?(<!-- /chaos -->.*)", file.read(), re.DOTALL)
-    with open(README, "w") as file:
-        file.write(found.group(1) + text.getvalue() + found.group(2))
 
 
 def installed():
@@ -896,11 +883,11 @@ def main(arguments):
     for name in heavy:
         rows += inside(name)
     print_table([list(HEAD)] + [cells(row) for row in rows])
-    print("%s, CPython %s, Linux %s, a keepalive each %g s; this took %.0f s" % (
-        time.strftime("%Y-%m-%d"), sys.version.split()[0], os.uname().release, INTERVAL_S,
-        time.monotonic() - began_s))
+    about = "%s, %s" % (time.strftime("%-d %B %Y"), about_the_machine())
+    print("%s, a keepalive each %g s; this took %.0f s" % (about, INTERVAL_S, time.monotonic() - began_s))
     if "--readme" in arguments:
-        write_readme(rows)
+        write_readme("chaos", "".join("| %s |\n" % " | ".join(line) for line in [
+            HEAD, ["---"] * len(HEAD)] + [cells(row) for row in rows]) + "\n%s.\n" % about)
 
 
 if __name__ == "__main__":

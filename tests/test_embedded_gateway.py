@@ -592,7 +592,8 @@ def test_killed_and_started_again_on_the_same_database_it_knows_every_machine(em
     client.register(register_body(machine))
     client.keepalive(keepalive_body(machine))
     for _ in range(3):
-        embedded.stop(signal.SIGKILL)
+        embedded.program.signal(signal.SIGKILL)
+        embedded.program.wait()
         with pytest.raises(b9agent.GatewayUnreachable):
             client.keepalive(keepalive_body(machine))
         embedded.start()  # on the same port: its old connections must not hold it
@@ -609,7 +610,8 @@ def test_killed_and_started_again_on_the_same_database_it_knows_every_machine(em
 
 def test_the_gateway_ends_in_order_on_a_signal(embedded):
     for number in (signal.SIGTERM, signal.SIGINT):
-        assert embedded.stop(number) == 0
+        embedded.program.signal(number)
+        assert embedded.program.wait() == 0
         embedded.start()
 
 

@@ -333,7 +333,8 @@ def test_the_embedded_gateway_restarted_under_a_running_agent(embedded, agent):
     line = -1
     for _ in range(3):
         _, line = program.wait_line(r"notice ready\b", after=line + 1)
-        embedded.stop(signal.SIGKILL)
+        embedded.program.signal(signal.SIGKILL)
+        embedded.program.wait()
         _, line = program.wait_line(r"unreachable\b", after=line)
         embedded.start()
     program.wait_line(r"notice ready\b", after=line)

@@ -307,7 +307,7 @@ def test_a_server_that_does_not_forward_is_told_of(sshd, tunnelled):
 
 def test_no_gateway_behind_the_server_is_told_of_until_there_is_one(sshd, tunnelled, embedded):
     sshd.start()
-    embedded.stop()
+    embedded.program.stop()
     one = tunnelled().start()
     one.wait_tunnel("running", "nothing answers it at localhost:%d" % embedded.port)
     embedded.start()

@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -27,7 +26,7 @@ PYTHON = getattr(sys, "_base_executable", sys.executable)
 VENV_BIN = os.path.dirname(sys.executable)
 sys.path[:0] = [os.path.dirname(HERE), ROOT]
 
-from helpers import print_table  # noqa: E402
+from helpers import about_the_machine, print_table  # noqa: E402
 
 
 # -- what is asked for --------------------------------------------------
@@ -167,21 +166,6 @@ def table_text(labels, rows):
 
 # -- what is said, and what is kept ---------------------------------------
 
-def machine():
-    with open("/proc/cpuinfo") as handle:
-        model = re.search(r"model name\s*: (.*)", handle.read())
-    with open("/etc/os-release") as handle:
-        name = re.search(r'PRETTY_NAME="?([^"\n]*)', handle.read())
-    return "%d cores of %s, %s, Linux %s" % (
-        os.cpu_count(), model.group(1).strip() if model else platform.machine(),
-        name.group(1) if name else "", platform.release())
-
-
-def python_version():
-    return "CPython " + subprocess.run([PYTHON, "-c", "import sys; print(sys.version.split()[0])"],
-                                       stdout=subprocess.PIPE, check=True).stdout.decode().strip()
-
-
 def version_of(*packages):
     """Of packages of this venv: "psutil 7.2.2"."""
     from importlib import metadata
@@ -202,7 +186,7 @@ def finish(asked, title, about, table, claims=(), versions=()):
     changed = " and changes" if git("status", "--porcelain", "b9agent.py") else ""
     kept = {"title": title, "about": about, "columns": list(table.columns.values()),
             "rows": table.medians(), "versions": list(versions), "date": time.strftime("%-d %B %Y"),
-            "machine": "%s, %s" % (machine(), python_version()), "commit": commit + changed,
+            "machine": about_the_machine(PYTHON), "commit": commit + changed,
             "quick": asked.quick, "claims": [list(claim) for claim in claims]}
     print("%s (in brackets: times b9agent's)\n%s\n%s, commit %s, load %.1f\n" % (
         title, ", ".join([kept["machine"], *versions]), kept["date"], kept["commit"],
@@ -255,21 +239,3 @@ def readme_block(results):
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(len(lines) - len(rows) + 1, "| " + " | ".join(["---"] * len(rows[0])) + " |")
     return "\n".join(lines)
-
-
-def replace_block(text, block):
-    """Raises: ValueError where the text has no place for it."""
-    begin, end = "<!-- results -->\n", "<!-- /results -->"
-    before, found, rest = text.partition(begin)
-    _, found_too, after = rest.partition(end)
-    if not found or not found_too:
-        raise ValueError("no place for the results: %s … %s" % (begin.strip(), end))
-    return before + begin + block + "\n" + end + after
-
-
-def write_readme():
-    path = os.path.join(ROOT, "README.md")
-    with open(path, encoding="utf-8") as handle:
-        text = handle.read()
-    with open(path, "w", encoding="utf-8") as handle:
-        handle.write(replace_block(text, readme_block(kept_results())))

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """What a gateway feels of a fleet: when a power cut ends, in service, and when it comes back.
 
-    tests/bench/fleet.py             both parts, about 20 minutes
-    tests/bench/fleet.py --quick     the same, smaller: half a minute
-    tests/bench/fleet.py --readme    writes its block of README.md, too
+    tests/bench/run --only fleet             both parts, about 20 minutes
+    tests/bench/run --only fleet --quick     the same, smaller: half a minute
+    tests/bench/run --only fleet --readme    writes its block of README.md, too
 
 1. The membership loops of 1,000 agents in virtual time: Membership and GatewayClient of b9agent.py as
    they are, with a clock, dice and a gateway of ours (Virtual).  Claim: from the moment that the gateway
@@ -20,12 +19,10 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +33,7 @@ sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), os.path.dirname(HERE), H
 import b9agent  # noqa: E402
 import fleet_processes  # noqa: E402
 from b9agent import HttpFailure, HttpReply  # noqa: E402
-from helpers import print_table  # noqa: E402
+from helpers import about_the_machine, print_table, write_readme  # noqa: E402
 
 INTERVAL_S = 60.0
 WINDOW_S = 10
@@ -279,16 +276,6 @@ def print_processes(found, costs):
                         "%.1f" % pss_mib) for name, cpu, p50, p99, pss_mib in costs])
 
 
-def about_the_machine():
-    with open("/proc/cpuinfo", encoding="utf-8") as handle:
-        model = next((line.partition(": ")[2].strip() for line in handle if line.startswith("model name")),
-                     "")
-    python = subprocess.run([fleet_processes.PYTHON, "-c", "import sys; print(sys.version.split()[0])"],
-                            stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout.strip()
-    return "%s, %d cores, Linux %s, CPython %s, %s" % (
-        model, os.cpu_count(), platform.release(), python, time.strftime("%d %B %Y").lstrip("0"))
-
-
 def readme_block(fleets, found, costs):
     """Of the fleets that started in one second, the harder start."""
     rows = [("outage", "until all are ready: requests a second", "busiest 10 s ÷ mean", "busiest second "
@@ -302,7 +289,8 @@ def readme_block(fleets, found, costs):
                  "%.2f" % (busiest(during) / mean), "%d (%d)" % (max(during), chance(mean, len(during))), "–",
                  "%.0f, %.0f, %.0f s" % (statistics.median(found["ready_s"]),
                                          quantile(found["ready_s"], 0.99), found["ready_s"][-1])))
-    text = "".join("| %s |\n" % " | ".join(row) for row in rows)
+    text = "%s, %s.\n\n" % (time.strftime("%-d %B %Y"), about_the_machine(fleet_processes.PYTHON))
+    text += "".join("| %s |\n" % " | ".join(row) for row in rows)
     if costs:
         (_, ours, *_), (other, theirs, *_) = costs
         text += ("\nA keepalive costs the embedded gateway %.2f ms of CPU (%s with SQLite: %.2f). It takes %.0f MiB "
@@ -310,16 +298,6 @@ def readme_block(fleets, found, costs):
                      ours / 1e3, other, theirs / 1e3, found["pss_mib"], found["agents"],
                      statistics.median(found["agent_pss_mib"])))
     return text.rstrip("\n")
-
-
-def write_readme(name, block):
-    path = os.path.join(os.path.dirname(os.path.dirname(HERE)), "README.md")
-    with open(path, encoding="utf-8") as handle:
-        head, found, rest = handle.read().partition("<!-- %s -->\n" % name)
-    if not found:
-        sys.exit("README.md has no <!-- %s -->" % name)
-    with open(path, "w", encoding="utf-8") as handle:
-        handle.write(head + found + block + "\n" + rest[rest.index("<!-- /%s -->" % name):])
 
 
 def main():
@@ -332,7 +310,7 @@ def main():
     options = parser.parse_args()
     quick = options.quick
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started ends with it
-    print(about_the_machine() + "\n")
+    print("%s, %s\n" % (time.strftime("%-d %B %Y"), about_the_machine(fleet_processes.PYTHON)))
     fleets = virtual(1000, 600.0 if quick else 3600.0)
     print("1,000 membership loops in virtual time, a keepalive every %g s: %.1f a second\n" % (
         INTERVAL_S, fleets[0][2].steady))

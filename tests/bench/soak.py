@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Half an hour under mixed load: what of the agent grows?
 
-    tests/bench/soak.py [--minutes 30]     tests/bench/soak.py --quick     one minute
-    tests/bench/soak.py --readme           writes its block of README.md, too
+    tests/bench/run --only soak [--minutes 30]     --quick: one minute
+    tests/bench/run --only soak --readme           writes its block of README.md, too
 
 An installed agent with an embedded gateway, and an Ollama (tests/fake_ollama.py) that it starts.  Clients
 at its front door: streams and whole answers of Ollama's and OpenAI's API for three tenants; some leave
@@ -39,10 +38,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), os.path.dirname(HERE), HERE]
 
 import b9agent  # noqa: E402
-from fleet import about_the_machine, write_readme  # noqa: E402
-from fleet_processes import install  # noqa: E402
-from helpers import (Program, RunningDoor, agent_command, environment, print_table,  # noqa: E402
-                     quiet_port, run_agent, wait_until)
+from fleet_processes import PYTHON, install  # noqa: E402
+from helpers import (Program, RunningDoor, about_the_machine, agent_command, environment,  # noqa: E402
+                     print_table, quiet_port, run_agent, wait_until, write_readme)
 
 SAMPLE_S = 5.0
 GROWTH_KIB = 480.0  # of the whole run
@@ -461,8 +459,9 @@ def main():
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     requests = sum(clients.counts.values())
+    about = "%s, %s" % (time.strftime("%-d %B %Y"), about_the_machine(PYTHON))
     print("%s\n%.1f minutes, %d requests at the front door, the agent took %.1f %% of a core\n" % (
-        about_the_machine(), minutes, requests, 100 * share))
+        about, minutes, requests, 100 * share))
     rows, fine = table(before, samples, after, minutes)
     print_table(rows)
     print("\nUSS, %s to %s: %s\n" % (mib(min(s.uss for s in samples)), mib(max(s.uss for s in samples)),
@@ -474,9 +473,9 @@ def main():
     if options.readme:
         lines = ["| %s |" % " | ".join(row) for row in rows if not row[0].startswith("(")]
         lines[1:1] = ["| --- | --- | --- | --- | --- | --- |"]
-        lines[:0] = ["**%.0f minutes under load**, by `tests/bench/soak.py`: streams of several tenants," % minutes,
-                     "clients that leave or are refused, slow ones, scrapes, pulls, an engine and a gateway that",
-                     "are killed now and then:", ""]
+        lines[:0] = ["**%.0f minutes under load**, by `tests/bench/run --only soak`: streams of several" % minutes,
+                     "tenants, clients that leave or are refused, slow ones, scrapes, pulls, an engine and a",
+                     "gateway that are killed now and then; %s requests. %s." % (format(requests, ","), about), ""]
         write_readme("soak", "\n".join(lines))
     return 0 if fine and not wrong else 1
 
