@@ -20066,6 +20066,9 @@ AUDIT_EVENTS = dict(dict.fromkeys((
     tenants="tenants_changed")
 
 
+API_MISSED = "It is tried again at the keepalive's pace; the machine is kept alive without it"
+
+
 def keep_address(path: str, address: str, log: Log, level: str = "debug") -> None:
     """For who asks from this machine.  A disk that does not take it costs the file, and only until
     it is tried again."""
@@ -20098,6 +20101,7 @@ class Entrance:
             None, "", None)
         self._door: Any = None
         self._here: Any = None        # its listener where it is told to listen, or on loopback
+        self._missed = ""             # why it has none, as it was told
         self._on_tailnet: Any = None  # the last one of the tailnet's address
 
     # -- where it is reached ---------------------------------------------
@@ -20189,7 +20193,10 @@ class Entrance:
         return self._on_tailnet
 
     def start(self) -> None:
-        """A port that cannot be had costs the front door, never the keepalive."""
+        """A port that cannot be had costs the front door, never the keepalive.  What is there
+        already stays."""
+        if self._here is not None:
+            return self.keep_address()
         host = self._settings.inference_host or "127.0.0.1"
         remove_file(os.path.join(self._settings.state_dir, "inference.addr"))
         try:
@@ -20201,12 +20208,13 @@ class Entrance:
             self.keep_address("error")
         except (AgentError, OSError) as error:
             self.stop()
-            what = getattr(error, "strerror", None) or getattr(error, "what", error)
-            self._log("error", "no_front_door", what=what,
+            what = str(getattr(error, "strerror", None) or getattr(error, "what", error))
+            self._log("debug" if what == self._missed else "error", "no_front_door", what=what,
                       where=host_port(host, self._settings.inference_port),
-                      do="The machine is kept alive without it, and nobody reaches its models. "
+                      do=f"{API_MISSED}, and nobody reaches the models. "
                          + (getattr(error, "hint", "") or "A full disk? Make room. A taken port? "
                             "Free it, or set inference.port (0 takes a free one)"))
+            self._missed = what
             return
         except Exception as error:
             self.stop()
@@ -20321,8 +20329,8 @@ class Agent:
         self._live: Optional[MachineSample] = None
         self.wake_main, self._wake_membership = Wake(), Wake()
         self._told: Optional[State] = None
-        self._failure: Optional[AgentError] = None
-        self._control: Optional[ApiServer] = None
+        self._failure, self._control = None, None  # type: Optional[AgentError], Optional[ApiServer]
+        self._missed = ""  # why there is no control API, as it was told
         self._beat_after_s, self._live_due_s, self._stopping = 0.0, 0.0, False
         self.inference = Inference(settings, log, self._hardware, self._beat, self._tell_inference,
                                    keep)
@@ -20713,8 +20721,6 @@ class Agent:
         self._alive_until_s = now_s() + within_s
         self.tailnet.start()
         self.entrance.look_up()
-        self.entrance.keep_address()
-        self._keep_control_address()
         sample = self._sample
         if sample is not None and self._energy.is_due():
             self._count_energy(self._energy_between)
@@ -20728,8 +20734,14 @@ class Agent:
             self.wake_main.set()
 
     def _watch(self, watchdog_s: Optional[float]) -> None:
-        """The main thread: signals arrive here, systemd hears from here."""
+        """The main thread: signals arrive here, systemd hears from here, and what does not listen
+        yet is tried again."""
+        again_s = now_s() + self.settings.keepalive_interval
         while not self._stopping:
+            if now_s() >= again_s:
+                self._start_control()
+                self.entrance.start()
+                again_s = now_s() + self.settings.keepalive_interval
             state = self.membership.snapshot.state
             if state is not self._told:
                 self._told = state
@@ -20739,10 +20751,13 @@ class Agent:
                           f"{self.identity.pool_name}, {self.endpoint.url}")
             if watchdog_s and now_s() < self._alive_until_s:
                 sd_notify("WATCHDOG=1")
-            self.wake_main.wait(watchdog_s or 3600.0)
+            self.wake_main.wait(min(watchdog_s or 3600.0, max(0.0, again_s - now_s())))
 
     def _start_control(self) -> None:
-        """A port that is taken costs the control API, never the keepalive."""
+        """A port that is taken costs the control API, never the keepalive.  What is there already
+        stays."""
+        if self._control is not None:
+            return self._keep_control_address()
         settings = self.settings
         remove_file(os.path.join(settings.state_dir, "control.addr"))
         try:
@@ -20758,12 +20773,13 @@ class Agent:
                 self.tailnet.serve("control", lambda host: ApiServer(api, host, server.port))
         except (AgentError, OSError) as error:
             self._stop_control()
-            self._log("error", "no_control_api", where=host_port(settings.control_host,
-                                                                 settings.control_port),
-                      what=getattr(error, "strerror", None) or getattr(error, "what", error),
-                      do="The machine is kept alive without it. " + getattr(
+            what = str(getattr(error, "strerror", None) or getattr(error, "what", error))
+            self._log("debug" if what == self._missed else "error", "no_control_api", what=what,
+                      where=host_port(settings.control_host, settings.control_port),
+                      do=f"{API_MISSED}. " + getattr(
                           error, "hint", "A taken port? Free it, or set control.port (0 takes a "
                           "free one)"))
+            self._missed = what
             return
         self._log("info", "listening", api="control", url=server.url)
 
@@ -22470,7 +22486,8 @@ def doctor_lines(findings: Sequence[Finding], cannot: str = "this machine cannot
             lines.append(f"{'':<14} mend: {finding.mend}")
     levels = [finding.level for finding in findings]
     verdict = cannot if "fail" in levels else can
-    return lines + ["", f"{verdict}: {len(findings)} findings, {levels.count('warn')} warn, "
+    return lines + ["", f"{verdict}: {len(findings)} finding{'s' * (len(findings) != 1)}, "
+                        f"{levels.count('warn')} warn, "
                         f"{levels.count('fail')} fail"]
 
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=ef1a506e8c63fbae6647be0e152b1fc5259cc51de76201baf07fbe716463ff50
+  sha256=f8b8aa2d812a8accfd1dba61261c3ed1d9bd4d823cbeee299b66d7e6b3e9db81
 }
 
 usage() {

@@ -516,8 +516,10 @@ def full_at_start(machine, state):
     """Nobody finds it then; it is kept alive, and found once there is room."""
     with machine.streams.rest():
         machine.agent.stop()
+        os.remove(os.path.join(state, "control.token"))  # as it is at the first start
         filler = fill(state)
         machine.start_again()
+        machine.wait_log("error no_control_api what=.*control.token: No space left on device.*tried again")
         machine.wait_log("error address_not_kept what=.*No space left on device.*Make room")
         said = machine.cli("status")
         assert said.code == 5 and "has no control API" in said.err and "the disk full?" in said.err, said

@@ -140,7 +140,10 @@ def test_a_control_port_that_is_taken_costs_the_api_and_never_the_keepalive(agen
         assert not (state / "control.addr").exists()
         done = run_agent(home, "status")
         assert done.code == 5 and done.err.count("\n") == 1
-        assert program.stop() == 0
+    program.wait_line(r"info listening api=control url=http://127\.0\.0\.1:%d$" % port)
+    assert run_agent(home, "status").code == 0
+    assert sum(" error " in line for line in program.lines()) == 1
+    assert program.stop() == 0
 
 
 def test_stalled_clients_do_not_hold_the_agent(control, hostile):
