@@ -1002,28 +1002,20 @@ class HttpStream:
             raise HttpFailure("garbage", "an answer that only says that it will come")
         self.status, self.headers = head.status, head.headers
         bare = method == "HEAD" or head.status in (204, 304)
-        self._body = self._read_body(BodyReader(0 if bare else head.length,
-                                                head.chunked and not bare))
-
-    def _read_body(self, reader: BodyReader) -> Iterator[bytes]:
-        while not reader.done:
-            data = self._stream.read1(65536)
-            if not data and reader.endless:
-                return
-            if not data:
-                raise HttpFailure("closed", "the answer was cut off")
-            yield reader.feed(data)
+        self._body = BodyReader(0 if bare else head.length, head.chunked and not bare)
 
     def pieces(self) -> Iterator[bytes]:
         """What is left of the body; one may be empty.  Raises: HttpFailure."""
         with _http_failures(self._slow):
-            while True:
+            while not self._body.done:
                 if self._idle_limit_s is not None:
                     self._source.allow(self._idle_limit_s)
-                piece = next(self._body, None)
-                if piece is None:
+                data = self._stream.read1(65536)
+                if not data and self._body.endless:
                     return
-                yield piece
+                if not data:
+                    raise HttpFailure("closed", "the answer was cut off")
+                yield self._body.feed(data)
 
     def lines(self, max_bytes: int = 1 << 20) -> Iterator[bytes]:
         """Lines without their ends; the last one may lack one.  Raises: HttpFailure."""

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=f8b8aa2d812a8accfd1dba61261c3ed1d9bd4d823cbeee299b66d7e6b3e9db81
+  sha256=974ea3dfcce93b1e47d761b7b6a5f8238b50cee73db10522ffd0280d1bb828e3
 }
 
 usage() {
