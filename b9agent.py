@@ -747,7 +747,10 @@ def _connect(host: str, port: int, until_s: float) -> socket.socket:
             # "Refused" says more than another address's "no such network".
             if not isinstance(problem, ConnectionRefusedError):
                 problem = error
-    raise problem
+    try:
+        raise problem
+    finally:
+        del problem  # its trail holds this frame, and this frame it
 
 
 def _connect_path(path: str, until_s: float) -> socket.socket:
@@ -7041,7 +7044,7 @@ class TokenProbe:
             generate_one_token(self._endpoint, self._name, 3600.0)
             results.append("ready")
         except EngineError as error:
-            results.append(error)
+            results.append(error.again())
 
     def __call__(self) -> Probe:
         try:
@@ -7099,7 +7102,10 @@ class ModelRefused(ModelError):
 
 class ModelUnreachable(ModelError):
     """No whole answer came.  kind: as of HttpFailure."""
-    kind = ""
+
+    def __init__(self, what: str, hint: str, kind: str) -> None:
+        super().__init__(what, hint)
+        self.kind = kind
 
 
 class TransfersFull(EngineError):
@@ -7195,10 +7201,9 @@ class OllamaApi:
                     raise self._error(stream.status, stream.read(), name)
                 yield stream
         except HttpFailure as failure:
-            error = ModelUnreachable(f"Ollama at {self.endpoint.url} cannot be asked: {failure}",
-                                     "Is it running? See `b9agent.py status`")
-            error.kind = failure.kind
-            raise error from failure
+            raise ModelUnreachable(f"Ollama at {self.endpoint.url} cannot be asked: {failure}",
+                                   "Is it running? See `b9agent.py status`",
+                                   failure.kind) from failure
 
     @staticmethod
     def _error(status: int, body: bytes, name: str) -> ModelError:
@@ -8970,12 +8975,12 @@ GUARD_KEYS_MAX, GUARD_CALLS_MAX, TREE_ID_MAX, ADVICE_LEAST_S = 16384, 4096, 128,
 class GuardTripped(RuntimeError):
     """A guard says no.  guard: its class.  numbers: those that tripped it.  status: HTTP's.
     retry_after_s: None where waiting mends nothing.  result: of a call that was made already."""
-    code, status, what, hint, result = "", 429, "", "", None
+    code, status, what, hint = "", 429, "", ""
 
     def __init__(self, guard: str, numbers: Dict[str, Any],
-                 retry_after_s: Optional[float] = None) -> None:
-        super().__init__(guard, numbers, retry_after_s)  # all of them, so that it pickles
-        self.guard, self.numbers = guard, rounded(numbers)
+                 retry_after_s: Optional[float] = None, result: Any = None) -> None:
+        super().__init__(guard, numbers, retry_after_s, result)  # all of them, so that it pickles
+        self.guard, self.numbers, self.result = guard, rounded(numbers), result
         self.what, self.hint = self.what.format(**numbers), self.hint.format(**numbers)
         self.retry_after_s = None if retry_after_s is None else max(1, int(retry_after_s) + 1)
 
@@ -9236,6 +9241,7 @@ class EndpointRetryGuard:
             raise TooManyRetries("EndpointRetryGuard", {
                 "attempts": self._retries + 1, "timed_out": timed_out}) from failure
         finally:
+            failure = None  # its trail holds this frame
             self.end(key, timed_out)
 
     def begin(self, key: str) -> None:
@@ -9363,14 +9369,12 @@ class AutoscaleThrashGuard:
         cold, most = self._newest(self._cold), self._most - more
         if len(cold) > most:
             seconds, advice = sum(row[1] for row in cold), self.advice()
-            tripped = ColdStartThrash("AutoscaleThrashGuard", {
+            raise ColdStartThrash("AutoscaleThrashGuard", {
                 "cold_starts": len(cold), "max_cold_starts": self._most,
                 "window_seconds": self._window_s, "cold_start_seconds": seconds,
                 "usd_per_hour": seconds * self._rate * 3600 / self._window_s,
                 "advice": advice.what if advice else "Keep the model warm for longer"},
-                cold[-most - 1][0] + self._window_s - self._clock() if most >= 0 else None)
-            tripped.result = result
-            raise tripped
+                cold[-most - 1][0] + self._window_s - self._clock() if most >= 0 else None, result)
 
     def advice(self, containers: int = 1) -> Optional[KeepWarmAdvice]:
         """None before three calls, and a minute: less tells nothing of an hour.  containers: how
@@ -14103,6 +14107,14 @@ ENGINE_IDLE_MAX = 1024
 _READ, _WRITE = select.POLLIN, select.POLLOUT  # and EPOLLIN, EPOLLOUT
 
 
+def _outcome(work: Callable[[], Any]) -> Tuple[Any, Any]:
+    """(what it returned, None), or (None, what it raised)."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
 class Errands:
     """A few threads for what would hold up a loop.  _lock guards _waiting, _idle and _threads."""
 
@@ -14185,12 +14197,8 @@ class Relay:
         """work() on another thread, one of RELAY_ERRANDS, then done(what it returned, what it
         raised) here."""
         def run() -> None:
-            result = problem = None
-            try:
-                result = work()
-            except Exception as error:
-                problem = error
-            self.call(lambda: done(result, problem))
+            outcome = _outcome(work)  # elsewhere: what is raised would hold this frame
+            self.call(lambda: done(*outcome))
         if not self._errands[kind].run(run):
             busy = _too_many("too much is going on here", 5)
             self.call(lambda: done(None, busy))
@@ -15373,9 +15381,11 @@ class FrontDoor:
         exchange = client.exchange
 
         def done(result: Any, problem: Any) -> None:
+            problems = [] if problem is None else [problem]
+
             def go_on() -> None:
-                if problem is not None:
-                    raise problem
+                if problems:
+                    raise problems.pop()  # held by no frame that it comes through
                 then(result)
             if not client.dead and client.exchange is exchange:
                 self._attempt(client, go_on)
@@ -19734,7 +19744,10 @@ class InferenceClient:
         if isinstance(error, InferenceLimited):
             after = stream.headers.get("retry-after", "")
             error.retry_after_s = float(after) if re.fullmatch("[0-9]{1,6}", after) else None
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its trail holds this frame
 
     def _rest(self, stream: HttpStream) -> bytes:
         try:

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=974ea3dfcce93b1e47d761b7b6a5f8238b50cee73db10522ffd0280d1bb828e3
+  sha256=bfb1a3939f78e5a2c222260b73beb06127733c6c1f2fe963b0f12867ba22824a
 }
 
 usage() {

@@ -1,14 +1,18 @@
 """Answers that are read as they come: lines over chunks, silence, a reader that is told to stop."""
+import gc
 import os
 import socket
 import subprocess
 import sys
 import threading
+import types
+import weakref
 
 import pytest
 
 import b9agent
 from b9agent import Endpoint, HttpFailure, Upload, http_stream
+from helpers import quiet_port
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 FULL = """
@@ -186,3 +190,70 @@ def test_that_no_more_files_can_be_opened_is_said_of_a_name_too(host):
     done = subprocess.run([sys.executable, "-c", FULL, host], cwd=os.path.dirname(b9agent.__file__),
                           stdout=subprocess.PIPE, check=True, timeout=60)
     assert done.stdout == b"files: Too many open files\n"
+
+
+# -- what a failure leaves -----------------------------------------------------
+
+def refused_connection(port):
+    with pytest.raises(b9agent.HttpFailure):
+        b9agent.http_request("GET", b9agent.Endpoint("http", "127.0.0.1", port), "/", {}, None, 5.0)
+
+
+def ollama_that_is_not_there(port):
+    with pytest.raises(b9agent.ModelUnreachable):
+        b9agent.OllamaApi(b9agent.Endpoint("http", "127.0.0.1", port)).tags()
+
+
+def client_without_a_door(port):
+    client = b9agent.InferenceClient()
+    client.configure("127.0.0.1", port, "token-of-somebody", raise_errors=True)
+    with pytest.raises(b9agent.InferenceUnreachable):
+        client.list_models()
+
+
+def retries_that_come_to_nothing(port):
+    guard = b9agent.EndpointRetryGuard("http://127.0.0.1:%d" % port, max_retries=1, wait=lambda seconds: None)
+    with pytest.raises(b9agent.TooManyRetries):
+        guard.call({})
+
+
+def work_beside_that_fails(port):
+    assert type(b9agent._outcome(lambda: 1 // 0)[1]) is ZeroDivisionError
+
+
+@pytest.mark.parametrize("act", [
+    refused_connection, ollama_that_is_not_there, client_without_a_door, retries_that_come_to_nothing,
+    work_beside_that_fails])
+def test_a_failure_leaves_nothing_for_the_collector(act):
+    """What is in a cycle lies until a full collection, which is hours away in an agent."""
+    port = quiet_port()
+    act(port)  # imports, caches
+    gc.collect()
+    gc.disable()
+    try:
+        act(port)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [each for each in gc.garbage if isinstance(each, (
+            BaseException, types.FrameType, types.TracebackType, b9agent.HttpStream, socket.socket))] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_an_answer_that_nobody_read_to_its_end_is_gone_without_the_collector(pieces):
+    ours, theirs = socket.socketpair()
+    gc.disable()
+    try:
+        with ours, theirs:
+            theirs.sendall(HEAD + b"Content-Length: 9\r\n\r\nhello")
+            stream = b9agent.HttpStream(ours, "GET", 5.0, b9agent.now_s() + 5.0, None)
+            for _ in range(pieces):
+                assert next(stream.pieces()) == b"hello"
+        seen = weakref.ref(stream)
+        del stream
+        assert seen() is None
+    finally:
+        gc.enable()

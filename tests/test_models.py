@@ -878,7 +878,7 @@ def test_verify_says_where_there_is_nothing_to_verify(monkeypatch, capsys):
 def test_a_transfer_that_failed_is_gone_once_nobody_has_it():
     """Its failure's frames held it, in a cycle: ten kilobytes a pull, until a full collection."""
     def work(transfer):
-        raise ModelUnreachable("nothing there", "Try again")
+        raise ModelUnreachable("nothing there", "Try again", "refused")
 
     def ask():
         transfer = b9agent.Transfer("tiny", "pull", "somebody", work)
