@@ -20214,11 +20214,12 @@ class Entrance:
         except (AgentError, OSError) as error:
             self.stop()
             what = str(getattr(error, "strerror", None) or getattr(error, "what", error))
-            self._log("debug" if what == self._missed else "error", "no_front_door", what=what,
-                      where=host_port(host, self._settings.inference_port),
-                      do=f"{API_MISSED}, and nobody reaches the models. "
-                         + (getattr(error, "hint", "") or "A full disk? Make room. A taken port? "
-                            "Free it, or set inference.port (0 takes a free one)"))
+            if what != self._missed:
+                self._log("error", "no_front_door", what=what,
+                          where=host_port(host, self._settings.inference_port),
+                          do=f"{API_MISSED}, and nobody reaches the models. "
+                             + (getattr(error, "hint", "") or "A full disk? Make room. A taken "
+                                "port? Free it, or set inference.port (0 takes a free one)"))
             self._missed = what
             return
         except Exception as error:
@@ -20779,11 +20780,12 @@ class Agent:
         except (AgentError, OSError) as error:
             self._stop_control()
             what = str(getattr(error, "strerror", None) or getattr(error, "what", error))
-            self._log("debug" if what == self._missed else "error", "no_control_api", what=what,
-                      where=host_port(settings.control_host, settings.control_port),
-                      do=f"{API_MISSED}. " + getattr(
-                          error, "hint", "A taken port? Free it, or set control.port (0 takes a "
-                          "free one)"))
+            if what != self._missed:
+                self._log("error", "no_control_api", what=what,
+                          where=host_port(settings.control_host, settings.control_port),
+                          do=f"{API_MISSED}. " + getattr(
+                              error, "hint", "A taken port? Free it, or set control.port (0 takes "
+                              "a free one)"))
             self._missed = what
             return
         self._log("info", "listening", api="control", url=server.url)

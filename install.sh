@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=bfb1a3939f78e5a2c222260b73beb06127733c6c1f2fe963b0f12867ba22824a
+  sha256=136bbec860486024a621cb134d960c5e601dcada1d69acc40060a30a10c3b938
 }
 
 usage() {
