@@ -7103,7 +7103,7 @@ class ModelRefused(ModelError):
 class ModelUnreachable(ModelError):
     """No whole answer came.  kind: as of HttpFailure."""
 
-    def __init__(self, what: str, hint: str, kind: str) -> None:
+    def __init__(self, what: str, hint: str = "", kind: str = "") -> None:
         super().__init__(what, hint)
         self.kind = kind
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=136bbec860486024a621cb134d960c5e601dcada1d69acc40060a30a10c3b938
+  sha256=985b9ab001d2b30a082c1bd115d20ed34ead5f0ca350e8351bde184ffa45781e
 }
 
 usage() {
