@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=985b9ab001d2b30a082c1bd115d20ed34ead5f0ca350e8351bde184ffa45781e
+  sha256=05d101448387537ec285ddd516fd89a299fb51fffb55a6e4721cd3b98efe0f1b
 }
 
 usage() {
