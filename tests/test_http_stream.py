@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import types
 import weakref
 
 import pytest
@@ -195,50 +194,47 @@ def test_that_no_more_files_can_be_opened_is_said_of_a_name_too(host):
 # -- what a failure leaves -----------------------------------------------------
 
 def refused_connection(port):
-    with pytest.raises(b9agent.HttpFailure):
-        b9agent.http_request("GET", b9agent.Endpoint("http", "127.0.0.1", port), "/", {}, None, 5.0)
+    b9agent.http_request("GET", b9agent.Endpoint("http", "127.0.0.1", port), "/", {}, None, 5.0)
 
 
 def ollama_that_is_not_there(port):
-    with pytest.raises(b9agent.ModelUnreachable):
-        b9agent.OllamaApi(b9agent.Endpoint("http", "127.0.0.1", port)).tags()
+    b9agent.OllamaApi(b9agent.Endpoint("http", "127.0.0.1", port)).tags()
 
 
 def client_without_a_door(port):
     client = b9agent.InferenceClient()
     client.configure("127.0.0.1", port, "token-of-somebody", raise_errors=True)
-    with pytest.raises(b9agent.InferenceUnreachable):
-        client.list_models()
+    client.list_models()
 
 
 def retries_that_come_to_nothing(port):
-    guard = b9agent.EndpointRetryGuard("http://127.0.0.1:%d" % port, max_retries=1, wait=lambda seconds: None)
-    with pytest.raises(b9agent.TooManyRetries):
-        guard.call({})
+    b9agent.EndpointRetryGuard("http://127.0.0.1:%d" % port, max_retries=1, wait=lambda seconds: None).call({})
 
 
 def work_beside_that_fails(port):
-    assert type(b9agent._outcome(lambda: 1 // 0)[1]) is ZeroDivisionError
+    raise b9agent._outcome(lambda: refused_connection(port))[1]
+
+
+def seen_of(act, port):
+    """Weak references to what it raises, and to what that came from."""
+    try:
+        act(port)
+    except Exception as error:
+        return [weakref.ref(each) for each in (error, error.__cause__)
+                if isinstance(each, (b9agent.AgentError, HttpFailure, b9agent.GuardTripped))]
+    raise AssertionError("nothing was raised")
 
 
 @pytest.mark.parametrize("act", [
     refused_connection, ollama_that_is_not_there, client_without_a_door, retries_that_come_to_nothing,
     work_beside_that_fails])
-def test_a_failure_leaves_nothing_for_the_collector(act):
-    """What is in a cycle lies until a full collection, which is hours away in an agent."""
-    port = quiet_port()
-    act(port)  # imports, caches
-    gc.collect()
+def test_a_failure_is_gone_without_the_collector(act):
+    """What is in a cycle lies until a full collection, which comes by itself once in hours."""
     gc.disable()
     try:
-        act(port)
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        assert [each for each in gc.garbage if isinstance(each, (
-            BaseException, types.FrameType, types.TracebackType, b9agent.HttpStream, socket.socket))] == []
+        seen = seen_of(act, quiet_port())
+        assert seen and [each() for each in seen] == [None] * len(seen)
     finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
         gc.enable()
 
 
