@@ -20071,7 +20071,15 @@ AUDIT_EVENTS = dict(dict.fromkeys((
     tenants="tenants_changed")
 
 
-API_MISSED = "It is tried again at the keepalive's pace; the machine is kept alive without it"
+def api_missed(log: Log, event: str, told: str, error: Exception, where: str, row: str) -> str:
+    """Why an API listens nowhere; said where it is not what was told before.  row: its port's."""
+    what = str(getattr(error, "strerror", None) or getattr(error, "what", error))
+    if what != told:
+        log("error", event, what=what, where=where, do="It is tried again at the keepalive's pace; "
+            "the machine is kept alive without it. " + (
+                getattr(error, "hint", "") or "A full disk? Make room. A taken port? Free it, or "
+                f"set {row} (0 takes a free one)"))
+    return what
 
 
 def keep_address(path: str, address: str, log: Log, level: str = "debug") -> None:
@@ -20178,10 +20186,12 @@ class Entrance:
         port = self._settings.inference_port
         holder = port_holder(host, port) if port else None
         if holder and loopback(host) and self._origins["inference_port"] == "default":
-            self._log("notice", "front_door", what=f"port {port} is held by {holder}: the front "
-                      f"door listens on {DOOR_PORT_BESIDE_OLLAMA}")
+            taken, first = port, holder
             port = DOOR_PORT_BESIDE_OLLAMA
             holder = port_holder(host, port)
+            if not holder:
+                self._log("notice", "front_door", what=f"port {taken} is held by {first}: the "
+                          f"front door listens on {port}")
         if holder:
             raise LockedError(f"port {port} is held by {holder}")
         return port
@@ -20213,14 +20223,9 @@ class Entrance:
             self.keep_address("error")
         except (AgentError, OSError) as error:
             self.stop()
-            what = str(getattr(error, "strerror", None) or getattr(error, "what", error))
-            if what != self._missed:
-                self._log("error", "no_front_door", what=what,
-                          where=host_port(host, self._settings.inference_port),
-                          do=f"{API_MISSED}, and nobody reaches the models. "
-                             + (getattr(error, "hint", "") or "A full disk? Make room. A taken "
-                                "port? Free it, or set inference.port (0 takes a free one)"))
-            self._missed = what
+            self._missed = api_missed(
+                self._log, "no_front_door", self._missed, error,
+                host_port(host, self._settings.inference_port), "inference.port")
             return
         except Exception as error:
             self.stop()
@@ -20676,7 +20681,7 @@ class Agent:
                       pool=self.identity.pool_name, gateway=self.endpoint.url,
                       state_dir=self.settings.state_dir, pid=os.getpid())
             thread.start()
-            gc.freeze()  # what there is now stays, and no collection looks at it: 6 ms and more
+            gc.freeze()  # what there is now stays: no collection is to look at it again
             self._watch(watchdog_interval_s())
             sd_notify("STOPPING=1")
             thread.join(2.0)  # it may sit in a request: it is a daemon and sends nothing more
@@ -20745,7 +20750,7 @@ class Agent:
             if now_s() >= again_s:
                 self._start_control()
                 self.entrance.start()
-                gc.collect()  # what failed lies in cycles, else for hours: 70 KiB a minute if busy
+                gc.collect()  # by itself a full one comes hours later, for what lies in cycles
                 again_s = now_s() + self.settings.keepalive_interval
             state = self.membership.snapshot.state
             if state is not self._told:
@@ -20778,14 +20783,9 @@ class Agent:
                 self.tailnet.serve("control", lambda host: ApiServer(api, host, server.port))
         except (AgentError, OSError) as error:
             self._stop_control()
-            what = str(getattr(error, "strerror", None) or getattr(error, "what", error))
-            if what != self._missed:
-                self._log("error", "no_control_api", what=what,
-                          where=host_port(settings.control_host, settings.control_port),
-                          do=f"{API_MISSED}. " + getattr(
-                              error, "hint", "A taken port? Free it, or set control.port (0 takes "
-                              "a free one)"))
-            self._missed = what
+            self._missed = api_missed(
+                self._log, "no_control_api", self._missed, error,
+                host_port(settings.control_host, settings.control_port), "control.port")
             return
         self._log("info", "listening", api="control", url=server.url)
 

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=05d101448387537ec285ddd516fd89a299fb51fffb55a6e4721cd3b98efe0f1b
+  sha256=36caffd61c8b584e6619a5f7d93a4bb3dbf14e116d5b2a28f8ca240b90bd9b1e
 }
 
 usage() {

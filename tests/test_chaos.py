@@ -8,6 +8,7 @@ how long after the end of it the machine is ready again, and what is lost.
 The agent, the gateway and the engine are processes; an interval between keepalives is a second.  What
 needs root is done in mount and network namespaces of its own, which end with it.
 """
+import argparse
 import contextlib
 import hashlib
 import http.client
@@ -876,7 +877,11 @@ def installed():
 def main(arguments):
     if arguments[:1] == ["--inside"]:
         return be_inside(arguments[1])
-    began_s, rows, heavy = time.monotonic(), [], () if "--quick" in arguments else HEAVY
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="what needs no root")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md, too")
+    asked = parser.parse_args(arguments)
+    began_s, rows, heavy = time.monotonic(), [], () if asked.quick else HEAVY
     if heavy:
         installed()
     for measure in (around_one_machine, agent_killed):
@@ -887,7 +892,7 @@ def main(arguments):
     print_table([list(HEAD)] + [cells(row) for row in rows])
     about = "%s, %s" % (time.strftime("%-d %B %Y"), about_the_machine())
     print("%s, a keepalive each %g s; this took %.0f s" % (about, INTERVAL_S, time.monotonic() - began_s))
-    if "--readme" in arguments:
+    if asked.readme:
         write_readme("chaos", "".join("| %s |\n" % " | ".join(line) for line in [
             HEAD, ["---"] * len(HEAD)] + [cells(row) for row in rows]) + "\n%s.\n" % about)
 
