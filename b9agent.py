@@ -344,7 +344,7 @@ class Wake:
         if not self._poll.poll(max(0.0, timeout_s) * 1000):
             return False
         try:
-            os.read(self._reader, 65536)
+            os.read(self._reader, 4096)
         except BlockingIOError:
             pass  # another waiter was faster
         return True
@@ -1013,7 +1013,7 @@ class HttpStream:
             while not self._body.done:
                 if self._idle_limit_s is not None:
                     self._source.allow(self._idle_limit_s)
-                data = self._stream.read1(65536)
+                data = self._stream.read1(16384)
                 if not data and self._body.endless:
                     return
                 if not data:
@@ -5558,7 +5558,7 @@ class Output:
     def read(self, pipe: Any) -> None:
         """To its end, so that the child never waits on a full pipe."""
         with pipe:
-            for data in iter(lambda: pipe.read(65536), b""):
+            for data in iter(lambda: pipe.read(16384), b""):
                 self.feed(data)
         self.feed(b"\n")  # the last line may lack its end
         self._close()
@@ -7553,12 +7553,18 @@ def pull_work(api: OllamaApi, name: str, folder: str = "", registries: Sequence[
 
 
 def _file_pieces(path: str, count: Callable[[int], None]) -> Iterator[bytes]:
-    done = 0
+    """count: gets the bytes that are done, each MiB and at the end.  Larger pieces would be no
+    faster, and each thread's part of the heap keeps the room of the largest that it had."""
+    done = told = 0
     with open(path, "rb", buffering=0) as handle:
-        for piece in iter(lambda: handle.read(1 << 20), b""):
+        for piece in iter(lambda: handle.read(1 << 17), b""):
             yield piece
             done += len(piece)
-            count(done)
+            if done - told >= 1 << 20:
+                told = done
+                count(done)
+    if done > told:
+        count(done)
 
 
 def sha256_file(path: str, count: Callable[[int], None] = lambda done: None) -> str:
@@ -12225,7 +12231,7 @@ class _Connection:
         """More of a request, or the beginning of one.  Raises: HttpError, _Gone."""
         try:
             self.sock.settimeout(_left_s(until_s))
-            piece = self.sock.recv(65536)
+            piece = self.sock.recv(HTTP_HEAD_MAX_BYTES)
         except socket.timeout as error:
             if not begun:
                 raise _Gone from error
@@ -12319,7 +12325,7 @@ class _Connection:
         if self._tls is not None:
             return False
         try:
-            self._held = self.sock.recv(65536)
+            self._held = self.sock.recv(HTTP_HEAD_MAX_BYTES)
             if not self._held:
                 raise _Gone
             if not self._held.endswith(b"\r\n\r\n"):
@@ -12349,7 +12355,7 @@ class _Connection:
         """Whether the reader of a stream has closed his side.  What else he sent is kept."""
         try:
             self.sock.settimeout(0)
-            piece = self.sock.recv(65536)
+            piece = self.sock.recv(HTTP_HEAD_MAX_BYTES)
             self._held += piece
             return not piece or len(self._held) > HTTP_BODY_MAX_BYTES
         except (BlockingIOError, *(tls_waits() if self._under_tls else ())):
@@ -14154,6 +14160,9 @@ class Errands:
             work()
 
 
+RECEIVED_MAX_BYTES = 65536  # at once
+
+
 class Relay:
     """The loop.  All but call() and stop() are for its own thread.
 
@@ -14171,6 +14180,7 @@ class Relay:
         self._calls: Any = collections.deque()
         self._wake = Wake()
         self._poll.register(self._wake.fileno(), _READ)
+        self._received = memoryview(bytearray(RECEIVED_MAX_BYTES))
         self._closed: List[socket.socket] = []
         self.resting: List[Any] = []  # listeners, while no descriptor is to be had
         self._stopping = self._ended = False
@@ -14191,6 +14201,11 @@ class Relay:
     def soon(self, function: Callable[[], None]) -> None:
         """From the loop's own: after this batch of events."""
         self._calls.append(function)
+
+    def receive(self, sock: socket.socket, most_bytes: int = RECEIVED_MAX_BYTES) -> bytes:
+        """What has come, as recv() gives it, but that one makes room for the most each time: now
+        here, now there on the heap, whose pages stay once they are touched."""
+        return self._received[:sock.recv_into(self._received, most_bytes)].tobytes()
 
     def errand(self, work: Callable[[], Any], done: Callable[[Any, Any], None],
                kind: str = "errand") -> None:
@@ -14448,7 +14463,7 @@ class EngineWire(RelaySocket):
 
     def _receive(self) -> None:
         try:
-            data = self.sock.recv(65536)
+            data = self.relay.receive(self.sock)
         except BlockingIOError:
             return
         except OSError:
@@ -14605,7 +14620,8 @@ class ClientWire(RelaySocket):
     def _receive(self) -> None:
         while not self.dead:
             try:
-                data = self.sock.recv(65536 if self._body_left else HTTP_HEAD_MAX_BYTES)
+                data = self.relay.receive(
+                    self.sock, RECEIVED_MAX_BYTES if self._body_left else HTTP_HEAD_MAX_BYTES)
             except self.relay.waits:
                 return
             except OSError:

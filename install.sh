@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=36caffd61c8b584e6619a5f7d93a4bb3dbf14e116d5b2a28f8ca240b90bd9b1e
+  sha256=5425ca880145ddd03c63d1aae64212c9f39460c32509cf685f3f667c25c435d7
 }
 
 usage() {

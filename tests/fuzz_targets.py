@@ -197,6 +197,9 @@ class Loop:
     def watch(self, wire, mask):
         wire.mask = mask
 
+    def receive(self, sock, most_bytes=65536):
+        return sock.recv(most_bytes)
+
     def bury(self, wire):
         wire.mask = 0
 
