@@ -24003,7 +24003,7 @@ class TenantText:
             self._set_list(" []")
 
     def set_token(self, name: str, values: Dict[str, Any]) -> None:
-        """The lines of the old one are replaced, the comment at their end is kept."""
+        """The lines of the old one are replaced, the comments at their end and between are kept."""
         rows = self._nodes[name].value
         token, until = rows.get("token_sha256"), rows.get("old_token_until")
         line = self._lines[(token or rows["name"]).line - 1]
@@ -24011,7 +24011,9 @@ class TenantText:
         if token:
             new = tenant_lines(values, lead)
             new[0] += re.search("( +#.*)?$", line).group()
-            changes = [(token.line - 1, _node_end(token), new)]
+            end = _node_end(token)
+            new += [row for row in self._lines[token.line:end] if row.lstrip()[:1] == "#"]
+            changes = [(token.line - 1, end, new)]
         else:
             at = _node_end(self._nodes[name])
             changes = [(at, at, tenant_lines(values, " " * len(lead)))]

@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=5425ca880145ddd03c63d1aae64212c9f39460c32509cf685f3f667c25c435d7
+  sha256=dc6eb08c448e6a789d9a45a4bcc93f835147c11d451eadb1ffe8195fd2d14c33
 }
 
 usage() {
