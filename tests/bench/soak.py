@@ -464,7 +464,7 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
     requests = sum(clients.counts.values())
     about = "%s, %s" % (time.strftime("%-d %B %Y"), about_the_machine(PYTHON))
-    print("%s\n%.1f minutes, %d requests at the front door, the agent took %.1f %% of a core\n" % (
+    print("%s\n%.1f minutes, %d requests at the front door in all, the agent took %.1f %% of a core\n" % (
         about, minutes, requests, 100 * share))
     rows, fine = table(before, samples, after, minutes)
     print_table(rows)
@@ -477,9 +477,10 @@ def main():
     if options.readme:
         lines = ["| %s |" % " | ".join(row) for row in rows if not row[0].startswith("(")]
         lines[1:1] = ["| --- | --- | --- | --- | --- | --- |"]
-        lines[:0] = ["**%.0f minutes under load**, by `tests/bench/run --only soak`: streams of several" % minutes,
-                     "tenants, clients that leave or are refused, slow ones, scrapes, pulls, an engine and a",
-                     "gateway that are killed now and then; %s requests. %s." % (format(requests, ","), about), ""]
+        lines[:0] = ["**%.0f minutes under load**, by `tests/bench/run --only soak`, after some minutes of three" % minutes,
+                     "times as much: streams of several tenants, clients that leave or are refused, slow ones,",
+                     "scrapes, pulls, an engine and a gateway that are killed now and then; %s requests in all." % (
+                         format(requests, ",")), about + ".", ""]
         write_readme("soak", "\n".join(lines))
     return 0 if fine and not wrong else 1
 
