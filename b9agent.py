@@ -959,7 +959,9 @@ class BodyReader:
         else:
             self.done = line == b"\r\n"
             if not self.done:
-                _framing_of(_headers_of([line.decode("latin-1").replace("\r\n", "")]))
+                trailer = _headers_of([line.decode("latin-1").replace("\r\n", "")])
+                if "content-length" in trailer or "transfer-encoding" in trailer:
+                    raise HttpFailure("garbage", "a length behind the body")
 
 
 class Upload(NamedTuple):
@@ -1935,7 +1937,7 @@ def _apply_token_file(values: Dict[str, Any], origins: Dict[str, str]) -> None:
 
 def _refuse_two_forms_of_tls(values: Dict[str, Any], origins: Dict[str, str]) -> None:
     other = next((key for key in ("tls_cert", "tls_key") if values[key]), None)
-    if values["tls"] and other:
+    if values["tls"] == "tailscale" and other:
         raise UsageError(f"tls ({origins['tls']}) and {SETTING_BY_KEY[other].path} "
                          f"({origins[other]}) are both set, expected one form",
                          "Keep `tls: tailscale`, or tls.cert with tls.key")
@@ -5064,7 +5066,7 @@ _UNREACHABLE_HINTS = {
     "proxy": "Check gateway.proxy or https_proxy; `gateway.proxy: none` goes without",
     "files": "It is this machine's limit: raise LimitNOFILE of the service, or ulimit -n",
     "timeout": "A firewall, or a tunnel that hangs? Try: "
-               "curl -m 5 http://{host}:{port}/api/v1/health",
+               "curl -m 5 {url}/api/v1/health",
 }
 
 
@@ -5207,13 +5209,12 @@ class GatewayClient:
                       do="Check it: timedatectl status (on macOS: sntp time.apple.com)")
 
     def _failure(self, failure: HttpFailure) -> GatewayError:
-        url, port = self._endpoint.url, self._endpoint.port
+        url = self._endpoint.url
         if failure.kind in ("closed", "garbage", "too_large"):
             return self._unwell(str(failure))
         hint = _UNREACHABLE_HINTS.get(failure.kind, "Check the network, and gateway.host and "
                                                     "gateway.port")
-        return GatewayUnreachable(f"gateway {url} unreachable: {failure}",
-                                  hint.format(port=port, host=self._endpoint.host))
+        return GatewayUnreachable(f"gateway {url} unreachable: {failure}", hint.format(url=url))
 
     def _unwell(self, what: str, retry_after_s: Optional[float] = None) -> GatewayUnwell:
         return GatewayUnwell(f"gateway {self._endpoint.url} is unwell: {what}",
@@ -7463,8 +7464,9 @@ class Transfers:
             for key in [key for key in self._known if key not in running]:
                 if len(self._known) >= TRANSFERS_KEPT:
                     del self._known[key]
-            transfer = self._known[name] = Transfer(name, kind, who, work)
-            transfer.thread.start()
+            transfer = Transfer(name, kind, who, work)
+            transfer.thread.start()  # raises where no thread is to be had, and then it never was
+            self._known[name] = transfer
             return transfer
 
     def get(self, name: str) -> Optional[Transfer]:
@@ -8099,6 +8101,7 @@ class Inference:
         self._started = self._ending = self._closed = self._asleep = False
         self._waking_s: Optional[float] = None  # since when it is started again, until it is there
         self._works = 0  # that want the engine awake
+        self._stops = 0  # asked for
         self._loads: Dict[str, _Load] = {}
         self._pinned: Set[str] = set()  # by `start` and `models load`, where keep_warm says nothing
         self._vram: Dict[str, int] = {}  # bytes that a model had when it was loaded last
@@ -8296,7 +8299,7 @@ class Inference:
         wanted: engine, reference, context_tokens, force, as _choose() takes them.  asleep: the one
         that is started again.
         """
-        before = asleep or self._up
+        before, stops = asleep or self._up, self._stops
 
         def changed() -> bool:
             return self._up is not before or self._ending or self.state() not in (
@@ -8312,6 +8315,8 @@ class Inference:
                 raise EngineConflict("the agent is being stopped")
             if changed():
                 return None
+            if self._stops != stops:
+                raise EngineConflict("it was stopped while it started")
             self._silent, self._told, self._load, self._started = 0, "", None, True
             self._waking_s, self._asleep = now_s() if asleep else None, False
             self._set(up, *((self._models, (), self._target.digests) if asleep else ()))
@@ -8470,9 +8475,9 @@ class Inference:
     def _start_watch(self) -> None:
         with self._lock:
             if self._watch_thread is None:
-                self._watch_thread = threading.Thread(target=self._watch, name="inference",
-                                                      daemon=True)
-                self._watch_thread.start()
+                thread = threading.Thread(target=self._watch, name="inference", daemon=True)
+                thread.start()
+                self._watch_thread = thread
 
     def _look(self, up: _Up) -> None:
         """At one that runs, or ran and may answer again; a change is told."""
@@ -8515,6 +8520,7 @@ class Inference:
         """
         with self._lock:
             up = self._up
+            self._stops += 1  # a start that still chooses an engine is stopped as well
             self._told = "" if up else "no engine was running"
             self._ending = up is not None  # here, so that no request starts it once more
         if up is not None:
@@ -8698,8 +8704,8 @@ class Inference:
         with self._lock:
             if self._closed or name in self._hashing:
                 return
+            threading.Thread(target=hash_files, name="provenance", daemon=True).start()
             self._hashing.add(name)
-        threading.Thread(target=hash_files, name="provenance", daemon=True).start()
 
     def _alone(self, name: str) -> Optional[_Up]:
         """The engine that serves one model, where that is what runs.  Raises: ModelMissing."""
@@ -8960,7 +8966,8 @@ class Inference:
                 raise ModelMissing(f"nothing is remembered of {model}", "See: b9agent.py models")
         for key in wanted:
             faults = verify_entry(book[key], store_folder())
-            self.book.note(key, verified_at=utc_stamp(), verified_ok=not faults)
+            if key in self.book.entries():  # not deleted meanwhile
+                self.book.note(key, verified_at=utc_stamp(), verified_ok=not faults)
             rows.append({"name": key, "ok": not faults,
                          "faults": [fault._asdict() for fault in faults]})
         return {"models": rows}
@@ -9934,11 +9941,16 @@ class Oidc:
         if stamp is None or stamp != self._stamp:
             try:
                 if self._endpoint is None:
-                    body = (read_text(self._jwks, 1 << 18) or "").encode("utf-8")
+                    text = read_text(self._jwks, 1 << 18)
+                    if text is None:
+                        raise ValueError("it cannot be read")
+                    body = text.encode("utf-8")
                 else:
                     reply = http_request("GET", self._endpoint, self._path, {}, None, 10.0, 1 << 18)
-                    body = reply.body if reply.status == 200 else b""
-                keys = keys_of(body or b"{}")
+                    if reply.status != 200:
+                        raise ValueError(f"it answers {reply.status}")
+                    body = reply.body
+                keys = keys_of(body)
             except (HttpFailure, ValueError) as error:
                 self._log("warning", "oidc_keys", what=f"{self._jwks}: {error}",
                           do="Those known before stay in force" if self._keys else
@@ -10764,7 +10776,9 @@ class AuditLog:
         last = None
         for name in reversed(names):
             path = os.path.join(self._folder, name)
-            with _open_audit(path, os.O_RDWR) as handle:  # every one, for its mode
+            with _open_audit(path, os.O_RDWR if name == names[-1] else os.O_RDONLY) as handle:
+                with contextlib.suppress(OSError):  # days that are over may be immutable: chattr +i
+                    os.fchmod(handle.fileno(), 0o600)
                 if name == names[-1]:
                     begin, lines = read_audit_tail(path)
                     stays, last, fits = settle_audit_tail(name, lines, head)
@@ -10904,9 +10918,9 @@ class AuditLog:
             with self._lock:
                 self._put("pruned", render_audit_fields(told))
         self._write_out()
+        self._prune_due = False  # what cannot be removed is tried again tomorrow
         for name in old:
             os.unlink(os.path.join(self._folder, name))
-        self._prune_due = False
         self._survey()
 
 
@@ -11306,7 +11320,7 @@ class AuditReport:
             "v", "seq", "time", "kind", "prev", "hash", "event", "level")}
         lost, seconds = (line.get(key) if _is_amount(line.get(key)) else 0
                          for key in ("lost", "seconds"))
-        self.count.update(lost=lost, torn=int(name == "torn"))
+        self.count.update(lost=lost if name == "gap" else 0, torn=int(name == "torn"))
         if name == "model_loaded":
             self.rows["loads"][_text_of(line, "model"),].update(loads=1, load_seconds=seconds)
         elif name == "agent_started":
@@ -11314,7 +11328,7 @@ class AuditReport:
             self._settings = _text_of(line, "settings_sha256")
             if before not in ("", self._settings):
                 fields = {"settings": "changed", **fields}
-        elif name == "tenants_changed" and self.tenant is not None:
+        elif name in ("tenants_changed", "tenants_refused") and self.tenant is not None:
             fields = {"names": "left out: this report is of one tenant"}
         bad = level in ("warning", "error") or name in ("gap", "torn")
         # Loads are counted by model, and guards by the requests that met them.
@@ -11797,6 +11811,14 @@ class RequestHead(NamedTuple):
         return (self.headers.get("content-length", "0") != "0"
                 or "transfer-encoding" in self.headers)
 
+    @property
+    def says_close(self) -> bool:
+        return "close" in self.headers.get("connection", "").lower()
+
+    @property
+    def waits_for_100(self) -> bool:
+        return "expect" in self.headers and self.minor != "0"  # RFC 9110, 10.1.1
+
 
 class Api:
     """What a server serves.  Subclasses give routes, authorize() and the shape of an error.
@@ -12268,10 +12290,10 @@ class _Connection:
         self._unread = head.has_body
         return head
 
-    def _read_body(self, headers: Dict[str, str]) -> bytes:
+    def _read_body(self, head: RequestHead) -> bytes:
         """Raises: HttpError, _Gone."""
-        length = body_length(headers)
-        if length > len(self._held) and "expect" in headers:
+        length = body_length(head.headers)
+        if length > len(self._held) and head.waits_for_100:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray(self._held)
         while len(body) < length:
@@ -12297,7 +12319,7 @@ class _Connection:
     def _answer(self, head: RequestHead) -> Response:
         """Whatever happens in it.  Raises: _Gone."""
         try:
-            response = self._api.answer(head, lambda: self._read_body(head.headers),
+            response = self._api.answer(head, lambda: self._read_body(head),
                                         self._under_tls)
             if not isinstance(response.body, bytes) and not hasattr(response.body, "__next__"):
                 response = response._replace(body=encode_json(response.body))
@@ -12314,7 +12336,7 @@ class _Connection:
     def _render(self, response: Response, head: RequestHead) -> Tuple[bytes, bool]:
         """(what is sent, whether another request may follow)."""
         goes_on = not (self._unread or head.minor == "0" or self._server.stopping
-                       or "close" in head.headers.get("connection", "").lower())
+                       or head.says_close)
         answer = render_response(response, len(response.body),
                                  "" if goes_on else "Connection: close\r\n")
         return answer if head.method == "HEAD" else answer + response.body, goes_on
@@ -12366,8 +12388,9 @@ class _Connection:
     def _stream(self, response: Response, head: RequestHead) -> bool:
         """Whether the connection can be used again.  A stream that breaks off has no last chunk."""
         chunked = head.minor != "0"
-        self._send(render_response(response, None, "Transfer-Encoding: chunked\r\n" if chunked
-                                   else "Connection: close\r\n"))
+        goes_on = chunked and not head.says_close
+        self._send(render_response(response, None, "Transfer-Encoding: chunked\r\n" * chunked
+                                   + "Connection: close\r\n" * (not goes_on)))
         for piece in () if head.method == "HEAD" else response.body:
             if self._server.stopping or not piece and self._is_left():
                 return False
@@ -12375,7 +12398,7 @@ class _Connection:
                 self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
         if chunked and head.method != "HEAD":
             self._send(b"0\r\n\r\n")
-        return chunked and not self._unread
+        return goes_on and not self._unread
 
     def _serve_one(self) -> bool:
         """Whether another request may follow.  Raises: _Gone."""
@@ -13811,25 +13834,25 @@ class StreamFlow:
         """An event with the model's name as the client spelled it."""
         return re.sub(rb'"model": ?"[^"\\]*"', lambda _: self._new_name, data, 1)
 
-    def fail(self, problem: str) -> bytes:
+    def fail(self, problem: str, status: int = 502, code: str = "engine_failed") -> bytes:
         """The error that ends the stream, as the client's dialect has it."""
         self.usage.error, self._mark, task = problem, _NEVER, self.ask.task
-        body = error_answer(self.ask.dialect, 502, "engine_failed", problem)
+        body = error_answer(self.ask.dialect, status, code, problem)
         if task == "responses":
-            body = encode_json({"type": "error", "code": "engine_failed", "message": problem,
+            body = encode_json({"type": "error", "code": code, "message": problem,
                                 "param": None, "sequence_number": self.usage.pieces})
         if self.ask.dialect == "ollama":
             return body
         event = b"event: error\n" if task in ("responses", "messages") else b""
         return event + b"data: " + body + b"\n"
 
-    def end(self, problem: str) -> bytes:
+    def end(self, problem: str, *kind: Any) -> bytes:
         """problem: "" where the engine's body ended as its framing says, or why it did not."""
         held = b"".join(self._held).rstrip()
         rest = self._read(b"\n") if held.endswith((b"}", b"]")) and not problem else b""
         if self.complete or self.usage.error:
             return rest
-        return rest + self.fail(problem or "the engine ended its answer before it was done")
+        return rest + self.fail(problem or "the engine ended its answer before it was done", *kind)
 
 
 class _OpenAiFlow(StreamFlow):
@@ -14383,7 +14406,7 @@ class EngineWire(RelaySocket):
         self._endpoint = endpoint
         self._connecting = True
         self._method = ""
-        self._got_s = 0.0
+        self._got_s = self._asked_s = 0.0
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -14392,7 +14415,7 @@ class EngineWire(RelaySocket):
         self.exchange, self._request, self._method = exchange, request, method
         self._held, self._body, self.paused = b"", None, False
         if not self._connecting:
-            self._reused, self.until_s = True, None
+            self._reused, self.until_s, self._asked_s = True, None, now_s()
             self.watch(_READ)
             self.send(request)
             return
@@ -14430,7 +14453,8 @@ class EngineWire(RelaySocket):
 
     def _end(self, problem: str) -> None:
         exchange, self.exchange = self.exchange, None
-        stale = problem and self._reused and self._body is None and not self._held
+        stale = (problem and self._reused and self._body is None and not self._held
+                 and now_s() - self._asked_s < 1.0)  # later it was heard, and computed
         self.close()
         if exchange is None:
             return
@@ -14705,7 +14729,7 @@ class ClientWire(RelaySocket):
     def read_body(self) -> None:
         """The head is good: take the body."""
         self.body = bytearray()
-        if self._body_left > len(self._held) and "expect" in self.head.headers:
+        if self._body_left > len(self._held) and self.head.waits_for_100:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         # A slow line is no attack, a slow head is: 100 kB for each second more.
         self.until_s = now_s() + HTTP_REQUEST_LIMIT_S + self._body_left / 1e5
@@ -14716,8 +14740,7 @@ class ClientWire(RelaySocket):
     # -- what is answered ---------------------------------------------------
 
     def _may_go_on(self) -> bool:
-        return not (self._unread or self.head.minor == "0"
-                    or "close" in self.head.headers.get("connection", "").lower())
+        return not (self._unread or self.head.minor == "0" or self.head.says_close)
 
     def answer(self, response: Response) -> None:
         """response.body: bytes."""
@@ -14756,12 +14779,16 @@ class ClientWire(RelaySocket):
             return
         self.phase, self.exchange, self.body, self.stalled_s = "sent", None, None, None
         self._owner.answered(self)
-        self.until_s = now_s() + HTTP_PEER_LIMIT_S
+        self.until_s = now_s() + HTTP_PEER_LIMIT_S + self.out_bytes / 1e5  # as for what comes
         if not self._out:
             self._sent()
 
     def _sent(self) -> None:
         """The whole answer."""
+        self._owner.answered(self)
+        if not self._goes_on and hasattr(self.sock, "unwrap"):
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()  # say that it was whole
         if self._goes_on:
             self.phase, self.until_s = "head", now_s() + HTTP_PEER_LIMIT_S
             self.watch(_READ)
@@ -15152,7 +15179,7 @@ class _Job:
                 door.whole_answer_came(self)
         else:
             last = self.flow.end(problem)  # what came last may have had no end of line
-            failed = problem or self.usage.error
+            failed = self.usage.error  # what breaks off once it was complete is complete
             door.settle(self, 502 if failed else 200, "engine_failed" if failed else "")
             client.end_stream(last)
 
@@ -15181,10 +15208,10 @@ class _Errand:
 
     def on_end(self, problem: str) -> None:
         self._door.errands.discard(self)
-        self._door.managed(self.client, self._status or 502)
-        if not self._status:
+        if not self._status:  # which records it
             self._door.refuse(self.client, HttpError(502, "engine_failed", problem))
         else:
+            self._door.managed(self.client, self._status)
             self.client.end_stream(error_answer("ollama", 502, "engine_failed", problem, {}) + b"\n"
                                    if problem else b"")
 
@@ -15408,8 +15435,9 @@ class FrontDoor:
         self._relay.errand(work, done, kind)
 
     def answered(self, client: ClientWire) -> None:
-        self._bodies_bytes -= client.charged_bytes
-        client.charged_bytes = 0
+        kept = client.out_bytes if client.caller else 0  # what he has not read yet
+        self._bodies_bytes += kept - client.charged_bytes
+        client.charged_bytes = kept
 
     def head_came(self, client: ClientWire) -> None:
         client.caller = None
@@ -15738,7 +15766,8 @@ class FrontDoor:
         now, model, guards = now_s(), load.model, self._guards
         del self._loads[model]
         lasted_s = now - load.since_s if took_s is None else took_s
-        self._ledger.pause(load.job.grant)
+        if load.job not in self._running:
+            self._ledger.pause(load.job.grant)
         if load.slot:
             guards.cold.end(lasted_s)
         waiting = [job for job in self._waiting if job.model == model]
@@ -15907,7 +15936,7 @@ class FrontDoor:
         if client.dead:
             return
         if job.flow is not None:
-            client.end_stream(job.flow.end(what))
+            client.end_stream(job.flow.end(what, status, code))
         else:
             self.refuse(client, self._refusal(limit) if limit else HttpError(
                 status, code, what, headers=(("Retry-After", "5"),) if status in (429, 503)
@@ -15954,7 +15983,7 @@ class FrontDoor:
                 del self._on_engine[job.model]
             self._used_s = now
             if job.status == 200:
-                self._warm_s[job.model] = now
+                self._warm_s[job.model] = -1e9 if job.ask.keep_alive == 0 else now
         elif self._waiting.pop(job, None) is not None:
             self._queue.remove(job)
         bound = job.ask.prompt_tokens
@@ -15975,7 +16004,8 @@ class FrontDoor:
             def record() -> None:
                 self._record(job, status, code, (prompt, completion), bill, now)
             if job.big and (self._limits.keeps_prompts or not job.prompt_sha256):
-                self._relay.errand(record, self._told)
+                self._relay.errand(record, lambda _, problem: record() if isinstance(
+                    problem, HttpError) else self._told(_, problem))  # no thread had time
             else:
                 self._relay.soon(record)  # its client need not wait for that
         self._relay.soon(self._go_on)
@@ -19912,6 +19942,9 @@ inference = InferenceClient()
 # kernel drops when the process ends, however it ends.
 
 
+LOCK_ASKED_S = 0.3  # whoever asks whether an agent holds it has it for a moment
+
+
 class StateLock:
     """The state folder is ours.  Raises: LockedError with the pid of the one who has it."""
 
@@ -19924,8 +19957,16 @@ class StateLock:
         except OSError as error:
             raise UsageError(f"cannot write in the state folder {state_dir}: {error.strerror}",
                              "Mend its permissions, or choose another with --state-dir") from error
+        until_s = now_s() + LOCK_ASKED_S
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if now_s() > until_s:
+                        raise
+                    pause(0.02)
         except BlockingIOError as error:
             holder = os.read(self._descriptor, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(self._descriptor)
@@ -20744,6 +20785,14 @@ class Agent:
 
     def _tick(self, within_s: float) -> None:
         self._alive_until_s = now_s() + within_s
+        try:
+            self._look_after_parts()
+        except AgentError:
+            raise
+        except Exception as error:  # a defect, or no thread to be had, is not the end of the agent
+            self._log.defect(error)
+
+    def _look_after_parts(self) -> None:
         self.tailnet.start()
         self.entrance.look_up()
         sample = self._sample
@@ -20833,7 +20882,7 @@ _LAUNCHER_MARK = "# b9agent's launcher, written by `b9agent service install`"
 _MAIN_FILE = "import sys, b9agent\nsys.exit(b9agent.main())\n"  # imported, it is not compiled anew
 _CODE_FILES = ("b9agent.py", "b9agent.py.prev", "__main__.py", "__pycache__", "definition",
                "definition.prev", "install.lock")
-_KEPT_BY_PURGE = {".ollama", ".cache", "models"}
+_KEPT_BY_PURGE = {".ollama", ".cache", "models", "hub"}
 _HANDED_ON = ("BETA9_TOKEN", "https_proxy", "no_proxy")
 
 SERVICE_STATUS_OPTIONS = (
@@ -20939,12 +20988,20 @@ def _find_manager(scope: str) -> str:
     return "none"
 
 
+def _own_name() -> str:
+    """"" for a user id without one, as containers have."""
+    import pwd
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return ""
+
+
 def _find_account(wanted: str) -> Account:
     """The user of a system service: asked for, or the one it has, or who called sudo, or who would
     call it (a dry run), or our own.  Root only where it is asked for."""
     import pwd
-    names = [os.environ.get("SUDO_USER"), os.environ.get("DOAS_USER"),
-             pwd.getpwuid(os.geteuid()).pw_name]
+    names = [os.environ.get("SUDO_USER"), os.environ.get("DOAS_USER"), _own_name()]
     try:
         names.insert(0, pwd.getpwuid(os.stat(SYSTEM_STATE).st_uid).pw_name)
     except (OSError, KeyError):
@@ -20962,22 +21019,21 @@ def _find_account(wanted: str) -> Account:
 
 def find_place(options: Dict[str, str]) -> Place:
     """The installation that the options speak of, present or to come."""
-    import pwd
     if "user" in options and "system" in options:
         raise UsageError("--user and --system exclude each other", "Give one of them")
-    me, wanted = pwd.getpwuid(os.geteuid()), options.get("run-as", "")
+    me, my_id, wanted = _own_name(), os.geteuid(), options.get("run-as", "")
     python = os.path.abspath(sys.executable or "/usr/bin/python3")
-    account = Account(me.pw_name, me.pw_uid, me.pw_gid, os.path.expanduser("~").rstrip("/"))
+    account = Account(me, my_id, os.getegid(), os.path.expanduser("~").rstrip("/"))
     data_home = os.environ.get("XDG_DATA_HOME", "")
     mine = make_place(_find_manager("user"), "user", account, python,
                       data_home if os.path.isabs(data_home) else "")
-    has_own = me.pw_uid != 0 and (sys.platform == "darwin"
+    has_own = my_id != 0 and (sys.platform == "darwin"
                                   or os.path.exists(f"{mine.code}/b9agent.py"))
     if "user" not in options and ("system" in options or not has_own):
         return make_place(_find_manager("system"), "system", _find_account(wanted), python)
-    if wanted not in ("", me.pw_name):
+    if wanted not in ("", me):
         raise UsageError("--user installs for the user who runs it", f"Run it as {wanted}")
-    if me.pw_uid == 0 and wanted != "root":
+    if my_id == 0 and wanted != "root":
         raise UsageError("--user is for ordinary users, and this is root",
                          "Run it without sudo, or leave --user away")
     return mine
@@ -20998,6 +21054,14 @@ def as_user(account: Optional[Account], action: Callable[..., Any], *arguments: 
         os.seteuid(0)
         os.setegid(0)
         os.setgroups(groups)
+
+
+def folder_owner(folder: str) -> Account:
+    """Whose a folder is, or will be.  A user's link leads no further than that user could go."""
+    folder = nearest_folder(folder)
+    found = os.lstat(folder)
+    found = found if found.st_uid else os.stat(folder)
+    return Account("", found.st_uid, found.st_gid, "")
 
 
 # -- service definitions, as text ---------------------------------------
@@ -21512,6 +21576,12 @@ def _make_state_folder(place: Place) -> None:
         as_user(place.account, make_private_folder, place.state)
 
 
+def _code_files(folder: str) -> List[str]:
+    """What is ours there, and the drafts of a write that was killed."""
+    return [*_CODE_FILES, *(name for name in list_folder(folder)
+                            if re.fullmatch(r"b9agent\.py\.new|.*\.[0-9]+\.tmp", name))]
+
+
 def _remove_from(folder: str, names: Iterable[str]) -> None:
     """Files, links, folders with what is in them; then the folder, where nothing else is in it."""
     import shutil
@@ -21595,8 +21665,9 @@ class Installation:
                              "Move it away, and run this again")
         if os.path.isdir(place.state) and os.stat(place.state).st_uid != place.account.uid:
             name = place.account.name
+            make = "" if place.account.uid is not None else f"useradd --system {name} && "
             raise UsageError(f"{place.state} is not {name}'s", "Name its owner with --run-as USER, "
-                             f"or: chown -R {name} {place.state}")
+                             f"or: {make}chown -R {name} {place.state}")
         for path in overriding_files(place) if self._serve else ():
             self.steps.say(f"note: {path} is yours and stays in force")
 
@@ -21684,8 +21755,13 @@ class Installation:
 
     def _compile(self) -> None:
         """The service's user cannot write here, so the compiled form is made now."""
+        import importlib.machinery
         import py_compile
         cached = py_compile.compile(self._code_file, doraise=True)
+        try:
+            importlib.machinery.SourcelessFileLoader("b9agent", cached).get_code("b9agent")
+        except (EOFError, ValueError, TypeError, ImportError):
+            return remove_file(cached)  # a full disk took half in silence; it runs without, slower
         os.chmod(cached, 0o644)
         os.chmod(os.path.dirname(cached), 0o755)
 
@@ -21770,14 +21846,15 @@ def service_install(loaded: Loaded, options: Dict[str, str], say: Callable[[str]
         raise UnhealthyError("interrupted", "No service was touched") from error
     finally:
         if not steps.dry and not os.path.exists(f"{place.code}/b9agent.py"):
-            _remove_from(place.code, _CODE_FILES)
+            _remove_from(place.code, _code_files(place.code))
 
 
 # -- uninstalling, status ---------------------------------------------------
 
 def _remove_state(place: Place) -> None:
-    names = set(as_user(place.account, os.listdir, place.state)) - _KEPT_BY_PURGE
-    as_user(place.account, _remove_from, place.state, names)
+    owner = folder_owner(place.state)  # who may be gone, and have left but a number
+    names = set(as_user(owner, os.listdir, place.state)) - _KEPT_BY_PURGE
+    as_user(owner, _remove_from, place.state, names)
     _remove_from(place.state, ())  # where the folder above it is root's
 
 
@@ -21802,13 +21879,14 @@ def service_uninstall(_loaded: Loaded, options: Dict[str, str],
         steps.say(f"note: {place.definition} was changed by hand and stays")
     if _LAUNCHER_MARK in (read_text(place.launcher) or ""):
         steps.do(f"remove {place.launcher}", remove_file, place.launcher)
-    steps.do(f"remove {place.code}", _remove_from, place.code, _CODE_FILES)
+    steps.do(f"remove {place.code}", _remove_from, place.code, _code_files(place.code))
     if purge:
         steps.do(f"remove {place.state}, but no models", _remove_state, place)
     elif os.path.isdir(place.state):
         steps.say(f"kept: {place.state}, with configuration and token (--purge removes it)")
     if place.account.name == "b9agent" and place.account.uid is not None:
-        steps.say("kept: the system user b9agent (userdel b9agent)")
+        steps.say("kept: the system user b9agent" + (
+            ", who owns it" if os.path.isdir(place.state) else " (userdel b9agent)"))
     steps.say("nothing was changed" if steps.dry else "b9agent is uninstalled")
     return Exit.OK
 
@@ -22706,14 +22784,6 @@ class K3sChecks:
 
 
 # -- rbac --apply -----------------------------------------------------------
-
-def folder_owner(folder: str) -> Account:
-    """Whose a folder is, or will be.  A user's link leads no further than that user could go."""
-    folder = nearest_folder(folder)
-    found = os.lstat(folder)
-    found = found if found.st_uid else os.stat(folder)
-    return Account("", found.st_uid, found.st_gid, "")
-
 
 def for_the_agent(loaded: Loaded) -> Loaded:
     """For root: with the state folder of the agent's service, or of who called sudo, and with what
@@ -23980,6 +24050,13 @@ class TenantText:
                              "Those there: " + (", ".join(self._nodes) or "none"))
         return next(tenant for tenant in self.tenants if tenant.name == name)
 
+    def _end(self, node: Node) -> int:
+        """Of its lines, with the comments below them that stand deeper than its dash."""
+        end, lead = _node_end(node), self._lines[node.line - 1].partition("-")[0]
+        while end < len(self._lines) and re.match(lead + " +#", self._lines[end]):
+            end += 1
+        return end
+
     def _set_list(self, value: str) -> None:
         if not self._list_line:
             self._lines.append("tenants:")
@@ -23990,7 +24067,7 @@ class TenantText:
     def add(self, values: Dict[str, Any]) -> None:
         nodes = list(self._nodes.values())
         if nodes:
-            at, lead = _node_end(nodes[-1]), self._lines[nodes[-1].line - 1].partition("-")[0]
+            at, lead = self._end(nodes[-1]), self._lines[nodes[-1].line - 1].partition("-")[0]
         else:
             self._set_list("")
             at, lead = self._list_line, "  "
@@ -23998,33 +24075,45 @@ class TenantText:
 
     def remove(self, name: str) -> None:
         node = self._nodes[name]
-        del self._lines[node.line - 1:_node_end(node)]
+        del self._lines[node.line - 1:self._end(node)]
         if len(self._nodes) == 1:
             self._set_list(" []")
 
     def set_token(self, name: str, values: Dict[str, Any]) -> None:
-        """The lines of the old one are replaced, the comments at their end and between are kept."""
+        """The lines of the old one are replaced, the comments in them are kept."""
         rows = self._nodes[name].value
         token, until = rows.get("token_sha256"), rows.get("old_token_until")
+        if until and until.line == self._nodes[name].line:
+            raise self._by_hand()
         line = self._lines[(token or rows["name"]).line - 1]
         lead = re.match(r" *(?:- +)*", line).group()
         if token:
             new = tenant_lines(values, lead)
             new[0] += re.search("( +#.*)?$", line).group()
             end = _node_end(token)
-            new += [row for row in self._lines[token.line:end] if row.lstrip()[:1] == "#"]
+            new += self._comments(token.line, end, len(lead))
             changes = [(token.line - 1, end, new)]
         else:
             at = _node_end(self._nodes[name])
             changes = [(at, at, tenant_lines(values, " " * len(lead)))]
-        changes += [(until.line - 1, until.line, [])] if until else []
+        if until:
+            kept = self._comments(until.line - 1, until.line, len(lead))
+            changes.append((until.line - 1, until.line, kept))
         for start, end, new in sorted(changes, reverse=True):
             self._lines[start:end] = new
+
+    def _comments(self, start: int, end: int, indent: int) -> List[str]:
+        """Of lines with hashes or a time, neither of which holds a "#"."""
+        return [" " * indent + line[line.index("#"):] for line in self._lines[start:end]
+                if "#" in line]
 
     def save(self, name: str, hashes: Optional[Sequence[str]]) -> None:
         """Where it now says of one tenant what it should (None: nothing), and of others what it
         did."""
         text = "\n".join(self._lines) + "\n"
+        if len(text.encode("utf-8")) > CONFIG_MAX_BYTES:
+            raise UsageError(f"{self._path} would have more than {CONFIG_MAX_BYTES} bytes",
+                             "Nothing was changed. Remove tenants that nobody needs")
         try:
             found = tenants_of(parse_yaml(text), f"nothing was changed, for {self._path}",
                                self._priced)
@@ -24063,8 +24152,13 @@ def new_token() -> str:
 def show_token(token: str, words: str) -> int:
     """The token alone to stdout, where a shell may keep it; and nowhere else."""
     end_with(f"{words}. The token is shown this once", Exit.OK)
-    sys.stdout.write(token + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(token + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        raise UsageError(f"the token could not be written out: {error.strerror}",
+                         "It counts, and nobody has seen it: b9agent.py tenant rotate NAME"
+                         ) from error
     return Exit.OK
 
 
@@ -24101,9 +24195,13 @@ def command_tenant_rotate(loaded: Loaded, options: Dict[str, str]) -> int:
     hours, token, name = option_value(options, "overlap", parse_overlap), new_token(), options[
         "operand"]
     values: Dict[str, Any] = {"token_sha256": [token_hash(token)]}
+    ended: List[str] = []
 
     def change(text: TenantText) -> None:
         tenant = text.tenant(name)
+        if len(tenant.token_sha256) > 1 and (
+                utc_stamp(time.time()) < (tenant.old_token_until or "~")):
+            ended.append("; the one before that ends now")
         if name.lower() == GATEWAY_TENANT:
             raise UsageError("the gateway has no token: it is known by its address")
         if hours and tenant.token_sha256:
@@ -24114,7 +24212,8 @@ def command_tenant_rotate(loaded: Loaded, options: Dict[str, str]) -> int:
     change_tenants(loaded, change)
     until = values.get("old_token_until")
     return show_token(token, f"tenant {name} has a new token, and " + (
-        f"the old one counts until {until}" if until else "no other counts any more"))
+        f"the old one counts until {until}" + "".join(ended) if until else
+        "no other counts any more"))
 
 
 NOBODY_LET_IN = ("nobody is let in now. Add one, or remove the file tenants.yaml: then the token "
@@ -24221,7 +24320,9 @@ def command_audit_show(loaded: Loaded, options: Dict[str, str]) -> int:
     for row in filter(None, found if "json" not in options else ()):
         ends = [str(row.pop(name)) for name in ("seq", "kind", "time", "v", "prev", "hash")]
         fields = {name: value for name, value in row.items() if value not in (None, "", [])}
-        say(render_event(ends[0], ends[1], rounded(fields), ends[2], "text"))
+        fields = {name: float(f"{value:.6g}") if isinstance(value, float) else value
+                  for name, value in fields.items()}  # a request may cost a millionth of a dollar
+        say(render_event(ends[0], ends[1], fields, ends[2], "text"))
     return Exit.OK if found else end_with(f"no lines yet in {folder}", Exit.OK)
 
 
@@ -24253,7 +24354,7 @@ def nothing_to_report(report: AuditReport, folder: str) -> Optional[UsageError]:
 def command_report(loaded: Loaded, options: Dict[str, str]) -> int:
     """Usage, and what evidence of it there is, out of the audit log; no agent has to run."""
     folder, wall_s, tenant = audit_folder(loaded), time.time(), options.get("tenant")
-    keep_days = loaded.settings.audit_keep_days
+    keep_days = for_the_agent(loaded).settings.audit_keep_days
     out = option_value(options, "out", parse_path)
     if out and os.path.lexists(out) and ("force" not in options or os.path.isdir(out)):
         raise UsageError(f"{out} is there already", "Choose another name, or say --force")

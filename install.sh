@@ -13,7 +13,7 @@
 {
 # The b9agent.py that this file installs; tests/stamp writes it.
 expected_sha256() {
-  sha256=dc6eb08c448e6a789d9a45a4bcc93f835147c11d451eadb1ffe8195fd2d14c33
+  sha256=54b1bdb0e8d7c7217d2367c0c274418caa9c652243ba03aa68d331955a0bc211
 }
 
 usage() {

@@ -952,7 +952,7 @@ def shown_token(done):
     return done.out.strip()
 
 
-def test_a_tenants_life(tenant, state):
+def test_a_tenants_life(home, tenant, state):
     token = shown_token(tenant("add", "ada", "--models", "llama*, qwen2.5", "--tokens-per-day", "1000",
                   "--tailnet=ada@example.com,tag:ci", "--admin", "--priority", "high"))
     path = state / "tenants.yaml"
@@ -968,7 +968,9 @@ def test_a_tenants_life(tenant, state):
     assert ada.token_sha256 == (token_hash(second), token_hash(token))
     until_s = calendar.timegm(time.strptime(ada.old_token_until, "%Y-%m-%dT%H:%M:%SZ"))
     assert abs(until_s - time.time() - 7200) < 60
-    third = tenant("rotate", "ada", "--overlap", "1.5").out.strip()
+    done = run_agent(home, "tenant", "rotate", "ada", "--overlap", "1.5")
+    assert "the one before that ends now" in done.err
+    third = done.out.strip()
     ada, = load_tenants(str(path), False)
     assert ada.token_sha256 == (token_hash(third), token_hash(second))
     last = tenant("rotate", "ada").out.strip()
@@ -1110,11 +1112,67 @@ def test_a_token_is_changed_where_it_stands_and_all_else_stays(tmp_path):
             ("ada", "token_sha256: " + HASH, 'token_sha256: ["%s"]' % ("e0" * 32)),
             ("ci", "# all runners\n", '# all runners\n    token_sha256: ["%s"]\n' % ("e0" * 32)),
             ("old", BY_HAND[BY_HAND.index("token_sha256:\n"):BY_HAND.index("    name: old")],
-             'token_sha256: ["%s"]\n' % ("e0" * 32))):
+             'token_sha256: ["%s"]\n    # then out\n' % ("e0" * 32))):
         text = by_hand(tmp_path)
         text.set_token(name, new)
         text.save(name, new["token_sha256"])
         assert (tmp_path / "tenants.yaml").read_text() == BY_HAND.replace(before, after)
+
+
+def test_a_new_token_takes_no_comment_away(tmp_path):
+    text = by_hand(tmp_path, """tenants:
+  - name: ada
+    token_sha256:   # two laptops
+      - %s   # the old one
+      # ordered in May
+      - %s   # the new one
+    old_token_until: 2026-01-31T12:00:00Z   # agreed with ada
+    models: "*"   # all
+""" % (HASH, OTHER_HASH))
+    text.set_token("ada", {"token_sha256": ["e0" * 32]})
+    text.save("ada", ["e0" * 32])
+    assert (tmp_path / "tenants.yaml").read_text() == """tenants:
+  - name: ada
+    token_sha256: ["%s"]   # two laptops
+    # the old one
+    # ordered in May
+    # the new one
+    # agreed with ada
+    models: "*"   # all
+""" % ("e0" * 32)
+
+
+def test_a_comment_among_a_tenants_keys_comes_and_goes_with_it(tmp_path):
+    ada = "  - name: ada\n    token_sha256: %s\n    # requests_per_minute: 5\n" % HASH
+    text = by_hand(tmp_path, "tenants:\n" + ada + "# the end\n")
+    text.add({"name": "bob", "token_sha256": ["d0" * 32]})
+    text.save("bob", ["d0" * 32])
+    bob = '  - name: bob\n    token_sha256: ["%s"]\n' % ("d0" * 32)
+    assert (tmp_path / "tenants.yaml").read_text() == "tenants:\n" + ada + bob + "# the end\n"
+    text = b9agent.TenantText(str(tmp_path / "tenants.yaml"), False)
+    text.remove("ada")
+    text.save("ada", None)
+    assert (tmp_path / "tenants.yaml").read_text() == "tenants:\n" + bob + "# the end\n"
+
+
+def test_a_file_is_not_made_larger_than_is_read_again(tmp_path):
+    whole = one_entry(TOKEN_LINE) + "\n"
+    whole += ("#" * 99 + "\n") * ((b9agent.CONFIG_MAX_BYTES - len(whole) - 20) // 100)
+    text = by_hand(tmp_path, whole)
+    text.add({"name": "new", "token_sha256": ["d0" * 32]})
+    with pytest.raises(b9agent.UsageError) as caught:
+        text.save("new", ["d0" * 32])
+    assert "would have more than" in caught.value.what and "Nothing was changed" in caught.value.hint
+    assert (tmp_path / "tenants.yaml").read_text() == whole
+
+
+def test_a_token_that_nobody_saw_is_told_of(home, tenant):
+    tenant("add", "ada")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(agent_command("tenant", "rotate", "ada"), env=environment(home), stdout=full,
+                              stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 2 and "nobody has seen it: b9agent.py tenant rotate" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 def test_a_token_is_changed_with_the_time_of_the_old_one(tmp_path):

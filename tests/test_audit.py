@@ -955,6 +955,28 @@ def test_nothing_is_removed_before_its_record_is_on_the_disk(folder, monkeypatch
     assert verify_audit(folder).lines == 100
 
 
+def test_past_days_that_are_immutable_stop_nothing(folder, monkeypatch):
+    clock, real = written(folder, days=4), os.open
+
+    def refuse_past_days(path, flags, *more, **named):
+        if str(path).endswith(".jsonl") and "04.jsonl" in str(path) and flags & (os.O_WRONLY | os.O_RDWR):
+            raise PermissionError(1, "Operation not permitted", path)
+        return real(path, flags, *more, **named)
+
+    def keep(path):
+        raise PermissionError(1, "Operation not permitted", path)
+    monkeypatch.setattr(b9agent.os, "open", refuse_past_days)
+    monkeypatch.setattr(b9agent.os, "unlink", keep)
+    audit = opened(folder, clock, keep_days=2)
+    for _ in range(3):
+        audit.record("event", {})
+        settled(audit)
+    wait_until(lambda: not audit.failing, "it goes on")
+    audit.close()
+    monkeypatch.undo()
+    assert sum(row["kind"] == "pruned" for row in records(folder)) == 2, "it said it once for each of two days"
+
+
 def test_a_clock_that_jumps_forward_removes_nothing(folder):
     clock = Clock()
     audit = opened(folder, clock, keep_days=10)

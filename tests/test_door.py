@@ -7,6 +7,7 @@ import random
 import socket
 import ssl
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings, strategies
@@ -21,6 +22,20 @@ TENANTS = """tenants:
     token_sha256: %s
     admin: true
 """
+
+
+class AuditLines:
+    """An audit log that keeps what it is told."""
+    failing = False
+
+    def __init__(self):
+        self.lines = []
+
+    def record(self, kind, fields):
+        self.lines.append((kind, fields))
+
+    def of(self, wanted):
+        return [fields for kind, fields in self.lines if kind == wanted]
 
 
 @contextlib.contextmanager
@@ -724,6 +739,109 @@ def test_the_tailnets_identity_counts_for_other_machines_alone(tmp_path):
             assert read_answer(sock)[0] == 200
 
 
+# -- what fresh eyes found ---------------------------------------------------------------------
+
+def test_who_runs_before_the_end_of_its_load_is_told_is_billed_for_all_of_it(tmp_path, monkeypatch):
+    """The engine counts as running some time before wake() returns."""
+    monkeypatch.setattr(b9agent, "RELAY_SWEEP_S", 0.05)
+    at_work, told = threading.Event(), threading.Event()
+
+    def script(_asked, sock):
+        at_work.set()
+        assert told.wait(PATIENCE_S)
+        time.sleep(0.6)  # of work, with all that it is billed for
+        sock.sendall(whole(COMPLETION))
+    with rig_at(tmp_path, script=script, loaded=()) as rig:
+        rig.target = rig.target._replace(state="asleep")
+        loaded = rig.door._loaded
+
+        def on_wake(_model):
+            rig.target = rig.target._replace(state="running")
+            assert at_work.wait(PATIENCE_S), "the sweep sent it"
+            return 0.1
+
+        def then(*given):
+            loaded(*given)
+            told.set()
+        rig.inference.on_wake, rig.door._loaded = on_wake, then
+        assert rig.ask(rig.chat())[0] == 200
+        rig.settled()
+        assert rig.used()["gpu_seconds"] > 0.5
+
+
+def test_what_an_engine_worked_on_is_not_asked_for_again(tmp_path, monkeypatch):
+    asked = []
+
+    def script(_asked, sock):
+        asked.append(1)
+        if len(asked) == 2:
+            time.sleep(1.2)
+            return True  # it dies, and has answered nothing
+        sock.sendall(whole(COMPLETION))
+    with rig_at(tmp_path, script=script) as rig:
+        assert rig.ask(rig.chat())[0] == 200
+        assert (rig.ask(rig.chat())[0], len(asked)) == (502, 2)
+
+
+def test_a_stream_that_a_limit_ends_says_which(tmp_path, monkeypatch):
+    monkeypatch.setattr(b9agent, "RELAY_SWEEP_S", 0.05)
+    monkeypatch.setattr(b9agent, "GPU_SLICE_S", 0.6)
+
+    def script(_asked, sock):
+        sock.sendall(STREAM_HEAD + chunk(token()))
+        sock.recv(1)  # until the door leaves
+        return True
+    with rig_at(tmp_path, script=script, tenants=TENANTS % b9agent.token_hash(TOKEN)
+                + "    gpu_seconds_per_day: 1.2\n") as rig:
+        status, body = rig.ask(rig.chat(True))
+        error = events_of(body)[-1]["error"]
+        assert (status, error["code"], error["type"]) == (200, "gpu_seconds_per_day", "rate_limit_error")
+
+
+def test_an_answer_that_nobody_reads_is_charged_until_it_is_read(tmp_path):
+    large = dict(COMPLETION, system_fingerprint="x" * (24 << 20))
+    with rig_at(tmp_path, script=lambda _asked, sock: sock.sendall(whole(large))) as rig:
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat()))
+            rig.settled()
+            wait_until(lambda: rig.door._bodies_bytes > 1 << 20, "it is held, and counted")
+            assert len(read_answer(sock)[2]) > 24 << 20
+        wait_until(lambda: rig.door._bodies_bytes == 0, "it is read")
+        with rig.connect() as sock:
+            sock.sendall(rig.request(rig.chat()))
+            rig.settled()
+        wait_until(lambda: rig.door._bodies_bytes == 0, "nobody reads it")
+
+
+def test_a_stream_whose_end_came_is_whole_however_the_engine_closes(tmp_path):
+    lines = AuditLines()
+    with rig_at(tmp_path, audit=lines, script=lambda _asked, sock: sock.sendall(
+            STREAM_HEAD + chunk(token()) + chunk(STOP) + chunk(DONE)) or True) as rig:
+        status, body = rig.ask(rig.chat(True))
+        assert status == 200 and events_of(body)[-1] == "[DONE]"
+        rig.settled()
+        wait_until(lambda: lines.of("request"), "it is recorded")
+        assert [line["outcome"] for line in lines.of("request")] == ["ok"]
+
+
+def test_a_management_request_that_fails_has_one_line(tmp_path):
+    lines = AuditLines()
+    with rig_at(tmp_path, engine="ollama", audit=lines, script=lambda _asked, _sock: True) as rig:
+        assert rig.ask({"source": "m", "destination": "n"}, path="/api/copy")[0] == 502
+        wait_until(lambda: lines.lines, "it is recorded")
+        assert rig.ask(path="/", method="GET")[0] == 200
+        assert len(lines.lines) == 1, lines.lines
+
+
+def test_a_client_of_http_1_0_is_not_told_to_go_on(rig):
+    raw = rig.request(rig.chat(), headers=(("Expect", "100-continue"),)).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    head, _, body = raw.partition(b"\r\n\r\n")
+    with rig.connect() as sock:
+        sock.sendall(head + b"\r\n\r\n")
+        sock.sendall(body)
+        assert read_answer(sock)[0] == 200
+
+
 # -- TLS -----------------------------------------------------------------------------------------
 
 TLS_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tls")
@@ -754,6 +872,15 @@ def test_requests_and_streams_pass_over_tls(tls_rig):
             sock.sendall(tls_rig.request(tls_rig.chat(stream)))
             status, _, body = read_answer(sock)
         assert status == 200 and (b"[DONE]" if stream else b"Hi") in body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_end_over_tls_is_said_where_the_connection_is_the_end(tls_rig, stream):
+    context = ssl.create_default_context(cafile=os.path.join(TLS_FOLDER, "ca.pem"))
+    with context.wrap_socket(tls_rig.connect(), server_hostname="localhost",
+                             suppress_ragged_eofs=False) as sock:
+        sock.sendall(tls_rig.request(tls_rig.chat(stream)).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        assert (b"[DONE]" if stream else b"Hi") in read_answer(sock, until_closed=True)[2]
 
 
 def test_a_body_of_many_tls_records_arrives_whole(tls_rig):

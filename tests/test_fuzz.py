@@ -39,6 +39,9 @@ FOUND = (
     # More memory in use than there is: of all there is the driver told nonsense, and the figure before counted.
     ("nvml", bytes({0: 1, 2: 2, 120: 1, 374: 1, 624: 1, 825: 255, 886: 255, 949: 1, 1015: 219, 1032: 1, 1057: 1,
                     1064: 1, 1073: 1}.get(at, 0) for at in range(1074))),
+    # Two lengths behind a body, each on a line of its own.
+    ("answers", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nContent-Length: 9\r\n"
+                b"Content-Length: 4\r\n\r\n"),
     # A comment between a key and its value, lost when a tenant got a new token.
     ("tenants", b"tenants:\n- name: b\n  token_sha256:\n#\n  - " + b"23" * 32 + b"\n  admin: true"),
 )

@@ -223,6 +223,13 @@ def test_requests_sent_at_once_are_answered_in_turn(served, data, answers):
                 assert read_answer(link)[0] == 200
 
 
+def test_a_stream_is_closed_where_that_is_asked_for(served):
+    with served.connect() as link:
+        link.sendall(b"GET /stream HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = link.makefile("rb").read()  # to its end
+        assert b"\r\nConnection: close\r\n" in answer and answer.endswith(b"\r\n0\r\n\r\n")
+
+
 @pytest.mark.parametrize("path", [b"/open", b"/instant"])
 @pytest.mark.parametrize("line, version", [(b"Connection: close\r\n", b"1.1"), (b"Connection: Keep-Alive, Close\r\n", b"1.1"),
                                            (b"", b"1.0")])

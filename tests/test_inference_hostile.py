@@ -13,7 +13,7 @@ import pytest
 
 import b9agent
 import engines
-from helpers import Program, environment, run_agent, wait_until
+from helpers import PATIENCE_S, Program, environment, run_agent, wait_until
 from hostile_gateway import TOKEN
 from test_inference import (World, engine_processes, free_port, listens, nothing_left, processes_of,
                             real_world, world)
@@ -132,6 +132,30 @@ def test_starts_and_stops_in_a_heap_end_in_one_truth(world):
         assert {status for status, _ in together(*calls)} <= {200, 409}
     assert here.post("/inference/stop")[0] == 200
     assert engine_processes(here.home) == {} and not here.engine_listens()
+
+
+def test_a_stop_while_a_start_still_chooses_its_engine_is_a_stop(tmp_path):
+    here, chooses, may_go, said = Embedded(tmp_path), threading.Event(), threading.Event(), []
+
+    def choose(*wanted):
+        chooses.set()
+        assert may_go.wait(PATIENCE_S)
+        return b9agent._Up(b9agent.ENGINE_BY_NAME["ollama"], b9agent.read_reference(""), "",
+                           b9agent.Endpoint("http", "127.0.0.1", 1), None, "", 0.0, 0, 1)
+
+    def start():
+        try:
+            here.inference.start()
+        except b9agent.EngineConflict as conflict:
+            said.append(conflict.what)
+    here.inference._choose = choose
+    starter = threading.Thread(target=start)
+    starter.start()
+    assert chooses.wait(PATIENCE_S)
+    assert here.inference.stop()["message"] == "no engine was running"
+    may_go.set()
+    starter.join(PATIENCE_S)
+    assert said == ["it was stopped while it started"] and here.inference.status()["status"] == "stopped"
 
 
 # -- engines that go, come back, or say nothing --------------------------------

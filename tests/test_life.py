@@ -1,5 +1,6 @@
 """The whole life of the agent, as real processes against real peers."""
 import ast
+import fcntl
 import json
 import os
 import re
@@ -628,6 +629,26 @@ def test_a_defect_in_service_costs_an_interval_and_not_the_machine(home, hostile
         hostile.wait_count(3, "keepalive", "ok")
         assert program.stop() == 0
         assert TOKEN not in program.text() and "Traceback" not in program.text()
+
+
+def test_a_part_that_cannot_be_looked_after_does_not_end_the_agent(home, hostile):
+    patch = ("def broken(self):\n    raise RuntimeError(\"can't start new thread\")\n"
+             "b9agent.Agent._look_after_parts = broken")
+    with patched(home, patch, "run", *to(hostile.port), "--keepalive-interval", "1",
+                 BETA9_TOKEN=TOKEN) as program:
+        program.wait_line(r"error defect .*can't start new thread")
+        hostile.wait_count(3, "keepalive", "ok")
+        assert program.stop() == 0
+
+
+def test_who_asks_for_the_lock_a_moment_keeps_no_agent_from_starting(tmp_path):
+    b9agent.StateLock(str(tmp_path)).release()
+    with open(tmp_path / "agent.lock") as asked:
+        fcntl.flock(asked, fcntl.LOCK_SH)
+        letting_go = threading.Timer(0.05, fcntl.flock, (asked, fcntl.LOCK_UN))
+        letting_go.start()
+        b9agent.StateLock(str(tmp_path)).release()
+        letting_go.join()
 
 
 def test_programs_that_it_starts_do_not_get_its_secrets(run, hostile, tmp_path, home):

@@ -72,6 +72,16 @@ def transfers():
     assert known.cancel_all(PATIENCE_S)
 
 
+def test_a_pull_without_a_thread_never_was(transfers, monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(threading.Thread, "start", refuse)
+        transfers.begin("m", "pull", "", lambda _transfer: None)
+    assert transfers.get("m") is None and not transfers.any_runs()
+    assert ended(transfers.begin("m", "pull", "", lambda _transfer: None)).state == "success"
+
+
 @contextlib.contextmanager
 def scripted(*answers):
     """(Endpoint, what was asked): the first connection gets the first answer, bytes, and so on; the

@@ -564,6 +564,22 @@ def test_one_tenant_alone_and_nothing_of_the_others(capsys, state_of_week, week,
     assert "There are some of: " in err and "research" in err and "night batch" in err
 
 
+def test_refusals_of_the_tenants_file_name_nobody_in_a_report_of_one_tenant():
+    report = b9agent.AuditReport(WEEK[0], WEEK[-1], "research")
+    report.add({**one_request(random.Random(1), MONDAY_S), "tenant": "research", "seq": 1})
+    report.add({"time": stamp(MONDAY_S), "seq": 2, "kind": "event", "event": "tenants_refused", "level": "error",
+                "what": "tenant `claims-desk`: unknown name"})
+    assert "claims-desk" not in json.dumps(report.record("now"))
+
+
+def test_lost_lines_are_counted_once():
+    report = b9agent.AuditReport(WEEK[0], WEEK[-1])
+    for number, line in enumerate(({"kind": "gap", "lost": 30}, {"kind": "gap", "lost": 7},
+                                   {"kind": "event", "event": "audit_written_again", "lost": 37, "level": "notice"})):
+        report.add({"time": stamp(MONDAY_S + number), "seq": number + 1, **line})
+    assert report.count["lost"] == 37
+
+
 # -- the command --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, first, last", [

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -384,6 +385,9 @@ def test_uninstall_keeps_the_state_and_purge_keeps_models(home):
     assert install_files(home, "--gateway", "gw", BETA9_TOKEN="t0ken-x")[0] == 0
     (home / ".b9agent/models").mkdir()
     (home / ".b9agent/models/big.gguf").write_text("weights")
+    (home / ".b9agent/hub").mkdir()  # MLX's, where there is no ~/.cache/huggingface/hub
+    for draft in ("b9agent.py.new", "b9agent.py.4711.tmp"):  # of an installer that was killed
+        (home / ".local/share/b9agent" / draft).write_text("half")
     before = tree(home)
     assert uninstall(home, "--dry-run", "--purge").code == 0 and tree(home) == before
     done = uninstall(home)
@@ -391,7 +395,35 @@ def test_uninstall_keeps_the_state_and_purge_keeps_models(home):
     assert not (home / ".local/share/b9agent").exists() and not (home / ".local/bin/b9agent").exists()
     assert (home / ".b9agent/config.yaml").exists()
     assert uninstall(home, "--purge").code == 0
-    assert sorted(tree(home / ".b9agent")) == ["models", "models/big.gguf"]
+    assert sorted(tree(home / ".b9agent")) == ["hub", "models", "models/big.gguf"]
+
+
+def test_a_user_id_without_a_name_has_no_service_and_no_defect(monkeypatch):
+    def nobody(user_id):
+        raise KeyError("getpwuid(): uid not found: %d" % user_id)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(b9agent.os, "geteuid", lambda: 54321)
+    for name in ("SUDO_USER", "DOAS_USER"):
+        monkeypatch.delenv(name, raising=False)
+    assert b9agent.find_place({}).scope == "system"
+    assert b9agent.find_place({"user": ""}).account[:2] == ("", 54321)
+
+
+def test_half_a_compiled_form_is_not_left(tmp_path, monkeypatch):
+    import py_compile
+    whole, code = py_compile.compile, tmp_path / "b9agent.py"
+    code.write_text("VERSION = [%s]\n" % ", ".join(map(str, range(1000))))
+
+    def on_a_full_disk(path, **named):
+        made = whole(path, **named)
+        os.truncate(made, os.path.getsize(made) // 2)  # as CPython 3.11 does it, without a word
+        return made
+    installation = types.SimpleNamespace(_code_file=str(code))
+    b9agent.Installation._compile(installation)
+    assert len(list((tmp_path / "__pycache__").iterdir())) == 1
+    monkeypatch.setattr(py_compile, "compile", on_a_full_disk)
+    b9agent.Installation._compile(installation)
+    assert not list((tmp_path / "__pycache__").iterdir()), "Python would end at it at every start"
 
 
 # -- managers: stand-ins that start real agents --------------------------------
